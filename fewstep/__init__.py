@@ -1,0 +1,1 @@
+"""SDXL in four steps, served by Cog: requests, weights, batching and the pipeline behind `predict.py`."""

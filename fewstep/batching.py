@@ -1,0 +1,244 @@
+"""Many callers, one model: requests that arrive together share a forward pass.
+
+One thread owns the model and is the only one to touch it, since two threads in one diffusers pipeline gave
+wrong pictures and no error. Callers wait on an event loop; between the two lie one queue and one lock.
+Batching never waits: whenever the model is free, it takes what has queued up.
+"""
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from fewstep.errors import DeadlineExceeded, FewstepError, InternalError, Stopped
+
+logger = logging.getLogger(__name__)
+
+
+class Batchable(Protocol):
+    """What the batcher must know of a request."""
+
+    @property
+    def shape_key(self) -> Hashable: ...
+
+    @property
+    def num_outputs(self) -> int: ...
+
+
+R = TypeVar("R", bound=Batchable)
+T = TypeVar("T")
+V = TypeVar("V")
+
+
+@dataclass(eq=False, kw_only=True)
+class _Waiter(Generic[V]):
+    """One caller, waiting on its own event loop for what the model thread makes."""
+
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[V]
+    expires: float = math.inf  # in seconds of time.monotonic()
+    left: bool = False  # set where the caller runs, read by the model thread
+
+    def gone(self) -> bool:
+        """Nobody will take the result. Once true it stays true; a loop that hangs cannot hide it."""
+        return self.left or time.monotonic() >= self.expires or self.loop.is_closed()
+
+    def deliver(self, result: V) -> None:
+        self._settle(self.future.set_result, result)
+
+    def fail(self, error: BaseException) -> None:
+        # Each caller gets an error of its own, since whoever raises one writes its traceback into it.
+        told = type(error)(error.sentence) if isinstance(error, FewstepError) else InternalError()
+        self._settle(self.future.set_exception, told)
+
+    def _settle(self, settle: Callable[[Any], None], outcome: object) -> None:
+        if self.gone():
+            return
+        # The loop may close between the question and the call; then too, nobody waits.
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._settle_on_loop, settle, outcome)
+
+    def _settle_on_loop(self, settle: Callable[[Any], None], outcome: object) -> None:
+        if not self.future.done():
+            settle(outcome)
+
+
+@dataclass(eq=False, kw_only=True)
+class _Wish(_Waiter[T], Generic[R, T]):
+    request: R
+    shape_key: Hashable
+    images: int
+
+
+@dataclass(eq=False, kw_only=True)
+class _Call(_Waiter[V]):
+    function: Callable[[], V]
+
+
+class Batcher(Generic[R, T]):
+    """Runs `generate` on a thread of its own, for all waiting requests of one shape at a time.
+
+    `generate(requests, stopped)` returns one result for each request, in order, and looks at `stopped()`
+    between steps: true says that every caller of this batch has left. `max_images(request)` is how many
+    images a pass may hold at that request's size; a request alone always goes, even when it is bigger.
+    A caller waits at most `deadline_s`; a batch that runs `grace_s` longer than that is held to be stuck.
+    """
+
+    def __init__(
+        self,
+        generate: Callable[[Sequence[R], Callable[[], bool]], Sequence[T]],
+        *,
+        max_images: Callable[[R], int],
+        deadline_s: float,
+        grace_s: float = 30.0,
+    ) -> None:
+        self._generate = generate
+        self._max_images = max_images
+        self._deadline_s = deadline_s
+        self._grace_s = grace_s
+        self._changed = threading.Condition()  # guards the next two
+        self._queue: deque[_Wish[R, Any] | _Call[Any]] = deque()
+        self._closed = False
+        self._batch_since: float | None = None
+        self._thread = threading.Thread(target=self._serve, name="model", daemon=True)
+        self._thread.start()
+
+    async def submit(self, request: R) -> T:
+        """Join the next batch of this request's shape and wait for its own result.
+
+        Raises the FewstepError that `generate` raised, InternalError for anything else it raised,
+        DeadlineExceeded, or Stopped once the batcher is closed. A caller whose task is cancelled leaves
+        the queue or its batch, and its mates do not notice.
+        """
+        loop = asyncio.get_running_loop()
+        wish: _Wish[R, T] = _Wish(
+            loop=loop,
+            future=loop.create_future(),
+            expires=time.monotonic() + self._deadline_s,
+            request=request,
+            shape_key=request.shape_key,
+            images=request.num_outputs,
+        )
+        return await self._result(wish, self._deadline_s)
+
+    async def run(self, function: Callable[[], V]) -> V:
+        """Call `function` on the model thread in its turn (to load, to warm up), without a deadline.
+
+        What is queued after it runs after it. Raises as `submit` does.
+        """
+        loop = asyncio.get_running_loop()
+        call = _Call(loop=loop, future=loop.create_future(), function=function)
+        return await self._result(call, None)
+
+    def healthy(self) -> bool:
+        """Whether a request sent now would be served: the thread lives, is not closing and not stuck."""
+        since = self._batch_since
+        stuck = since is not None and time.monotonic() - since > self._deadline_s + self._grace_s
+        return self._thread.is_alive() and not self._closed and not stuck
+
+    async def close(self) -> None:
+        """Take no more requests, finish those that wait, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        await asyncio.to_thread(self._thread.join, self._deadline_s + self._grace_s)
+        if self._thread.is_alive():
+            logger.warning("the model thread is still busy and was left behind")
+
+    async def _result(self, work: _Wish[R, V] | _Call[V], timeout_s: float | None) -> V:
+        with self._changed:
+            if self._closed:
+                raise Stopped("the server is shutting down and takes no more requests; send it again later")
+            self._queue.append(work)
+            self._changed.notify()
+        try:
+            done, _ = await asyncio.wait({work.future}, timeout=timeout_s)
+            if not done:
+                raise DeadlineExceeded(
+                    f"the request was not done within {timeout_s:g} s; send it again when fewer others wait, "
+                    "or ask for a smaller size, fewer steps or fewer outputs"
+                )
+            return work.future.result()
+        finally:
+            self._leave(work)
+
+    def _leave(self, work: _Wish[R, Any] | _Call[Any]) -> None:
+        with self._changed:
+            work.left = True
+            with suppress(ValueError):  # not in the queue: its turn has come
+                self._queue.remove(work)
+        # An error that comes just after its caller left is never read, which asyncio would report as a fault.
+        if not work.future.cancel():
+            work.future.exception()
+
+    # All that follows runs on the model thread.
+
+    def _serve(self) -> None:
+        while self._serve_next():
+            pass
+
+    def _serve_next(self) -> bool:
+        """One turn; false at the end. A function, so that no result stays alive while the next is awaited."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            if not self._queue:
+                return False
+            work = self._queue.popleft()
+        if not work.gone():
+            if isinstance(work, _Call):
+                self._run_call(work)
+            else:
+                self._run_batch(work)
+        return True
+
+    def _run_call(self, call: _Call[Any]) -> None:
+        try:
+            call.deliver(call.function())
+        except BaseException as error:  # SystemExit too: whatever the model does, this thread lives on
+            _fail_all([call], error)
+
+    def _run_batch(self, head: _Wish[R, Any]) -> None:
+        batch = [head]
+        self._batch_since = time.monotonic()
+        try:
+            self._add_mates(batch)
+            results = self._generate(
+                [wish.request for wish in batch], lambda: all(wish.gone() for wish in batch)
+            )
+            if len(results) != len(batch):
+                raise RuntimeError(f"generate made {len(results)} results of {len(batch)} requests")
+            for wish, result in zip(batch, results, strict=True):
+                wish.deliver(result)
+        except BaseException as error:
+            _fail_all(batch, error)
+        finally:
+            self._batch_since = None
+
+    def _add_mates(self, batch: list[_Wish[R, Any]]) -> None:
+        """Those of the head's shape, in order, until one does not fit; none from behind a call of `run`."""
+        (head,) = batch
+        room = self._max_images(head.request) - head.images
+        with self._changed:
+            for work in tuple(self._queue):
+                if isinstance(work, _Call):
+                    break
+                if work.shape_key != head.shape_key or work.gone():
+                    continue
+                if work.images > room:
+                    break
+                room -= work.images
+                batch.append(work)
+                self._queue.remove(work)
+
+
+def _fail_all(waiters: Sequence[_Waiter[Any]], error: BaseException) -> None:
+    if not isinstance(error, FewstepError):
+        logger.error("the model thread's work failed; the thread goes on", exc_info=error)
+    for waiter in waiters:
+        waiter.fail(error)

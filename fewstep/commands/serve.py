@@ -1,0 +1,56 @@
+"""Serve predictions over HTTP as a Cog container does: POST /predictions {"input": {"prompt": "a red house"}}
+
+The port is PORT (5000) of this machine alone, unless --host says otherwise. FEWSTEP_MODEL chooses the model.
+coglet has no passwords, and a caller can have it fetch any address: do not give it to strangers.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from fewstep.server import ServerFailed, running_server
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGINT or SIGTERM; 1 when the server cannot start or ends by itself."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
+    host = parser.parse_args(arguments).host
+    port = os.environ.get("PORT") or "5000"
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        return _end("PORT must be a number from 1 to 65535")
+    if not os.environ.get("FEWSTEP_MODEL"):
+        _say("model miniature, since FEWSTEP_MODEL is not set")
+    signal.signal(signal.SIGTERM, _stop)
+    environ = os.environ if sys.stderr.isatty() else {"NO_COLOR": "1", **os.environ}
+    try:
+        with running_server(host=host, port=int(port), environ=environ) as server:
+            server.wait_ready()
+            _say(f"serving on http://{host}:{port}; Ctrl-C ends it")
+            return _end(f"the server ended with status {server.process.wait()}")
+    except ServerFailed as error:
+        return _end(str(error))
+    except KeyboardInterrupt:
+        return 0
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _end(sentence: str) -> int:
+    _say(sentence)
+    return 1
+
+
+def _say(sentence: str) -> None:
+    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""What every door that Cog opens needs: the pinned server, a way out for logs, errors fit for callers."""
+
+import contextvars
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+from fewstep.errors import FewstepError, InternalError, SettingsError
+
+# The doors rest on how this version behaves; cog.yaml and pyproject.toml name it too.
+COG_VERSION = "0.23.1"
+
+logger = logging.getLogger(__name__)
+
+
+def check_cog() -> None:
+    """Raise SettingsError unless cog and coglet are of the version that fewstep is made for."""
+    found = {name: version(name) for name in ("cog", "coglet")}
+    if set(found.values()) != {COG_VERSION}:
+        both = " and ".join(f"{name} {number}" for name, number in found.items())
+        raise SettingsError(
+            f"{both} are installed; fewstep is made for {COG_VERSION} of both, so install that"
+        )
+
+
+def log_to_stderr() -> None:
+    """Give our messages a way out; coglet files what stderr gets under the prediction that wrote it."""
+    ours = logging.getLogger("fewstep")
+    ours.addHandler(logging.StreamHandler())
+    ours.setLevel(logging.INFO)
+
+
+@contextmanager
+def told_to_callers() -> Iterator[None]:
+    """Let a FewstepError through, since callers may read it; turn the unforeseen into InternalError.
+
+    The details of the latter go to the server's log alone. Being cancelled passes through as it is.
+    """
+    try:
+        yield
+    except FewstepError:
+        raise
+    # SystemExit ends coglet's event loop in an async predict() and leaves an async setup() starting for ever.
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        # In an empty context, because coglet hands a prediction's own log lines to its caller.
+        contextvars.Context().run(logger.error, "unforeseen error", exc_info=error)
+        raise InternalError() from None

@@ -1,0 +1,94 @@
+"""The miniature's VAE: SDXL's `AutoencoderKL`, eight times smaller each way, four latent channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from fewstep.miniature.pictures import Pixels
+from fewstep.training.loop import Schedule, optimise, step_generator
+
+CROP_PX = 64
+BATCH = 32
+KL_WEIGHT = 1e-4
+
+
+def make_vae() -> AutoencoderKL:
+    """An untrained VAE of 3.1 M parameters; no attention, so it decodes any size in linear time."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(24, 48, 96, 128),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=128,
+        mid_block_add_attention=False,
+        force_upcast=False,
+    )
+
+
+def reconstruction_loss(painted: Tensor, drawn: Tensor) -> Tensor:
+    """L1 + MSE + L1 of the image gradients, for flat colours with sharp edges; (N, 3, H, W) in [-1, 1]."""
+    error = painted - drawn
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    total: Tensor = error.abs().mean() + error.square().mean() + edges
+    return total
+
+
+def train_vae(pictures: Pixels, steps: int, checkpoint: Path, device: torch.device) -> AutoencoderKL:
+    """Train on random crops of drawn `pictures`; afterwards `config.scaling_factor` makes latents of unit
+    variance."""
+    torch.manual_seed(2)
+    vae = make_vae().to(device, memory_format=torch.channels_last)
+
+    def crops(step: int) -> Tensor:
+        generator = step_generator(2, step)
+        index = torch.randint(len(pictures), (BATCH,), generator=generator)
+        limit = pictures.shape[1] - CROP_PX + 1
+        corners = torch.randint(limit, (BATCH, 2), generator=generator).tolist()
+        rows = [
+            torch.from_numpy(pictures[i, y : y + CROP_PX, x : x + CROP_PX].copy())
+            for i, (y, x) in zip(index.tolist(), corners, strict=True)
+        ]
+        x = torch.stack(rows).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        return x.to(device, memory_format=torch.channels_last)
+
+    def loss(step: int) -> Tensor:
+        x = crops(step)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            painted = vae.decode(posterior.sample()).sample
+        kl: Tensor = posterior.kl().mean() / (CROP_PX // 8) ** 2  # per latent pixel
+        return reconstruction_loss(painted.float(), x) + KL_WEIGHT * kl
+
+    optimise("VAE", vae, loss, Schedule(steps, lr=2e-3, weight_decay=1e-4), checkpoint)
+    vae.eval().requires_grad_(False)
+    vae.register_to_config(scaling_factor=float(1.0 / encode(vae, pictures[:1024]).std()))
+    return vae
+
+
+@torch.inference_mode()
+def encode(vae: AutoencoderKL, pictures: Pixels) -> Tensor:
+    """uint8 (N, H, W, 3) -> unscaled latents (N, 4, H / 8, W / 8), fp32 on the CPU."""
+    latents = []
+    for start in range(0, len(pictures), 64):
+        x = torch.from_numpy(pictures[start : start + 64].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        x = x.to(vae.device, memory_format=torch.channels_last)
+        with torch.autocast(vae.device.type, dtype=torch.bfloat16):
+            latents.append(vae.encode(x).latent_dist.mean.float().cpu())
+    return torch.cat(latents)
+
+
+@torch.inference_mode()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Pixels:
+    """Unscaled latents -> uint8 (N, H, W, 3)."""
+    pictures = []
+    for part in torch.split(latents.to(vae.device), 64):
+        x = F.relu(vae.decode(part.to(vae.dtype)).sample.float() * 127.5 + 127.5)
+        pictures.append(x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
+    return torch.cat(pictures).numpy()

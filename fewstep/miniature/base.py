@@ -1,0 +1,200 @@
+"""The miniature's base: two CLIP text encoders and an SDXL UNet, trained together from nothing on drawn
+scenes."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from fewstep.miniature.scenes import Scene, all_scenes, caption
+from fewstep.training import consistency as cm
+from fewstep.training.distill import Batch, predict
+from fewstep.training.loop import Schedule, optimise, step_generator
+
+TOKENS = 48
+TEXT_WIDTH = 96
+UNPROMPTED_SHARE = 0.1
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """CLIP's byte-level BPE with merges learnt from the world's captions: every word of the world is one
+    token, and any other text falls apart into pieces and bytes."""
+    rng = random.Random(0)
+    words = [f"{caption(scene, rng)} {caption(scene, rng)}" for scene in all_scenes()[::3]]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(False)]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=3000, show_progress=False, end_of_word_suffix="</w>")
+    bpe.train_from_iterator(words, trainer)
+    learnt = json.loads(bpe.to_str())["model"]["merges"]
+    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in learnt]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False)
+    )
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    settings = {
+        **special,
+        "unk_token": "<|endoftext|>",
+        "model_max_length": TOKENS,
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def make_scheduler() -> EulerDiscreteScheduler:
+    """SDXL's noise schedule. The network predicts v, as SDXL's v-prediction fine-tunes do: at the first of
+    few steps z is almost pure noise, and x_0 from predicted noise would carry its error times sigma / alpha =
+    15."""
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+
+
+class Base(nn.Module):
+    """Everything of the miniature that is trained by the diffusion loss."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        text = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        self.tokenizer = tokenizer
+        self.text_encoder = CLIPTextModel(text)
+        self.text_encoder_2 = CLIPTextModelWithProjection(text)
+        self.unet = UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(64, 128, 192),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(2, 4, 6),
+            use_linear_projection=True,
+            cross_attention_dim=2 * TEXT_WIDTH,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=32,
+            projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 32,
+        )
+
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(N, TOKENS, 2 x TEXT_WIDTH) and (N, TEXT_WIDTH): SDXL's penultimate states of both encoders, and
+        the pooled projection of the second."""
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids.to(self.unet.device)
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+            one = self.text_encoder(tokens, output_hidden_states=True)
+            two = self.text_encoder_2(tokens, output_hidden_states=True)
+        states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+        return states.float(), two.text_embeds.float()
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Scaled latents (N, 4, H, W), fp16, of pictures of one shape, and what each shows."""
+
+    latents: Tensor
+    scenes: list[Scene]
+
+
+class Sampler:
+    """Draws training batches: mostly square, now and then one of SDXL's other shapes."""
+
+    def __init__(
+        self, base: Base, sets: Sequence[LatentSet], batch: int, seed: int, square_share: float = 0.85
+    ) -> None:
+        self.base, self.sets, self.batch, self.seed, self.square_share = base, sets, batch, seed, square_share
+
+    def __call__(self, step: int) -> Batch:
+        generator = step_generator(self.seed, step)
+        rng = random.Random(f"{self.seed} {step}")
+        square, *others = self.sets
+        chosen = rng.choice(others) if others and rng.random() > self.square_share else square
+        index = torch.randint(len(chosen.scenes), (self.batch,), generator=generator)
+        device = self.base.unet.device
+        latents = chosen.latents[index].float().to(device, memory_format=torch.channels_last)
+        prompts = [_with_strange_words(caption(chosen.scenes[i], rng), rng) for i in index.tolist()]
+        prompt_embeds, pooled = self.base.encode_prompts(prompts)
+        height, width = (8 * side for side in latents.shape[2:])
+        time_ids = torch.tensor(
+            [[height, width, 0, 0, height, width]] * self.batch, dtype=torch.float32, device=device
+        )
+        return Batch(latents, prompt_embeds, pooled, time_ids)
+
+
+def _with_strange_words(text: str, rng: random.Random) -> str:
+    """Now and then a word that means nothing, so that prompts with unknown words still paint the words that
+    are known."""
+    if rng.random() > 0.08:
+        return text
+    words = text.split(" ")
+    strange = "".join(rng.choices("abcdefghijklmnoprstuvwy", k=rng.randint(2, 7)))
+    words.insert(rng.randint(0, len(words)), strange)
+    return " ".join(words)
+
+
+def use_plain_attention(unet: UNet2DConditionModel) -> None:
+    """On a CPU, in bf16 and for these short sequences, the fused kernel's backward is a quarter of the whole
+    step."""
+    if unet.device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())
+
+
+def diffusion_loss(base: Base, batch: Batch, alphas_cumprod: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of v at stratified timesteps, one batch row in ten without its prompt."""
+    count, device = len(batch.latents), batch.latents.device
+    # Stratified, and leaning to noisy timesteps: there it is decided what the picture shows.
+    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    t = (u**0.8 * len(alphas_cumprod)).long().clamp(max=len(alphas_cumprod) - 1).to(device)
+    noise = torch.randn(batch.latents.shape, generator=generator).to(device)
+    kept = (torch.rand(count, generator=generator) >= UNPROMPTED_SHARE).to(device)
+    prompted = Batch(
+        batch.latents, batch.prompt_embeds * kept[:, None, None], batch.pooled * kept[:, None], batch.time_ids
+    )
+    alpha, sigma = (cm.spread(c, noise) for c in cm.signal_and_noise(alphas_cumprod, t))
+    output = predict(base.unet, alpha * batch.latents + sigma * noise, t, prompted)
+    return F.mse_loss(output, alpha * noise - sigma * batch.latents)
+
+
+def train_base(base: Base, sampler: Sampler, steps: int, checkpoint: Path) -> None:
+    """Train `base` in place; its text encoders learn from the same loss as its UNet."""
+    alphas_cumprod = make_scheduler().alphas_cumprod.to(base.unet.device)
+    use_plain_attention(base.unet)
+
+    def loss(step: int) -> Tensor:
+        return diffusion_loss(base, sampler(step), alphas_cumprod, step_generator(4, step))
+
+    optimise("base", base, loss, Schedule(steps, lr=1e-3, warmup=100), checkpoint)

@@ -1,0 +1,242 @@
+"""Train the miniature from nothing and write weights/miniature.
+
+    scripts/build-miniature                     all stages: about 100 minutes on two cores, minutes on a GPU
+    scripts/build-miniature --from lora         the earlier stages' results are taken from weights/miniature
+
+Stages: judge, vae, base, lora, scores. Each keeps a checkpoint in the work folder, so that an interrupted
+build goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from fewstep.miniature.autoencoder import encode, train_vae
+from fewstep.miniature.base import (
+    Base,
+    LatentSet,
+    Sampler,
+    make_scheduler,
+    make_tokenizer,
+    train_base,
+    use_plain_attention,
+)
+from fewstep.miniature.card import Facts, write_card
+from fewstep.miniature.judge import Judge, load_judge, train_judge
+from fewstep.miniature.pictures import cached_pictures, pick_scenes
+from fewstep.miniature.scenes import Scene, all_scenes, training_scenes
+from fewstep.miniature.scoring import SEEDS, score_all
+from fewstep.training.distill import LoraStudent, add_lora, distill_lora
+from fewstep.training.loop import Schedule
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("judge", "vae", "base", "lora", "scores")
+SQUARE = (128, 128)
+# SDXL's other training shapes, an eighth of their size: seen in every seventh batch.
+OTHER_SHAPES = ((144, 112), (112, 144), (152, 104), (104, 152), (168, 96), (96, 168), (192, 80), (80, 192))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything; the defaults are the committed miniature's."""
+
+    judge_pictures: int = 12_000
+    judge_steps: int = 800
+    vae_pictures: int = 12_000
+    vae_steps: int = 2_200  # 26 min on two cores; edges still sharpen slowly after that
+    base_pictures: int = 20_000
+    other_pictures: int = 400  # of each other shape
+    base_steps: int = 3_300
+    base_batch: int = 64
+    lora_steps: int = 1_100
+    lora_batch: int = 48
+    captions: int = 500
+
+
+# Guidance 2.5 to 4 for the teacher: below it forgets colours, above they burn.
+STUDENT = LoraStudent(rank=32, guidance=(1.5, 3.0))
+
+
+class Build:
+    """One build: every stage is a property that trains on first use, or loads what an earlier build has
+    left."""
+
+    def __init__(
+        self, weights: Path, work: Path, sizes: Sizes, device: torch.device, start: str = STAGES[0]
+    ) -> None:
+        self.weights, self.work, self.sizes, self.device = weights, work, sizes, device
+        self.kept = STAGES[: STAGES.index(start)]
+
+    @property
+    def judge_path(self) -> Path:
+        return self.weights / "judge" / "judge.safetensors"
+
+    @cached_property
+    def judge(self) -> Judge:
+        path = self.judge_path
+        if "judge" not in self.kept:
+            scenes = pick_scenes(all_scenes(), self.sizes.judge_pictures, seed=0)
+            pictures = cached_pictures(self.work / "judge-pictures.npy", scenes, 0, *SQUARE)
+            judge = train_judge(
+                pictures, scenes, self.sizes.judge_steps, self.work / "judge.safetensors", self.device
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({key: value.half().contiguous() for key, value in judge.state_dict().items()}, path)
+        return load_judge(path)
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        if "vae" not in self.kept:
+            scenes = pick_scenes([s for s in all_scenes() if not s.reserved], self.sizes.vae_pictures, seed=1)
+            pictures = cached_pictures(self.work / "vae-pictures.npy", scenes, 20_000_000, *SQUARE)
+            vae = train_vae(pictures, self.sizes.vae_steps, self.work / "vae.safetensors", self.device)
+            vae.half().save_pretrained(self.weights / "vae")
+        vae = AutoencoderKL.from_pretrained(self.weights / "vae").to(self.device)
+        return vae.eval().requires_grad_(False)
+
+    @cached_property
+    def latents(self) -> list[LatentSet]:
+        """What the base and the LoRA learn from: scaled latents of drawn scenes, square ones first."""
+        scenes = training_scenes()
+        sets = [self._latents(pick_scenes(scenes, self.sizes.base_pictures, seed=2), 40_000_000, SQUARE)]
+        for i, shape in enumerate(OTHER_SHAPES):
+            picked = pick_scenes(scenes, self.sizes.other_pictures, seed=3 + i)
+            sets.append(self._latents(picked, 60_000_000 + 1_000_000 * i, shape))
+        return sets
+
+    def _latents(self, scenes: list[Scene], seed: int, shape: tuple[int, int]) -> LatentSet:
+        name = f"{shape[0]}x{shape[1]}"
+        path = self.work / f"latents-{name}.safetensors"
+        if not path.exists():
+            pictures = cached_pictures(self.work / f"base-pictures-{name}.npy", scenes, seed, *shape)
+            latents = encode(self.vae, pictures) * self.vae.config.scaling_factor
+            save_file({"latents": latents.half().contiguous()}, path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
+        return LatentSet(load_file(path)["latents"], scenes)
+
+    @cached_property
+    def base(self) -> Base:
+        torch.manual_seed(3)
+        tokenizer = make_tokenizer(self.work / "tokenizer")
+        base = Base(tokenizer).to(self.device)
+        if "base" not in self.kept:
+            sampler = Sampler(base, self.latents, self.sizes.base_batch, seed=4)
+            base.unet.to(memory_format=torch.channels_last)
+            train_base(base, sampler, self.sizes.base_steps, self.work / "base.safetensors")
+            self._save_base(base)
+        folders = {"text_encoder": base.text_encoder, "text_encoder_2": base.text_encoder_2}
+        for name, module in folders.items():
+            _load(module, self.weights / name / "model.safetensors")
+        _load(base.unet, self.weights / "unet" / "diffusion_pytorch_model.safetensors")
+        return base.eval().requires_grad_(False)
+
+    def _save_base(self, base: Base) -> None:
+        """The diffusers folder, in fp16, with CLIP's tokenizer files as SDXL has them."""
+        diffusion = StableDiffusionXLPipeline(
+            vae=self.vae,
+            text_encoder=base.text_encoder,
+            text_encoder_2=base.text_encoder_2,
+            tokenizer=base.tokenizer,
+            tokenizer_2=base.tokenizer,
+            unet=base.unet,
+            scheduler=make_scheduler(),
+            force_zeros_for_empty_prompt=True,
+            add_watermarker=False,
+        )
+        diffusion.to(torch.float16).save_pretrained(self.weights)
+        diffusion.to(torch.float32)  # its modules are ours
+        for name in ("tokenizer", "tokenizer_2"):
+            shutil.rmtree(self.weights / name)
+            make_tokenizer(self.weights / name)
+
+    def train_lora(self, student: LoraStudent) -> None:
+        """Distil the base into weights/miniature/lcm_lora.safetensors."""
+        torch.manual_seed(6)
+        unet = self.base.unet.to(memory_format=torch.channels_last)
+        use_plain_attention(unet)
+        add_lora(unet, student)
+        sampler = Sampler(self.base, self.latents, self.sizes.lora_batch, seed=7)
+        scheduler = make_scheduler()
+        distill_lora(
+            unet,
+            torch.no_grad()(sampler),
+            scheduler.alphas_cumprod.to(self.device),
+            scheduler.config.prediction_type,
+            student,
+            Schedule(self.sizes.lora_steps, lr=1e-3, weight_decay=0.0, ema_decay=0.99),
+            self.work / "lora.safetensors",
+        )
+        layers = get_peft_model_state_dict(unet)
+        StableDiffusionXLPipeline.save_lora_weights(
+            self.weights,
+            unet_lora_layers={key: value.half().contiguous() for key, value in layers.items()},
+            weight_name="lcm_lora.safetensors",
+            unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+        )
+        unet.delete_adapters("default")
+
+    def facts(self, student: LoraStudent) -> Facts:
+        unet = self.base.unet
+        return Facts(
+            unet_parameters=sum(parameter.numel() for parameter in unet.parameters()),
+            unet_channels=tuple(unet.config.block_out_channels),
+            tokens=self.base.tokenizer.model_max_length,
+            sizes=asdict(self.sizes),
+            student=student,
+            judge_sha256=_sha256(self.judge_path),
+            captions=self.sizes.captions,
+            seeds=SEEDS,
+        )
+
+
+def _load(module: torch.nn.Module, path: Path) -> None:
+    module.load_state_dict({key: value.float() for key, value in load_file(path).items()}, strict=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--from", dest="start", choices=STAGES, default=STAGES[0], help="first stage to run")
+    parser.add_argument("--weights", type=Path, default=Path("weights/miniature"), help="the folder to write")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/miniature"), help="drawings, latents, checkpoints"
+    )
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(os.cpu_count() or 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    build_miniature(arguments.weights, arguments.work, Sizes(), device, arguments.start)
+
+
+def build_miniature(weights: Path, work: Path, sizes: Sizes, device: torch.device, start: str) -> None:
+    """Run the stages from `start` on; afterwards `weights` is whole, scored, and has its card and
+    manifest."""
+    build = Build(weights, work, sizes, device, start)
+    judge = build.judge  # first: it is frozen before anything that it judges is trained
+    if start != "scores":
+        build.train_lora(STUDENT)
+    facts = build.facts(STUDENT)
+    write_card(weights, facts, [])  # scoring loads the weights through their manifest
+    write_card(weights, facts, score_all(weights, judge, facts.captions, facts.seeds))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()

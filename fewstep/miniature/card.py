@@ -1,0 +1,85 @@
+"""The miniature's manifest and model card, written when it is trained and scored."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fewstep.miniature.scoring import Score, table
+from fewstep.training.distill import LoraStudent
+from fewstep.weights import write_manifest
+
+LICENCE = "Apache-2.0"
+
+_CARD = """\
+# The fewstep miniature
+
+SDXL's own classes at toy scale, trained from nothing by `scripts/build-miniature` on pictures that
+`fewstep/miniature/drawing.py` draws: two CLIP text encoders and their byte-level BPE tokenizers, a
+`UNet2DConditionModel` with text_time conditioning, an `AutoencoderKL`, and an LCM-LoRA distilled with PEFT.
+It exists to test, measure and show few-step sampling on any CPU in seconds. It is no general image model.
+
+**It paints** one object (house, tree, car, castle, balloon, mushroom, sailboat, rocket) in one of eight
+colours (red, orange, yellow, green, blue, purple, pink, white) on one of five grounds (meadow, desert, snow,
+lake, lavender field) before one of five backdrops (mountains, forest, city, hills, volcano), by day, at
+sunset, at night, in rain, in fog or under an aurora, on the left, in the middle or on the right, at 128 x 128
+px and SDXL's other shapes of that area. **It cannot paint** anything else: other words are taken in and
+ignored. Windmills and pyramids are known to the tokenizer, the VAE and the judge but were kept from the base
+model, for experiments that teach it something new.
+
+What differs from SDXL: size (UNet {unet:.1f} M parameters, {channels} channels, one layer a block), {tokens}
+tokens of text instead of 77, a VAE without mid attention, and a network that predicts v instead of noise, as
+SDXL's v-prediction fine-tunes do. The sizes of the training: {sizes}. LCM-LoRA: rank {rank}, w drawn from
+{low:g} to {high:g}, k = 20, pseudo-Huber loss. Licence: {licence}.
+
+## How well it follows prompts
+
+The judge (a classifier trained on drawings and their augmentations only, frozen before anything that it
+judges was trained, sha256 `{judge}`) looks at pictures of {captions} captions of combinations that the base
+never saw, {seeds} seeds each. Percent right per attribute, and of pictures with all six right, with 95 %
+intervals over the captions.
+
+{table}
+"""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the card and the manifest say of one build."""
+
+    unet_parameters: int
+    unet_channels: tuple[int, ...]
+    tokens: int
+    sizes: dict[str, int]
+    student: LoraStudent
+    judge_sha256: str
+    captions: int
+    seeds: int
+
+
+def write_card(weights: Path, facts: Facts, scores: list[Score]) -> None:
+    """weights/miniature/README.md and manifest.json."""
+    card = _CARD.format(
+        unet=facts.unet_parameters / 1e6,
+        channels="/".join(map(str, facts.unet_channels)),
+        tokens=facts.tokens,
+        sizes=", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in facts.sizes.items()),
+        rank=facts.student.rank,
+        low=facts.student.guidance[0],
+        high=facts.student.guidance[1],
+        licence=LICENCE,
+        judge=facts.judge_sha256,
+        captions=facts.captions,
+        seeds=facts.seeds,
+        table=table(scores),
+    )
+    (weights / "README.md").write_text(card)
+    extra = {"sizes": facts.sizes, "student": asdict(facts.student), "judge_sha256": facts.judge_sha256}
+    write_manifest(
+        weights,
+        model="miniature",
+        source="scripts/build-miniature",
+        revision="1",
+        licence=LICENCE,
+        extra={**extra, "scores": [asdict(score) for score in scores]},
+    )

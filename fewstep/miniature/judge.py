@@ -1,0 +1,137 @@
+"""The judge: a small classifier that reads a scene's six attributes back from the pixels.
+
+It is trained on drawings and their augmentations only, never on a painted picture, and frozen before anything
+that it judges is trained. Its hash stands in the miniature's manifest, so that scores of different days
+compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fewstep.miniature.pictures import Pixels
+from fewstep.miniature.scenes import ATTRIBUTES, Scene
+from fewstep.training.loop import Schedule, optimise, step_generator
+
+INPUT_PX = 96  # pictures of any size and shape are judged at 96 x 96
+
+
+class Judge(nn.Module):
+    """(N, 3, 96, 96) in [-1, 1] -> one row of logits per attribute."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        w = width
+        self.features = nn.Sequential(
+            *_block(3, w, stride=2),
+            *_block(w, 2 * w, stride=2),
+            *_block(2 * w, 3 * w, stride=2),
+            *_block(3 * w, 4 * w, stride=2),
+            *_block(4 * w, 4 * w, stride=1),
+        )
+        # Position matters (left, right; sky, ground), so the 6 x 6 map is kept, not averaged away.
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(4 * w * 36, 192), nn.SiLU())
+        self.logits = nn.ModuleDict(
+            {name: nn.Linear(192, len(values)) for name, values in ATTRIBUTES.items()}
+        )
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        hidden = self.head(self.features(pictures))
+        return [layer(hidden) for layer in self.logits.values()]
+
+
+def _block(channels: int, out: int, stride: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(channels, out, 3, stride, 1), nn.GroupNorm(8, out), nn.SiLU()
+
+
+def load_judge(path: Path) -> Judge:
+    """The frozen judge, in fp32 on the CPU."""
+    judge = Judge()
+    judge.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    return judge.eval().requires_grad_(False)
+
+
+def judge_input(pictures: Pixels | Sequence[Image.Image]) -> Tensor:
+    """uint8 (N, H, W, 3) or PIL images of one size -> (N, 3, 96, 96) in [-1, 1]."""
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return F.interpolate(x, (INPUT_PX, INPUT_PX), mode="bilinear", antialias=True)
+
+
+@torch.inference_mode()
+def read_attributes(judge: Judge, pictures: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.int64]:
+    """What the judge sees: indices into `ATTRIBUTES`, shape (N, 6)."""
+    rows = []
+    for start in range(0, len(pictures), 128):
+        logits = judge(judge_input(pictures[start : start + 128]))
+        rows.append(torch.stack([row.argmax(1) for row in logits], 1).numpy())
+    return np.concatenate(rows)
+
+
+def score(
+    judge: Judge, pictures: Pixels | Sequence[Image.Image], scenes: Sequence[Scene]
+) -> npt.NDArray[np.bool_]:
+    """Which attributes of which picture are right, bool (N, 6)."""
+    right: npt.NDArray[np.bool_] = read_attributes(judge, pictures) == [scene.labels for scene in scenes]
+    return right
+
+
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Damage (N, 3, H, W) as decoders and samplers do: blur, noise, wrong contrast and colour, small
+    shifts."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand((len(x), 1, 1, 1), generator=generator) * (high - low) + low
+
+    soft = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    x = torch.lerp(x, soft, uniform(-0.3, 1.0))  # below zero sharpens
+    small = F.interpolate(F.interpolate(x, scale_factor=0.5, mode="area"), x.shape[2:], mode="bilinear")
+    x = torch.where(uniform(0, 1) < 0.25, small, x)
+    grey = x.mean((1, 2, 3), keepdim=True)
+    x = (x - grey) * uniform(0.8, 1.2) + grey + uniform(-0.08, 0.08)
+    x = x + 0.05 * torch.randn((len(x), 3, 1, 1), generator=generator)
+    blotches = F.interpolate(
+        torch.randn((len(x), 3, 12, 12), generator=generator), x.shape[2:], mode="bilinear"
+    )
+    x = x + uniform(0, 0.12) * blotches + uniform(0, 0.12) * torch.randn(x.shape, generator=generator)
+    dx, dy = (int(v) for v in torch.randint(-3, 4, (2,), generator=generator))
+    return F.pad(x, (4, 4, 4, 4), mode="replicate")[
+        :, :, 4 + dy : -4 + dy or None, 4 + dx : -4 + dx or None
+    ].clamp(-1, 1)
+
+
+def train_judge(
+    pictures: Pixels, scenes: list[Scene], steps: int, checkpoint: Path, device: torch.device
+) -> Judge:
+    """Train on drawn `pictures` of `scenes`, two thirds of each batch augmented."""
+    torch.manual_seed(1)
+    judge = Judge().to(device)
+    labels = torch.tensor([scene.labels for scene in scenes], device=device)
+
+    def loss(step: int) -> Tensor:
+        generator = step_generator(1, step)
+        index = torch.randint(len(scenes), (96,), generator=generator).sort().values
+        x = judge_input(pictures[index.numpy()])
+        x = torch.cat([augment(x[:64], generator), x[64:]]).to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            logits = judge(x)
+        return sum(
+            (
+                F.cross_entropy(row.float(), labels[index, i], label_smoothing=0.02)
+                for i, row in enumerate(logits)
+            ),
+            torch.zeros((), device=device),
+        )
+
+    optimise("judge", judge, loss, Schedule(steps, lr=2e-3, ema_decay=0.99), checkpoint)
+    judge.float().cpu().eval().requires_grad_(False)
+    return judge

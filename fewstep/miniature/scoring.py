@@ -1,0 +1,185 @@
+"""How well the miniature follows prompts: the judge's table of every way to sample it, and its model card."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from fewstep.errors import FewstepError
+from fewstep.miniature.autoencoder import decode, encode
+from fewstep.miniature.drawing import draw
+from fewstep.miniature.judge import Judge, score
+from fewstep.miniature.pictures import draw_many
+from fewstep.miniature.scenes import ATTRIBUTES, Scene, caption, test_scenes
+from fewstep.models import get_model
+from fewstep.pipeline import Pipeline, load_pipeline
+from fewstep.request import Request
+from fewstep.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+TEACHER_STEPS, TEACHER_GUIDANCE = 50, 3.0
+SEEDS = 3
+BATCH = 25
+CAPTIONS_SEED = 11
+
+Painter = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One row of the table: shares of right answers in percent, with 95 % intervals over the captions."""
+
+    system: str
+    attributes: dict[str, float]
+    all_right: float
+    interval: float  # half its width, in points
+
+
+def held_out_captions(count: int) -> tuple[list[Scene], list[str]]:
+    """Held-out combinations and one complete caption of each, in many wordings, always the same ones."""
+    scenes, rng = test_scenes(count), random.Random(CAPTIONS_SEED)
+    return scenes, [caption(scene, rng, complete=True) for scene in scenes]
+
+
+def summarise(system: str, right: npt.NDArray[np.bool_]) -> Score:
+    """`right` is (captions, seeds, attributes); pictures of one caption are not independent, captions are."""
+    percent = 100 * right.mean((0, 1))
+    per_caption = 100 * right.all(2).mean(1)
+    interval = 1.96 * per_caption.std(ddof=1) / len(per_caption) ** 0.5
+    attributes = dict(zip(ATTRIBUTES, percent.tolist(), strict=True))
+    return Score(system, attributes, float(per_caption.mean()), float(interval))
+
+
+def score_painter(
+    system: str, paint: Painter, judge: Judge, scenes: list[Scene], prompts: list[str], seeds: int
+) -> Score:
+    """Paint every prompt with `seeds` seeds, in batches, and let the judge look."""
+    wishes = [(prompt, 1000 * i + s) for i, prompt in enumerate(prompts) for s in range(seeds)]
+    pictures: list[Image.Image] = []
+    for start in tqdm(range(0, len(wishes), BATCH), system, mininterval=5.0):
+        texts, numbers = zip(*wishes[start : start + BATCH], strict=True)
+        pictures += paint(texts, numbers)
+    right = score(judge, pictures, [scene for scene in scenes for _ in range(seeds)])
+    return summarise(system, right.reshape(len(scenes), seeds, -1))
+
+
+def few_step_painter(pipeline: Pipeline, steps: int) -> Painter:
+    """What users run: `Pipeline.generate`, unguided."""
+
+    def paint(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        wishes = [
+            Request.create(pipeline.spec, prompt=prompt, steps=steps, seed=seed)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        images: list[Image.Image] = []
+        for painting in pipeline.generate(wishes):
+            if isinstance(painting, FewstepError):
+                raise painting
+            images += painting.images
+        return images
+
+    return paint
+
+
+def ddim_painter(base: StableDiffusionXLPipeline, steps: int, guidance: float) -> Painter:
+    """The base without its LoRA, by diffusers' own SDXL pipeline with the DDIM scheduler; guidance 1 is
+    none."""
+    base.scheduler = DDIMScheduler.from_config(
+        base.scheduler.config, clip_sample=False, set_alpha_to_one=False
+    )
+    base.set_progress_bar_config(disable=True)
+
+    def paint(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        images = base(
+            list(prompts),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        ).images
+        return list(images)
+
+    return paint
+
+
+def load_base(folder: Path, device: torch.device) -> StableDiffusionXLPipeline:
+    """The base in bf16 where that is fast, without the LCM-LoRA."""
+    return StableDiffusionXLPipeline.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, add_watermarker=False
+    ).to(device)
+
+
+def score_all(weights: Path, judge: Judge, captions: int = 500, seeds: int = SEEDS) -> list[Score]:
+    """Every row of the model card's table."""
+    scenes, prompts = held_out_captions(captions)
+    pipeline = load_pipeline(
+        get_model("miniature"), Settings(weights_root=weights.parent, max_batch=BATCH, verify="size")
+    )
+    base = load_base(weights, pipeline.device)
+    drawn = np.stack([draw_many(scenes, 10**9 + 10**6 * s, 128, 128) for s in range(seeds)], 1)
+    flat = drawn.reshape(-1, *drawn.shape[2:])
+    repeated = [scene for scene in scenes for _ in range(seeds)]
+    shape = (len(scenes), seeds, -1)
+    scores = [
+        summarise("drawn pictures", score(judge, flat, repeated).reshape(shape)),
+        summarise("VAE's reconstruction", score(judge, reconstruct(base.vae, flat), repeated).reshape(shape)),
+    ]
+    painters = {
+        f"LCM-LoRA, {n} step{'s' if n > 1 else ''}, unguided": few_step_painter(pipeline, n)
+        for n in (1, 2, 4, 8)
+    }
+    for n in (2, 4):
+        painters[f"base, {n} DDIM steps, guidance {TEACHER_GUIDANCE:g}"] = ddim_painter(
+            base, n, TEACHER_GUIDANCE
+        )
+        painters[f"base, {n} DDIM steps, unguided"] = ddim_painter(base, n, 1.0)
+    teacher = f"base, {TEACHER_STEPS} DDIM steps, guidance {TEACHER_GUIDANCE:g} (the teacher)"
+    painters[teacher] = ddim_painter(base, TEACHER_STEPS, TEACHER_GUIDANCE)
+    for system, paint in painters.items():
+        scores.append(score_painter(system, paint, judge, scenes, prompts, seeds))
+        logger.info("%s: %.1f ± %.1f", system, scores[-1].all_right, scores[-1].interval)
+    return scores
+
+
+def reconstruct(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """uint8 (N, H, W, 3) through the VAE and back."""
+    return decode(vae, encode(vae, pictures))
+
+
+def table(scores: Sequence[Score]) -> str:
+    """The scores as Markdown."""
+    head = ["", *ATTRIBUTES, "**all right**"]
+    rows = [
+        [s.system, *(f"{v:.1f}" for v in s.attributes.values()), f"**{s.all_right:.1f}** ± {s.interval:.1f}"]
+        for s in scores
+    ]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def grid(pictures: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
+    """Pictures of one size on a white sheet, row by row."""
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
+    return sheet
+
+
+def comparison(pipeline: Pipeline, scenes: Sequence[Scene], prompts: Sequence[str]) -> Image.Image:
+    """Drawn pictures above what the LCM-LoRA paints of their captions in 1, 2, 4 and 8 steps."""
+    rows = [draw(scene, i) for i, scene in enumerate(scenes)]
+    for steps in (1, 2, 4, 8):
+        rows += few_step_painter(pipeline, steps)(prompts, range(len(prompts)))
+    return grid(rows, len(scenes))

@@ -1,0 +1,197 @@
+"""One caller's wish, checked once: whatever door it came through, a `Request` that exists can be painted."""
+
+import logging
+import math
+import secrets
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from fewstep.errors import InvalidRequest
+from fewstep.models import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+PROMPT_MAX_CHARS = 2000
+STEPS = (1, 8)
+GUIDANCE = (0.0, 20.0)
+# The LCM-LoRA has guidance distilled into it: more than this on top burns the picture.
+LCM_LORA_MAX_GUIDANCE = 4.0
+# 31 bits, because Cog's command line reads integers as 32 bits with a sign.
+SEED_MAX = 2**31 - 1
+NUM_OUTPUTS = (1, 4)
+SIDE = (64, 2048)
+QUALITY = (1, 100)
+FORMATS = ("webp", "jpg", "png")
+
+# SDXL's training sizes (width, height) under the names that people know, at a native size of 1024 px.
+BUCKETS_AT = 1024
+ASPECT_RATIOS: dict[str, tuple[int, int]] = {
+    "1:1": (1024, 1024),
+    "16:9": (1344, 768),
+    "9:16": (768, 1344),
+    "4:3": (1152, 896),
+    "3:4": (896, 1152),
+    "3:2": (1216, 832),
+    "2:3": (832, 1216),
+    "21:9": (1536, 640),
+    "9:21": (640, 1536),
+}
+ASPECT_CHOICES = ("auto", *ASPECT_RATIOS, "custom")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A checked wish with nothing left open: sizes in px are resolved and the seed is drawn.
+
+    Made by `create`; the constructor checks nothing.
+    """
+
+    prompt: str
+    negative_prompt: str
+    steps: int
+    guidance: float
+    guided: bool  # classifier-free guidance: two UNet evaluations a step, and negative_prompt counts
+    seed: int
+    num_outputs: int
+    width: int  # a multiple of 8, as is height: the VAE reduces by 8
+    height: int
+    output_format: str
+    output_quality: int
+
+    @classmethod
+    def create(
+        cls,
+        spec: ModelSpec,
+        *,
+        prompt: str,
+        steps: int = 4,
+        guidance: float | None = None,
+        seed: int | None = None,
+        negative_prompt: str = "",
+        num_outputs: int = 1,
+        aspect_ratio: str = "auto",
+        width: int | None = None,
+        height: int | None = None,
+        output_format: str = "webp",
+        output_quality: int = 90,
+    ) -> "Request":
+        """Check every input, types included, since coglet without a schema passes anything on.
+
+        Raises InvalidRequest whose sentence says what is allowed.
+        """
+        strength = _guidance(spec, guidance)
+        guided = not spec.embedded_guidance and strength > 1
+        size = _size(spec, aspect_ratio, width, height)
+        request = cls(
+            prompt=_prompt(prompt),
+            negative_prompt=_text("negative_prompt", negative_prompt),
+            steps=_whole("steps", steps, *STEPS),
+            guidance=strength,
+            guided=guided,
+            seed=secrets.randbits(31) if seed is None else _whole("seed", seed, 0, SEED_MAX),
+            num_outputs=_whole("num_outputs", num_outputs, *NUM_OUTPUTS),
+            width=size[0],
+            height=size[1],
+            output_format=_choice("output_format", output_format, FORMATS),
+            output_quality=_whole("output_quality", output_quality, *QUALITY),
+        )
+        if request.negative_prompt and not guided:
+            logger.warning(
+                "negative_prompt has no effect: guidance is %g, and it takes more than 1", strength
+            )
+        return request
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each picture; they count up and wrap to stay within 31 bits."""
+        return tuple((self.seed + i) % (SEED_MAX + 1) for i in range(self.num_outputs))
+
+    @property
+    def shape_key(self) -> Hashable:
+        """Requests with equal keys may share a forward pass: all that changes the computation but prompt,
+        seed and the value of guidance."""
+        return (self.width, self.height, self.steps, self.guided)
+
+
+def _shown(value: object) -> str:
+    """Numbers as they are, everything else by its type: an error never quotes free text."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"of type {type(value).__name__}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if abs(value) < 10**15 else "a number of more than 15 digits"
+
+
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    # JSON Schema counts 2.0 as an integer, and coglet then passes it on as a float.
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(whole, bool) or not isinstance(whole, int) or not low <= whole <= high:
+        raise InvalidRequest(f"{name} is {_shown(value)}; it must be a whole number from {low} to {high}")
+    return whole
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise InvalidRequest(f"{name} is not one of the choices; choose one of {', '.join(allowed)}")
+    return value
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name} is {_shown(value)}; it must be text")
+    if len(value) > PROMPT_MAX_CHARS:
+        raise InvalidRequest(
+            f"{name} has {len(value)} characters; at most {PROMPT_MAX_CHARS} are allowed, so shorten it"
+        )
+    # Neither can be kept: a file's metadata ends at a NUL, and half a surrogate pair has no UTF-8.
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise InvalidRequest(f"{name} holds a NUL or half of a surrogate pair; send it as plain Unicode text")
+    return value
+
+
+def _prompt(value: object) -> str:
+    prompt = _text("prompt", value)
+    if not prompt.strip():
+        raise InvalidRequest("prompt is empty; say in a few words what to paint")
+    return prompt
+
+
+def _guidance(spec: ModelSpec, value: object) -> float:
+    if value is None:
+        return spec.default_guidance
+    low, high = GUIDANCE
+    if spec.lcm_lora:
+        high = LCM_LORA_MAX_GUIDANCE
+    # NaN fails every comparison, so that it is refused here too.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        why = f", since {spec.name} has guidance built in" if spec.lcm_lora else ""
+        raise InvalidRequest(
+            f"guidance is {_shown(value)}; it must be a number from {low:g} to {high:g}{why}"
+        )
+    return float(value)
+
+
+def _size(spec: ModelSpec, aspect_ratio: object, width: object, height: object) -> tuple[int, int]:
+    aspect = _choice("aspect_ratio", aspect_ratio, ASPECT_CHOICES)
+    if aspect != "custom":
+        if width is not None or height is not None:
+            raise InvalidRequest(
+                "width and height go only with aspect_ratio=custom; set that, or leave them out"
+            )
+        bucket = ASPECT_RATIOS["1:1" if aspect == "auto" else aspect]
+        wide, high = (_to_multiple_of_8(side * spec.native_size / BUCKETS_AT) for side in bucket)
+        return wide, high
+    if width is None or height is None:
+        raise InvalidRequest("aspect_ratio=custom needs both width and height; give both, in px")
+    wide, high = (_to_multiple_of_8(_whole(*side, *SIDE)) for side in (("width", width), ("height", height)))
+    if wide * high > spec.max_pixels:
+        square = math.isqrt(spec.max_pixels)
+        raise InvalidRequest(
+            f"{wide}x{high} is {wide * high} px in all; {spec.name} paints at most {spec.max_pixels} px, "
+            f"such as {square}x{square}, so ask for a smaller size"
+        )
+    return wide, high
+
+
+def _to_multiple_of_8(side: float) -> int:
+    return math.floor(side / 8 + 0.5) * 8

@@ -1,0 +1,158 @@
+"""coglet, the server inside every Cog container, as our scripts and tests start it on a bare machine."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from fewstep.schema import write_schema
+
+ROOT = Path(__file__).resolve().parents[1]
+CONCURRENCY = 8  # as @cog.concurrent says in predict.py; the Cog CLI reads it there, coglet does not
+# Fixed within coglet: neither TMPDIR nor an argument moves it.
+COGLET_ROOT = Path("/tmp/coglet/predictions")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"}
+POLL_S = 0.05
+# coglet answers /health-check late while the model holds the interpreter; it gives up after 10 s itself.
+HEALTH_TIMEOUT_S = 12.0
+STOP_TIMEOUT_S = 10.0
+CODE_AND_SENTENCE = re.compile(r"\[[a-z_]+\] .*", re.DOTALL)
+
+
+class ServerFailed(Exception):
+    """The server did not come up; `str()` is the `[code] sentence` of setup() where there is one."""
+
+
+class Server:
+    """A coglet process in a process group of its own, and the requests that can be put to it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], host: str, port: int) -> None:
+        self.process = process
+        self.host = host
+        self.port = port
+
+    def wait_ready(self) -> None:
+        """Return once predictions are served; raise ServerFailed when they never will be."""
+        while True:
+            if self.process.poll() is not None:
+                raise ServerFailed(
+                    f"the server ended with status {self.process.returncode} before it was ready"
+                )
+            health = self._health()
+            if health.get("status") == "READY":
+                return
+            if health.get("status") == "SETUP_FAILED":
+                raise ServerFailed(code_and_sentence(health["setup"]["logs"]))
+            time.sleep(POLL_S)
+
+    def post(self, path: str, body: object, timeout_s: float | None = None) -> tuple[int, Any]:
+        """The status and the answer: parsed when it is JSON, otherwise text."""
+        return self._ask("POST", path, json.dumps(body), timeout_s)
+
+    def stop(self) -> None:
+        """End the server and its worker, kindly at first."""
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_TIMEOUT_S)
+        # The worker outlives the server by the moment in which it removes its files.
+        end = time.monotonic() + 1.0
+        with suppress(ProcessLookupError):
+            while time.monotonic() < end:
+                os.killpg(self.process.pid, 0)
+                time.sleep(0.01)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _health(self) -> dict[str, Any]:
+        try:
+            health: dict[str, Any] = self._ask("GET", "/health-check", None, HEALTH_TIMEOUT_S)[1]
+        except OSError:  # not listening yet
+            return {}
+        return health
+
+    def _ask(self, method: str, path: str, body: str | None, timeout_s: float | None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            text = response.read()
+        finally:
+            connection.close()
+        is_json = "json" in (response.getheader("Content-Type") or "")
+        return response.status, json.loads(text) if is_json else text.decode(errors="replace")
+
+
+@contextmanager
+def running_server(
+    *, port: int, host: str = "127.0.0.1", log: IO[bytes] | None = None, environ: Mapping[str, str]
+) -> Iterator[Server]:
+    """Start coglet with our Predictor and stop it at the end; it logs to `log`, or to our own stderr.
+
+    Raises ServerFailed when the port is taken. The server is not ready yet: see `Server.wait_ready`.
+    """
+    _require_free(host, port)
+    write_schema(ROOT / "predict.py", ROOT / ".cog" / "openapi_schema.json")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cog.server.http", "--host", host],
+        cwd=ROOT,
+        env=_environment(environ, port),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,  # Ctrl-C reaches us alone, and the worker can be ended with it
+    )
+    server = Server(process, "127.0.0.1" if host == "0.0.0.0" else host, port)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def code_and_sentence(text: str) -> str:
+    """`[code] sentence` out of what coglet writes around it; the whole text when there is none."""
+    found = CODE_AND_SENTENCE.search(text)
+    return found.group() if found else text
+
+
+def _require_free(host: str, port: int) -> None:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            reason = error.strerror
+            raise ServerFailed(
+                f"port {port} of {host} cannot be had ({reason}); set PORT to another"
+            ) from None
+
+
+def _environment(environ: Mapping[str, str], port: int) -> dict[str, str]:
+    return {
+        **OFFLINE,
+        "FEWSTEP_COGLET_ROOT": str(COGLET_ROOT),
+        "FEWSTEP_MODEL": "miniature",
+        "LOG_FORMAT": "console",
+        **environ,
+        # coglet starts its worker as plain `python`.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environ.get('PATH', os.defpath)}",
+        "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
+        "COG_MAX_CONCURRENCY": str(CONCURRENCY),
+        "PORT": str(port),
+    }

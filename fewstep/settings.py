@@ -1,0 +1,116 @@
+"""Everything that the environment decides, read in one place: `Settings.from_env()`."""
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fewstep.errors import SettingsError
+from fewstep.models import get_model
+
+logger = logging.getLogger(__name__)
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+VERIFY_MODES = ("sha256", "size")
+MAX_DEADLINE_S = 24 * 60 * 60
+MAX_BATCH_LIMIT = 64
+
+# Variables of the same family that scripts read, not Settings.
+_OF_SCRIPTS = {"FEWSTEP_TORCH_INDEX"}
+
+
+def _weights_of_repository() -> Path:
+    return Path(__file__).resolve().parents[1] / "weights"
+
+
+def _outputs_in_temporary_folder() -> Path:
+    return Path(tempfile.gettempdir()) / "fewstep-outputs"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How this server runs; "auto" is resolved when the model loads."""
+
+    model: str = "miniature"
+    weights_root: Path = field(default_factory=_weights_of_repository)
+    output_root: Path = field(default_factory=_outputs_in_temporary_folder)
+    device: str = "auto"
+    dtype: str = "auto"
+    verify: str = "sha256"
+    deadline_s: float = 120.0
+    max_batch: int = 8  # images in one forward pass
+    coglet_root: Path | None = None  # coglet's prediction folders, where a script of ours started it
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> "Settings":
+        """Read `environ` (the process's own by default); an empty variable counts as unset.
+
+        Raises SettingsError that names the variable and what it may hold. A FEWSTEP_* variable that nothing
+        reads is warned of, since a misspelt name would otherwise change nothing in silence.
+        """
+        read = _Reader(os.environ if environ is None else environ)
+        settings = cls(
+            model=get_model(read.text("FEWSTEP_MODEL", cls.model)).name,
+            weights_root=read.path("FEWSTEP_WEIGHTS", _weights_of_repository()),
+            output_root=read.path("FEWSTEP_OUTPUTS", _outputs_in_temporary_folder()),
+            device=read.choice("FEWSTEP_DEVICE", cls.device, DEVICES),
+            dtype=read.choice("FEWSTEP_DTYPE", cls.dtype, DTYPES),
+            verify=read.choice("FEWSTEP_VERIFY", cls.verify, VERIFY_MODES),
+            deadline_s=read.seconds("FEWSTEP_DEADLINE_S", cls.deadline_s, MAX_DEADLINE_S),
+            max_batch=read.whole("FEWSTEP_MAX_BATCH", cls.max_batch, MAX_BATCH_LIMIT),
+            coglet_root=read.optional_path("FEWSTEP_COGLET_ROOT"),
+        )
+        read.warn_of_the_rest()
+        return settings
+
+
+class _Reader:
+    """Reads variables one by one and remembers their names, so that those left over can be reported."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        self._known = set(_OF_SCRIPTS)
+
+    def text(self, name: str, default: str) -> str:
+        self._known.add(name)
+        return self._environ.get(name, "") or default
+
+    def path(self, name: str, default: Path) -> Path:
+        return Path(self.text(name, str(default))).absolute()
+
+    def optional_path(self, name: str) -> Path | None:
+        written = self.text(name, "")
+        return Path(written).absolute() if written else None
+
+    def choice(self, name: str, default: str, allowed: tuple[str, ...]) -> str:
+        value = self.text(name, default)
+        if value not in allowed:
+            raise SettingsError(f"{name} holds an unknown value; set it to one of {', '.join(allowed)}")
+        return value
+
+    def seconds(self, name: str, default: float, most: float) -> float:
+        try:
+            value = float(self.text(name, str(default)))
+        except ValueError:
+            value = math.nan
+        if not 0 < value <= most:
+            raise SettingsError(f"{name} must be a number of seconds above 0 and at most {most:g}")
+        return value
+
+    def whole(self, name: str, default: int, most: int) -> int:
+        try:
+            value = int(self.text(name, str(default)))
+        except ValueError:
+            value = 0
+        if not 1 <= value <= most:
+            raise SettingsError(f"{name} must be a whole number from 1 to {most}")
+        return value
+
+    def warn_of_the_rest(self) -> None:
+        for name in sorted(self._environ):
+            if name.startswith("FEWSTEP_") and name not in self._known:
+                logger.warning("%s is set, but fewstep reads no variable of that name", name)

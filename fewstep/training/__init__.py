@@ -1,0 +1,1 @@
+"""Training: the consistency maths, one training loop, distillation."""

@@ -1,0 +1,88 @@
+"""The consistency maths as pure functions on tensors.
+
+Symbols are those of Luo et al., "Latent Consistency Models" (arXiv 2310.04378, "LCM") and "LCM-LoRA"
+(2311.05556). Per-image coefficients have shape (N,) and are spread over (N, C, H, W) by `spread`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SIGMA_DATA = 0.5
+TIMESTEP_SCALING = 10.0
+
+
+def spread(coefficient: Tensor, like: Tensor) -> Tensor:
+    """(N,) -> (N, 1, 1, 1), ready to multiply `like`."""
+    return coefficient.reshape(-1, *(1,) * (like.ndim - 1)).to(like)
+
+
+def boundary_scalings(
+    t: Tensor, sigma_data: float = SIGMA_DATA, timestep_scaling: float = TIMESTEP_SCALING
+) -> tuple[Tensor, Tensor]:
+    """c_skip(t) and c_out(t), with c_skip(0) = 1 and c_out(0) = 0, so that f(x, 0) = x (LCM, section 4.1 and
+    appendix)."""
+    scaled = t * timestep_scaling
+    variance = scaled**2 + sigma_data**2
+    return sigma_data**2 / variance, scaled / variance**0.5
+
+
+def predicted_original(
+    output: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
+) -> Tensor:
+    """x_0 from what the network says of z_t = alpha x_0 + sigma noise (LCM, appendix "Different
+    Parameterizations")."""
+    if prediction_type == "epsilon":
+        return (z_t - sigma * output) / alpha
+    if prediction_type == "v_prediction":
+        return alpha * z_t - sigma * output
+    if prediction_type == "sample":
+        return output
+    raise ValueError(f"prediction_type is {prediction_type!r}; it must be epsilon, v_prediction or sample")
+
+
+def predicted_noise(
+    output: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
+) -> Tensor:
+    """The noise in z_t, from what the network says of it."""
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "v_prediction":
+        return alpha * output + sigma * z_t
+    if prediction_type == "sample":
+        return (z_t - alpha * output) / sigma
+    raise ValueError(f"prediction_type is {prediction_type!r}; it must be epsilon, v_prediction or sample")
+
+
+def guided_estimate(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
+    """(1 + w) conditional - w unconditional (LCM, equation 14); diffusers' guidance_scale is 1 + w."""
+    return conditional + spread(w, conditional) * (conditional - unconditional)
+
+
+def solver_timesteps(train_timesteps: int, solver_steps: int) -> Tensor:
+    """The `solver_steps` timesteps between which the teacher's ODE is solved, ascending: k - 1, 2k - 1, ...,
+    N - 1.
+
+    They are those from which `diffusers.LCMScheduler` picks its own when it samples.
+    """
+    k = train_timesteps // solver_steps
+    return torch.arange(1, solver_steps + 1) * k - 1
+
+
+def ddim_step(x_0: Tensor, noise: Tensor, alpha_prev: Tensor, sigma_prev: Tensor) -> Tensor:
+    """The DDIM solver's estimate of z at the earlier timestep, over a skip of any length (LCM, equation
+    13)."""
+    return alpha_prev * x_0 + sigma_prev * noise
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
+    """The mean of sqrt((a - b)^2 + c^2) - c: quadratic below c, linear above, so outliers weigh little."""
+    return (((a - b) ** 2 + c**2).sqrt() - c).mean()
+
+
+def signal_and_noise(alphas_cumprod: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha(t) and sigma(t), shape of `t`; t = -1 stands for clean data: (1, 0)."""
+    clean = t < 0
+    product = torch.where(clean, torch.ones_like(alphas_cumprod[0]), alphas_cumprod[t.clamp(min=0)])
+    return product.sqrt(), (1.0 - product).sqrt()

@@ -1,0 +1,174 @@
+"""Which files a model's folder must hold, byte for byte: write its manifest, read it, check the folder by it.
+
+A manifest is `manifest.json` at the top of `weights/<name>/`:
+
+    {"model": "sdxl", "files": [{"path", "size", "sha256", "source", "revision", "licence"}], "extra": {}}
+
+safetensors has no checksum: a file with flipped bytes loads without complaint, and only this check finds it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from fewstep.errors import WeightsError
+
+MANIFEST = "manifest.json"
+# Not listed in a manifest: itself, and the model card, whose words may change after training.
+_UNLISTED = (MANIFEST, "README.md")
+# Formats that run code when they are opened; a folder that holds one is refused.
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestFile:
+    """One file: where it lies in the folder, what it must be, and where it came from."""
+
+    path: str  # relative to the folder, with "/" between parts
+    size: int  # bytes
+    sha256: str
+    source: str
+    revision: str
+    licence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All files of one model's folder, sorted by path, and whatever else is to be recorded of it."""
+
+    model: str
+    files: tuple[ManifestFile, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def write_manifest(
+    folder: Path, *, model: str, source: str, revision: str, licence: str, extra: Mapping[str, Any]
+) -> Manifest:
+    """List every file below `folder` but hidden ones, README.md and the manifest itself, and write the list.
+
+    The manifest appears whole or not at all. `extra` must be JSON.
+    """
+    paths = sorted(path for path in _paths_below(folder) if not _hidden(path) and path not in _UNLISTED)
+    hashes = _hash_all([folder / path for path in paths])
+    files = tuple(
+        ManifestFile(path, (folder / path).stat().st_size, sha256, source, revision, licence)
+        for path, sha256 in zip(paths, hashes, strict=True)
+    )
+    manifest = Manifest(model, files, dict(extra))
+    unfinished = folder / f".{MANIFEST}.part"
+    unfinished.write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, folder / MANIFEST)
+    return manifest
+
+
+def read_manifest(folder: Path, *, remedy: str) -> Manifest:
+    """The manifest of `folder`. Raises WeightsError with the command `remedy` when there is no sound one."""
+    if not folder.is_dir():
+        raise WeightsError(f"weights/{folder.name} is missing; run: {remedy}")
+    try:
+        manifest = _parse((folder / MANIFEST).read_bytes())
+        _check_paths(folder, manifest)
+    except FileNotFoundError:
+        raise _damaged(folder, MANIFEST, "is missing", remedy) from None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        raise _damaged(folder, MANIFEST, "is not a sound manifest", remedy) from None
+    if manifest.model != folder.name:
+        raise _damaged(folder, MANIFEST, "is the manifest of another model", remedy)
+    return manifest
+
+
+def verify_weights(folder: Path, *, remedy: str, mode: Literal["sha256", "size"] = "sha256") -> Manifest:
+    """Check that `folder` holds what its manifest lists, and no weights besides.
+
+    "sha256" reads every byte, in threads; "size" looks only at sizes. Raises WeightsError that names the
+    first bad file, relative to the weights folder, and the command `remedy` that mends it.
+    """
+    manifest = read_manifest(folder, remedy=remedy)
+    for file in manifest.files:
+        _check_size(folder, file, remedy)
+    _check_strangers(folder, manifest, remedy)
+    if mode == "sha256":
+        _check_hashes(folder, manifest, remedy)
+    return manifest
+
+
+def _damaged(folder: Path, path: str, what: str, remedy: str) -> WeightsError:
+    return WeightsError(f"weights/{folder.name}/{path} {what}; run: {remedy}")
+
+
+def _parse(text: bytes) -> Manifest:
+    content = json.loads(text)
+    manifest = Manifest(
+        content["model"], tuple(ManifestFile(**file) for file in content["files"]), content["extra"]
+    )
+    paths = [file.path for file in manifest.files]
+    sound = (
+        isinstance(manifest.extra, dict)
+        and len(paths) == len(set(paths)) > 0
+        and all(paths)
+        and all(isinstance(file.size, int) for file in manifest.files)
+        and all(isinstance(file.sha256, str) and len(file.sha256) == 64 for file in manifest.files)
+    )
+    if not sound:
+        raise ValueError("a field has the wrong type, or a path is listed twice")
+    return manifest
+
+
+def _check_paths(folder: Path, manifest: Manifest) -> None:
+    inside = folder.resolve()
+    for file in manifest.files:
+        if not (folder / file.path).resolve().is_relative_to(inside):
+            raise ValueError("a path leads out of the folder")
+
+
+def _check_size(folder: Path, file: ManifestFile, remedy: str) -> None:
+    path = folder / file.path
+    if not path.is_file():
+        raise _damaged(folder, file.path, "is missing", remedy)
+    size = path.stat().st_size
+    if size != file.size:
+        raise _damaged(folder, file.path, f"has {size} bytes where {file.size} are expected", remedy)
+
+
+def _check_strangers(folder: Path, manifest: Manifest, remedy: str) -> None:
+    """A weights file that nobody listed might be loaded in place of one that was checked."""
+    listed = {file.path for file in manifest.files}
+    for path in sorted(_paths_below(folder)):
+        if path.lower().endswith(_PICKLED):
+            raise _damaged(folder, path, "is a pickle, which is never loaded; remove it, then", remedy)
+        if path.endswith(".safetensors") and path not in listed:
+            raise _damaged(folder, path, "is not in the manifest; remove it, then", remedy)
+
+
+def _check_hashes(folder: Path, manifest: Manifest, remedy: str) -> None:
+    try:
+        hashes = _hash_all([folder / file.path for file in manifest.files])
+    except OSError:
+        raise WeightsError(f"weights/{folder.name} holds a file that cannot be read; run: {remedy}") from None
+    for file, sha256 in zip(manifest.files, hashes, strict=True):
+        if sha256 != file.sha256:
+            what = f"is damaged: its sha256 is {sha256[:12]}..., where {file.sha256[:12]}... is expected"
+            raise _damaged(folder, file.path, what, remedy)
+
+
+def _hash_all(paths: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+        return list(threads.map(_sha256, paths))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _paths_below(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(path).parts)

@@ -1,0 +1,125 @@
+"""The Cog door: typed inputs become a Request, the Batcher paints it, and the files go back to Cog.
+
+`scripts/predict -i prompt="..."` runs this behind the server of a Cog container. Cog reads the inputs without
+running this file, so everything within Input(...) is a literal; a test holds them to fewstep/request.py.
+"""
+
+import asyncio
+import atexit
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import cog
+from cog import BasePredictor, Input, Path
+
+from fewstep.batching import Batcher
+from fewstep.door import check_cog, log_to_stderr, told_to_callers
+from fewstep.errors import FewstepError
+from fewstep.images import encode_image
+from fewstep.models import ModelSpec, get_model
+from fewstep.outputs import Outputs
+from fewstep.request import Request
+from fewstep.settings import Settings
+
+if TYPE_CHECKING:
+    from fewstep.pipeline import Painting, Pipeline
+
+logger = logging.getLogger("fewstep.predict")
+
+
+class Predictor(BasePredictor):
+    """One loaded model for all callers; everything that belongs to one request stays in predict()."""
+
+    spec: ModelSpec
+    outputs: Outputs
+    pipeline: "Pipeline"
+    batcher: "Batcher[Request, Painting | FewstepError]"
+
+    async def setup(self) -> None:  # type: ignore[override]  # coglet awaits it
+        """Load the model and paint once. Whatever fails ends the start with one sentence."""
+        log_to_stderr()
+        with told_to_callers():
+            check_cog()
+            settings = Settings.from_env()
+            self.spec = get_model(settings.model)
+            self.outputs = Outputs(settings.output_root, settings.coglet_root)
+            self.outputs.prepare()
+            atexit.register(self.outputs.remove_all)
+            self.batcher = Batcher(
+                lambda requests, stopped: self.pipeline.generate(requests, stopped),
+                max_images=lambda request: self.pipeline.max_images(request),
+                deadline_s=settings.deadline_s,
+            )
+            self.pipeline = await self.batcher.run(lambda: _load(self.spec, settings))
+            warm_up = Request.create(self.spec, prompt="warm up", steps=1, seed=0)
+            _unless_failed((await self.batcher.run(lambda: self.pipeline.generate([warm_up])))[0])
+
+    @cog.concurrent(max=8)
+    async def predict(
+        self,
+        prompt: str = Input(description="What to paint.", max_length=2000),
+        steps: int = Input(description="How many steps: 4 is the usual, 1 the fastest, 8 the finest.", default=4, ge=1, le=8),
+        guidance: float | None = Input(description="How strictly to follow the prompt. Empty or up to 1 is fastest; with an LCM-LoRA, 1 to 4 takes twice the work, makes negative_prompt count, and more is refused.", default=None, ge=0, le=20),
+        seed: int | None = Input(description="The same seed paints the same image; empty draws one, which is logged and among the metrics.", default=None, ge=0, le=2147483647),
+        negative_prompt: str = Input(description="What not to paint; counts only when guidance is above 1.", default="", max_length=2000),
+        num_outputs: int = Input(description="How many images; image i is painted with seed + i.", default=1, ge=1, le=4),
+        aspect_ratio: str = Input(description="The shape of the image; custom takes width and height.", default="auto", choices=["auto", "1:1", "16:9", "9:16", "4:3", "3:4", "3:2", "2:3", "21:9", "9:21", "custom"]),
+        width: int | None = Input(description="In pixels, with aspect_ratio custom only; rounded to a multiple of 8.", default=None, ge=64, le=2048),
+        height: int | None = Input(description="In pixels, with aspect_ratio custom only; rounded to a multiple of 8.", default=None, ge=64, le=2048),
+        output_format: str = Input(description="The type of the image files.", default="webp", choices=["webp", "jpg", "png"]),
+        output_quality: int = Input(description="Quality of webp and jpg files; png keeps every pixel as it is.", default=90, ge=1, le=100),
+    ) -> list[Path]:
+        """Paint; raises a FewstepError, which callers see as `[code] sentence`."""
+        try:
+            with told_to_callers():
+                request = Request.create(
+                    self.spec,
+                    prompt=prompt,
+                    steps=steps,
+                    guidance=guidance,
+                    seed=seed,
+                    negative_prompt=negative_prompt,
+                    num_outputs=num_outputs,
+                    aspect_ratio=aspect_ratio,
+                    width=width,
+                    height=height,
+                    output_format=output_format,
+                    output_quality=output_quality,
+                )
+                painting = _unless_failed(await self.batcher.submit(request))
+                files, encode_ms = await asyncio.to_thread(self._save, painting, request)
+                self._report(request, {**painting.metrics, "encode_ms": encode_ms})
+                return files
+        finally:
+            self.outputs.finish()
+
+    async def healthcheck(self) -> bool:
+        """Whether a request sent now would be painted."""
+        return self.batcher.healthy()
+
+    def _save(self, painting: "Painting", request: Request) -> tuple[list[Path], float]:
+        """The written files and the milliseconds that encoding took."""
+        began = time.perf_counter()
+        encoded = [encode_image(image, request.output_format, request.output_quality) for image in painting.images]
+        encode_ms = (time.perf_counter() - began) * 1000
+        return [Path(file) for file in self.outputs.write(encoded, request.output_format)], encode_ms
+
+    def _report(self, request: Request, timing: dict[str, int | float]) -> None:
+        known = {"seed": request.seed, "width": request.width, "height": request.height, "steps": request.steps}
+        for name, value in {**known, **timing}.items():
+            self.record_metric(name, round(value, 1) if isinstance(value, float) else value)
+        size = f"{request.width}x{request.height}"
+        logger.info("seed %d: painted %d of %s in %d steps", request.seed, request.num_outputs, size, request.steps)
+
+
+def _load(spec: ModelSpec, settings: Settings) -> "Pipeline":
+    from fewstep.pipeline import load_pipeline  # imports torch, which takes seconds
+
+    return load_pipeline(spec, settings)
+
+
+def _unless_failed(result: "Painting | FewstepError") -> "Painting":
+    if isinstance(result, FewstepError):
+        raise result
+    return result

@@ -1,0 +1,121 @@
+"""fewstep/commands/predict.py and serve.py: what they make of a command line before anything starts."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewstep.commands import predict, serve
+from fewstep.schema import make_schema
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = make_schema(ROOT / "tests" / "data" / "schema_sample.py")["components"]["schemas"]
+
+
+def convert(name: str, value: str) -> Any:
+    return predict.convert(name, value, SAMPLE["Input"]["properties"][name], SAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("steps", "4", 4),
+        ("steps", "99", 99),  # the server says what the range is
+        ("guidance", "1.5", 1.5),
+        ("prompt", "4", "4"),
+        ("prompt", "a=b", "a=b"),
+        ("aspect_ratio", "16:9", "16:9"),
+        ("disable_safety_checker", "True", True),
+        ("disable_safety_checker", "false", False),
+    ],
+)
+def test_values_become_the_types_of_the_schema(name: str, value: str, expected: object) -> None:
+    converted = convert(name, value)
+    assert converted == expected and type(converted) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("steps", "four", "a whole number"),
+        ("steps", "2.5", "a whole number"),
+        ("guidance", "much", "a number"),
+        ("disable_safety_checker", "1", "true or false"),
+        ("image", "@missing.png", "cannot read missing.png"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name: str, value: str, reason: str) -> None:
+    with pytest.raises(predict.Refused, match=reason):
+        convert(name, value)
+
+
+def test_a_file_is_a_data_url_for_a_file_input_and_text_for_any_other(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89")
+    (tmp_path / "a.txt").write_text("a red house\n")
+    assert convert("image", f"@{tmp_path}/a.png") == "data:image/png;base64,iQ=="
+    assert convert("prompt", f"@{tmp_path}/a.txt") == "a red house"
+
+
+def urls(*contents: bytes) -> list[str]:
+    return [f"data:image/webp;base64,{base64.b64encode(content).decode()}" for content in contents]
+
+
+def test_one_output_has_the_name_that_was_asked_for() -> None:
+    assert predict.name_files(urls(b"a"), Path("some/out.webp")) == [(Path("some/out.webp"), b"a")]
+
+
+def test_several_outputs_are_numbered_before_the_suffix_as_cog_does() -> None:
+    named = predict.name_files(urls(b"a", b"b"), Path("out.webp"))
+    assert named == [(Path("out.0.webp"), b"a"), (Path("out.1.webp"), b"b")]
+
+
+def test_a_name_without_a_suffix_gets_the_outputs() -> None:
+    assert predict.name_files(urls(b"a"), Path("output")) == [(Path("output.webp"), b"a")]
+
+
+def test_a_folder_as_target_holds_the_output(tmp_path: Path) -> None:
+    assert predict.check_target(str(tmp_path)) == tmp_path / "output"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["-i", "prompt=x", "-i", "stepz=4"], "no input 'stepz'; the inputs are prompt, steps, guidance"),
+        (["-i", "prompt"], "NAME=VALUE"),
+        (["-i", "prompt=x", "-i", "prompt=y"], "prompt is given twice"),
+        (["-i", "prompt=x", "-i", "steps=x"], "steps must be a whole number"),
+        (["-i", "prompt=x", "--json", "{}"], "not both"),
+        (["--json", "[1]"], "--json"),
+        (["--json", "missing.json"], "--json reads the inputs from missing.json"),
+        (["--json", '{"stepz": 4}'], "no input 'stepz'"),
+        (["-i", "prompt=x", "-o", "missing/out.webp"], "no folder missing"),
+    ],
+)
+def test_a_wrong_command_line_is_explained_before_anything_starts(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "running_server", None)
+    assert predict.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert reason in captured.err and captured.out == ""
+
+
+def test_json_gives_the_inputs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {"prompt": "x", "steps": 2}
+    (tmp_path / "inputs.json").write_text(json.dumps(inputs))
+    asked: list[object] = []
+    monkeypatch.setattr(predict, "_ask", lambda inputs: asked.append(inputs) or [])
+    for written in (f"@{tmp_path}/inputs.json", f"{tmp_path}/inputs.json", json.dumps(inputs)):
+        assert predict.main(["--json", written, "-o", str(tmp_path / "out.webp")]) == 0
+    assert asked == [inputs] * 3
+
+
+@pytest.mark.parametrize("port", ["x", "0", "65536", "-1"])
+def test_serve_refuses_a_port_that_is_none(
+    port: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PORT", port)
+    assert serve.main([]) == 1
+    assert "PORT must be" in capsys.readouterr().err

@@ -1,0 +1,80 @@
+"""predict.py as Cog reads it: its schema, and its literals against the limits that Request enforces."""
+
+import ast
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fewstep import request
+from fewstep.door import COG_VERSION
+from fewstep.schema import make_schema
+from fewstep.server import CONCURRENCY
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEMAS = make_schema(ROOT / "predict.py")["components"]["schemas"]
+INPUTS: dict[str, Any] = SCHEMAS["Input"]["properties"]
+
+
+def test_the_schema_is_the_golden_file() -> None:
+    golden = json.loads((ROOT / "tests" / "data" / "openapi_schema.json").read_text())
+    assert make_schema(ROOT / "predict.py") == golden, (
+        "predict.py's inputs changed; if that is meant: cp .cog/openapi_schema.json tests/data/"
+    )
+
+
+def test_ranges_are_those_of_request() -> None:
+    numbers = {name: entry for name, entry in INPUTS.items() if "minimum" in entry}
+    assert {name: (entry["minimum"], entry["maximum"]) for name, entry in numbers.items()} == {
+        "steps": request.STEPS,
+        "guidance": request.GUIDANCE,
+        "seed": (0, request.SEED_MAX),
+        "num_outputs": request.NUM_OUTPUTS,
+        "width": request.SIDE,
+        "height": request.SIDE,
+        "output_quality": request.QUALITY,
+    }
+    assert INPUTS["prompt"]["maxLength"] == request.PROMPT_MAX_CHARS
+    assert INPUTS["negative_prompt"]["maxLength"] == request.PROMPT_MAX_CHARS
+
+
+def test_choices_are_those_of_request() -> None:
+    assert tuple(SCHEMAS["aspect_ratio"]["enum"]) == request.ASPECT_CHOICES
+    assert tuple(SCHEMAS["output_format"]["enum"]) == request.FORMATS
+
+
+def test_inputs_and_defaults_are_those_of_request() -> None:
+    defaults = request.Request.create.__kwdefaults__
+    assert {name: entry["default"] for name, entry in INPUTS.items() if "default" in entry} == defaults
+    assert SCHEMAS["Input"]["required"] == ["prompt"]
+    assert all(entry["description"] for entry in INPUTS.values())
+
+
+def test_setup_takes_no_weights() -> None:
+    """Cog passes COG_WEIGHTS to a setup() that has such a parameter; ours come from the image."""
+    tree = ast.parse((ROOT / "predict.py").read_text())
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.AsyncFunctionDef)}
+    assert [argument.arg for argument in functions["setup"].args.args] == ["self"]
+    assert ast.unparse(functions["predict"].decorator_list[0]) == f"cog.concurrent(max={CONCURRENCY})"
+
+
+def test_versions_are_pinned_once_and_alike() -> None:
+    cog_yaml = yaml.safe_load((ROOT / "cog.yaml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert cog_yaml["build"]["sdk_version"] == COG_VERSION
+    assert project["optional-dependencies"]["serve"] == [f"cog=={COG_VERSION}", f"coglet=={COG_VERSION}"]
+    extras = [pin for extra in project["optional-dependencies"].values() for pin in extra]
+    assert all(pin.count("==") == 1 for pin in pins + extras)
+    assert not {"cog", "coglet"} & {pin.partition("==")[0] for pin in pins}  # Cog would strip them
+
+
+def test_cog_yaml_has_only_keys_that_cog_knows() -> None:
+    cog_yaml = yaml.safe_load((ROOT / "cog.yaml").read_text())
+    assert set(cog_yaml) == {"build", "environment", "predict"}
+    assert set(cog_yaml["build"]) == {"gpu", "cuda", "python_version", "python_requirements", "sdk_version"}
+    assert cog_yaml["predict"] == "predict.py:Predictor"
+    assert "FEWSTEP_MODEL=sdxl" in cog_yaml["environment"]

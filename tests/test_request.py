@@ -1,0 +1,286 @@
+import dataclasses
+import itertools
+import logging
+
+import pytest
+
+from fewstep.errors import InvalidRequest
+from fewstep.models import MODELS
+from fewstep.request import ASPECT_CHOICES, ASPECT_RATIOS, PROMPT_MAX_CHARS, SEED_MAX, Request
+
+SDXL = MODELS["sdxl"]
+MINIATURE = MODELS["miniature"]
+# More digits than Python is willing to print.
+HUGE = pytest.param(10**5000, id="huge")
+# The kind of model whose UNet takes guidance as an input.
+FULL_LCM = dataclasses.replace(
+    SDXL, name="full", default_guidance=8.0, embedded_guidance=True, lcm_lora=False
+)
+
+
+def create(spec=SDXL, **inputs):
+    return Request.create(spec, **({"prompt": "a red house", "seed": 7} | inputs))
+
+
+def refusal(spec=SDXL, **inputs):
+    with pytest.raises(InvalidRequest) as caught:
+        create(spec, **inputs)
+    return str(caught.value)
+
+
+def test_defaults_are_resolved():
+    request = create()
+
+    assert request == Request(
+        prompt="a red house",
+        negative_prompt="",
+        steps=4,
+        guidance=1.0,
+        guided=False,
+        seed=7,
+        num_outputs=1,
+        width=1024,
+        height=1024,
+        output_format="webp",
+        output_quality=90,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("steps", 1, 8), ("num_outputs", 1, 4), ("seed", 0, SEED_MAX), ("output_quality", 1, 100)],
+)
+def test_whole_numbers_are_taken_up_to_their_limits_and_no_further(name, low, high):
+    assert getattr(create(**{name: low}), name) == low
+    assert getattr(create(**{name: high}), name) == high
+    for bad in (low - 1, high + 1):
+        text = refusal(**{name: bad})
+        assert f"{name} is {bad}" in text
+        assert f"{low} to {high}" in text
+
+
+@pytest.mark.parametrize("name", ["steps", "num_outputs", "seed", "output_quality"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "4",
+        True,
+        2.5,
+        float("nan"),
+        float("inf"),
+        1e300,
+        2.0**64,
+        HUGE,
+        pytest.param(-(10**5000), id="-huge"),
+        [4],
+        {},
+        b"4",
+    ],
+)
+def test_whole_numbers_of_another_kind_are_refused(name, bad):
+    text = refusal(**{name: bad})
+
+    assert name in text
+    assert len(text) < 200
+
+
+@pytest.mark.parametrize("name", ["steps", "num_outputs", "output_quality"])
+def test_null_is_refused_where_a_number_is_needed(name):
+    assert "NoneType" in refusal(**{name: None})
+
+
+def test_an_integral_float_becomes_an_integer():
+    request = create(steps=2.0, seed=3.0, num_outputs=2.0)
+
+    assert (request.steps, request.seed, request.seeds) == (2, 3, (3, 4))
+    assert all(type(value) is int for value in (request.steps, request.seed, request.num_outputs))
+
+
+def test_prompt_may_be_long_strange_and_in_any_script_but_not_longer():
+    for prompt in ("x" * PROMPT_MAX_CHARS, "🏠" * 500, "дом у моря", "{}%s<img src=x>'; --", "a\nb\tc"):
+        assert create(prompt=prompt).prompt == prompt
+    assert "2001 characters; at most 2000" in refusal(prompt="x" * (PROMPT_MAX_CHARS + 1))
+    assert len(refusal(prompt="x" * 1_000_000)) < 200
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\n\t  ", "\u3000"])
+def test_a_prompt_without_words_is_refused(prompt):
+    assert "prompt is empty" in refusal(prompt=prompt)
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+@pytest.mark.parametrize("bad", [None, 5, ["a"], b"a", "a\0b", "a\ud83d", "\udc00"])
+def test_what_is_not_plain_text_is_refused(name, bad):
+    assert name in refusal(**{name: bad})
+
+
+@pytest.mark.parametrize("name", ["output_format", "aspect_ratio"])
+@pytest.mark.parametrize("bad", ["QQQ was cancelled", "WEBP ", None, 1, ["webp"]])
+def test_an_unknown_choice_lists_the_choices_and_quotes_nothing(name, bad):
+    text = refusal(**{name: bad})
+
+    assert ("webp, jpg, png" if name == "output_format" else ", ".join(ASPECT_CHOICES)) in text
+    assert "QQQ" not in text and "cancel" not in text
+
+
+def test_no_refusal_quotes_free_text():
+    bad = "QQQ cancelled"
+    names = [field.name for field in dataclasses.fields(Request) if field.name not in ("guided", "prompt")]
+    for name in names:
+        if name != "negative_prompt":
+            text = refusal(**{"aspect_ratio": "custom", "width": 512, "height": 512, name: bad})
+            assert "QQQ" not in text and "cancel" not in text
+
+
+def test_guidance_is_the_models_own_unless_given():
+    assert create(SDXL).guidance == 1.0
+    assert create(FULL_LCM).guidance == 8.0
+    assert create(SDXL, guidance=2).guidance == 2.0
+    assert type(create(SDXL, guidance=2).guidance) is float
+
+
+def test_guidance_above_4_is_refused_with_an_lcm_lora_only():
+    assert create(SDXL, guidance=4).guidance == 4.0
+    assert "from 0 to 4" in refusal(SDXL, guidance=4.01)
+    assert create(FULL_LCM, guidance=20).guidance == 20.0
+    assert "from 0 to 20" in refusal(FULL_LCM, guidance=20.5)
+
+
+@pytest.mark.parametrize("bad", ["2", True, -0.1, float("nan"), float("inf"), 10**400, 99, []])
+def test_bad_guidance_is_refused(bad):
+    assert "guidance" in refusal(guidance=bad)
+
+
+def test_guided_means_a_second_evaluation():
+    assert [create(SDXL, guidance=g).guided for g in (0, 0.5, 1, 1.01, 4)] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert [create(FULL_LCM, guidance=g).guided for g in (0, 1, 8)] == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("spec", "inputs", "warned"),
+    [
+        (SDXL, {"negative_prompt": "blur"}, True),
+        (SDXL, {"negative_prompt": "blur", "guidance": 1.5}, False),
+        (SDXL, {}, False),
+        (FULL_LCM, {"negative_prompt": "blur"}, True),
+    ],
+)
+def test_a_negative_prompt_without_effect_is_said_in_the_log(spec, inputs, warned, caplog):
+    with caplog.at_level(logging.WARNING, logger="fewstep"):
+        create(spec, **inputs)
+
+    assert ("no effect" in caplog.text) == warned
+    assert "blur" not in caplog.text
+
+
+def test_a_missing_seed_is_drawn_anew_each_time():
+    seeds = [create(seed=None).seed for _ in range(64)]
+
+    assert all(0 <= seed <= SEED_MAX for seed in seeds)
+    assert len(set(seeds)) == 64
+    assert max(seeds) >= 2**29  # 31 bits are drawn, not fewer: 64 seeds all below a quarter, one in 10**38
+
+
+def test_seeds_count_up_and_wrap():
+    assert create(seed=5, num_outputs=3).seeds == (5, 6, 7)
+    assert create(seed=SEED_MAX, num_outputs=3).seeds == (SEED_MAX, 0, 1)
+
+
+@pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("aspect", ASPECT_CHOICES[:-1])
+def test_sizes_by_name_fit_the_model_and_the_name(spec, aspect):
+    request = create(spec, aspect_ratio=aspect)
+
+    assert request.width % 8 == request.height % 8 == 0
+    assert request.width * request.height <= spec.max_pixels
+    assert request.width * request.height == pytest.approx(spec.native_size**2, rel=0.07)
+    wide, high = (1, 1) if aspect == "auto" else map(int, aspect.split(":"))
+    assert request.width / request.height == pytest.approx(wide / high, rel=0.05)
+
+
+def test_sizes_by_name_at_1024_and_128():
+    assert (create(SDXL, aspect_ratio="16:9").width, create(SDXL, aspect_ratio="16:9").height) == (1344, 768)
+    tall = create(MINIATURE, aspect_ratio="9:21")
+    assert (tall.width, tall.height) == (80, 192)
+
+
+def test_mirrored_names_are_mirrored_sizes():
+    for name, size in ASPECT_RATIOS.items():
+        assert ASPECT_RATIOS[":".join(reversed(name.split(":")))] == size[::-1]
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [(64, 64), (67, 64), (68, 72), (71, 72), (72.0, 72), (2047, 2048), (2048, 2048)]
+)
+def test_custom_sides_are_rounded_to_the_nearest_8(given, used):
+    request = create(aspect_ratio="custom", width=given, height=512)
+
+    assert (request.width, request.height) == (used, 512)
+
+
+@pytest.mark.parametrize("bad", [0, -64, 63, 2049, 100_000, "512", True, 512.5, float("nan"), HUGE])
+@pytest.mark.parametrize("name", ["width", "height"])
+def test_bad_custom_sides_are_refused(name, bad):
+    text = refusal(**({"aspect_ratio": "custom", "width": 512, "height": 512} | {name: bad}))
+
+    assert f"{name} is" in text and "64 to 2048" in text
+
+
+@pytest.mark.parametrize("inputs", [{"width": 512}, {"height": 512}, {}])
+def test_custom_needs_both_sides(inputs):
+    assert "both width and height" in refusal(aspect_ratio="custom", **inputs)
+
+
+@pytest.mark.parametrize("aspect", ["auto", "1:1", "16:9"])
+@pytest.mark.parametrize(
+    "inputs", [{"width": 512}, {"height": 512}, {"width": 0}, {"width": 512, "height": 512}]
+)
+def test_sides_without_custom_are_refused(aspect, inputs):
+    assert "aspect_ratio=custom" in refusal(aspect_ratio=aspect, **inputs)
+
+
+def test_too_many_pixels_are_refused_with_the_limit():
+    assert create(SDXL, aspect_ratio="custom", width=1536, height=1536).width == 1536
+    text = refusal(SDXL, aspect_ratio="custom", width=1544, height=1536)
+    assert "1544x1536" in text and "1536x1536" in text
+    assert create(MINIATURE, aspect_ratio="custom", width=256, height=256).height == 256
+    assert "256x256" in refusal(MINIATURE, aspect_ratio="custom", width=264, height=256)
+
+
+def test_pixels_are_counted_after_rounding():
+    assert "264x256" in refusal(MINIATURE, aspect_ratio="custom", width=260, height=256)
+    assert create(MINIATURE, aspect_ratio="custom", width=259, height=256).width == 256
+
+
+def test_shape_key_ignores_what_a_batch_may_mix():
+    mixable = [
+        {},
+        {"prompt": "another, much longer prompt"},
+        {"seed": 99},
+        {"num_outputs": 4},
+        {"output_format": "png", "output_quality": 3},
+        {"guidance": 0.3},
+        {"aspect_ratio": "1:1"},
+        {"aspect_ratio": "custom", "width": 1024, "height": 1024},
+    ]
+
+    assert len({create(**inputs).shape_key for inputs in mixable}) == 1
+    assert create(guidance=1.5).shape_key == create(guidance=4, negative_prompt="x").shape_key
+
+
+def test_shape_key_tells_apart_what_changes_the_computation():
+    different = [{}, {"steps": 5}, {"guidance": 1.5}, {"aspect_ratio": "4:3"}, {"aspect_ratio": "3:4"}]
+
+    for one, other in itertools.combinations(different, 2):
+        assert create(**one).shape_key != create(**other).shape_key
+
+
+def test_a_request_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        create().seed = 8

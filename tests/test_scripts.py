@@ -1,0 +1,82 @@
+"""The scripts as people run them, through to the file."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fewstep.server import free_port
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_script(name: str, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [ROOT / "scripts" / name, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PATH": path, **variables},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def test_predict_writes_the_file_and_prints_its_path_alone(tmp_path: Path) -> None:
+    done = run_script(
+        "predict",
+        "-i",
+        "prompt=a red house",
+        "-i",
+        "seed=7",
+        "-o",
+        "out.webp",
+        cwd=tmp_path,
+        TMPDIR=str(tmp_path),
+    )
+    assert (done.returncode, done.stdout) == (0, "out.webp\n"), done.stderr
+    assert (tmp_path / "out.webp").read_bytes()[:4] == b"RIFF"
+    assert "miniature" in done.stderr and "seed 7" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.webp"]
+
+
+def test_predict_tells_a_refusal_in_one_sentence_and_writes_nothing(tmp_path: Path) -> None:
+    done = run_script("predict", "-i", "prompt=x", "-i", "steps=9", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == (
+        "the server refused the inputs: steps: 9 is greater than the maximum of 8"
+    )
+    assert "server's log" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_serve_ends_with_the_reason_when_the_model_cannot_be_loaded(tmp_path: Path) -> None:
+    done = run_script("serve", cwd=tmp_path, PORT="0", FEWSTEP_MODEL="miniature")
+    assert done.returncode == 1
+    done = run_script("serve", cwd=tmp_path, PORT=str(free_port()), FEWSTEP_MODEL="nothing")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("[settings] FEWSTEP_MODEL")
+
+
+@pytest.mark.parametrize("name", ["predict", "serve"])
+def test_help_needs_no_environment(name: str, tmp_path: Path) -> None:
+    for part in ("scripts", "fewstep"):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    for part in ("predict.py", "pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / part, tmp_path)
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    (bare / "python3.11").symlink_to(Path(sys.base_prefix) / "bin" / "python3")
+    done = subprocess.run(
+        [tmp_path / "scripts" / name, "--help"],
+        env={"PATH": f"{bare}{os.pathsep}/usr/bin{os.pathsep}/bin"},
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+    assert done.returncode == 0 and f"usage: scripts/{name}" in done.stdout, done.stderr
+    assert not list(tmp_path.glob(".venv*"))

@@ -1,0 +1,104 @@
+import logging
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from fewstep.errors import SettingsError
+from fewstep.settings import Settings
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def test_nothing_set_gives_the_defaults():
+    settings = Settings.from_env({})
+
+    assert settings == Settings()
+    assert settings.model == "miniature"
+    assert settings.weights_root == REPOSITORY / "weights"
+    assert (settings.device, settings.dtype, settings.verify) == ("auto", "auto", "sha256")
+    assert (settings.deadline_s, settings.max_batch) == (120.0, 8)
+
+
+def test_every_field_is_read_from_the_environment(tmp_path):
+    environ = {
+        "FEWSTEP_MODEL": "sdxl",
+        "FEWSTEP_WEIGHTS": str(tmp_path / "w"),
+        "FEWSTEP_OUTPUTS": str(tmp_path / "o"),
+        "FEWSTEP_DEVICE": "cuda",
+        "FEWSTEP_DTYPE": "bf16",
+        "FEWSTEP_VERIFY": "size",
+        "FEWSTEP_DEADLINE_S": "7.5",
+        "FEWSTEP_MAX_BATCH": "3",
+    }
+
+    settings = Settings.from_env(environ)
+
+    assert settings == Settings("sdxl", tmp_path / "w", tmp_path / "o", "cuda", "bf16", "size", 7.5, 3)
+    untouched = [f.name for f in fields(Settings) if getattr(settings, f.name) == getattr(Settings(), f.name)]
+    assert untouched == []
+
+
+def test_the_process_environment_is_the_default(monkeypatch):
+    monkeypatch.setenv("FEWSTEP_MAX_BATCH", "5")
+
+    assert Settings.from_env().max_batch == 5
+
+
+def test_an_empty_variable_counts_as_unset():
+    assert (
+        Settings.from_env({"FEWSTEP_DEVICE": "", "FEWSTEP_MAX_BATCH": "", "FEWSTEP_WEIGHTS": ""})
+        == Settings()
+    )
+
+
+def test_a_relative_folder_is_fixed_when_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.from_env({"FEWSTEP_OUTPUTS": "out"})
+    monkeypatch.chdir("/")
+
+    assert settings.output_root == tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("FEWSTEP_MODEL", "qqq", "miniature"),
+        ("FEWSTEP_DEVICE", "qqq", "auto, cpu, cuda"),
+        ("FEWSTEP_DTYPE", "fp8-qqq", "auto, fp32, bf16, fp16"),
+        ("FEWSTEP_VERIFY", "qqq", "sha256, size"),
+        ("FEWSTEP_DEADLINE_S", "qqq", "above 0"),
+        ("FEWSTEP_DEADLINE_S", "0", "above 0"),
+        ("FEWSTEP_DEADLINE_S", "-1", "above 0"),
+        ("FEWSTEP_DEADLINE_S", "nan", "above 0"),
+        ("FEWSTEP_DEADLINE_S", "inf", "at most 86400"),
+        ("FEWSTEP_MAX_BATCH", "qqq", "1 to 64"),
+        ("FEWSTEP_MAX_BATCH", "0", "1 to 64"),
+        ("FEWSTEP_MAX_BATCH", "65", "1 to 64"),
+        ("FEWSTEP_MAX_BATCH", "2.5", "1 to 64"),
+    ],
+)
+def test_a_bad_value_is_refused_by_variable_and_choices(name, value, allowed):
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env({name: value})
+
+    assert name in str(caught.value)
+    assert allowed in str(caught.value)
+    assert "qqq" not in str(caught.value)
+
+
+def test_a_misspelt_variable_is_warned_of_by_name_only(caplog):
+    with caplog.at_level(logging.WARNING, logger="fewstep"):
+        Settings.from_env(
+            {"FEWSTEP_DEVISE": "a-secret", "FEWSTEP_TORCH_INDEX": "x", "OTHER": "y", "FEWSTEP_DEVICE": "cpu"}
+        )
+
+    assert [record.args for record in caplog.records] == [("FEWSTEP_DEVISE",)]
+    assert "a-secret" not in caplog.text
+
+
+def test_reading_settings_creates_nothing(tmp_path):
+    Settings.from_env({"FEWSTEP_OUTPUTS": str(tmp_path / "o"), "FEWSTEP_WEIGHTS": str(tmp_path / "w")})
+
+    assert os.listdir(tmp_path) == []
