@@ -173,9 +173,8 @@ class Batcher(Generic[R, T]):
             work.left = True
             with suppress(ValueError):  # not in the queue: its turn has come
                 self._queue.remove(work)
-        # An error that comes just after its caller left is never read, which asyncio would report as a fault.
-        if not work.future.cancel():
-            work.future.exception()
+        # Also when it is done: asyncio then does not report an error that its caller left without reading.
+        work.future.cancel()
 
     # All that follows runs on the model thread.
 

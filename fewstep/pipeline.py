@@ -69,7 +69,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     is not there. Nothing is fetched: what is not in the folder does not exist.
     """
     folder = settings.weights_root / spec.name
-    verify_weights(folder, remedy=spec.remedy, mode=settings.verify)
+    verify_weights(folder, remedy=spec.remedy, mode="size" if settings.verify == "size" else "sha256")
     device, dtype = _device_and_dtype(settings)
     diffusion = StableDiffusionXLPipeline.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, add_watermarker=False

@@ -117,6 +117,16 @@ def running_server(
         server.stop()
 
 
+def end_as_by_ctrl_c() -> None:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, so that whatever ends a script ends its server too."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+
+
 def free_port() -> int:
     """A loopback port that nobody listens on at this moment."""
     with socket.socket() as listener:

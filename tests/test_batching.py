@@ -208,6 +208,7 @@ def test_a_caller_that_leaves_the_queue_is_never_painted():
         leaver, stayer = await queued(batcher, wish(1), wish(2))
         leaver.cancel()
         await asyncio.wait([leaver])
+        assert len(batcher._queue) == 1
         model.gate.set()
         seeds = await seeds_of([first, stayer])
         await batcher.close()
@@ -451,6 +452,7 @@ def test_a_loop_that_closes_under_a_batch_harms_nobody_else(moment, monkeypatch)
     batcher = batcher_of(model)
     loop = asyncio.new_event_loop()
     task = loop.run_until_complete(held(model, batcher))
+    waiting = loop.run_until_complete(queued(batcher, wish(1)))
     if moment != "early":
         monkeypatch.setattr(loop, "is_closed", lambda: False)
     loop.close()  # without cancelling its tasks, as asyncio.run would
@@ -465,7 +467,9 @@ def test_a_loop_that_closes_under_a_batch_harms_nobody_else(moment, monkeypatch)
         return result.seed, healthy
 
     assert play(scene()) == (5, True)
-    assert not task.done()
+    assert not task.done() and not waiting[0].done()
+    if moment == "early":
+        assert model.batches == [[0], [5]]
 
 
 def test_an_error_on_its_way_to_a_caller_that_leaves_is_not_reported_as_forgotten():
@@ -491,6 +495,31 @@ def test_an_error_on_its_way_to_a_caller_that_leaves_is_not_reported_as_forgotte
         gc.collect()
         await asyncio.sleep(0)
         return cancelled
+
+    assert play(scene())
+    assert reports == []
+
+
+def test_a_result_that_reaches_the_loop_after_its_caller_left_is_dropped_in_silence(monkeypatch):
+    model = Model()
+    reports, on_their_way = [], []
+
+    async def scene():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: reports.append(context))
+        batcher = batcher_of(model)
+        task = await held(model, batcher)
+        deliver = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: on_their_way.append(call))
+        model.gate.set()
+        await until(lambda: on_their_way)
+        task.cancel()
+        await asyncio.wait([task])
+        monkeypatch.undo()
+        for call in on_their_way:
+            deliver(*call)
+        await batcher.close()
+        return task.cancelled()
 
     assert play(scene())
     assert reports == []
@@ -551,6 +580,7 @@ def test_close_finishes_what_waits_and_refuses_what_comes_later():
         tasks = await queued(batcher, wish(1), wish(2, steps=8))
         closing = asyncio.create_task(batcher.close())
         await asyncio.sleep(0)
+        assert not batcher.healthy()
         with pytest.raises(Stopped):
             await batcher.submit(wish(3))
         with pytest.raises(Stopped):

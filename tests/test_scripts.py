@@ -1,9 +1,12 @@
 """The scripts as people run them, through to the file."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,14 +14,15 @@ import pytest
 from fewstep.server import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
+# The Python that runs the tests has everything: with it first, the scripts make no environment.
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def run_script(name: str, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         [ROOT / "scripts" / name, *arguments],
         cwd=cwd,
-        env={**os.environ, "PATH": path, **variables},
+        env={**os.environ, "PATH": PATH, **variables},
         capture_output=True,
         text=True,
         timeout=100,
@@ -51,6 +55,33 @@ def test_predict_tells_a_refusal_in_one_sentence_and_writes_nothing(tmp_path: Pa
         "the server refused the inputs: steps: 9 is greater than the maximum of 8"
     )
     assert "server's log" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_predict_that_is_stopped_leaves_no_server_and_no_files(number: int, tmp_path: Path) -> None:
+    running = subprocess.Popen(
+        [ROOT / "scripts" / "predict", "-i", "prompt=x"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": PATH, "TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stderr is not None and "starting the server" in running.stderr.readline()
+    while not servers_with(tmp_path):
+        time.sleep(0.01)
+    running.send_signal(number)
+    assert running.wait(30) == 130
+    assert not servers_with(tmp_path) and list(tmp_path.iterdir()) == []
+
+
+def servers_with(folder: Path) -> list[str]:
+    """The processes that were given `folder` for their outputs."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"FEWSTEP_OUTPUTS={folder}".encode() in environ.read_bytes():
+                found.append(environ.parent.name)
+    return found
 
 
 def test_serve_ends_with_the_reason_when_the_model_cannot_be_loaded(tmp_path: Path) -> None:

@@ -31,11 +31,14 @@ def test_every_field_is_read_from_the_environment(tmp_path):
         "FEWSTEP_VERIFY": "size",
         "FEWSTEP_DEADLINE_S": "7.5",
         "FEWSTEP_MAX_BATCH": "3",
+        "FEWSTEP_COGLET_ROOT": str(tmp_path / "c"),
     }
 
     settings = Settings.from_env(environ)
 
-    assert settings == Settings("sdxl", tmp_path / "w", tmp_path / "o", "cuda", "bf16", "size", 7.5, 3)
+    assert settings == Settings(
+        "sdxl", tmp_path / "w", tmp_path / "o", "cuda", "bf16", "size", 7.5, 3, tmp_path / "c"
+    )
     untouched = [f.name for f in fields(Settings) if getattr(settings, f.name) == getattr(Settings(), f.name)]
     assert untouched == []
 
@@ -48,7 +51,9 @@ def test_the_process_environment_is_the_default(monkeypatch):
 
 def test_an_empty_variable_counts_as_unset():
     assert (
-        Settings.from_env({"FEWSTEP_DEVICE": "", "FEWSTEP_MAX_BATCH": "", "FEWSTEP_WEIGHTS": ""})
+        Settings.from_env(
+            {"FEWSTEP_DEVICE": "", "FEWSTEP_MAX_BATCH": "", "FEWSTEP_WEIGHTS": "", "FEWSTEP_COGLET_ROOT": ""}
+        )
         == Settings()
     )
 

@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.schema import make_schema
-from fewstep.server import ROOT, ServerFailed, code_and_sentence, free_port, running_server
+from fewstep.server import (
+    ROOT,
+    ServerFailed,
+    code_and_sentence,
+    end_as_by_ctrl_c,
+    free_port,
+    running_server,
+)
 
 Inputs = dict[str, Any]
 LONGEST_MESSAGE = 500
@@ -33,6 +40,7 @@ class Refused(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Paint as the command line says; 0 when every file is written."""
+    end_as_by_ctrl_c()
     properties, enumerations = _inputs_of_model()
     options = _parser(properties).parse_args(arguments)
     try:

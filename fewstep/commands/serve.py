@@ -6,11 +6,10 @@ coglet has no passwords, and a caller can have it fetch any address: do not give
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
-from fewstep.server import ServerFailed, running_server
+from fewstep.server import ServerFailed, end_as_by_ctrl_c, running_server
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end("PORT must be a number from 1 to 65535")
     if not os.environ.get("FEWSTEP_MODEL"):
         _say("model miniature, since FEWSTEP_MODEL is not set")
-    signal.signal(signal.SIGTERM, _stop)
+    end_as_by_ctrl_c()
     environ = os.environ if sys.stderr.isatty() else {"NO_COLOR": "1", **os.environ}
     try:
         with running_server(host=host, port=int(port), environ=environ) as server:
@@ -36,10 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end(str(error))
     except KeyboardInterrupt:
         return 0
-
-
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _end(sentence: str) -> int:

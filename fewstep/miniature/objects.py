@@ -7,17 +7,13 @@ from dataclasses import dataclass
 
 from PIL import ImageDraw
 
-Colour = tuple[int, int, int]
+from fewstep.miniature.canvas import Colour, mix
+
 Point = tuple[float, float]
 
 WOOD = (116, 78, 50)
 DARK = (52, 46, 58)
 CREAM = (250, 240, 214)
-
-
-def shade(colour: Sequence[float], towards: Sequence[float], amount: float) -> Colour:
-    """`colour` moved by `amount` (0..1) towards another."""
-    return tuple(round(a + (b - a) * amount) for a, b in zip(colour, towards, strict=True))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -40,18 +36,18 @@ class Brush:
 
     @property
     def shadow(self) -> Colour:
-        return shade(self.main, (24, 20, 56), 0.26)
+        return mix(self.main, (24, 20, 56), 0.26)
 
     @property
     def highlight(self) -> Colour:
-        return shade(self.main, (255, 255, 255), 0.34)
+        return mix(self.main, (255, 255, 255), 0.34)
 
     @property
     def window(self) -> Colour:
         return (255, 226, 120) if self.dark else (196, 226, 244)
 
     def lit(self, colour: Sequence[float]) -> Colour:
-        return shade(colour, self.tint, self.light)
+        return mix(colour, self.tint, self.light)
 
     def at(self, points: Sequence[Point]) -> list[Point]:
         return [(self.x + px * self.size, self.y - py * self.size) for px, py in points]
@@ -144,8 +140,8 @@ def draw_balloon(b: Brush) -> None:
 def draw_mushroom(b: Brush) -> None:
     stem = b.lit(CREAM)
     b.polygon([(-0.15, 0.0), (-0.1, 0.5), (0.1, 0.5), (0.16, 0.0)], stem)
-    b.polygon([(0.04, 0.0), (0.04, 0.5), (0.1, 0.5), (0.16, 0.0)], shade(stem, (90, 80, 110), 0.3))
-    b.ellipse(-0.48, 0.36, 0.48, 0.54, shade(stem, (90, 70, 80), 0.35))
+    b.polygon([(0.04, 0.0), (0.04, 0.5), (0.1, 0.5), (0.16, 0.0)], mix(stem, (90, 80, 110), 0.3))
+    b.ellipse(-0.48, 0.36, 0.48, 0.54, mix(stem, (90, 70, 80), 0.35))
     (x0, y0), (x1, y1) = b.at([(-0.5, 0.94), (0.5, 0.06)])
     b.pen.pieslice((x0, y0, x1, y1), 180, 360, fill=b.main)
     b.pen.pieslice((x0 + 0.62 * (x1 - x0), y0 + 0.13 * (y1 - y0), x1, y1), 270, 360, fill=b.shadow)

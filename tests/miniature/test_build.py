@@ -1,0 +1,72 @@
+"""The whole build at its smallest: all stages, resumed, and the folder that comes out paints."""
+
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from fewstep.miniature.base import TOKENS, make_tokenizer
+from fewstep.miniature.build import SQUARE, Build, Sizes
+from fewstep.miniature.card import write_card
+from fewstep.models import get_model
+from fewstep.pipeline import Painting, load_pipeline
+from fewstep.request import Request
+from fewstep.settings import Settings
+from fewstep.training.distill import LoraStudent
+
+TINY = Sizes(
+    judge_pictures=40,
+    judge_steps=1,
+    vae_pictures=40,
+    vae_steps=1,
+    base_pictures=24,
+    other_pictures=4,
+    base_steps=2,
+    base_batch=4,
+    lora_steps=2,
+    lora_batch=4,
+)
+STUDENT = LoraStudent(rank=32, guidance=(1.5, 3.0))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_all_stages_make_a_folder_that_paints(tmp_path):
+    weights, cpu = tmp_path / "weights" / "miniature", torch.device("cpu")
+    build = Build(weights, tmp_path / "work", TINY, cpu)
+    assert build.judge and build.latents[0].latents.shape[1:] == (4, SQUARE[1] // 8, SQUARE[0] // 8)
+    build.train_lora(STUDENT)
+    write_card(weights, build.facts(STUDENT), [])
+
+    spec = get_model("miniature")
+    pipeline = load_pipeline(spec, Settings(weights_root=weights.parent))
+    [painting] = pipeline.generate([Request.create(spec, prompt="a red house", seed=1)])
+    assert isinstance(painting, Painting)
+
+    # From the LoRA on, with everything before it taken from the folder.
+    again = Build(weights, tmp_path / "other-work", TINY, cpu, start="lora")
+    for name, value in build.base.unet.state_dict().items():
+        assert torch.equal(value, again.base.unet.state_dict()[name]), name
+    assert not (tmp_path / "other-work" / "base.safetensors").exists()
+
+
+def test_every_word_of_the_world_is_one_token(tokenizer):
+    words = "a red house in a meadow with mountains at sunset , on the left side".split(" ")
+    assert tokenizer.tokenize(" ".join(words)) == [f"{word}</w>" for word in words]
+
+
+@pytest.mark.parametrize("text", ["Zebra 42", "ünïcode 漢字 🦊", "{} <b> \\ \" '", "q" * 300, "\t \n x"])
+def test_any_text_is_accepted(tokenizer, text):
+    ids = tokenizer(text, padding="max_length", max_length=TOKENS, truncation=True).input_ids
+    assert len(ids) == TOKENS
+    assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id in ids
+    assert len(tokenizer) > max(ids)
+
+
+def test_the_tokenizer_is_made_the_same_every_time(tokenizer, tmp_path):
+    again = make_tokenizer(tmp_path / "again")
+    assert again.get_vocab() == tokenizer.get_vocab()

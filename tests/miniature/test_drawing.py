@@ -1,0 +1,40 @@
+"""Drawings: seeded, of any size, and of what the scene says."""
+
+import numpy as np
+import pytest
+
+from fewstep.miniature.drawing import PAINTS, PLACES, draw
+from fewstep.miniature.scenes import COLOURS, OBJECTS, Scene, all_scenes
+
+SCENE = Scene("car", "red", "snow", "hills", "day", "left")
+
+
+def pixels(scene: Scene, seed: int = 0, width: int = 128, height: int = 128) -> np.ndarray:
+    return np.asarray(draw(scene, seed, width, height)).astype(int)
+
+
+def test_a_seed_draws_one_picture_and_another_seed_another():
+    assert np.array_equal(pixels(SCENE, 1), pixels(SCENE, 1))
+    assert np.abs(pixels(SCENE, 1) - pixels(SCENE, 2)).mean() > 2
+
+
+@pytest.mark.parametrize("size", [(128, 128), (192, 80), (80, 192), (64, 64)])
+def test_any_size_is_drawn(size):
+    assert draw(SCENE, 0, *size).size == size
+
+
+def test_every_attribute_value_changes_the_picture():
+    for scene in all_scenes()[:: len(all_scenes()) // 60]:
+        assert pixels(scene).std() > 10
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("name", OBJECTS)
+def test_the_object_has_its_colour_and_stands_in_its_place(name, colour):
+    scene = Scene(name, colour, "lake" if colour in ("green", "white") else "meadow", "hills", "day", "right")
+    other = Scene(name, "blue" if colour == "orange" else "orange", *(scene.ground, "hills", "day", "right"))
+    near = np.abs(pixels(scene, 3) - PAINTS[colour]).max(2) < 40
+    far = np.abs(pixels(other, 3) - PAINTS[colour]).max(2) < 40
+    painted = near[40:120] & ~far[40:120]
+    assert painted.sum() > 150
+    assert abs(np.nonzero(painted)[1].mean() / 128 - PLACES["right"]) < 0.12

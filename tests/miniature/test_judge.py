@@ -1,0 +1,43 @@
+"""The judge: shapes, its reading of fresh drawings, and its robustness to small damage."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+from fewstep.miniature.judge import INPUT_PX, Judge, augment, judge_input, load_judge, score
+from fewstep.miniature.pictures import draw_many
+from fewstep.miniature.scenes import ATTRIBUTES, all_scenes, test_scenes
+from fewstep.settings import Settings
+
+JUDGE = Settings().weights_root / "miniature" / "judge" / "judge.safetensors"
+
+
+def test_it_answers_for_every_attribute():
+    logits = Judge()(torch.zeros(2, 3, INPUT_PX, INPUT_PX))
+    assert [tuple(row.shape) for row in logits] == [(2, len(values)) for values in ATTRIBUTES.values()]
+
+
+def test_augmentation_is_seeded_and_keeps_range_and_shape():
+    x = judge_input(draw_many(all_scenes()[:4], 0, 128, 128))
+    one, two = (augment(x, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(one, two)
+    assert one.shape == x.shape and one.abs().max() <= 1.0
+    assert not torch.equal(one, x)
+
+
+def test_the_committed_judge_reads_fresh_drawings_even_blurred():
+    judge = load_judge(JUDGE)
+    scenes = test_scenes(200, seed=3)
+    drawn = draw_many(scenes, 7 * 10**8, 128, 128)
+    blurred = [Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1)) for picture in drawn]
+    assert score(judge, drawn, scenes).all(1).mean() >= 0.99
+    assert score(judge, blurred, scenes).all(1).mean() >= 0.95
+
+
+def test_it_is_not_fooled_by_the_wrong_scene():
+    judge = load_judge(JUDGE)
+    scenes = test_scenes(60, seed=4)
+    drawn = draw_many(scenes, 0, 128, 128)
+    right = score(judge, drawn, scenes[1:] + scenes[:1])
+    assert right.all(1).mean() < 0.05
+    assert np.all(right.mean(0) < 0.7)

@@ -1,0 +1,194 @@
+"""The loaded miniature: what it paints depends on the request alone, and equals what diffusers' own pipeline
+paints."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import LCMScheduler, StableDiffusionXLPipeline
+
+from fewstep.errors import GenerationError, SettingsError, Stopped
+from fewstep.models import get_model
+from fewstep.pipeline import Painting, Pipeline, load_pipeline
+from fewstep.request import Request
+from fewstep.settings import Settings
+
+MINIATURE = get_model("miniature")
+MATES = (
+    "a blue car on the left",
+    "a white castle in the snow at night",
+    "a pink balloon",
+    "a green rocket in the rain",
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return load_pipeline(MINIATURE, Settings())
+
+
+def wish(
+    prompt: str = "a red house in a meadow with mountains at sunset", seed: int = 7, **inputs: object
+) -> Request:
+    return Request.create(MINIATURE, prompt=prompt, seed=seed, **inputs)
+
+
+def paint(pipeline: Pipeline, *requests: Request) -> list[list[np.ndarray]]:
+    paintings = pipeline.generate(requests)
+    assert all(isinstance(painting, Painting) for painting in paintings)
+    return [[np.asarray(image).astype(int) for image in painting.images] for painting in paintings]
+
+
+def batch_of(size: int, slot: int, request: Request, seed: int = 100) -> list[Request]:
+    """`request` in one slot, mates with other prompts and seeds in the others."""
+    mates = [wish(MATES[i % len(MATES)], seed + i, steps=request.steps) for i in range(size)]
+    mates[slot] = request
+    return mates
+
+
+def test_the_same_seed_paints_the_same_pixels_and_another_does_not(pipeline):
+    [[one]], [[again]] = paint(pipeline, wish()), paint(pipeline, wish())
+    [[other]] = paint(pipeline, wish(seed=8))
+    assert np.array_equal(one, again)
+    assert np.abs(one - other).mean() > 1
+
+
+def test_a_reloaded_model_paints_the_same_pixels(pipeline):
+    [[expected]] = paint(pipeline, wish())
+    [[found]] = paint(load_pipeline(MINIATURE, Settings()), wish())
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_at_one_batch_size_slot_and_mates_change_nothing(pipeline, size):
+    expected = paint(pipeline, *batch_of(size, 0, wish()))[0][0]
+    for slot in range(size):
+        found = paint(pipeline, *batch_of(size, slot, wish(), seed=1000 * slot))[slot][0]
+        assert np.array_equal(found, expected), f"slot {slot}"
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_alone_and_in_a_batch_differ_within_the_bound(pipeline, size):
+    for seed in range(3):
+        [[alone]] = paint(pipeline, wish(seed=seed))
+        together = paint(pipeline, *batch_of(size, size - 1, wish(seed=seed)))[-1][0]
+        difference = np.abs(alone - together)
+        assert difference.max() <= 1
+        assert (difference > 0).mean() <= 0.0005
+
+
+def test_guidance_of_each_image_is_its_own(pipeline):
+    mild, strong = wish(guidance=1.5), wish(guidance=3.5)
+    [[alone]] = paint(pipeline, strong)
+    _, [together] = paint(pipeline, mild, strong)
+    assert np.abs(alone - together).max() <= 1
+    [[other]] = paint(pipeline, mild)
+    assert np.abs(alone - other).max() > 1
+
+
+def test_image_i_has_seed_plus_i_and_seeds_wrap(pipeline):
+    last = 2**31 - 1
+    [several] = paint(pipeline, wish(seed=last, num_outputs=3))
+    for image, seed in zip(several, (last, 0, 1), strict=True):
+        [[alone]] = paint(pipeline, wish(seed=seed))
+        assert np.abs(image - alone).max() <= 1
+
+
+def test_a_request_larger_than_a_pass_is_painted_in_several(pipeline):
+    small = Pipeline(MINIATURE, pipeline.diffusion, max_batch=2)
+    [expected] = paint(pipeline, wish(num_outputs=4))
+    [found] = paint(small, wish(num_outputs=4))
+    assert len(found) == 4
+    assert max(np.abs(a - b).max() for a, b in zip(found, expected, strict=True)) <= 1
+
+
+def test_large_pictures_share_a_pass_with_fewer(pipeline):
+    assert pipeline.max_images(wish()) == pipeline.max_batch
+    big = wish(aspect_ratio="custom", width=256, height=256)
+    assert pipeline.max_images(big) < pipeline.max_batch
+    assert pipeline.max_images(replace(big, width=2048, height=2048)) == 1
+
+
+@pytest.mark.parametrize("aspect_ratio", ["1:1", "16:9", "2:3", "9:21"])
+def test_pictures_have_the_size_that_the_request_says(pipeline, aspect_ratio):
+    request = wish(aspect_ratio=aspect_ratio, steps=1)
+    [painting] = pipeline.generate([request])
+    assert painting.images[0].size == (request.width, request.height)
+
+
+def test_negative_prompt_counts_only_with_guidance(pipeline):
+    [[plain]] = paint(pipeline, wish())
+    [[unguided]] = paint(pipeline, wish(negative_prompt="mountains"))
+    [[guided]] = paint(pipeline, wish(guidance=2.0))
+    [[negative]] = paint(pipeline, wish(guidance=2.0, negative_prompt="mountains"))
+    assert np.array_equal(plain, unguided)
+    assert np.abs(guided - negative).mean() > 0.5
+
+
+@pytest.mark.parametrize(("steps", "guidance"), [(1, 1.0), (4, 1.0), (4, 2.5)])
+def test_it_paints_what_diffusers_own_pipeline_paints(pipeline, steps, guidance):
+    """The same weights and noise through `StableDiffusionXLPipeline.__call__` with `LCMScheduler`."""
+    theirs = StableDiffusionXLPipeline(**pipeline.diffusion.components, add_watermarker=False)
+    theirs.register_to_config(force_zeros_for_empty_prompt=True)
+    theirs.scheduler = LCMScheduler.from_config(pipeline.diffusion.scheduler.config)
+    theirs.set_progress_bar_config(disable=True)
+    request = wish(steps=steps, guidance=guidance)
+    expected = theirs(
+        request.prompt,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=128,
+        width=128,
+        generator=torch.Generator().manual_seed(request.seed),
+    ).images[0]
+    [[found]] = paint(pipeline, request)
+    assert np.abs(found - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_it_stops_before_the_next_step_when_nobody_waits(pipeline, monkeypatch):
+    calls = []
+    forward = pipeline.diffusion.unet.forward
+    monkeypatch.setattr(
+        pipeline.diffusion.unet, "forward", lambda *a, **k: (calls.append(1), forward(*a, **k))[1]
+    )
+    [[before]] = paint(pipeline, wish())
+    calls.clear()
+    with pytest.raises(Stopped):
+        pipeline.generate([wish(steps=8)], lambda: len(calls) >= 3)
+    assert len(calls) == 3
+    [[after]] = paint(pipeline, wish())
+    assert np.array_equal(before, after)
+
+
+def test_an_image_of_nans_fails_its_own_request_only(pipeline, monkeypatch):
+    decode = pipeline.diffusion.vae.decode
+    [[expected]] = paint(pipeline, wish(seed=2))
+
+    def spoil_the_first(latents: torch.Tensor) -> object:
+        latents = latents.clone()
+        latents[0] = float("nan")
+        return decode(latents)
+
+    monkeypatch.setattr(pipeline.diffusion.vae, "decode", spoil_the_first)
+    spoilt, sound = pipeline.generate([wish(seed=1), wish(seed=2)])
+    assert isinstance(spoilt, GenerationError)
+    assert np.abs(np.asarray(sound.images[0]).astype(int) - expected).max() <= 1
+
+
+def test_metrics_say_what_it_cost(pipeline):
+    one, two = pipeline.generate([wish(), wish(seed=1, num_outputs=2)])
+    assert one.metrics["batch_size"] == two.metrics["batch_size"] == 3
+    assert all(one.metrics[name] > 0 for name in ("text_ms", "steps_ms", "decode_ms"))
+
+
+def test_unknown_words_still_paint_the_known_ones(pipeline):
+    [[strange]] = paint(pipeline, wish("a red house, zxqv 漢字 🦊 !!"))
+    assert strange.std() > 10
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SettingsError, match="no CUDA device"):
+        load_pipeline(MINIATURE, Settings(device="cuda"))

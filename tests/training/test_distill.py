@@ -1,0 +1,116 @@
+"""Distillation on a real, small SDXL UNet: the loss's parts, what is trained, and that it learns."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from fewstep.training.consistency import solver_timesteps
+from fewstep.training.distill import Batch, LoraStudent, add_lora, consistency_loss, distill_lora, predict
+from fewstep.training.loop import Schedule
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        cross_attention_dim=12,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=8 + 24,
+    )
+
+
+@pytest.fixture
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    return Batch(
+        latents=torch.randn(4, 4, 8, 8, generator=generator),
+        prompt_embeds=torch.randn(4, 5, 12, generator=generator),
+        pooled=torch.randn(4, 8, generator=generator),
+        time_ids=torch.full((4, 6), 64.0),
+    )
+
+
+ALPHAS = torch.linspace(0.9995, 0.005, 1000)
+STUDENT = LoraStudent(rank=4, guidance=(2.0, 4.0))
+
+
+def loss_of(
+    unet: UNet2DConditionModel, batch: Batch, student: LoraStudent = STUDENT, seed: int = 0
+) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return consistency_loss(unet, batch, ALPHAS, "v_prediction", student, generator)
+
+
+def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(unet, batch):
+    t = torch.tensor([19, 259, 499, 999])
+    before = predict(unet, batch.latents, t, batch)
+    add_lora(unet, STUDENT)
+    assert torch.equal(predict(unet, batch.latents, t, batch), before)
+
+    loss_of(unet, batch).backward()
+
+    trained = [name for name, parameter in unet.named_parameters() if parameter.grad is not None]
+    assert trained and all("lora_" in name for name in trained)
+    convolutions = [name for name in trained if "conv1" in name or "samplers" in name]
+    assert convolutions, "the published LCM-LoRAs change convolutions too"
+
+
+def test_the_teacher_stays_the_same_while_the_student_learns(unet, batch, tmp_path):
+    add_lora(unet, STUDENT)
+    t = torch.tensor([19, 259, 499, 999])
+    unet.disable_adapters()
+    teacher = predict(unet, batch.latents, t, batch)
+    unet.enable_adapters()
+    before = torch.stack([loss_of(unet, batch, seed=seed).detach() for seed in range(6)]).mean()
+
+    schedule = Schedule(60, lr=3e-3, warmup=5, ema_decay=0.5)
+    distill_lora(
+        unet, lambda step: batch, ALPHAS, "v_prediction", STUDENT, schedule, tmp_path / "c.safetensors"
+    )
+
+    after = torch.stack([loss_of(unet, batch, seed=seed).detach() for seed in range(6)]).mean()
+    unet.disable_adapters()
+    assert torch.equal(predict(unet, batch.latents, t, batch), teacher)
+    assert after < 0.7 * before
+
+
+def test_the_target_gives_no_gradient_and_the_adapters_are_on_again(unet, batch):
+    add_lora(unet, STUDENT)
+    loss = loss_of(unet, batch)
+    assert loss.requires_grad
+    lora = next(parameter for name, parameter in unet.named_parameters() if "lora_B" in name)
+    with torch.no_grad():
+        lora.add_(0.1)
+    changed = predict(unet, batch.latents, torch.full((4,), 499), batch)
+    with torch.no_grad():
+        lora.sub_(0.1)
+    assert not torch.equal(changed, predict(unet, batch.latents, torch.full((4,), 499), batch))
+
+
+def test_the_first_solver_step_ends_at_clean_data(unet, batch, monkeypatch):
+    """At n = 0 the target is the solver's own estimate, not another pass of the network at a noisy
+    timestep."""
+    add_lora(unet, STUDENT)
+    seen: list[torch.Tensor] = []
+    forward = unet.forward
+    monkeypatch.setattr(unet, "forward", lambda z, t, *a, **k: (seen.append(t), forward(z, t, *a, **k))[1])
+    loss_of(unet, batch, LoraStudent(rank=4, solver_steps=1))
+    student, conditional, unconditional, target = seen
+    assert student.tolist() == conditional.tolist() == unconditional.tolist() == [999] * 4
+    assert target.tolist() == [0] * 4
+    assert solver_timesteps(1000, 1).tolist() == [999]
+
+
+def test_no_prompt_is_sdxls_zeroed_embedding(batch):
+    empty = batch.without_prompt()
+    assert not empty.prompt_embeds.any() and not empty.pooled.any()
+    assert torch.equal(empty.time_ids, batch.time_ids)
