@@ -71,28 +71,25 @@ class Predictor(BasePredictor):
         output_quality: int = Input(description="Quality of webp and jpg files; png keeps every pixel as it is.", default=90, ge=1, le=100),
     ) -> list[Path]:
         """Paint; raises a FewstepError, which callers see as `[code] sentence`."""
-        try:
-            with told_to_callers():
-                request = Request.create(
-                    self.spec,
-                    prompt=prompt,
-                    steps=steps,
-                    guidance=guidance,
-                    seed=seed,
-                    negative_prompt=negative_prompt,
-                    num_outputs=num_outputs,
-                    aspect_ratio=aspect_ratio,
-                    width=width,
-                    height=height,
-                    output_format=output_format,
-                    output_quality=output_quality,
-                )
-                painting = _unless_failed(await self.batcher.submit(request))
-                files, encode_ms = await asyncio.to_thread(self._save, painting, request)
-                self._report(request, {**painting.metrics, "encode_ms": encode_ms})
-                return files
-        finally:
-            self.outputs.finish()
+        with self.outputs.prediction(), told_to_callers():
+            request = Request.create(
+                self.spec,
+                prompt=prompt,
+                steps=steps,
+                guidance=guidance,
+                seed=seed,
+                negative_prompt=negative_prompt,
+                num_outputs=num_outputs,
+                aspect_ratio=aspect_ratio,
+                width=width,
+                height=height,
+                output_format=output_format,
+                output_quality=output_quality,
+            )
+            painting = _unless_failed(await self.batcher.submit(request))
+            files, encode_ms = await asyncio.to_thread(self._save, painting, request)
+            self._report(request, {**painting.metrics, "encode_ms": encode_ms})
+            return files
 
     async def healthcheck(self) -> bool:
         """Whether a request sent now would be painted."""

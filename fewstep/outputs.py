@@ -6,8 +6,8 @@ import shutil
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fewstep.errors import SettingsError
@@ -31,6 +31,7 @@ class Outputs:
         # Each in order of age, so that what is old stands first.
         self._files: deque[Path] = deque()
         self._folders: deque[Path] = deque()
+        self._running: set[Path] = set()
 
     def prepare(self) -> None:
         """Make the root and remove what an earlier server left in it; files of other names stay.
@@ -54,16 +55,30 @@ class Outputs:
             path.write_bytes(content)
         return paths
 
-    def finish(self) -> None:
-        """To be called within each prediction, however it ends."""
-        prediction = _prediction_id()
-        if self._coglet_root and prediction and PLAIN_ID.fullmatch(prediction):
-            self._folders.append(self._coglet_root / prediction)
-        self._remove(before=time.time() - KEEP_S)
+    @contextmanager
+    def prediction(self) -> Iterator[None]:
+        """Around each prediction: however it ends, what is old is removed then."""
+        folder = self._coglet_folder()
+        if folder:
+            self._running.add(folder)
+        try:
+            yield
+        finally:
+            if folder:
+                self._running.discard(folder)
+                self._folders.append(folder)
+            self._remove(before=time.time() - KEEP_S)
 
     def remove_all(self) -> None:
         """For the end of the server, when everything has been read."""
+        self._folders.extend(self._running)
         self._remove(before=float("inf"))
+
+    def _coglet_folder(self) -> Path | None:
+        prediction = _prediction_id()
+        if self._coglet_root is None or prediction is None or not PLAIN_ID.fullmatch(prediction):
+            return None
+        return self._coglet_root / prediction
 
     def _remove(self, before: float) -> None:
         for kept in (self._files, self._folders):

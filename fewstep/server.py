@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,7 +25,8 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DIFFUSERS_DI
 POLL_S = 0.05
 # coglet answers /health-check late while the model holds the interpreter; it gives up after 10 s itself.
 HEALTH_TIMEOUT_S = 12.0
-STOP_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 25.0
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CODE_AND_SENTENCE = re.compile(r"\[[a-z_]+\] .*", re.DOTALL)
 
 
@@ -59,18 +61,26 @@ class Server:
         return self._ask("POST", path, json.dumps(body), timeout_s)
 
     def stop(self) -> None:
-        """End the server and its worker, kindly at first."""
-        self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(STOP_TIMEOUT_S)
-        # The worker outlives the server by the moment in which it removes its files.
-        end = time.monotonic() + 1.0
-        with suppress(ProcessLookupError):
-            while time.monotonic() < end:
-                os.killpg(self.process.pid, 0)
+        """End the server and its worker: kindly at first, so that what is being painted is still answered."""
+        try:
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_TIMEOUT_S)
+            # The worker outlives the server by the moment in which it removes its files.
+            end = time.monotonic() + 1.0
+            while time.monotonic() < end and self._group_is_alive():
                 time.sleep(0.01)
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        finally:  # also when a second Ctrl-C says that this takes too long
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def _group_is_alive(self) -> bool:
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     def _health(self) -> dict[str, Any]:
         try:
@@ -101,20 +111,40 @@ def running_server(
     """
     _require_free(host, port)
     write_schema(ROOT / "predict.py", ROOT / ".cog" / "openapi_schema.json")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cog.server.http", "--host", host],
-        cwd=ROOT,
-        env=_environment(environ, port),
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,  # Ctrl-C reaches us alone, and the worker can be ended with it
-    )
-    server = Server(process, "127.0.0.1" if host == "0.0.0.0" else host, port)
+    server = None
     try:
+        with _interrupts_held():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "cog.server.http", "--host", host],
+                cwd=ROOT,
+                env=_environment(environ, port),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches us alone, and the worker can be ended with it
+            )
+            server = Server(process, "127.0.0.1" if host == "0.0.0.0" else host, port)
         yield server
     finally:
-        server.stop()
+        if server:
+            server.stop()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Put off interruptions: within Popen, one would leave behind a server that nobody knows of."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def end_as_by_ctrl_c() -> None:
@@ -123,8 +153,9 @@ def end_as_by_ctrl_c() -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    for number in INTERRUPTS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, interrupt)
 
 
 def free_port() -> int:

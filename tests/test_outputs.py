@@ -17,10 +17,13 @@ def age(path: Path, seconds: float = KEEP_S + 1) -> None:
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-def finish_as(outputs: Outputs, prediction: str) -> None:
-    context = contextvars.copy_context()
-    context.run(prediction_id.set, prediction)
-    context.run(outputs.finish)
+def predict_as(prediction: str, outputs: Outputs) -> None:
+    def run() -> None:
+        prediction_id.set(prediction)
+        with outputs.prediction():
+            pass
+
+    contextvars.copy_context().run(run)
 
 
 def test_files_keep_their_content_and_never_share_a_name(tmp_path: Path) -> None:
@@ -50,7 +53,7 @@ def test_a_finished_prediction_removes_what_is_old_and_keeps_what_is_not(tmp_pat
     [old] = outputs.write([b"old"], "png")
     [new] = outputs.write([b"new"], "png")
     age(old)
-    outputs.finish()
+    predict_as("another", outputs)
     assert list(tmp_path.iterdir()) == [new]
 
 
@@ -59,11 +62,11 @@ def test_coglets_folders_go_with_age_when_they_are_of_our_predictions(tmp_path: 
     for name in ("ours", "another-servers"):
         (tmp_path / "predictions" / name / "outputs").mkdir(parents=True)
     (tmp_path / "predictions" / "ours" / "outputs" / "spill.json").touch()
-    finish_as(outputs, "ours")
+    predict_as("ours", outputs)
     assert (tmp_path / "predictions" / "ours").exists()
     for path in (tmp_path / "predictions").iterdir():
         age(path)
-    outputs.finish()
+    predict_as("another", outputs)
     assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["another-servers"]
 
 
@@ -73,9 +76,26 @@ def test_an_id_that_is_a_path_removes_nothing(tmp_path: Path, prediction: str) -
     precious.mkdir()
     (tmp_path / "predictions").mkdir()
     outputs = Outputs(tmp_path / "outputs", tmp_path / "predictions")
-    finish_as(outputs, prediction.format(absolute=precious))
+    predict_as(prediction.format(absolute=precious), outputs)
     outputs.remove_all()
     assert precious.exists() and (tmp_path / "predictions").exists()
+
+
+def test_a_prediction_that_runs_keeps_its_folder_until_the_end(tmp_path: Path) -> None:
+    outputs = Outputs(tmp_path / "outputs", tmp_path)
+    folder = tmp_path / "long"
+    folder.mkdir()
+    age(folder)
+
+    def run() -> None:
+        prediction_id.set("long")
+        with outputs.prediction():
+            predict_as("short", outputs)
+            assert folder.exists()
+            outputs.remove_all()
+            assert not folder.exists()
+
+    contextvars.copy_context().run(run)
 
 
 def test_a_link_in_place_of_a_folder_is_not_followed(tmp_path: Path) -> None:
@@ -85,7 +105,7 @@ def test_a_link_in_place_of_a_folder_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions" / "link").symlink_to(precious)
     outputs = Outputs(tmp_path / "outputs", tmp_path / "predictions")
-    finish_as(outputs, "link")
+    predict_as("link", outputs)
     outputs.remove_all()
     assert (precious / "letter").exists()
 
@@ -102,5 +122,5 @@ def test_a_file_that_is_gone_already_does_not_stop_the_removal(tmp_path: Path) -
     gone, old = outputs.write([b"a", b"b"], "png")
     gone.unlink()
     age(old)
-    outputs.finish()
+    predict_as("another", outputs)
     assert list(tmp_path.iterdir()) == []

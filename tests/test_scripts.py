@@ -19,15 +19,21 @@ PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def run_script(name: str, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    running = subprocess.Popen(
         [ROOT / "scripts" / name, *arguments],
         cwd=cwd,
         env={**os.environ, "PATH": PATH, **variables},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=100,
-        check=False,
     )
+    try:
+        out, err = running.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        running.terminate()  # not kill: the script is to end its server
+        running.wait(30)
+        raise
+    return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
 
 def test_predict_writes_the_file_and_prints_its_path_alone(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         inputs = _read_inputs(options, properties, enumerations)
         target = check_target(options.output)
+        _follow_suffix(inputs, target, enumerations)
         outputs = _ask(inputs)
         for path, content in name_files(outputs, target):
             path.write_bytes(content)
@@ -158,6 +159,13 @@ def _read_file(path: Path, as_url: bool) -> str:
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         return f"data:{kind};base64,{base64.b64encode(content).decode()}"
     return content.decode(errors="replace").rstrip("\n")
+
+
+def _follow_suffix(inputs: Inputs, target: Path, enumerations: Inputs) -> None:
+    """Without an output_format, `-o picture.png` asks for a png."""
+    suffix = target.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
+    if suffix in enumerations["output_format"]["enum"]:
+        inputs.setdefault("output_format", suffix)
 
 
 def check_target(written: str | None) -> Path:

@@ -41,25 +41,12 @@ def reconstruction_loss(painted: Tensor, drawn: Tensor) -> Tensor:
 
 
 def train_vae(pictures: Pixels, steps: int, checkpoint: Path, device: torch.device) -> AutoencoderKL:
-    """Train on random crops of drawn `pictures`; afterwards `config.scaling_factor` makes latents of unit
-    variance."""
+    """Train on random crops of drawn `pictures`; `config.scaling_factor` then gives latents unit variance."""
     torch.manual_seed(2)
     vae = make_vae().to(device, memory_format=torch.channels_last)
 
-    def crops(step: int) -> Tensor:
-        generator = step_generator(2, step)
-        index = torch.randint(len(pictures), (BATCH,), generator=generator)
-        limit = pictures.shape[1] - CROP_PX + 1
-        corners = torch.randint(limit, (BATCH, 2), generator=generator).tolist()
-        rows = [
-            torch.from_numpy(pictures[i, y : y + CROP_PX, x : x + CROP_PX].copy())
-            for i, (y, x) in zip(index.tolist(), corners, strict=True)
-        ]
-        x = torch.stack(rows).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        return x.to(device, memory_format=torch.channels_last)
-
     def loss(step: int) -> Tensor:
-        x = crops(step)
+        x = _crops(pictures, step_generator(2, step), device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             painted = vae.decode(posterior.sample()).sample
@@ -70,6 +57,37 @@ def train_vae(pictures: Pixels, steps: int, checkpoint: Path, device: torch.devi
     vae.eval().requires_grad_(False)
     vae.register_to_config(scaling_factor=float(1.0 / encode(vae, pictures[:1024]).std()))
     return vae
+
+
+def sharpen_decoder(vae: AutoencoderKL, pictures: Pixels, steps: int, checkpoint: Path) -> None:
+    """Train the decoder alone, for what the finished encoder tells it: latents, and all that learnt from
+    them, stay as they are, and a step costs half of a whole one."""
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+
+    def loss(step: int) -> Tensor:
+        x = _crops(pictures, step_generator(8, step), vae.device)
+        with torch.autocast(vae.device.type, dtype=torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(x).latent_dist.mean
+            painted = vae.decode(latents).sample
+        return reconstruction_loss(painted.float(), x)
+
+    optimise("decoder", vae, loss, Schedule(steps, lr=1e-3, weight_decay=1e-4), checkpoint)
+    vae.requires_grad_(False)
+
+
+def _crops(pictures: Pixels, generator: torch.Generator, device: torch.device) -> Tensor:
+    """(BATCH, 3, CROP_PX, CROP_PX) in [-1, 1]."""
+    index = torch.randint(len(pictures), (BATCH,), generator=generator)
+    corners = torch.randint(pictures.shape[1] - CROP_PX + 1, (BATCH, 2), generator=generator)
+    rows = [
+        torch.from_numpy(pictures[i, y : y + CROP_PX, x : x + CROP_PX].copy())
+        for i, (y, x) in zip(index.tolist(), corners.tolist(), strict=True)
+    ]
+    x = torch.stack(rows).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return x.to(device, memory_format=torch.channels_last)
 
 
 @torch.inference_mode()

@@ -91,6 +91,7 @@ class Base(nn.Module):
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            attn_implementation="eager",  # faster than the fused kernel at this size; not saved
         )
         self.tokenizer = tokenizer
         self.text_encoder = CLIPTextModel(text)

@@ -1,0 +1,65 @@
+"""Paint the README's pictures: python -m fewstep.miniature.showcase docs"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from fewstep.miniature.scoring import ddim_painter, few_step_painter, load_base
+from fewstep.models import get_model
+from fewstep.pipeline import load_pipeline
+from fewstep.settings import Settings
+
+PROMPTS = (
+    "a red house in a meadow with mountains at sunset",
+    "a white sailboat on a lake with hills by day, on the right",
+    "an orange balloon in a lavender field with mountains under a blue sky",
+    "a purple castle in the snow in front of a forest at night",
+    "a yellow car in the desert near a volcano at dusk, on the left",
+    "a blue rocket on the sand with a city under the northern lights",
+    "a pink mushroom in a meadow with a forest in the rain",
+    "a green tree on a lake with a volcano at sunset, in the middle",
+    "a yellow balloon in the snow with mountains under an aurora, on the left",
+    "a white castle in a lavender field with hills at sunset",
+    "a blue house on the lake with a city at night, on the right",
+    "an orange sailboat in a meadow with a volcano on a sunny day",
+)
+COLUMNS = 6
+STEPS = (1, 2, 4, 8)
+BASE_STEPS = 4
+GUIDANCE = 3.0
+
+
+def grid(pictures: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
+    """Pictures of one size on a white sheet, row by row."""
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
+    return sheet
+
+
+def main() -> None:
+    """pictures.webp: all prompts in four steps. steps.webp: six of them by the base, then by the LCM-LoRA."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where pictures.webp and steps.webp go")
+    folder = parser.parse_args().folder
+    settings, spec = Settings(), get_model("miniature")
+    pipeline = load_pipeline(spec, settings)
+    seeds = range(len(PROMPTS))
+    grid(few_step_painter(pipeline, 4)(PROMPTS, seeds), COLUMNS).save(folder / "pictures.webp", quality=92)
+
+    base = load_base(settings.weights_root / spec.name, pipeline.device)
+    prompts, seeds = PROMPTS[:COLUMNS], range(COLUMNS)
+    rows = list(ddim_painter(base, BASE_STEPS, GUIDANCE)(prompts, seeds))
+    for steps in STEPS:
+        rows += few_step_painter(pipeline, steps)(prompts, seeds)
+    grid(rows, COLUMNS).save(folder / "steps.webp", quality=92)
+
+
+if __name__ == "__main__":
+    main()
