@@ -112,6 +112,30 @@ def test_json_gives_the_inputs_from_a_file(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [inputs] * 3
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "asked_for"),
+    [
+        ("out.png", {}, {"output_format": "png"}),
+        ("out.JPEG", {}, {"output_format": "jpg"}),
+        ("out.png", {"output_format": "webp"}, {"output_format": "webp"}),
+        ("out.tif", {}, {}),
+        ("out", {}, {}),
+    ],
+)
+def test_the_format_follows_the_suffix_unless_it_is_given(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    given: dict[str, str],
+    asked_for: dict[str, str],
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(predict, "_ask", lambda inputs: asked.append(inputs) or [])
+    inputs = {"prompt": "x", **given}
+    assert predict.main(["--json", json.dumps(inputs), "-o", str(tmp_path / name)]) == 0
+    assert asked == [{"prompt": "x", **asked_for}]
+
+
 @pytest.mark.parametrize("port", ["x", "0", "65536", "-1"])
 def test_serve_refuses_a_port_that_is_none(
     port: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

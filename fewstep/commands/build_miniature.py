@@ -11,7 +11,7 @@ import logging
 import os
 from pathlib import Path
 
-STAGES = ("judge", "vae", "base", "lora", "decoder", "scores")
+from fewstep.miniature import STAGES
 
 
 def main() -> None:

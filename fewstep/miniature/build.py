@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from fewstep.commands.build_miniature import STAGES
+from fewstep.miniature import STAGES
 from fewstep.miniature.autoencoder import encode, sharpen_decoder, train_vae
 from fewstep.miniature.base import (
     Base,
