@@ -108,7 +108,7 @@ def test_json_gives_the_inputs_from_a_file(tmp_path: Path, monkeypatch: pytest.M
     asked: list[object] = []
     monkeypatch.setattr(predict, "_ask", lambda inputs: asked.append(inputs) or [])
     for written in (f"@{tmp_path}/inputs.json", f"{tmp_path}/inputs.json", json.dumps(inputs)):
-        assert predict.main(["--json", written, "-o", str(tmp_path / "out.webp")]) == 0
+        assert predict.main(["--json", written, "-o", str(tmp_path / "out")]) == 0
     assert asked == [inputs] * 3
 
 
