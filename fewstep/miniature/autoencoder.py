@@ -59,25 +59,6 @@ def train_vae(pictures: Pixels, steps: int, checkpoint: Path, device: torch.devi
     return vae
 
 
-def sharpen_decoder(vae: AutoencoderKL, pictures: Pixels, steps: int, checkpoint: Path) -> None:
-    """Train the decoder alone, for what the finished encoder tells it: latents, and all that learnt from
-    them, stay as they are, and a step costs half of a whole one."""
-    vae.requires_grad_(False)
-    vae.decoder.requires_grad_(True)
-    vae.post_quant_conv.requires_grad_(True)
-
-    def loss(step: int) -> Tensor:
-        x = _crops(pictures, step_generator(8, step), vae.device)
-        with torch.autocast(vae.device.type, dtype=torch.bfloat16):
-            with torch.no_grad():
-                latents = vae.encode(x).latent_dist.mean
-            painted = vae.decode(latents).sample
-        return reconstruction_loss(painted.float(), x)
-
-    optimise("decoder", vae, loss, Schedule(steps, lr=1e-3, weight_decay=1e-4), checkpoint)
-    vae.requires_grad_(False)
-
-
 def _crops(pictures: Pixels, generator: torch.Generator, device: torch.device) -> Tensor:
     """(BATCH, 3, CROP_PX, CROP_PX) in [-1, 1]."""
     index = torch.randint(len(pictures), (BATCH,), generator=generator)

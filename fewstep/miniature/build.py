@@ -16,7 +16,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from fewstep.miniature import STAGES
-from fewstep.miniature.autoencoder import encode, sharpen_decoder, train_vae
+from fewstep.miniature.autoencoder import encode, train_vae
 from fewstep.miniature.base import (
     Base,
     LatentSet,
@@ -28,9 +28,9 @@ from fewstep.miniature.base import (
 )
 from fewstep.miniature.card import Facts, write_card
 from fewstep.miniature.judge import Judge, load_judge, train_judge
-from fewstep.miniature.pictures import Pixels, cached_pictures, pick_scenes
+from fewstep.miniature.pictures import cached_pictures, pick_scenes
 from fewstep.miniature.scenes import Scene, all_scenes, training_scenes
-from fewstep.miniature.scoring import SEEDS, score_all
+from fewstep.miniature.scoring import score_all
 from fewstep.training.distill import LoraStudent, add_lora, distill_lora
 from fewstep.training.loop import Schedule
 
@@ -49,14 +49,14 @@ class Sizes:
     judge_steps: int = 800
     vae_pictures: int = 12_000
     vae_steps: int = 2_200  # 26 min on two cores; edges still sharpen slowly after that
-    decoder_steps: int = 1_500
     base_pictures: int = 20_000
     other_pictures: int = 400  # of each other shape
     base_steps: int = 2_300
     base_batch: int = 64
-    lora_steps: int = 800
+    lora_steps: int = 330
     lora_batch: int = 48
     captions: int = 500
+    seeds: int = 3
 
 
 # Guidance 2.5 to 4 for the teacher: below it forgets colours, above they burn.
@@ -93,23 +93,12 @@ class Build:
     @cached_property
     def vae(self) -> AutoencoderKL:
         if "vae" not in self.kept:
-            checkpoint = self.work / "vae.safetensors"
-            vae = train_vae(self._vae_pictures(), self.sizes.vae_steps, checkpoint, self.device)
+            scenes = pick_scenes([s for s in all_scenes() if not s.reserved], self.sizes.vae_pictures, seed=1)
+            pictures = cached_pictures(self.work / "vae-pictures.npy", scenes, 20_000_000, *SQUARE)
+            vae = train_vae(pictures, self.sizes.vae_steps, self.work / "vae.safetensors", self.device)
             vae.half().save_pretrained(self.weights / "vae")
         vae = AutoencoderKL.from_pretrained(self.weights / "vae").to(self.device)
         return vae.eval().requires_grad_(False)
-
-    def _vae_pictures(self) -> Pixels:
-        scenes = pick_scenes([s for s in all_scenes() if not s.reserved], self.sizes.vae_pictures, seed=1)
-        return cached_pictures(self.work / "vae-pictures.npy", scenes, 20_000_000, *SQUARE)
-
-    def sharpen_decoder(self) -> None:
-        """Rewrite the VAE in the weights folder with a better decoder; nothing else depends on it."""
-        vae = self.vae.to(memory_format=torch.channels_last)
-        checkpoint = self.work / "decoder.safetensors"
-        sharpen_decoder(vae, self._vae_pictures(), self.sizes.decoder_steps, checkpoint)
-        vae.half().save_pretrained(self.weights / "vae")
-        vae.float()
 
     @cached_property
     def latents(self) -> list[LatentSet]:
@@ -180,7 +169,7 @@ class Build:
             scheduler.alphas_cumprod.to(self.device),
             scheduler.config.prediction_type,
             student,
-            Schedule(self.sizes.lora_steps, lr=1e-3, weight_decay=0.0, ema_decay=0.99),
+            Schedule(self.sizes.lora_steps, lr=2e-4, weight_decay=0.0, ema_decay=0.99),
             self.work / "lora.safetensors",
         )
         layers = get_peft_model_state_dict(unet)
@@ -202,7 +191,7 @@ class Build:
             student=student,
             judge_sha256=_sha256(self.judge_path),
             captions=self.sizes.captions,
-            seeds=SEEDS,
+            seeds=self.sizes.seeds,
         )
 
 
@@ -215,10 +204,8 @@ def build_miniature(weights: Path, work: Path, sizes: Sizes, device: torch.devic
     manifest."""
     build = Build(weights, work, sizes, device, start)
     judge = build.judge  # first: it is frozen before anything that it judges is trained
-    if start not in ("decoder", "scores"):
-        build.train_lora(STUDENT)
     if start != "scores":
-        build.sharpen_decoder()
+        build.train_lora(STUDENT)
     facts = build.facts(STUDENT)
     write_card(weights, facts, [])  # scoring loads the weights through their manifest
     write_card(weights, facts, score_all(weights, judge, facts.captions, facts.seeds))

@@ -36,7 +36,7 @@ SDXL's v-prediction fine-tunes do. The sizes of the training: {sizes}. LCM-LoRA:
 
 The judge (a classifier trained on drawings and their augmentations only, frozen before anything that it
 judges was trained, sha256 `{judge}`) looks at pictures of {captions} captions of combinations that the base
-never saw, {seeds} seeds each. Percent right per attribute, and of pictures with all six right, with 95 %
+never saw, seeds each: {seeds}. Percent right per attribute, and of pictures with all six right, with 95 %
 intervals over the captions.
 
 {table}

@@ -28,7 +28,6 @@ from fewstep.settings import Settings
 logger = logging.getLogger(__name__)
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 50, 3.0
-SEEDS = 3
 BATCH = 25
 CAPTIONS_SEED = 11
 
@@ -120,7 +119,7 @@ def load_base(folder: Path, device: torch.device) -> StableDiffusionXLPipeline:
     ).to(device)
 
 
-def score_all(weights: Path, judge: Judge, captions: int = 500, seeds: int = SEEDS) -> list[Score]:
+def score_all(weights: Path, judge: Judge, captions: int, seeds: int) -> list[Score]:
     """Every row of the model card's table."""
     scenes, prompts = held_out_captions(captions)
     pipeline = load_pipeline(

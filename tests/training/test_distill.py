@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from fewstep.training import distill
 from fewstep.training.consistency import solver_timesteps
 from fewstep.training.distill import Batch, LoraStudent, add_lora, consistency_loss, distill_lora, predict
 from fewstep.training.loop import Schedule
@@ -64,20 +65,22 @@ def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(unet, batch):
     assert convolutions, "the published LCM-LoRAs change convolutions too"
 
 
-def test_the_teacher_stays_the_same_while_the_student_learns(unet, batch, tmp_path):
+def test_the_student_learns_and_the_teacher_stays_as_it_is(unet, batch, tmp_path, monkeypatch):
+    # The same draw at every step: on a network of random weights only that shows learning within seconds.
+    monkeypatch.setattr(distill, "step_generator", lambda seed, step: torch.Generator().manual_seed(0))
     add_lora(unet, STUDENT)
     t = torch.tensor([19, 259, 499, 999])
     unet.disable_adapters()
     teacher = predict(unet, batch.latents, t, batch)
     unet.enable_adapters()
-    before = torch.stack([loss_of(unet, batch, seed=seed).detach() for seed in range(6)]).mean()
+    before = loss_of(unet, batch).item()
 
-    schedule = Schedule(60, lr=3e-3, warmup=5, ema_decay=0.5)
+    schedule = Schedule(25, lr=1e-2, warmup=5, ema_decay=0.5)
     distill_lora(
         unet, lambda step: batch, ALPHAS, "v_prediction", STUDENT, schedule, tmp_path / "c.safetensors"
     )
 
-    after = torch.stack([loss_of(unet, batch, seed=seed).detach() for seed in range(6)]).mean()
+    after = loss_of(unet, batch).item()
     unet.disable_adapters()
     assert torch.equal(predict(unet, batch.latents, t, batch), teacher)
     assert after < 0.7 * before
