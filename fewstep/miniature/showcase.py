@@ -29,7 +29,7 @@ PROMPTS = (
 )
 COLUMNS = 6
 STEPS = (1, 2, 4, 8)
-BASE_STEPS = 4
+BASE_STEPS = 2
 GUIDANCE = 3.0
 
 
