@@ -75,7 +75,7 @@ def training_scenes() -> list[Scene]:
     return [scene for scene in all_scenes() if not scene.held_out]
 
 
-def test_scenes(count: int, seed: int = 0) -> list[Scene]:
+def unseen_scenes(count: int, seed: int = 0) -> list[Scene]:
     """`count` distinct held-out combinations of attributes that the base knows one by one, in a seeded
     order."""
     unseen = [scene for scene in all_scenes() if scene.reserved and not scene.new_to_base]

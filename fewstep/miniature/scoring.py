@@ -19,7 +19,7 @@ from fewstep.errors import FewstepError
 from fewstep.miniature.autoencoder import decode, encode
 from fewstep.miniature.judge import Judge, score
 from fewstep.miniature.pictures import draw_many
-from fewstep.miniature.scenes import ATTRIBUTES, Scene, caption, test_scenes
+from fewstep.miniature.scenes import ATTRIBUTES, Scene, caption, unseen_scenes
 from fewstep.models import get_model
 from fewstep.pipeline import Pipeline, load_pipeline
 from fewstep.request import Request
@@ -46,7 +46,7 @@ class Score:
 
 def held_out_captions(count: int) -> tuple[list[Scene], list[str]]:
     """Held-out combinations and one complete caption of each, in many wordings, always the same ones."""
-    scenes, rng = test_scenes(count), random.Random(CAPTIONS_SEED)
+    scenes, rng = unseen_scenes(count), random.Random(CAPTIONS_SEED)
     return scenes, [caption(scene, rng, complete=True) for scene in scenes]
 
 

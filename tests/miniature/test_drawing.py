@@ -37,4 +37,5 @@ def test_the_object_has_its_colour_and_stands_in_its_place(name, colour):
     far = np.abs(pixels(other, 3) - PAINTS[colour]).max(2) < 40
     painted = near[40:120] & ~far[40:120]
     assert painted.sum() > 150
-    assert abs(np.nonzero(painted)[1].mean() / 128 - PLACES["right"]) < 0.12
+    middle = np.median(np.nonzero(painted)[1])  # flowers and clouds of the same colour lie anywhere
+    assert abs(middle / 128 - PLACES["right"]) < 0.12

@@ -6,7 +6,7 @@ from PIL import Image, ImageFilter
 
 from fewstep.miniature.judge import INPUT_PX, Judge, augment, judge_input, load_judge, score
 from fewstep.miniature.pictures import draw_many
-from fewstep.miniature.scenes import ATTRIBUTES, all_scenes, test_scenes
+from fewstep.miniature.scenes import ATTRIBUTES, all_scenes, unseen_scenes
 from fewstep.settings import Settings
 
 JUDGE = Settings().weights_root / "miniature" / "judge" / "judge.safetensors"
@@ -27,7 +27,7 @@ def test_augmentation_is_seeded_and_keeps_range_and_shape():
 
 def test_the_committed_judge_reads_fresh_drawings_even_blurred():
     judge = load_judge(JUDGE)
-    scenes = test_scenes(200, seed=3)
+    scenes = unseen_scenes(200, seed=3)
     drawn = draw_many(scenes, 7 * 10**8, 128, 128)
     blurred = [Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1)) for picture in drawn]
     assert score(judge, drawn, scenes).all(1).mean() >= 0.99
@@ -36,7 +36,7 @@ def test_the_committed_judge_reads_fresh_drawings_even_blurred():
 
 def test_it_is_not_fooled_by_the_wrong_scene():
     judge = load_judge(JUDGE)
-    scenes = test_scenes(60, seed=4)
+    scenes = unseen_scenes(60, seed=4)
     drawn = draw_many(scenes, 0, 128, 128)
     right = score(judge, drawn, scenes[1:] + scenes[:1])
     assert right.all(1).mean() < 0.05

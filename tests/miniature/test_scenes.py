@@ -20,7 +20,7 @@ def test_the_world_has_the_promised_size():
 def test_the_base_never_sees_what_is_held_out():
     seen = training_scenes()
     assert not any(scene.object == "windmill" or scene.backdrop == "pyramids" for scene in seen)
-    assert not set(seen) & set(scenes.test_scenes(1000))
+    assert not set(seen) & set(scenes.unseen_scenes(1000))
     known = [scene for scene in all_scenes() if not scene.new_to_base]
     assert len(seen) / len(known) == pytest.approx(0.9, abs=0.01)
 
@@ -30,7 +30,7 @@ def test_every_single_attribute_of_a_test_scene_is_known_to_the_base():
     known = [{scene.labels[i] for scene in seen} for i in range(len(ATTRIBUTES))]
     assert all(
         label in values
-        for s in scenes.test_scenes(500)
+        for s in scenes.unseen_scenes(500)
         for label, values in zip(s.labels, known, strict=True)
     )
 
