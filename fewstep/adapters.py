@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 from fewstep.errors import WeightsError
+
+logger = logging.getLogger(__name__)
 
 _UP_SUFFIXES = (".lora_up.weight", ".lora_B.weight", ".lora.up.weight")
 
@@ -27,15 +30,24 @@ def fuse_lcm_lora(diffusion: StableDiffusionXLPipeline, path: Path, remedy: str,
     if broken is not None:
         raise WeightsError(f"{shown} holds values that are not finite, first in {broken}; run: {remedy}")
     expected = sum(key.endswith(_UP_SUFFIXES) for key in tensors)
-    # From the file, not from `tensors`: its metadata may hold the alpha.
-    diffusion.load_lora_weights(
-        path.parent, weight_name=path.name, adapter_name="lcm", use_safetensors=True, local_files_only=True
-    )
-    layers = [module for module in diffusion.unet.modules() if isinstance(module, BaseTunerLayer)]
-    if not expected or len(layers) != expected:
-        diffusion.unload_lora_weights()
+    try:
+        # From the file, not from `tensors`: its metadata may hold the alpha.
+        diffusion.load_lora_weights(
+            path.parent,
+            weight_name=path.name,
+            adapter_name="lcm",
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (KeyError, RuntimeError, ValueError):  # another model's shapes or names
+        logger.exception("%s could not be loaded", shown)
+        found = 0
+    else:
+        found = sum(isinstance(module, BaseTunerLayer) for module in diffusion.unet.modules())
+    if not expected or found != expected:
+        diffusion.unload_lora_weights()  # a failed load leaves its empty layers behind
         raise WeightsError(
-            f"{shown} has {expected} modules, {len(layers)} of which found their layer; run: {remedy}"
+            f"{shown} has {expected} modules, {found} of which found their layer; run: {remedy}"
         )
     diffusion.fuse_lora(components=["unet"], lora_scale=scale, safe_fusing=True)
     diffusion.unload_lora_weights()

@@ -103,8 +103,8 @@ class Pipeline:
         self.dtype: torch.dtype = diffusion.unet.dtype
 
     def max_images(self, request: Request) -> int:
-        """How many images of this request's size go through the model at once."""
-        share = self.spec.max_pixels / (request.width * request.height)
+        """How many images of this size go through the model at once; `max_batch` at the native size."""
+        share = self.spec.native_size**2 / (request.width * request.height)
         return max(1, min(self.max_batch, int(self.max_batch * share)))
 
     @torch.inference_mode()

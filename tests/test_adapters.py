@@ -79,7 +79,7 @@ def test_a_lora_that_does_not_fit_is_refused_and_the_model_untouched(diffusion, 
         for kind in ("lora_A", "lora_B"):
             tensors[f"unet.down_blocks.7.resnets.0.conv1.{kind}.weight"] = tensors[
                 key.replace("lora_A", kind)
-            ]
+            ].clone()
     elif damage == "empty":
         tensors = {"unet.nothing": torch.zeros(1)}
     else:

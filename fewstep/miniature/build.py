@@ -179,7 +179,7 @@ class Build:
             weight_name="lcm_lora.safetensors",
             unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
         )
-        unet.delete_adapters("default")
+        unet.unload_lora()
 
     def facts(self, student: LoraStudent) -> Facts:
         unet = self.base.unet
