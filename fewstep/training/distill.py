@@ -58,7 +58,6 @@ class LoraStudent:
 
 def add_lora(unet: UNet2DConditionModel, student: LoraStudent) -> None:
     """Freeze `unet` and give it a fresh LoRA, which at first changes nothing."""
-    unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=student.rank, lora_alpha=student.rank, target_modules=list(LORA_TARGETS)))
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fewstep.training.loop import Schedule, optimise, step_generator
@@ -53,6 +54,15 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     assert train(second, tmp_path / "c.safetensors") == []
     for expected, value in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(expected, value)
+
+
+def test_what_is_left_is_the_average_not_the_last_step(tmp_path):
+    network = module()
+    train(network, tmp_path / "c.safetensors")
+    saved = load_file(tmp_path / "c.safetensors")
+    for i, parameter in enumerate(network.parameters()):
+        assert torch.equal(parameter, saved[f"{i}.ema"])
+        assert not torch.equal(parameter, saved[f"{i}.value"])
 
 
 def test_a_frozen_or_unused_parameter_keeps_its_value(tmp_path):
