@@ -43,7 +43,7 @@ OTHER_SHAPES = ((144, 112), (112, 144), (152, 104), (104, 152), (168, 96), (96, 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; the defaults are the committed miniature's."""
+    """How much of everything. A build's own sizes stand in its manifest and its card."""
 
     judge_pictures: int = 12_000
     judge_steps: int = 800
