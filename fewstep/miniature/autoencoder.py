@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
@@ -88,6 +87,6 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Pixels:
     """Unscaled latents -> uint8 (N, H, W, 3)."""
     pictures = []
     for part in torch.split(latents.to(vae.device), 64):
-        x = F.relu(vae.decode(part.to(vae.dtype)).sample.float() * 127.5 + 127.5)
+        x = vae.decode(part.to(vae.dtype)).sample.float() * 127.5 + 127.5
         pictures.append(x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
     return torch.cat(pictures).numpy()
