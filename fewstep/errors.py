@@ -3,6 +3,7 @@
 FewstepError
 ├── InvalidRequest    invalid_request     the caller asked for something that cannot be had
 ├── WeightsError      weights             a model's files are missing, damaged or not its own
+├── DownloadError     download            a file could not be had from the hub as it should be
 ├── SettingsError     settings            an environment variable holds something unknown
 ├── GenerationError   generation_failed   the model ran, and what it made is not a picture
 ├── DeadlineExceeded  deadline            the request's time was up
@@ -40,6 +41,12 @@ class WeightsError(FewstepError):
     """A weights folder is missing, damaged, or holds what its manifest does not list."""
 
     code = "weights"
+
+
+class DownloadError(FewstepError):
+    """The hub, the connection or the disk kept a file from arriving whole; a second run goes on."""
+
+    code = "download"
 
 
 class SettingsError(FewstepError):

@@ -1,9 +1,10 @@
 """The models that fewstep can serve: one row of facts for each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fewstep.errors import SettingsError
+from fewstep.sources import SOURCES, HubRepo
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,36 @@ class ModelSpec:
     licence: str
     remedy: str  # the command that mends missing or damaged weights
 
+    @property
+    def sources(self) -> tuple[HubRepo, ...]:
+        """Where its files are fetched; empty for a model that is not on the hub."""
+        return SOURCES.get(self.name, ())
+
+    @property
+    def in_checkpoint(self) -> tuple[str, ...]:
+        """The networks that a single-file checkpoint brings along; SDXL keeps the VAE that works in fp16."""
+        return ("text_encoder", "text_encoder_2", "unet") if self.family == "sdxl" else _SD_NETWORKS
+
+    @property
+    def sources_beside_checkpoint(self) -> tuple[HubRepo, ...]:
+        """What is fetched when the networks come from a single-file checkpoint."""
+        networks = tuple(f"{part}/" for part in self.in_checkpoint)
+
+        def brought(place: str) -> bool:
+            return place.startswith(networks) and place.endswith(".safetensors")
+
+        kept = [tuple(file for file in repo.files if not brought(file.place)) for repo in self.sources]
+        return tuple(
+            replace(repo, files=files) for repo, files in zip(self.sources, kept, strict=True) if files
+        )
+
+
+_SD_NETWORKS = ("text_encoder", "unet", "vae")
+
+
+def _remedy(name: str) -> str:
+    return f"scripts/download-weights {name} && scripts/save-weights {name}"
+
 
 _SPECS = (
     ModelSpec(
@@ -32,7 +63,40 @@ _SPECS = (
         embedded_guidance=False,
         lcm_lora=True,
         licence="CreativeML Open RAIL++-M (base, LCM-LoRA), MIT (VAE)",
-        remedy="scripts/download-weights sdxl && scripts/save-weights sdxl",
+        remedy=_remedy("sdxl"),
+    ),
+    ModelSpec(
+        name="ssd-1b",
+        family="sdxl",
+        native_size=1024,
+        max_pixels=1536 * 1536,
+        default_guidance=1.0,
+        embedded_guidance=False,
+        lcm_lora=True,
+        licence="Apache-2.0 (base), CreativeML Open RAIL++-M (LCM-LoRA), MIT (VAE)",
+        remedy=_remedy("ssd-1b"),
+    ),
+    ModelSpec(
+        name="sd15",
+        family="sd",
+        native_size=512,
+        max_pixels=768 * 768,
+        default_guidance=1.0,
+        embedded_guidance=False,
+        lcm_lora=True,
+        licence="CreativeML OpenRAIL-M (base), CreativeML Open RAIL++-M (LCM-LoRA)",
+        remedy=_remedy("sd15"),
+    ),
+    ModelSpec(
+        name="lcm-dreamshaper-v7",
+        family="sd",
+        native_size=768,
+        max_pixels=1152 * 1152,
+        default_guidance=8.0,
+        embedded_guidance=True,
+        lcm_lora=False,
+        licence="MIT (UNet), CreativeML OpenRAIL-M (text encoder, VAE)",
+        remedy=_remedy("lcm-dreamshaper-v7"),
     ),
     ModelSpec(
         name="miniature",
@@ -51,8 +115,13 @@ _SPECS = (
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
 
 
+RANDOM = "-random"  # sdxl-random: the real shapes with random weights, see scripts/full-size
+
+
 def get_model(name: str) -> ModelSpec:
     """The model of that name. Raises SettingsError, which lists the names, when there is none."""
-    if name not in MODELS:
+    plain = name.removesuffix(RANDOM)
+    if plain not in MODELS or (plain != name and not MODELS[plain].sources):
         raise SettingsError(f"FEWSTEP_MODEL holds no known model; set it to one of {', '.join(MODELS)}")
-    return MODELS[name]
+    spec = MODELS[plain]
+    return spec if plain == name else replace(spec, name=name, remedy=f"scripts/full-size {plain}")

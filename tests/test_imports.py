@@ -12,7 +12,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
 LIGHT = [
     f"fewstep.{name}"
-    for name in ("errors", "settings", "models", "request", "images", "weights", "batching", "schema")
+    for name in (
+        "errors",
+        "settings",
+        "models",
+        "sources",
+        "request",
+        "images",
+        "weights",
+        "batching",
+        "schema",
+    )
     if importlib.util.find_spec(f"fewstep.{name}") is not None
 ]
 

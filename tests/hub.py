@@ -1,0 +1,199 @@
+"""A model hub of our own, for huggingface_hub's client: the endpoints that it calls, and every way to fail.
+
+Large files are redirected to a second origin, as the real hub does, with Range and ETag.
+"""
+
+import hashlib
+import json
+import re
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from fewstep.sources import HubFile, HubRepo
+
+REVISION = "c0ffee" * 6 + "c0ff"
+LARGE = 1000  # bytes; from here on a file is in large-file storage
+
+
+@dataclass
+class Seen:
+    """One request that the hub answered."""
+
+    method: str
+    path: str
+    start: int  # of the range asked for
+    authorization: str | None
+    at_storage: bool
+
+
+@dataclass
+class Hub:
+    """Files by repo and path, the faults by path, and the log of requests."""
+
+    files: dict[str, dict[str, bytes]]
+    faults: dict[str, object] = field(default_factory=dict)
+    token: str | None = None
+    revisions: set[str] = field(default_factory=lambda: {REVISION})
+    seen: list[Seen] = field(default_factory=list)
+    stalled: threading.Event = field(default_factory=threading.Event)
+    url: str = ""
+    storage_url: str = ""
+
+    def repo(self, name: str, pinned: bool = True, licence: str = "MIT") -> HubRepo:
+        """The table's row for one of the hub's repos; nothing moves on the way into the weights folder."""
+        rows = []
+        for path, content in self.files[name].items():
+            pins = (len(content), hashlib.sha256(content).hexdigest()) if pinned else (None, None)
+            rows.append(HubFile(path, path, *pins))
+        return HubRepo(name, REVISION, licence, tuple(rows))
+
+    def gets(self, path: str) -> list[Seen]:
+        """The requests that carried the content of `path`, or were to."""
+        large = [one for one in self.seen if one.at_storage and one.path.endswith(path)]
+        return [one for one in large if one.method == "GET"] or [
+            one for one in self.seen if one.method == "GET" and one.path.endswith(path)
+        ]
+
+
+@contextmanager
+def running_hub(files: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
+    """The hub and its storage on two free ports of this machine."""
+    hub = Hub(files)
+    servers = []
+    for storage in (False, True):
+        handler = type("Handler", (_Handler,), {"hub": hub, "at_storage": storage})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+    hub.url, hub.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in servers)
+    try:
+        yield hub
+    finally:
+        hub.stalled.set()
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    at_storage: bool
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self._note()
+        name, revision = re.fullmatch(r"/api/models/(.+)/paths-info/(\w+)", self.path).groups()
+        if self._refused(name, revision, "paths-info"):
+            return
+        wanted = urllib.parse.parse_qs(body)["paths"]
+        rows = [_row(path, self.hub.files[name][path]) for path in wanted if path in self.hub.files[name]]
+        self._answer(200, json.dumps(rows).encode(), {"Content-Type": "application/json"})
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        pattern = r"/(.+?)/(?:resolve|blob)/(\w+)/([^?]+)"
+        match = re.fullmatch(pattern, urllib.parse.unquote(self.path))
+        if match is None:
+            self._answer(404, b"", {})
+            return
+        self._note()
+        name, revision, path = match.groups()
+        if self._refused(name, revision, path):
+            return
+        content = self.hub.files[name][path]
+        sha256 = hashlib.sha256(content).hexdigest()
+        if len(content) >= LARGE and not self.at_storage:
+            headers = {
+                "Location": f"{self.hub.storage_url}/{name}/blob/{revision}/{path}",
+                "X-Repo-Commit": revision,
+                "X-Linked-Size": str(len(content)),
+                "X-Linked-Etag": f'"{sha256}"',
+            }
+            self._answer(302, b"", headers)
+            return
+        self._send(content, path, {"X-Repo-Commit": revision, "ETag": f'"{sha256}"'})
+
+    def _note(self) -> None:
+        start = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        self.hub.seen.append(
+            Seen(
+                self.command,
+                urllib.parse.unquote(self.path),
+                int(start[1]) if start else 0,
+                self.headers.get("Authorization"),
+                self.at_storage,
+            )
+        )
+
+    def _refused(self, name: str, revision: str, path: str) -> bool:
+        fault = self.hub.faults.get(path)
+        if isinstance(fault, list):  # one status after the other, then none
+            fault = fault.pop(0) if fault else None
+        token = self.hub.token
+        if token and not self.at_storage and self.headers.get("Authorization") != f"Bearer {token}":
+            self._answer(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "restricted"})
+        elif isinstance(fault, int):
+            self._answer(fault, b"", {"Retry-After": "0"} if fault == 429 else {})
+        elif name not in self.hub.files:
+            self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        elif revision not in self.hub.revisions:
+            self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        elif path != "paths-info" and path not in self.hub.files[name]:
+            self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        else:
+            return False
+        return True
+
+    def _send(self, content: bytes, path: str, headers: dict[str, str]) -> None:
+        fault = self.hub.faults.get(path)
+        start = self.hub.seen[-1].start if "Range" in self.headers else 0
+        if fault == "html":
+            self._answer(200, b"<html>please log in</html>", {"Content-Type": "text/html"})
+            return
+        if fault == "truncate":
+            content = content[: len(content) // 2]
+        if fault == "flip":
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        body = content[start:]
+        status, extra = 200, {}
+        if start:
+            status, extra = 206, {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+        half = len(content) // 2
+        cut = {"cut": 0 if start >= half else half - start, "cut once": half - start, "stall": half - start}
+        if isinstance(fault, str) and fault in cut and not (fault == "cut once" and start):
+            self._answer(status, body, headers | extra, send=max(0, cut[fault]))
+            if fault == "stall":
+                self.hub.stalled.wait(60)
+            self.close_connection = True
+            return
+        self._answer(status, body, headers | extra)
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str], send: int | None = None) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body[:send])
+                self.wfile.flush()
+
+
+def _row(path: str, content: bytes) -> dict[str, object]:
+    blob = hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
+    row: dict[str, object] = {"type": "file", "path": path, "size": len(content), "oid": blob}
+    if len(content) >= LARGE:
+        sha256 = hashlib.sha256(content).hexdigest()
+        row["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 134}
+    return row
