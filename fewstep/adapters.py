@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
@@ -14,10 +15,17 @@ from fewstep.errors import WeightsError
 
 logger = logging.getLogger(__name__)
 
+Diffusion: TypeAlias = StableDiffusionXLPipeline | StableDiffusionPipeline
+
 _UP_SUFFIXES = (".lora_up.weight", ".lora_B.weight", ".lora.up.weight")
 
 
-def fuse_lcm_lora(diffusion: StableDiffusionXLPipeline, path: Path, remedy: str, scale: float = 1.0) -> int:
+def fuse_lcm_lora(
+    diffusion: Diffusion,
+    path: Path,
+    remedy: str,
+    scale: float = 1.0,
+) -> int:
     """Add the LCM-LoRA in `path` to the UNet's own weights, W += scale * B A, and leave no adapter behind.
 
     Returns how many modules were changed: each of the file's. Loaders that skip convolutions merge only 515

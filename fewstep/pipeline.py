@@ -11,20 +11,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
-from fewstep.adapters import fuse_lcm_lora
+from fewstep.adapters import Diffusion, fuse_lcm_lora
 from fewstep.errors import FewstepError, GenerationError, SettingsError, Stopped
 from fewstep.models import ModelSpec
 from fewstep.request import Request
 from fewstep.settings import Settings
-from fewstep.weights import verify_weights
+from fewstep.weights import check_hashes, verify_weights
 
 logger = logging.getLogger(__name__)
 
@@ -52,34 +55,56 @@ class _Job:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What both text encoders make of one prompt: states (1, T, D) and pooled (1, P)."""
+    """What the text encoders make of one prompt: states (1, T, D); of SDXL's second also pooled (1, P)."""
 
     states: Tensor
-    pooled: Tensor
-
-    def zeros(self) -> Prompt:
-        """SDXL's embedding of no prompt at all (`force_zeros_for_empty_prompt`)."""
-        return Prompt(torch.zeros_like(self.states), torch.zeros_like(self.pooled))
+    pooled: Tensor | None
 
 
 def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
-    """Verify the weights of `spec`, load them straight to the device and fuse the LCM-LoRA.
+    """Load the weights of `spec` straight to the device, verify them meanwhile, and fuse the LCM-LoRA.
 
     Raises WeightsError that names a missing or damaged file and its remedy, SettingsError for a device that
     is not there. Nothing is fetched: what is not in the folder does not exist.
     """
     folder = settings.weights_root / spec.name
-    verify_weights(folder, remedy=spec.remedy, mode="size" if settings.verify == "size" else "sha256")
     device, dtype = _device_and_dtype(settings)
-    diffusion = StableDiffusionXLPipeline.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, add_watermarker=False
-    ).to(device)
+    diffusion = _load_verified(folder, spec, settings.verify, device, dtype)
     if spec.lcm_lora:
         modules = fuse_lcm_lora(diffusion, folder / "lcm_lora.safetensors", spec.remedy)
         logger.info("fused the LCM-LoRA into %d modules", modules)
-    for module in (diffusion.unet, diffusion.vae, diffusion.text_encoder, diffusion.text_encoder_2):
+    for module in (part for part in diffusion.components.values() if isinstance(part, torch.nn.Module)):
         module.eval().requires_grad_(False)
     return Pipeline(spec, diffusion, settings.max_batch)
+
+
+def _load_verified(
+    folder: Path, spec: ModelSpec, verify: str, device: torch.device, dtype: torch.dtype
+) -> Diffusion:
+    """Hash every file while it is loaded: both read the disk, and together no longer than either alone."""
+    manifest = verify_weights(folder, remedy=spec.remedy, mode="size")
+    family = StableDiffusionXLPipeline if spec.family == "sdxl" else StableDiffusionPipeline
+
+    def load() -> Diffusion:
+        return family.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=device.type,
+            use_safetensors=True,
+            local_files_only=True,
+            **({"add_watermarker": False} if spec.family == "sdxl" else {"safety_checker": None}),
+        )
+
+    if verify == "size":
+        logger.warning("FEWSTEP_VERIFY is size: a damaged file of the right length will not be noticed")
+        return load()
+    with ThreadPoolExecutor(1, "verify") as thread:
+        hashed = thread.submit(check_hashes, folder, manifest, remedy=spec.remedy)
+        try:
+            diffusion = load()
+        finally:
+            hashed.result()  # when loading failed because of damaged bytes, this says so, and which
+    return diffusion
 
 
 def _device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
@@ -93,9 +118,9 @@ def _device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
 
 
 class Pipeline:
-    """A loaded SDXL with its LCM-LoRA fused."""
+    """A loaded model that paints in few steps: its LCM-LoRA is fused, or it is a full LCM."""
 
-    def __init__(self, spec: ModelSpec, diffusion: StableDiffusionXLPipeline, max_batch: int) -> None:
+    def __init__(self, spec: ModelSpec, diffusion: Diffusion, max_batch: int) -> None:
         self.spec = spec
         self.diffusion = diffusion
         self.max_batch = max_batch
@@ -135,15 +160,23 @@ class Pipeline:
         prompt = self._encode(request.prompt)
         negative = None
         if request.guided:
-            negative = self._encode(request.negative_prompt) if request.negative_prompt else prompt.zeros()
+            negative = (
+                self._encode(request.negative_prompt) if request.negative_prompt else self._nothing(prompt)
+            )
         return [_Job(place, prompt, negative, request.guidance, seed) for seed in request.seeds]
 
     def _encode(self, text: str) -> Prompt:
         # One prompt at a time: in a batch, the mates' number would choose the kernels and so the last bits.
-        states, _, pooled, _ = self.diffusion.encode_prompt(
+        states, _, *pooled = self.diffusion.encode_prompt(
             text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        return Prompt(states, pooled)
+        return Prompt(states, pooled[0] if pooled else None)
+
+    def _nothing(self, prompt: Prompt) -> Prompt:
+        """No prompt at all: zeros for SDXL (`force_zeros_for_empty_prompt`), the empty text for SD."""
+        if prompt.pooled is None:
+            return self._encode("")
+        return Prompt(torch.zeros_like(prompt.states), torch.zeros_like(prompt.pooled))
 
     def _few_steps(self, jobs: Sequence[_Job], request: Request, stopped: Callable[[], bool]) -> Tensor:
         """Multistep latent consistency sampling (Luo et al., arXiv 2310.04378, Algorithm 3): scaled
@@ -153,13 +186,7 @@ class Pipeline:
         channels = self.diffusion.unet.config.in_channels
         noise = [torch.randn((1, channels, height, width), generator=g) for g in generators]
         latents = torch.cat(noise).to(self.device, self.dtype)  # (N, C, H / 8, W / 8)
-        prompts = [job.prompt for job in jobs]
-        if request.guided:
-            prompts = [job.negative for job in jobs if job.negative is not None] + prompts
-        states = torch.cat([prompt.states for prompt in prompts])
-        size = (request.height, request.width)
-        time_ids = torch.tensor([(*size, 0, 0, *size)] * len(prompts), dtype=self.dtype, device=self.device)
-        added = {"text_embeds": torch.cat([prompt.pooled for prompt in prompts]), "time_ids": time_ids}
+        condition = self._condition(jobs, request)
         guidance = torch.tensor([job.guidance for job in jobs], dtype=self.dtype, device=self.device)[
             :, None, None, None
         ]
@@ -169,14 +196,34 @@ class Pipeline:
             if stopped():
                 raise Stopped("every caller of this batch has left")
             sample = torch.cat([latents, latents]) if request.guided else latents
-            output = self.diffusion.unet(
-                sample, t, encoder_hidden_states=states, added_cond_kwargs=added
-            ).sample
+            output = self.diffusion.unet(sample, t, **condition).sample
             if request.guided:
                 unconditional, conditional = output.chunk(2)
                 output = unconditional + guidance * (conditional - unconditional)
             latents = scheduler.step(output, t, latents, generator=generators, return_dict=False)[0]
         return latents
+
+    def _condition(self, jobs: Sequence[_Job], request: Request) -> dict[str, Any]:
+        """What the UNet is told besides latents and time: the prompts, SDXL's sizes, a full LCM's w."""
+        prompts = [job.prompt for job in jobs]
+        if request.guided:
+            prompts = [job.negative for job in jobs if job.negative is not None] + prompts
+        condition: dict[str, Any] = {
+            "encoder_hidden_states": torch.cat([prompt.states for prompt in prompts])
+        }
+        pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
+        if pooled:
+            size = (request.height, request.width)
+            time_ids = torch.tensor(
+                [(*size, 0, 0, *size)] * len(prompts), dtype=self.dtype, device=self.device
+            )
+            condition["added_cond_kwargs"] = {"text_embeds": torch.cat(pooled), "time_ids": time_ids}
+        if self.spec.embedded_guidance:
+            w = torch.tensor([job.guidance - 1 for job in jobs])  # diffusers' guidance scale is 1 + w
+            width = self.diffusion.unet.config.time_cond_proj_dim
+            embedded = self.diffusion.get_guidance_scale_embedding(w, embedding_dim=width)
+            condition["timestep_cond"] = embedded.to(self.device, self.dtype)
+        return condition
 
     def _decode(self, latents: Tensor) -> list[Image.Image | None]:
         """Scaled latents -> RGB images; None where a value is not finite, which would come out black."""

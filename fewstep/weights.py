@@ -38,6 +38,15 @@ class ManifestFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a file came from."""
+
+    source: str
+    revision: str
+    licence: str
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """All files of one model's folder, sorted by path, and whatever else is to be recorded of it."""
 
@@ -47,19 +56,27 @@ class Manifest:
 
 
 def write_manifest(
-    folder: Path, *, model: str, source: str, revision: str, licence: str, extra: Mapping[str, Any]
+    folder: Path,
+    *,
+    model: str,
+    origin: Origin,
+    origins: Mapping[str, Origin] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """List every file below `folder` but hidden ones, README.md and the manifest itself, and write the list.
 
-    The manifest appears whole or not at all. `extra` must be JSON.
+    `origins` by path say where a file came from; those that it does not name are from `origin`. The manifest
+    appears whole or not at all. `extra` must be JSON.
     """
     paths = sorted(path for path in _paths_below(folder) if not _hidden(path) and path not in _UNLISTED)
     hashes = _hash_all([folder / path for path in paths])
     files = tuple(
-        ManifestFile(path, (folder / path).stat().st_size, sha256, source, revision, licence)
+        ManifestFile(
+            path, (folder / path).stat().st_size, sha256, **asdict((origins or {}).get(path, origin))
+        )
         for path, sha256 in zip(paths, hashes, strict=True)
     )
-    manifest = Manifest(model, files, dict(extra))
+    manifest = Manifest(model, files, dict(extra or {}))
     unfinished = folder / f".{MANIFEST}.part"
     unfinished.write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(unfinished, folder / MANIFEST)
@@ -93,8 +110,20 @@ def verify_weights(folder: Path, *, remedy: str, mode: Literal["sha256", "size"]
         _check_size(folder, file, remedy)
     _check_strangers(folder, manifest, remedy)
     if mode == "sha256":
-        _check_hashes(folder, manifest, remedy)
+        check_hashes(folder, manifest, remedy=remedy)
     return manifest
+
+
+def check_hashes(folder: Path, manifest: Manifest, *, remedy: str) -> None:
+    """Read every byte of what `manifest` lists, in threads. Raises WeightsError as `verify_weights` does."""
+    try:
+        hashes = _hash_all([folder / file.path for file in manifest.files])
+    except OSError:
+        raise WeightsError(f"weights/{folder.name} holds a file that cannot be read; run: {remedy}") from None
+    for file, sha256 in zip(manifest.files, hashes, strict=True):
+        if sha256 != file.sha256:
+            what = f"is damaged: its sha256 is {sha256[:12]}..., where {file.sha256[:12]}... is expected"
+            raise _damaged(folder, file.path, what, remedy)
 
 
 def _damaged(folder: Path, path: str, what: str, remedy: str) -> WeightsError:
@@ -143,17 +172,6 @@ def _check_strangers(folder: Path, manifest: Manifest, remedy: str) -> None:
             raise _damaged(folder, path, "is a pickle, which is never loaded; remove it, then", remedy)
         if path.endswith(".safetensors") and path not in listed:
             raise _damaged(folder, path, "is not in the manifest; remove it, then", remedy)
-
-
-def _check_hashes(folder: Path, manifest: Manifest, remedy: str) -> None:
-    try:
-        hashes = _hash_all([folder / file.path for file in manifest.files])
-    except OSError:
-        raise WeightsError(f"weights/{folder.name} holds a file that cannot be read; run: {remedy}") from None
-    for file, sha256 in zip(manifest.files, hashes, strict=True):
-        if sha256 != file.sha256:
-            what = f"is damaged: its sha256 is {sha256[:12]}..., where {file.sha256[:12]}... is expected"
-            raise _damaged(folder, file.path, what, remedy)
 
 
 def _hash_all(paths: list[Path]) -> list[str]:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from fewstep.errors import WeightsError
-from fewstep.weights import read_manifest, verify_weights, write_manifest
+from fewstep.weights import Origin, read_manifest, verify_weights, write_manifest
 
 REMEDY = "scripts/mend tiny"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -26,9 +26,8 @@ def folder(tmp_path):
 
 
 def write(folder, **extra):
-    return write_manifest(
-        folder, model="tiny", source="owner/tiny", revision="0" * 40, licence="MIT", extra=extra
-    )
+    origin = Origin("owner/tiny", "0" * 40, "MIT")
+    return write_manifest(folder, model="tiny", origin=origin, extra=extra)
 
 
 def edit_manifest(folder, edit):
@@ -64,6 +63,17 @@ def test_the_manifest_says_what_each_file_is_and_where_it_is_from(folder):
     assert (unet.size, unet.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     assert (unet.source, unet.revision, unet.licence) == ("owner/tiny", "0" * 40, "MIT")
     assert (manifest.model, manifest.extra) == ("tiny", {"judge": "ab"})
+
+
+def test_files_of_one_folder_may_come_from_different_places(folder):
+    vae = Origin("owner/vae", "1" * 40, "Apache-2.0")
+    rest = Origin("owner/tiny", "0" * 40, "MIT")
+
+    written = write_manifest(folder, model="tiny", origin=rest, origins={"unet/config.json": vae})
+
+    found = {file.path: (file.source, file.revision, file.licence) for file in written.files}
+    assert found.pop("unet/config.json") == ("owner/vae", "1" * 40, "Apache-2.0")
+    assert set(found.values()) == {("owner/tiny", "0" * 40, "MIT")}
 
 
 def test_hidden_files_are_not_listed_and_none_is_left(folder):

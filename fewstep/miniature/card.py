@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fewstep.miniature.scoring import Score, table
 from fewstep.training.distill import LoraStudent
-from fewstep.weights import write_manifest
+from fewstep.weights import Origin, write_manifest
 
 LICENCE = "Apache-2.0"
 
@@ -78,8 +78,6 @@ def write_card(weights: Path, facts: Facts, scores: list[Score]) -> None:
     write_manifest(
         weights,
         model="miniature",
-        source="scripts/build-miniature",
-        revision="1",
-        licence=LICENCE,
+        origin=Origin("scripts/build-miniature", "2", LICENCE),
         extra={**extra, "scores": [asdict(score) for score in scores]},
     )

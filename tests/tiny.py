@@ -1,0 +1,119 @@
+"""Every model of the table at toy size, with random weights, laid out as its repos on the hub are."""
+
+import hashlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from hub import Hub
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from fewstep.models import MODELS, ModelSpec
+from fewstep.settings import Settings
+from fewstep.sources import HubRepo
+from fewstep.training.distill import LoraStudent, add_lora
+
+TOKENIZER = Settings().weights_root / "miniature" / "tokenizer"
+WIDTH = 32  # of each text encoder
+SHARED = {"layers_per_block": 1, "sample_size": 8, "norm_num_groups": 8}
+UNETS = {
+    "sdxl": {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (2, 4),
+        "use_linear_projection": True,
+        "cross_attention_dim": 2 * WIDTH,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": WIDTH + 6 * 8,
+    },
+    "sd": {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 2,
+        "cross_attention_dim": WIDTH,
+    },
+}
+# SSD-1B is SDXL with blocks taken out: unequal numbers of transformers, none in the middle.
+PRUNED = {
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, [2, 1]],
+    "reverse_transformer_layers_per_block": [[2, 1, 1], 1],
+    "mid_block_type": "UNetMidBlock2D",
+}
+
+
+def make_folder(spec: ModelSpec, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
+    """A diffusers folder of `spec`, with its LCM-LoRA and a stand-in for the safety checker."""
+    torch.manual_seed(len(spec.name))
+    extra = PRUNED if spec.name == "ssd-1b" else {}
+    extra |= {"time_cond_proj_dim": 16} if spec.embedded_guidance else {}
+    unet = UNet2DConditionModel(**{**SHARED, **UNETS[spec.family], **extra})
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        norm_num_groups=8,
+        latent_channels=4,
+        force_upcast=True,
+    )
+    text = {
+        "vocab_size": 49408,
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "projection_dim": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 77,
+    }
+    unet.to(dtype).save_pretrained(folder / "unet")
+    vae.to(dtype).save_pretrained(folder / "vae")
+    EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    ).save_pretrained(folder / "scheduler")
+    encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    for i, (name, kind) in enumerate(encoders.items() if spec.family == "sdxl" else [*encoders.items()][:1]):
+        kind(CLIPTextConfig(**text)).to(dtype).save_pretrained(folder / name)
+        shutil.copytree(TOKENIZER, folder / ("tokenizer_2" if i else "tokenizer"))
+    if spec.lcm_lora:
+        save_lora(unet.float(), folder)
+    for name in ("feature_extractor/preprocessor_config.json", "safety_checker/config.json"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("{}")
+    save_file({"x": torch.zeros(1000)}, folder / "safety_checker" / "model.safetensors")
+    return folder
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+    add_lora(unet, LoraStudent(rank=4))
+    layers = get_peft_model_state_dict(unet)
+    for value in layers.values():
+        torch.nn.init.normal_(value, std=0.05)
+    StableDiffusionXLPipeline.save_lora_weights(
+        folder, unet_lora_layers=layers, weight_name="lcm_lora.safetensors", safe_serialization=True
+    )
+
+
+def put_on(hub: Hub, spec: ModelSpec, folder: Path) -> list[HubRepo]:
+    """Put `folder` on the hub as the repos of `spec`; their rows, pinned where the real ones are."""
+    rows = []
+    for repo in spec.sources:
+        held = hub.files.setdefault(repo.name, {})
+        hub.revisions.add(repo.revision)
+        files = []
+        for file in repo.files:
+            content = held[file.path] = (folder / file.place).read_bytes()
+            size = None if file.size is None else len(content)
+            sha256 = None if file.sha256 is None else hashlib.sha256(content).hexdigest()
+            files.append(replace(file, size=size, sha256=sha256))
+        rows.append(replace(repo, files=tuple(files)))
+    return rows
+
+
+REAL = [name for name, spec in MODELS.items() if spec.sources]
