@@ -11,6 +11,7 @@ So the client's `http_get` is called here, and told where to go on.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -70,11 +71,12 @@ def download(repos: Sequence[HubRepo], folder: Path) -> list[Download]:
 
     Raises DownloadError. Then, what is complete is kept, and what is not goes on in the next call.
     """
-    wanted = [found for repo in repos for found in _wanted(repo, folder)]
-    missing = [one for one in wanted if not _is_here(one)]
-    _check_disk(missing, folder)
-    for one in missing:
-        _fetch(one)
+    with _locked(folder):
+        wanted = [found for repo in repos for found in _wanted(repo, folder)]
+        missing = [one for one in wanted if not _is_here(one)]
+        _check_disk(missing, folder)
+        for one in missing:
+            _fetch(one)
     return wanted
 
 
@@ -92,6 +94,19 @@ def downloaded(repos: Sequence[HubRepo], folder: Path, remedy: str) -> list[Down
                 raise DownloadError(f"{repo.name}/{file.path} is damaged on this disk; run: {remedy}")
             found.append(Download(repo, file, path, expected))
     return found
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Two downloads into one folder would write to the same parts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another download into the same folder is running; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _wanted(repo: HubRepo, folder: Path) -> list[Download]:
@@ -173,8 +188,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def _check_disk(missing: Sequence[Download], folder: Path) -> None:
     needed = sum(one.expected.size - _size(_part(one)) for one in missing)
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise DownloadError(
             f"{_gb(needed)} are to be downloaded and the disk has {_gb(free)} free; free the difference, or "

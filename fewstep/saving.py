@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -38,6 +39,19 @@ _ENCODERS = {
     "sd": {
         "text_encoder": ("transformers", "CLIPTextModel"),
         "tokenizer": ("transformers", "CLIPTokenizer"),
+    },
+}
+
+_CHECKPOINT_PREFIXES = {
+    "sdxl": {
+        "unet": "model.diffusion_model.",
+        "text_encoder": "conditioner.embedders.0.transformer.text_model.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+    "sd": {
+        "unet": "model.diffusion_model.",
+        "text_encoder": "cond_stage_model.transformer.text_model.",
+        "vae": "first_stage_model.",
     },
 }
 
@@ -113,14 +127,29 @@ def _save_component(spec: ModelSpec, checkpoint: Path, component: str, part: Pat
     """Take one network out of a single-file checkpoint; all others are left where they are."""
     pipeline = PIPELINES[spec.family]
     names = [name for name in _model_index(spec) if not name.startswith("_") and name != component]
-    loaded = pipeline.from_single_file(
-        str(checkpoint),
-        config=str(part),
-        torch_dtype=torch.float16,
-        local_files_only=True,
-        **dict.fromkeys(names),
-    )
+    with safe_open(checkpoint, framework="pt") as file:
+        found = any(key.startswith(_CHECKPOINT_PREFIXES[spec.family][component]) for key in file.keys())
+    if not found:  # diffusers would leave some of them as they were made: random
+        raise _not_of_family(spec, checkpoint, component)
+    try:
+        loaded = pipeline.from_single_file(
+            str(checkpoint),
+            config=str(part),
+            torch_dtype=torch.float16,
+            local_files_only=True,
+            **dict.fromkeys(names),
+        )
+    except (KeyError, ValueError, RuntimeError, OSError, SingleFileComponentError) as error:
+        logger.debug("%s", error, exc_info=True)
+        raise _not_of_family(spec, checkpoint, component) from None
     getattr(loaded, component).save_pretrained(part / component, safe_serialization=True)
+
+
+def _not_of_family(spec: ModelSpec, checkpoint: Path, component: str) -> WeightsError:
+    return WeightsError(
+        f"{checkpoint.name} does not hold the {component} of a checkpoint of {spec.name}; give one of the "
+        "same family, or the name of another model"
+    )
 
 
 def _model_index(spec: ModelSpec) -> dict[str, Any]:

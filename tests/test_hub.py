@@ -97,6 +97,16 @@ def test_a_model_arrives_whole_and_a_second_run_asks_for_nothing(hub, tmp_path, 
     assert hub.seen == []
 
 
+def test_two_downloads_at_once_fetch_everything_once(hub, tmp_path):
+    both = [start(hub, tmp_path), start(hub, tmp_path)]
+
+    ends = [process.communicate(timeout=60)[1] for process in both]
+
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert len(hub.gets(BIG)) == 1
+    assert_complete(hub, tmp_path)
+
+
 def test_only_what_is_listed_is_fetched(hub, tmp_path):
     hub.files[NAME]["unet/weights.bin"] = b"a pickle" * 1000
     repo = hub.repo(NAME)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub import running_hub
+from ldm import save_checkpoint
 from safetensors.torch import load_file
 from tiny import REAL, make_folder, put_on
 
@@ -111,6 +112,12 @@ def test_the_folder_is_what_design_says(shop):
         found, original = load_file(file), load_file(model.original / part / file.name)
         assert {value.dtype for value in found.values()} == {torch.float16}
         assert all(torch.equal(found[key], original[key].half()) for key in original)
+    loaded = load_pipeline(model.spec, Settings(weights_root=model.weights)).diffusion
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        state = plain(getattr(loaded, part).state_dict())
+        (file,) = (folder / part).glob("*.safetensors")
+        for key, value in plain(load_file(file)).items():
+            assert torch.equal(state[key], value.float()), (part, key)
     manifest = {file.path: file for file in read_manifest(folder, remedy="").files}
     vae = manifest["vae/diffusion_pytorch_model.safetensors"]
     assert (vae.source, vae.licence) == ("madebyollin/sdxl-vae-fp16-fix", "MIT")
@@ -180,3 +187,40 @@ def test_a_byte_flipped_in_the_unet_is_found_at_setup_and_named(shop):
         WeightsError, match=r"weights/sd15/unet/diffusion_pytorch_model.safetensors is damaged"
     ):
         load_pipeline(model.spec, Settings(weights_root=model.weights))
+
+
+def plain(state):
+    """Transformers 5 writes its text encoders without the prefix that their published files have."""
+    return {key.removeprefix("text_model."): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd15"])
+def test_a_single_file_checkpoint_takes_the_place_of_the_networks(shop, name):
+    model = shop(name)
+    fine_tune = make_folder(model.spec, model.weights.parent / "fine-tune", seed=5)
+    checkpoint = save_checkpoint(fine_tune, model.weights.parent / "fine_tune_v7.safetensors")
+    assert model.run("download_weights", "--for-single-file")[0] == 0
+    assert not list(model.weights.rglob("unet/*.safetensors"))
+
+    assert model.run("save_weights", "--from-single-file", str(checkpoint))[0] == 0
+
+    for part in model.spec.in_checkpoint:
+        (file,) = (model.weights / name / part).glob("*.safetensors")
+        found, expected = plain(load_file(file)), plain(load_file(fine_tune / part / file.name))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), part
+    manifest = {file.path: file.source for file in read_manifest(model.weights / name, remedy="").files}
+    assert manifest["unet/diffusion_pytorch_model.safetensors"] == "fine_tune_v7.safetensors"
+    model.paint()
+
+
+def test_a_checkpoint_of_another_kind_is_refused(shop):
+    model = shop("sd15")
+    other = make_folder(MODELS["sdxl"], model.weights.parent / "other")
+    checkpoint = save_checkpoint(other, model.weights.parent / "sdxl.safetensors")
+    model.run("download_weights", "--for-single-file")
+
+    status, err = model.run("save_weights", "--from-single-file", str(checkpoint))
+
+    assert status == 1 and "sdxl.safetensors does not hold" in err
+    assert not (model.weights / "sd15").exists()

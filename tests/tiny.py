@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from hub import Hub
 from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fewstep.models import MODELS, ModelSpec
@@ -18,7 +18,7 @@ from fewstep.sources import HubRepo
 from fewstep.training.distill import LoraStudent, add_lora
 
 TOKENIZER = Settings().weights_root / "miniature" / "tokenizer"
-WIDTH = 32  # of each text encoder
+WIDTHS = (32, 48)  # of the text encoders; it is by them that diffusers tells the two of a checkpoint apart
 SHARED = {"layers_per_block": 1, "sample_size": 8, "norm_num_groups": 8}
 UNETS = {
     "sdxl": {
@@ -27,17 +27,17 @@ UNETS = {
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "attention_head_dim": (2, 4),
         "use_linear_projection": True,
-        "cross_attention_dim": 2 * WIDTH,
+        "cross_attention_dim": sum(WIDTHS),
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": WIDTH + 6 * 8,
+        "projection_class_embeddings_input_dim": WIDTHS[1] + 6 * 8,
     },
     "sd": {
         "block_out_channels": (16, 32),
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         "attention_head_dim": 2,
-        "cross_attention_dim": WIDTH,
+        "cross_attention_dim": WIDTHS[0],
     },
 }
 # SSD-1B is SDXL with blocks taken out: unequal numbers of transformers, none in the middle.
@@ -49,9 +49,9 @@ PRUNED = {
 }
 
 
-def make_folder(spec: ModelSpec, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
+def make_folder(spec: ModelSpec, folder: Path, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
     """A diffusers folder of `spec`, with its LCM-LoRA and a stand-in for the safety checker."""
-    torch.manual_seed(len(spec.name))
+    torch.manual_seed(seed)
     extra = PRUNED if spec.name == "ssd-1b" else {}
     extra |= {"time_cond_proj_dim": 16} if spec.embedded_guidance else {}
     unet = UNet2DConditionModel(**{**SHARED, **UNETS[spec.family], **extra})
@@ -65,9 +65,6 @@ def make_folder(spec: ModelSpec, folder: Path, dtype: torch.dtype = torch.float1
     )
     text = {
         "vocab_size": 49408,
-        "hidden_size": WIDTH,
-        "intermediate_size": WIDTH,
-        "projection_dim": WIDTH,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "max_position_embeddings": 77,
@@ -79,7 +76,9 @@ def make_folder(spec: ModelSpec, folder: Path, dtype: torch.dtype = torch.float1
     ).save_pretrained(folder / "scheduler")
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     for i, (name, kind) in enumerate(encoders.items() if spec.family == "sdxl" else [*encoders.items()][:1]):
-        kind(CLIPTextConfig(**text)).to(dtype).save_pretrained(folder / name)
+        width = {"hidden_size": WIDTHS[i], "intermediate_size": WIDTHS[i], "projection_dim": WIDTHS[i]}
+        kind(CLIPTextConfig(**text, **width)).to(dtype).save_pretrained(folder / name)
+        as_published(folder / name / "model.safetensors")
         shutil.copytree(TOKENIZER, folder / ("tokenizer_2" if i else "tokenizer"))
     if spec.lcm_lora:
         save_lora(unet.float(), folder)
@@ -88,6 +87,15 @@ def make_folder(spec: ModelSpec, folder: Path, dtype: torch.dtype = torch.float1
         (folder / name).write_text("{}")
     save_file({"x": torch.zeros(1000)}, folder / "safety_checker" / "model.safetensors")
     return folder
+
+
+def as_published(file: Path) -> None:
+    """The names of the files on the hub, which transformers 5 reads but no longer writes."""
+    kept = ("text_model.", "text_projection")
+    state = {
+        key if key.startswith(kept) else f"text_model.{key}": value for key, value in load_file(file).items()
+    }
+    save_file(state, file, metadata={"format": "pt"})
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
