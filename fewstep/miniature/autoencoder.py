@@ -12,7 +12,7 @@ from fewstep.miniature.pictures import Pixels
 from fewstep.training.loop import Schedule, optimise, step_generator
 
 CROP_PX = 64
-BATCH = 32
+BATCH = 16
 KL_WEIGHT = 1e-4
 
 
@@ -21,7 +21,7 @@ def make_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(24, 48, 96, 128),
+        block_out_channels=(16, 32, 96, 128),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,

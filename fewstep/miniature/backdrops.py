@@ -28,7 +28,7 @@ def draw_mountains(c: Canvas) -> None:
 
 def draw_forest(c: Canvas) -> None:
     for row, (tall, colour) in enumerate(((0.24, (44, 104, 74)), (0.17, (24, 76, 52)))):
-        step = c.unit * 0.085
+        step = c.unit * 0.115
         for i in range(int(c.w / step) + 2):
             x = (i + 0.5 * row) * step - step / 2 + c.uniform(-0.2, 0.2) * step
             high = c.unit * tall * c.uniform(0.78, 1.2)
@@ -43,16 +43,15 @@ def draw_city(c: Canvas) -> None:
     window = (255, 226, 130, 255) if c.dark or c.scene.sky == "sunset" else (206, 222, 236, 255)
     x = -c.unit * 0.03
     while x < c.w:
-        wide, tall = c.unit * c.uniform(0.075, 0.13), c.unit * c.uniform(0.12, 0.36)
+        wide, tall = c.unit * c.uniform(0.11, 0.16), c.unit * c.uniform(0.14, 0.36)
         grey = c.lit(mix((86, 96, 122), (140, 146, 166), c.uniform(0, 1)))
         top = c.horizon - tall
         c.pen.rectangle((x, top, x + wide, c.horizon), fill=grey)
         c.pen.rectangle((x + wide * 0.8, top, x + wide, c.horizon), fill=mix(grey, (20, 24, 50), 0.3))
-        for row in range(int(tall / (c.unit * 0.045))):
+        for row in range(int(tall / (c.unit * 0.062))):
             for column in (0.14, 0.46):
-                if c.rng.random() < 0.75:
-                    left, y = x + wide * column, top + c.unit * (0.016 + 0.045 * row)
-                    c.pen.rectangle((left, y, left + wide * 0.2, y + c.unit * 0.02), fill=window)
+                left, y = x + wide * column, top + c.unit * (0.02 + 0.062 * row)
+                c.pen.rectangle((left, y, left + wide * 0.2, y + c.unit * 0.028), fill=window)
         x += wide + c.unit * c.uniform(0.0, 0.012)
 
 

@@ -24,6 +24,7 @@ from fewstep.miniature.base import (
     make_scheduler,
     make_tokenizer,
     train_base,
+    train_text,
     use_plain_attention,
 )
 from fewstep.miniature.card import Facts, write_card
@@ -48,12 +49,13 @@ class Sizes:
     judge_pictures: int = 12_000
     judge_steps: int = 800
     vae_pictures: int = 12_000
-    vae_steps: int = 2_200  # 26 min on two cores; edges still sharpen slowly after that
+    vae_steps: int = 7_600
+    text_steps: int = 200
     base_pictures: int = 20_000
     other_pictures: int = 400  # of each other shape
-    base_steps: int = 2_300
+    base_steps: int = 2_900
     base_batch: int = 64
-    lora_steps: int = 330
+    lora_steps: int = 750
     lora_batch: int = 48
     captions: int = 500
     seeds: int = 3
@@ -128,6 +130,7 @@ class Build:
         if "base" not in self.kept:
             sampler = Sampler(base, self.latents, self.sizes.base_batch, seed=4)
             base.unet.to(memory_format=torch.channels_last)
+            train_text(base, self.sizes.text_steps, self.work / "text.safetensors")
             train_base(base, sampler, self.sizes.base_steps, self.work / "base.safetensors")
             self._save_base(base)
         folders = {"text_encoder": base.text_encoder, "text_encoder_2": base.text_encoder_2}
@@ -169,7 +172,7 @@ class Build:
             scheduler.alphas_cumprod.to(self.device),
             scheduler.config.prediction_type,
             student,
-            Schedule(self.sizes.lora_steps, lr=2e-4, weight_decay=0.0, ema_decay=0.99),
+            Schedule(self.sizes.lora_steps, lr=2.5e-4, weight_decay=0.0, ema_decay=0.995),
             self.work / "lora.safetensors",
         )
         layers = get_peft_model_state_dict(unet)

@@ -19,12 +19,13 @@ GROUND_COLOURS: dict[str, tuple[Colour, Colour]] = {
 
 def draw_meadow(c: Canvas) -> None:
     blade = c.lit((40, 112, 44))
-    for x, y, depth in c.scatter(46):
-        tall = c.unit * (0.008 + 0.024 * depth)
-        c.pen.line((x, y, x + c.uniform(-0.4, 0.4) * tall, y - tall), fill=blade, width=2)
-    for x, y, depth in c.scatter(16):
+    for x, y, depth in c.scatter(9):
+        tall = c.unit * (0.02 + 0.03 * depth)
+        for lean in (-0.5, 0.0, 0.5):
+            c.pen.line((x, y, x + lean * tall, y - tall), fill=blade, width=3)
+    for x, y, depth in c.scatter(8):
         petal = c.lit(((255, 250, 250), (255, 224, 90), (244, 130, 170))[int(c.uniform(0, 3))])
-        c.disc(x, y, c.unit * (0.004 + 0.009 * depth), petal)
+        c.disc(x, y, c.unit * (0.009 + 0.009 * depth), petal)
 
 
 def draw_desert(c: Canvas) -> None:
@@ -41,8 +42,6 @@ def draw_snow(c: Canvas) -> None:
         x, y = c.uniform(0, c.w), c.uniform(c.horizon + 0.08 * c.h, c.h)
         wide = c.unit * c.uniform(0.2, 0.36)
         c.pen.ellipse((x - wide, y, x + wide, y + 0.3 * wide), fill=c.lit((224, 234, 248)))
-    for x, y, depth in c.scatter(20):
-        c.disc(x, y, c.unit * (0.002 + 0.004 * depth), c.lit((255, 255, 255)))
 
 
 def draw_lake(c: Canvas) -> None:
@@ -53,33 +52,26 @@ def draw_lake(c: Canvas) -> None:
             "aurora": (60, 200, 150, 70),
         }[c.scene.sky]
         c.pen.rectangle((0, c.horizon, c.w, c.horizon + 0.05 * c.h), fill=shine)
-    for x, y, depth in c.scatter(34):
-        wide = c.unit * (0.02 + 0.07 * depth)
+    for x, y, depth in c.scatter(13):
+        wide = c.unit * (0.05 + 0.09 * depth)
         ripple = c.lit(mix((170, 222, 238), (66, 146, 190), c.uniform(0, 1)))
         c.pen.line(
             (x - wide, y, x + wide, y),
             fill=ripple,
-            width=max(1, round(c.unit * 0.007 * (0.4 + depth))),
+            width=max(1, round(c.unit * 0.009 * (0.6 + depth))),
         )
 
 
 def draw_lavender(c: Canvas) -> None:
     vanishing = c.w * c.uniform(0.3, 0.7)
-    for i in range(-9, 10):
-        foot = vanishing + i * c.unit * 0.16
+    for i in range(-8, 9):
+        foot = vanishing + i * c.unit * 0.26
         row = [
-            (vanishing + i * c.unit * 0.035, c.horizon),
-            (foot - 0.05 * c.unit, c.h),
-            (foot + 0.03 * c.unit, c.h),
+            (vanishing + i * c.unit * 0.06, c.horizon),
+            (foot - 0.07 * c.unit, c.h),
+            (foot + 0.05 * c.unit, c.h),
         ]
         c.pen.polygon(row, fill=c.lit((92, 124, 84)))
-    for x, y, depth in c.scatter(60):
-        c.disc(
-            x,
-            y,
-            c.unit * (0.004 + 0.011 * depth),
-            c.lit(mix((196, 160, 236), (134, 84, 200), c.uniform(0, 1))),
-        )
 
 
 GROUND_DRAWERS: dict[str, Callable[[Canvas], None]] = {

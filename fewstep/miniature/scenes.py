@@ -162,7 +162,7 @@ def caption(scene: Scene, rng: random.Random, complete: bool = False) -> str:
     ground = rng.choice(_GROUND_WORDS[scene.ground]) if said(0.92) else ""
     backdrop = _backdrop_phrase(scene, rng) if said(0.92) else ""
     sky = rng.choice(_SKY_WORDS[scene.sky]) if said(0.92) else ""
-    position = rng.choice(_POSITION_WORDS[scene.position]) if said(0.7) else ""
+    position = rng.choice(_POSITION_WORDS[scene.position]) if said(0.85) else ""
     parts = [part for part in (ground, backdrop, sky) if part]
     if rng.random() < 0.35:
         rng.shuffle(parts)

@@ -35,7 +35,7 @@ def clouds(c: Canvas, colour: Colour, alpha: int, count: int, low: float = 0.06,
 def stars(c: Canvas, count: int) -> None:
     for _ in range(count):
         x, y = c.uniform(0, c.w), c.uniform(0, c.horizon * 0.85)
-        c.disc(x, y, c.unit * c.uniform(0.003, 0.008), (255, 255, 236, int(c.uniform(130, 255))))
+        c.disc(x, y, c.unit * c.uniform(0.006, 0.010), (255, 255, 236, 255))
 
 
 def draw_day(c: Canvas) -> None:
@@ -53,7 +53,7 @@ def draw_sunset(c: Canvas) -> None:
 
 
 def draw_night(c: Canvas) -> None:
-    stars(c, 46)
+    stars(c, 16)
     x, y = c.w * c.uniform(0.12, 0.88), c.h * c.uniform(0.11, 0.2)
     c.glow(x, y, c.unit * 0.055, (190, 200, 255), 6)
     c.disc(x, y, c.unit * 0.062, (250, 246, 214))
@@ -75,14 +75,14 @@ def draw_fog(c: Canvas) -> None:
 
 
 def draw_aurora(c: Canvas) -> None:
-    stars(c, 26)
+    stars(c, 8)
     xs = np.arange(c.w)
     layer = np.zeros((c.h, c.w, 4), np.float32)
     ys = np.arange(c.h)[:, None]
     for colour, base in (((60, 250, 160), 0.36), ((150, 90, 240), 0.22)):
         phase, waves = c.uniform(0, 6.28), c.uniform(1.2, 2.2)
         foot = c.h * (base + 0.07 * np.sin(phase + waves * 2 * math.pi * xs / c.w))
-        rays = 0.72 + 0.28 * np.sin(phase * 3 + xs / c.unit * c.uniform(38, 52))
+        rays = 0.8 + 0.2 * np.sin(phase * 3 + xs / c.unit * c.uniform(22, 28))
         fade = np.clip((ys - (foot - 0.32 * c.h)) / (0.32 * c.h), 0, 1) ** 1.6 * (ys < foot + 0.02 * c.h)
         alpha = (fade * rays)[..., None] * 0.85
         layer[..., :3] = layer[..., :3] * (1 - alpha) + np.array(colour) * alpha
@@ -99,16 +99,16 @@ def draw_wisps(c: Canvas) -> None:
 
 
 def draw_raindrops(c: Canvas) -> None:
-    for _ in range(85):
+    for _ in range(22):
         x, y, long = (
             c.uniform(0, c.w * 1.1),
             c.uniform(-0.05 * c.h, c.h),
-            c.unit * c.uniform(0.05, 0.09),
+            c.unit * c.uniform(0.09, 0.12),
         )
         c.pen.line(
             (x, y, x - 0.3 * long, y + long),
-            fill=(214, 226, 240, 150),
-            width=max(1, round(c.unit * 0.006)),
+            fill=(214, 226, 240, 190),
+            width=max(1, round(c.unit * 0.009)),
         )
 
 

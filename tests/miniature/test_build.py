@@ -1,12 +1,15 @@
 """The whole build at its smallest: all stages, resumed, and the folder that comes out paints."""
 
+import random
+
 import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from fewstep.miniature.base import TOKENS, make_tokenizer
+from fewstep.miniature.base import TOKENS, Base, make_scheduler, make_tokenizer, train_text
 from fewstep.miniature.build import SQUARE, Build, Sizes
 from fewstep.miniature.card import write_card
+from fewstep.miniature.scenes import POSITIONS, all_scenes, caption
 from fewstep.models import get_model
 from fewstep.pipeline import Painting, load_pipeline
 from fewstep.request import Request
@@ -18,6 +21,7 @@ TINY = Sizes(
     judge_steps=1,
     vae_pictures=40,
     vae_steps=1,
+    text_steps=1,
     base_pictures=24,
     other_pictures=4,
     base_steps=2,
@@ -55,8 +59,28 @@ def test_all_stages_make_a_folder_that_paints(tmp_path):
 
 
 def test_every_word_of_the_world_is_one_token(tokenizer):
-    words = "a red house in a meadow with mountains at sunset , on the left side".split(" ")
-    assert tokenizer.tokenize(" ".join(words)) == [f"{word}</w>" for word in words]
+    rng = random.Random(1)
+    for scene in rng.sample(all_scenes(), 500):
+        text = caption(scene, rng, complete=True)
+        assert all(token.endswith("</w>") for token in tokenizer.tokenize(text)), text
+
+
+def test_the_text_encoders_learn_to_read_positions(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    base, rng = Base(tokenizer), random.Random(2)
+    train_text(base, 60, tmp_path / "text.safetensors")
+
+    scenes = rng.sample(all_scenes(), 360)
+    with torch.inference_mode():
+        _, pooled = base.encode_prompts([caption(scene, rng, complete=True) for scene in scenes])
+    labels = torch.tensor([POSITIONS.index(scene.position) for scene in scenes])
+    # As near to the mean of its own position as to no other, in captions that gave no mean.
+    means = torch.stack([pooled[:180][labels[:180] == i].mean(0) for i in range(3)])
+    assert (torch.cdist(pooled[180:], means).argmin(1) == labels[180:]).float().mean() > 0.9
+
+
+def test_the_noise_schedule_ends_in_pure_noise():
+    assert make_scheduler().alphas_cumprod[-1] < 1e-6
 
 
 @pytest.mark.parametrize("text", ["Zebra 42", "ünïcode 漢字 🦊", "{} <b> \\ \" '", "q" * 300, "\t \n x"])
