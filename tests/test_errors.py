@@ -17,6 +17,7 @@ def test_codes_are_the_published_ones():
     assert {kind.code for kind in SUBCLASSES} == {
         "invalid_request",
         "weights",
+        "download",
         "settings",
         "generation_failed",
         "deadline",
