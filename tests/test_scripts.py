@@ -71,6 +71,7 @@ def test_predict_that_is_stopped_leaves_no_server_and_no_files(number: int, tmp_
         env={**os.environ, "PATH": PATH, "TMPDIR": str(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # under nohup, SIGHUP would be ignored
     )
     assert running.stderr is not None and "starting the server" in running.stderr.readline()
     while not servers_with(tmp_path):
