@@ -36,6 +36,11 @@ def run_script(name: str, *arguments: str, cwd: Path, **variables: str) -> subpr
     return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
 
+def left_in(folder: Path) -> list[str]:
+    """What a script left there, but for the cache folder that torch makes when it is imported."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")]
+
+
 def test_predict_writes_the_file_and_prints_its_path_alone(tmp_path: Path) -> None:
     done = run_script(
         "predict",
@@ -51,7 +56,7 @@ def test_predict_writes_the_file_and_prints_its_path_alone(tmp_path: Path) -> No
     assert (done.returncode, done.stdout) == (0, "out.webp\n"), done.stderr
     assert (tmp_path / "out.webp").read_bytes()[:4] == b"RIFF"
     assert "miniature" in done.stderr and "seed 7" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out.webp"]
+    assert left_in(tmp_path) == ["out.webp"]
 
 
 def test_predict_tells_a_refusal_in_one_sentence_and_writes_nothing(tmp_path: Path) -> None:
@@ -60,7 +65,7 @@ def test_predict_tells_a_refusal_in_one_sentence_and_writes_nothing(tmp_path: Pa
     assert done.stderr.splitlines()[-1] == (
         "the server refused the inputs: steps: 9 is greater than the maximum of 8"
     )
-    assert "server's log" not in done.stderr and list(tmp_path.iterdir()) == []
+    assert "server's log" not in done.stderr and left_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -78,7 +83,7 @@ def test_predict_that_is_stopped_leaves_no_server_and_no_files(number: int, tmp_
         time.sleep(0.01)
     running.send_signal(number)
     assert running.wait(30) == 130
-    assert not servers_with(tmp_path) and list(tmp_path.iterdir()) == []
+    assert not servers_with(tmp_path) and left_in(tmp_path) == []
 
 
 def servers_with(folder: Path) -> list[str]:
