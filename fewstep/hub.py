@@ -51,7 +51,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Download:
-    """One file that is on this disk, whole."""
+    """One file of a repo, and where it lies, or is to lie, on this disk."""
 
     repo: HubRepo
     file: HubFile
@@ -172,13 +172,14 @@ def _is_here(one: Download) -> bool:
     cached = try_to_load_from_cache(one.repo.name, one.file.path, revision=one.repo.revision)
     if isinstance(cached, str) and _matches(Path(cached), one.expected):
         one.path.parent.mkdir(parents=True, exist_ok=True)
-        _link_or_copy(Path(cached).resolve(), _part(one))
+        link_or_copy(Path(cached).resolve(), _part(one))
         _part(one).replace(one.path)
         return True
     return False
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """Let `target` be the file at `source`, without its bytes being on the disk twice where that can be."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
-from fewstep.adapters import Diffusion, fuse_lcm_lora
+from fewstep.adapters import fuse_lcm_lora
 from fewstep.errors import FewstepError, GenerationError, SettingsError, Stopped
 from fewstep.models import ModelSpec
 from fewstep.request import Request
@@ -30,6 +30,8 @@ from fewstep.settings import Settings
 from fewstep.weights import check_hashes, verify_weights
 
 logger = logging.getLogger(__name__)
+
+Diffusion: TypeAlias = StableDiffusionXLPipeline | StableDiffusionPipeline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -71,7 +73,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     device, dtype = _device_and_dtype(settings)
     diffusion = _load_verified(folder, spec, settings.verify, device, dtype)
     if spec.lcm_lora:
-        modules = fuse_lcm_lora(diffusion, folder / "lcm_lora.safetensors", spec.remedy)
+        modules = fuse_lcm_lora(diffusion.unet, folder / "lcm_lora.safetensors", spec.remedy)
         logger.info("fused the LCM-LoRA into %d modules", modules)
     for module in (part for part in diffusion.components.values() if isinstance(part, torch.nn.Module)):
         module.eval().requires_grad_(False)

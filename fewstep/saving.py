@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fewstep.errors import WeightsError
-from fewstep.hub import Download
+from fewstep.hub import Download, link_or_copy
 from fewstep.models import ModelSpec
 from fewstep.weights import Origin, write_manifest
 
@@ -97,7 +96,7 @@ def _save_file(one: Download, target: Path) -> None:
         config = json.loads(one.path.read_text(encoding="utf-8"))
         target.write_text(json.dumps({**config, "force_upcast": False}, indent=2) + "\n")
     elif place == LCM_LORA:
-        _link_or_copy(one.path, target)
+        link_or_copy(one.path, target)
     elif place.endswith(".safetensors"):
         _save_in_fp16(one.path, target)
     else:
@@ -111,7 +110,7 @@ def _save_in_fp16(source: Path, target: Path) -> None:
     with safe_open(source, framework="pt") as file:
         kinds = {file.get_slice(name).get_dtype() for name in file.keys()}
         if kinds.isdisjoint({"F32", "BF16", "F64"}):
-            _link_or_copy(source, target)
+            link_or_copy(source, target)
             return
         for name in file.keys():
             tensor = file.get_tensor(name)
@@ -170,13 +169,6 @@ def _model_index(spec: ModelSpec) -> dict[str, Any]:
         **switches,
         **{k: list(v) for k, v in sorted(parts.items())},
     }
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)  # 7 GB less on the disk
-    except OSError:  # another disk
-        shutil.copyfile(source, target)
 
 
 def _replace(folder: Path, part: Path) -> None:

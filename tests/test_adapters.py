@@ -1,11 +1,13 @@
-"""Fusing the LCM-LoRA: exact to rounding, complete or refused, and nothing is left behind."""
+"""Fusing the LCM-LoRA: exact to the dtype's rounding, complete or refused with the count, nothing left behind."""
 
-from pathlib import Path
+import json
+import re
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fewstep.adapters import fuse_lcm_lora
@@ -14,110 +16,189 @@ from fewstep.settings import Settings
 
 FOLDER = Settings().weights_root / "miniature"
 LORA = FOLDER / "lcm_lora.safetensors"
+ALPHA = 8.0
+MODULE = re.compile(r"unet\.(.*)\.lora_([AB])\.weight")
 
 
-@pytest.fixture
-def diffusion() -> StableDiffusionXLPipeline:
-    return StableDiffusionXLPipeline.from_pretrained(
-        FOLDER, dtype=torch.float32, use_safetensors=True, local_files_only=True, add_watermarker=False
+def load_unet(dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(
+        FOLDER, subfolder="unet", torch_dtype=dtype, use_safetensors=True, local_files_only=True
     )
 
 
-def state(diffusion: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in diffusion.unet.state_dict().items()}
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    return load_unet()
 
 
-def is_plain(diffusion: StableDiffusionXLPipeline) -> bool:
-    return not any(isinstance(module, BaseTunerLayer) for module in diffusion.unet.modules())
+def state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in unet.state_dict().items()}
 
 
-def test_the_fused_unet_is_base_plus_lora_and_has_no_wrapper(diffusion):
-    before, tensors = state(diffusion), load_file(LORA)
-    modules = fuse_lcm_lora(diffusion, LORA, "mend it")
-    after = state(diffusion)
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
-    assert is_plain(diffusion) and after.keys() == before.keys()
-    assert modules == sum(key.endswith("lora_B.weight") for key in tensors)
+
+def modules() -> dict[str, dict[str, torch.Tensor]]:
+    """The file's matrices, {module: {"A": (r, in, ...), "B": (out, r, ...)}}."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(LORA).items():
+        name, matrix = MODULE.fullmatch(key).groups()
+        found.setdefault(name, {})[matrix] = value
+    return found
+
+
+def write(path, style: str, alpha: float):
+    """The LoRA as different tools would write it."""
+    tensors, metadata = {}, {"format": "pt"}
+    names = {
+        "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"),
+        "peft": ("unet.{}.lora_A.weight", "unet.{}.lora_B.weight"),
+        "diffusers": ("unet.{}.lora.down.weight", "unet.{}.lora.up.weight"),
+    }[style]
+    for name, matrices in modules().items():
+        written = name.replace(".", "_") if style == "kohya" else name
+        for form, matrix in zip(names, "AB", strict=True):
+            tensors[form.format(written)] = matrices[matrix]
+        if style == "kohya":
+            tensors[f"lora_unet_{written}.alpha"] = torch.tensor(alpha, dtype=torch.float16)
+        elif style == "diffusers":
+            tensors[f"unet.{written}.alpha"] = torch.tensor(alpha)
+    if style == "peft":
+        with safe_open(LORA, framework="pt") as file:
+            config = json.loads(file.metadata()["lora_adapter_metadata"])
+        metadata["lora_adapter_metadata"] = json.dumps({**config, "unet.lora_alpha": alpha})
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, -0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fused_is_base_plus_lora_in_float64_rounded_once(tmp_path, dtype, scale):
+    unet = load_unet(dtype)
+    before = state(unet)
+    count = fuse_lcm_lora(unet, write(tmp_path / "lora.safetensors", "kohya", ALPHA), "mend it", scale)
+    after = state(unet)
+
+    assert count == len(modules()) == 129
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    for key, down in tensors.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        up = tensors[key.replace("lora_A", "lora_B")].float()
-        name = key.removeprefix("unet.").replace(".lora_A", "")
-        delta = (up.flatten(1) @ down.float().flatten(1)).reshape(before[name].shape)
-        assert torch.allclose(after[name], before[name] + delta, atol=1e-5), name
-        changed.discard(name)
+    for name, matrices in modules().items():
+        weight = before[f"{name}.weight"]
+        a, b = (matrices[matrix].double().numpy().reshape(len(matrices[matrix]), -1) for matrix in "AB")
+        exact = weight.double() + scale * ALPHA / len(a) * torch.from_numpy(b @ a).reshape(weight.shape)
+        error = (after[f"{name}.weight"].double() - exact).abs()
+        nearest = (exact.to(dtype).double() - exact).abs()  # but for ties, and the order of the sum
+        assert (error <= nearest + 1e-14).all(), name
+        changed.discard(f"{name}.weight")
     assert not changed, "only the LoRA's layers may change"
 
 
-def test_kohya_names_and_alpha_fuse_the_same(diffusion, tmp_path):
-    """As the published LCM-LoRAs are: lora_unet_..., alpha 8 at rank 64."""
-    tensors, kohya = load_file(LORA), {}
-    for key, value in tensors.items():
-        module, _, kind = key.removeprefix("unet.").removesuffix(".weight").rpartition(".")
-        name = "lora_unet_" + module.replace(".", "_")
-        if kind == "lora_A":
-            kohya[f"{name}.lora_down.weight"] = value
-            kohya[f"{name}.alpha"] = torch.tensor(value.shape[0] / 4)
-        else:
-            kohya[f"{name}.lora_up.weight"] = 4 * value.float()
-    save_file(kohya, tmp_path / "kohya.safetensors")
-
-    fuse_lcm_lora(diffusion, tmp_path / "kohya.safetensors", "mend it")
-    found = state(diffusion)
-    other = StableDiffusionXLPipeline.from_pretrained(FOLDER, dtype=torch.float32, local_files_only=True)
-    fuse_lcm_lora(other, LORA, "mend it")
-    for name, expected in state(other).items():
-        assert torch.allclose(found[name], expected, atol=1e-5), name
+@pytest.mark.parametrize("alpha", [8.0, 32.0, 5.0])
+def test_whoever_wrote_the_file_the_fused_weights_are_bit_identical(tmp_path, alpha):
+    states = []
+    for style in ("kohya", "peft", "diffusers"):
+        unet = load_unet()
+        fuse_lcm_lora(unet, write(tmp_path / f"{style}.safetensors", style, alpha), "mend it")
+        states.append(state(unet))
+    assert same(states[0], states[1]) and same(states[0], states[2])
+    assert not same(states[0], state(load_unet()))
 
 
-@pytest.mark.parametrize("damage", ["stranger", "nan", "inf", "empty"])
-def test_a_lora_that_does_not_fit_is_refused_and_the_model_untouched(diffusion, tmp_path, damage):
-    tensors, before = load_file(LORA), state(diffusion)
-    key = next(key for key in tensors if key.endswith("conv1.lora_A.weight"))
-    if damage == "stranger":  # a module that this UNet does not have
-        for kind in ("lora_A", "lora_B"):
-            tensors[f"unet.down_blocks.7.resnets.0.conv1.{kind}.weight"] = tensors[
-                key.replace("lora_A", kind)
-            ].clone()
-    elif damage == "empty":
-        tensors = {"unet.nothing": torch.zeros(1)}
-    else:
-        tensors[key] = torch.full_like(tensors[key], float(damage))
+@pytest.mark.parametrize("style", ["kohya", "peft"])
+def test_it_is_what_diffusers_and_peft_fuse(tmp_path, style):
+    path = write(tmp_path / "lora.safetensors", style, ALPHA)
+    theirs = StableDiffusionXLPipeline.from_pretrained(
+        FOLDER, dtype=torch.float32, use_safetensors=True, local_files_only=True, add_watermarker=False
+    )
+    theirs.load_lora_weights(tmp_path, weight_name=path.name, local_files_only=True)
+    theirs.fuse_lora(components=["unet"])
+    theirs.unload_lora_weights()
+    ours = load_unet()
+    fuse_lcm_lora(ours, path, "mend it")
+    expected = state(theirs.unet)
+    for name, value in state(ours).items():
+        assert torch.allclose(value, expected[name], atol=1e-5), name
+
+
+def test_nothing_is_left_of_the_adapter(unet):
+    before = state(unet)
+    fuse_lcm_lora(unet, LORA, "mend it")
+    assert not any(isinstance(module, BaseTunerLayer) for module in unet.modules())
+    assert state(unet).keys() == before.keys()
+    assert all(value.dtype == before[name].dtype for name, value in state(unet).items())
+
+
+def damaged(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    tensors, metadata = load_file(LORA), {"format": "pt"}
+    convolution = next(key for key in tensors if key.endswith("conv1.lora_A.weight"))
+    linear = next(key for key in tensors if key.endswith("to_q.lora_B.weight"))
+    if kind == "nothing of it":
+        tensors = {key.replace("unet.", "unet.other."): value for key, value in tensors.items()}
+    elif kind == "two strangers":
+        for place in ("down_blocks.7.resnets.0.conv1", "text_model.layers.0.to_q"):
+            for key in (convolution, convolution.replace("lora_A", "lora_B")):
+                tensors[key.replace(convolution.split(".lora")[0], f"unet.{place}")] = tensors[key].clone()
+    elif kind == "wider":
+        tensors = {key: torch.cat([value, value], 1) for key, value in tensors.items()}
+    elif kind == "transposed":
+        tensors[convolution] = tensors[convolution].permute(1, 0, 2, 3).contiguous()
+    elif kind == "ranks that differ":
+        tensors[linear] = tensors[linear][:, :-1].contiguous()
+    elif kind == "half a module":
+        del tensors[linear]
+    elif kind == "a key of another kind":
+        tensors["unet.mid_block.resnets.0.conv1.dora_scale"] = torch.ones(4)
+    elif kind in ("nan", "inf"):
+        for key in (convolution, linear):
+            tensors[key].view(-1)[3] = float(kind)
+    elif kind == "alpha":
+        tensors[linear.replace("lora_B.weight", "alpha")] = torch.tensor(torch.inf)
+    elif kind == "empty":
+        tensors = {}
+    elif kind == "DoRA":
+        metadata["lora_adapter_metadata"] = json.dumps({"unet.use_dora": True})
+    elif kind == "header":
+        metadata["lora_adapter_metadata"] = "{"
+    return tensors, metadata
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("nothing of it", "129 of its 129 modules do not fit this model"),
+        ("two strangers", "2 of its 131 modules do not fit this model, first down_blocks_7_resnets_0_conv1"),
+        ("wider", "129 of its 129 modules do not fit this model"),
+        ("transposed", "1 of its 129 modules do not fit this model"),
+        ("ranks that differ", "1 of its 129 modules do not fit this model"),
+        ("half a module", "1 of its 129 modules do not fit this model"),
+        ("a key of another kind", "1 of its 130 modules do not fit this model"),
+        ("nan", "2 of its 129 modules hold values that are not finite"),
+        ("inf", "2 of its 129 modules hold values that are not finite"),
+        ("alpha", "1 of its 129 modules hold values that are not finite"),
+        ("empty", "has no modules"),
+        ("DoRA", "cannot be read (not a plain LoRA)"),
+        ("header", "cannot be read"),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_refused_with_the_count_and_the_unet_untouched(
+    unet, tmp_path, kind, said
+):
+    tensors, metadata = damaged(kind)
     path = tmp_path / "lcm_lora.safetensors"
-    save_file(tensors, path)
+    save_file(tensors, path, metadata=metadata)
+    before = state(unet)
 
-    with pytest.raises(WeightsError, match="mend it"):
-        fuse_lcm_lora(diffusion, path, "mend it")
-
-    assert is_plain(diffusion)
-    assert all(torch.equal(value, before[name]) for name, value in state(diffusion).items())
-
-
-def test_a_lora_of_another_model_is_refused(diffusion, tmp_path):
-    path = tmp_path / "lcm_lora.safetensors"
-    tensors = load_file(LORA)
-    save_file({key: torch.cat([value, value], 1) for key, value in tensors.items()}, path)
-    before = state(diffusion)
-    with pytest.raises(WeightsError):
-        fuse_lcm_lora(diffusion, path, "mend it")
-    assert is_plain(diffusion)
-    assert all(torch.equal(value, before[name]) for name, value in state(diffusion).items())
-
-
-def test_scale_scales(diffusion):
-    before = state(diffusion)
-    fuse_lcm_lora(diffusion, LORA, "mend it", scale=0.5)
-    half = state(diffusion)
-    full = StableDiffusionXLPipeline.from_pretrained(FOLDER, dtype=torch.float32, local_files_only=True)
-    fuse_lcm_lora(full, LORA, "mend it")
-    for name, value in state(full).items():
-        assert torch.allclose(half[name] - before[name], (value - before[name]) / 2, atol=1e-5)
-
-
-def test_no_path_of_this_machine_is_in_an_error(diffusion, tmp_path):
-    path: Path = tmp_path / "lcm_lora.safetensors"
-    save_file({"unet.nothing": torch.zeros(1)}, path)
     with pytest.raises(WeightsError) as caught:
-        fuse_lcm_lora(diffusion, path, "mend it")
-    assert str(tmp_path) not in str(caught.value)
+        fuse_lcm_lora(unet, path, "mend it")
+
+    sentence = str(caught.value)
+    assert said in sentence and sentence.endswith("; run: mend it")
+    assert str(tmp_path) not in sentence, "no path of this machine"
+    assert same(before, state(unet))
+
+
+def test_a_damaged_file_is_refused(unet, tmp_path):
+    path = tmp_path / "lcm_lora.safetensors"
+    path.write_bytes(LORA.read_bytes()[:5000])
+    with pytest.raises(WeightsError, match=r"lcm_lora.safetensors cannot be read .*; run: mend it"):
+        fuse_lcm_lora(unet, path, "mend it")

@@ -1,38 +1,70 @@
 """Make a model of the real size with random weights: scripts/full-size sdxl
 
-It is built, saved, loaded and run by the code of the real one, to measure memory and time on any machine:
-FEWSTEP_MODEL=sdxl-random scripts/predict -i prompt=noise -i steps=1. The pictures are noise.
+It is built, saved, loaded and run by the code of the real one, to measure memory and time on any machine. With
+--measure, it is then served and paints once, and a row is added to benchmarks/full-size.csv; a folder that is
+there already is not made again. The pictures are noise.
 """
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fewstep.errors import FewstepError
 from fewstep.models import MODELS
+from fewstep.server import ROOT, ServerFailed, end_as_by_ctrl_c
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """1 when it cannot be made; the reason is one sentence on stderr."""
+    """1 when it cannot be made or does not paint; the reason is one sentence on stderr."""
     parser = argparse.ArgumentParser(
         prog="scripts/full-size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [name for name, spec in MODELS.items() if spec.sources]
     parser.add_argument("name", nargs="?", choices=names, default="sdxl", help="the model (%(default)s)")
-    name = parser.parse_args(arguments).name
+    parser.add_argument("--measure", action="store_true", help="paint once, and write down what it took")
+    parser.add_argument("--size", type=int, default=512, help="of the picture, in px (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1, help="%(default)s")
+    chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    end_as_by_ctrl_c()
     try:
-        from fewstep.fullsize import make_random  # imports torch, which takes seconds
-        from fewstep.settings import Settings
-
-        folder = make_random(name, Settings.from_env().weights_root)
-    except FewstepError as error:
-        sys.stderr.write(f"{error}\n")
+        _make(chosen.name, again=not chosen.measure)
+        if chosen.measure:
+            _measure(f"{chosen.name}-random", chosen.size, chosen.steps)
+    except (FewstepError, ServerFailed) as error:
+        _say(str(error))
         return 1
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
-    sys.stderr.write(f"weights/{name}-random is ready, {size:.2f} GB\n")
+    except KeyboardInterrupt:
+        return 130
     return 0
+
+
+def _make(name: str, again: bool) -> None:
+    from fewstep.settings import Settings
+
+    root = Settings.from_env().weights_root
+    folder = root / f"{name}-random"
+    if again or not folder.exists():
+        from fewstep.fullsize import make_random  # imports torch, which takes seconds
+
+        make_random(name, root)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
+    _say(f"weights/{folder.name} is ready, {size:.2f} GB")
+
+
+def _measure(model: str, size: int, steps: int) -> None:
+    from fewstep.measuring import append_row, measure
+
+    row = measure(model, os.environ, width=size, height=size, steps=steps)
+    append_row(Path(ROOT) / "benchmarks" / "full-size.csv", row)
+    _say(", ".join(f"{name} {value}" for name, value in row.items() if value != ""))
+
+
+def _say(sentence: str) -> None:
+    sys.stderr.write(f"{sentence}\n")
 
 
 if __name__ == "__main__":
