@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -100,6 +101,17 @@ def test_a_prompt_is_answered_with_an_image_and_its_metrics(painter: Painter) ->
     assert answer["metrics"].items() >= expected.items()
     assert all(answer["metrics"][f"{stage}_ms"] >= 0 for stage in ("text", "steps", "decode", "encode"))
     assert "seed 7" in answer["logs"]
+
+
+def test_the_readmes_call_of_the_hosted_api_paints_here_with_another_base_url(painter: Painter) -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [call] = [block for block in blocks if "api.replicate.com" in block]
+    call = call.replace("https://api.replicate.com/v1", f"http://127.0.0.1:{painter.server.port}")
+    done = subprocess.run(["bash", "-ec", call], capture_output=True, check=True, timeout=60)
+    answer = json.loads(done.stdout)
+    assert answer["status"] == "succeeded"
+    assert answer["metrics"].items() >= {"steps": 4, "seed": 7}.items()
+    assert answer["output"][0].startswith("data:image/webp;base64,")
 
 
 @pytest.mark.parametrize(("output_format", "kind"), [("jpg", "JPEG"), ("png", "PNG")])
