@@ -105,10 +105,13 @@ def _split(key: str) -> tuple[str, str]:
 
 def _alpha_of_all(metadata: Mapping[str, str]) -> float | None:
     """The alpha that PEFT writes once, into the file's header; None, if there is none, means the rank."""
-    config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    if any(config.get(f"unet.{kind}") for kind in _OTHER_SUMS):
+    written = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    if not isinstance(written, dict):
+        raise ValueError("its header is not PEFT's")
+    config = {key.removeprefix("unet."): value for key, value in written.items()}
+    if any(config.get(kind) for kind in _OTHER_SUMS):
         raise ValueError("not a plain LoRA")
-    alpha = config.get("unet.lora_alpha")
+    alpha = config.get("lora_alpha")
     return None if alpha is None else float(alpha)
 
 
@@ -122,5 +125,7 @@ def _module(parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor | N
     if not rank or down.flatten(1).shape[1] != inputs or up.flatten(1).shape != (outputs, rank):
         return None
     if "alpha" in parts:
+        if parts["alpha"].numel() != 1:
+            return None
         alpha = parts["alpha"].item()
     return LoraModule(down, up, 1.0 if alpha is None else alpha / rank)

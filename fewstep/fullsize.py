@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from fewstep.hub import Download, Expected
 from fewstep.models import ModelSpec, get_model
-from fewstep.saving import LCM_LORA, save_model
+from fewstep.saving import save_model
+from fewstep.settings import Settings
+from fewstep.sources import LCM_LORA
 from fewstep.training.distill import LORA_TARGETS
 
 # The published LCM-LoRAs: rank 64 with alpha 8, so that B A counts an eighth.
@@ -77,12 +80,18 @@ BIG_G = {
 
 
 def make_random(name: str, weights_root: Path) -> Path:
-    """Write `weights/<name>-random/`, in fp16, and return it; `weights/miniature` lends its tokenizer."""
+    """Write `weights/<name>-random/`, in fp16, and return it; the miniature lends its tokenizer."""
     spec = get_model(f"{name}-random")
+    tokenizer = Settings().weights_root / "miniature" / "tokenizer"
     with _temporary(weights_root / f".{name}-random") as folder:
-        _make_parts(name, spec, weights_root / "miniature" / "tokenizer", folder)
+        _make_parts(name, spec, tokenizer, folder)
         files = [
-            Download(repo, file, folder / file.place, Expected(0, "", "", pinned=False))
+            Download(
+                replace(repo, name="fewstep", revision="random", licence="none"),
+                file,
+                folder / file.place,
+                Expected(0, "", "", pinned=False),
+            )
             for repo in get_model(name).sources
             for file in repo.files
             if (folder / file.place).exists()  # all but the safety checker

@@ -71,7 +71,8 @@ def download(repos: Sequence[HubRepo], folder: Path) -> list[Download]:
 
     Raises DownloadError. Then, what is complete is kept, and what is not goes on in the next call.
     """
-    with _locked(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
         wanted = [found for repo in repos for found in _wanted(repo, folder)]
         missing = [one for one in wanted if not _is_here(one)]
         _check_disk(missing, folder)
@@ -97,16 +98,18 @@ def downloaded(repos: Sequence[HubRepo], folder: Path, remedy: str) -> list[Down
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Two downloads into one folder would write to the same parts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+def locked(folder: Path) -> Iterator[None]:
+    """Have `folder` for oneself: two runs that write into one would write to the same parts."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("another download into the same folder is running; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            logger.info("another run is writing into the same folder; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
 
 
 def _wanted(repo: HubRepo, folder: Path) -> list[Download]:
@@ -223,25 +226,29 @@ def _get(one: Download) -> None:
     url = hf_hub_url(one.repo.name, one.file.path, revision=one.repo.revision)
     headers = build_hf_headers(library_name="fewstep")
     with _told(one.repo, one.file.path), part.open("ab") as file:
+        start = file.tell()
         try:
             http_get(
                 url,
                 file,
-                resume_size=file.tell(),
+                resume_size=start,
                 headers=headers,
                 expected_size=size,
                 displayed_filename=f"{one.repo.name.split('/')[1]}/{one.file.path}",
             )
         except OSError as error:
-            if error.errno is not None or isinstance(error, HfHubHTTPError):
+            if type(error) is not OSError or error.errno is not None:
                 raise
             # The client's word for an answer that ended well and has the wrong length: some other document.
             file.flush()
             got = _size(part)
-            part.unlink()
+            if 0 < start < got:
+                file.truncate(start)
+            else:
+                part.unlink()
             raise DownloadError(
-                f"{one.repo.name}/{one.file.path} came with {got} bytes where {size} are expected, and was "
-                "removed; see that HF_ENDPOINT and the proxy lead to the hub, and run the command again"
+                f"{one.repo.name}/{one.file.path} came with {got} bytes where {size} are expected, and what came "
+                "was removed; see that HF_ENDPOINT and the proxy lead to the hub, and run the command again"
             ) from None
 
 
@@ -256,6 +263,10 @@ def _told(repo: HubRepo, what: str) -> Iterator[None]:
         logger.debug("%s", error, exc_info=True)
         raise DownloadError(
             f"the connection to the hub broke at {repo.name}, {what} ({type(error).__name__}); {AGAIN}"
+        ) from None
+    except json.JSONDecodeError:
+        raise DownloadError(
+            f"what answers for {repo.name}, {what}, is not the hub; see that HF_ENDPOINT and the proxy lead there"
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

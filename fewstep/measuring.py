@@ -1,6 +1,6 @@
 """What a model costs on this machine, seen from outside: one prediction by the real server, as a row of a CSV.
 
-    append_row(Path("benchmarks/full-size.csv"), measure("sdxl-random", width=512, height=512, steps=1))
+append_row(Path("benchmarks/full-size.csv"), measure("sdxl-random", width=512, height=512, steps=1))
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ DEADLINE_S = 3600
 def measure(model: str, environ: Mapping[str, str] | None = None, **inputs: int) -> dict[str, Any]:
     """Start a server of `model`, let it paint once and weigh it; Linux only.
 
-    Seconds are wall-clock: `setup_s` from the start of the process until predictions are served, `painting_s`
-    of the whole request. `peak_gb` is the most that was resident at once, files that are mapped included.
-    Raises ServerFailed when the model does not come up or does not paint.
+    Seconds are wall-clock: `setup_s` from the start of the process until predictions are served, which takes
+    in a first picture at the model's native size; `painting_s` of the whole request. The peaks are of what was
+    resident at once, during setup and afterwards, files that are mapped included. Raises ServerFailed when the model does not come up or does not paint.
     """
     environ = {**(os.environ if environ is None else environ), "FEWSTEP_MODEL": model}
+    machine = describe_machine()
     body = {"prompt": "noise", "seed": 0, "aspect_ratio": "custom", **inputs}
     with tempfile.TemporaryFile() as log:
         environ |= {"FEWSTEP_DEADLINE_S": str(DEADLINE_S), "NO_COLOR": "1"}
@@ -39,20 +40,22 @@ def measure(model: str, environ: Mapping[str, str] | None = None, **inputs: int)
         with running_server(port=free_port(), log=log, environ=environ) as server:
             server.wait_ready()
             setup_s = time.perf_counter() - started
+            setup_peak = _peak_bytes(server, forget=True)
             started = time.perf_counter()
             status, answer = server.post("/predictions", {"input": body})
             painting_s = time.perf_counter() - started
             if status != 200 or answer["status"] != "succeeded":
                 raise ServerFailed(code_and_sentence(str(answer.get("error", answer))))
             return {
-                **describe_machine(),
+                **machine,
                 "model": model,
-                "dtype": environ.get("FEWSTEP_DTYPE") or "auto",
+                "dtype": environ.get("FEWSTEP_DTYPE") or ("fp16" if machine["gpu"] else "fp32"),
                 **inputs,
                 "setup_s": round(setup_s, 1),
                 "painting_s": round(painting_s, 2),
                 **{f"{part}_s": round(answer["metrics"][f"{part}_ms"] / 1000, 2) for part in _PARTS},
-                "peak_gb": round(_peak_bytes(server) / 1e9, 2),
+                "setup_peak_gb": round(setup_peak / 1e9, 2),
+                "painting_peak_gb": round(_peak_bytes(server) / 1e9, 2),
                 "gpu_gb": _gpu("memory.used"),
             }
 
@@ -86,15 +89,18 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _peak_bytes(server: Server) -> int:
+def _peak_bytes(server: Server, forget: bool = False) -> int:
     """The server's and its worker's peaks together; they share a process group."""
     total = 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if os.getpgid(int(process.name)) == server.process.pid:
-                found = re.search(r"VmHWM:\s*(\d+) kB", (process / "status").read_text())
-                total += int(found[1]) * 1024 if found else 0
-        except (OSError, ProcessLookupError):  # it has ended
+            if os.getpgid(int(process.name)) != server.process.pid:
+                continue
+            found = re.search(r"VmHWM:\s*(\d+) kB", (process / "status").read_text())
+            total += int(found[1]) * 1024 if found else 0
+            if forget:
+                (process / "clear_refs").write_text("5")  # Linux begins the peak anew
+        except OSError:  # it has ended
             continue
     return total
 

@@ -28,8 +28,9 @@ class ModelSpec:
 
     @property
     def in_checkpoint(self) -> tuple[str, ...]:
-        """The networks that a single-file checkpoint brings along; SDXL keeps the VAE that works in fp16."""
-        return ("text_encoder", "text_encoder_2", "unet") if self.family == "sdxl" else _SD_NETWORKS
+        """The networks that a single-file checkpoint of this kind brings along; empty if there is no such
+        kind."""
+        return _IN_CHECKPOINT.get(self.name, ())
 
     @property
     def sources_beside_checkpoint(self) -> tuple[HubRepo, ...]:
@@ -45,7 +46,11 @@ class ModelSpec:
         )
 
 
-_SD_NETWORKS = ("text_encoder", "unet", "vae")
+# SDXL keeps the VAE that works in fp16. SSD-1B would take an SDXL fine-tune and drop half of its layers.
+_IN_CHECKPOINT = {
+    "sdxl": ("text_encoder", "text_encoder_2", "unet"),
+    "sd15": ("text_encoder", "unet", "vae"),
+}
 
 
 def _remedy(name: str) -> str:

@@ -27,12 +27,14 @@ from fewstep.errors import FewstepError, GenerationError, SettingsError, Stopped
 from fewstep.models import ModelSpec
 from fewstep.request import Request
 from fewstep.settings import Settings
-from fewstep.weights import check_hashes, verify_weights
+from fewstep.sources import LCM_LORA
+from fewstep.weights import Manifest, check_hashes, verify_weights
 
 logger = logging.getLogger(__name__)
 
 Diffusion: TypeAlias = StableDiffusionXLPipeline | StableDiffusionPipeline
 
+PIPELINES = {"sdxl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,9 +73,10 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     """
     folder = settings.weights_root / spec.name
     device, dtype = _device_and_dtype(settings)
-    diffusion = _load_verified(folder, spec, settings.verify, device, dtype)
+    manifest = verify_weights(folder, remedy=spec.remedy, mode="size")
+    diffusion = _load_verified(folder, spec, manifest, settings.verify, device, dtype)
     if spec.lcm_lora:
-        modules = fuse_lcm_lora(diffusion.unet, folder / "lcm_lora.safetensors", spec.remedy)
+        modules = fuse_lcm_lora(diffusion.unet, folder / LCM_LORA, manifest.remedy(spec.remedy))
         logger.info("fused the LCM-LoRA into %d modules", modules)
     for module in (part for part in diffusion.components.values() if isinstance(part, torch.nn.Module)):
         module.eval().requires_grad_(False)
@@ -81,14 +84,17 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
 
 
 def _load_verified(
-    folder: Path, spec: ModelSpec, verify: str, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    spec: ModelSpec,
+    manifest: Manifest,
+    verify: str,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Diffusion:
     """Hash every file while it is loaded: both read the disk, and together no longer than either alone."""
-    manifest = verify_weights(folder, remedy=spec.remedy, mode="size")
-    family = StableDiffusionXLPipeline if spec.family == "sdxl" else StableDiffusionPipeline
 
     def load() -> Diffusion:
-        return family.from_pretrained(
+        return PIPELINES[spec.family].from_pretrained(
             folder,
             dtype=dtype,
             device_map=device.type,

@@ -6,28 +6,29 @@ takes its place only when everything is written: an interrupted save never looks
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers import LCMScheduler
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fewstep.checkpoints import check_checkpoint, save_component
 from fewstep.errors import WeightsError
-from fewstep.hub import Download, link_or_copy
+from fewstep.hub import Download, link_or_copy, locked
 from fewstep.models import ModelSpec
+from fewstep.pipeline import PIPELINES
+from fewstep.sources import LCM_LORA
 from fewstep.weights import Origin, write_manifest
 
-logger = logging.getLogger(__name__)
-
-LCM_LORA = "lcm_lora.safetensors"
-PIPELINES = {"sdxl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}
+# safetensors writes files that only their owner may read; what is linked keeps the mode that it has.
+READABLE = 0o644
 _ENCODERS = {
     "sdxl": {
         "text_encoder": ("transformers", "CLIPTextModel"),
@@ -41,19 +42,6 @@ _ENCODERS = {
     },
 }
 
-_CHECKPOINT_PREFIXES = {
-    "sdxl": {
-        "unet": "model.diffusion_model.",
-        "text_encoder": "conditioner.embedders.0.transformer.text_model.",
-        "text_encoder_2": "conditioner.embedders.1.model.",
-    },
-    "sd": {
-        "unet": "model.diffusion_model.",
-        "text_encoder": "cond_stage_model.transformer.text_model.",
-        "vae": "first_stage_model.",
-    },
-}
-
 
 def save_model(
     spec: ModelSpec, files: Sequence[Download], weights_root: Path, checkpoint: Path | None = None
@@ -62,28 +50,43 @@ def save_model(
 
     `checkpoint` is a single safetensors file as CivitAI's and the original SDXL's are. Raises WeightsError.
     """
+    weights_root.mkdir(parents=True, exist_ok=True)
     folder, part = weights_root / spec.name, weights_root / f".{spec.name}.part"
-    if part.exists():
-        shutil.rmtree(part)
-    part.mkdir(parents=True)
-    origins = {}
-    for one in files:
-        _save_file(one, part / one.file.place)
-        origins[one.file.place] = Origin(one.repo.name, one.repo.revision, one.repo.licence)
-    (part / "model_index.json").write_text(json.dumps(_model_index(spec), indent=2) + "\n")
-    if checkpoint is not None:
-        for component in spec.in_checkpoint:
-            _save_component(spec, checkpoint, component, part)
-    for path in part.rglob("*.safetensors"):
-        path.chmod(0o644)  # safetensors writes files that only their owner may read
-    write_manifest(
-        part,
-        model=spec.name,
-        origin=Origin(checkpoint.name if checkpoint else "fewstep", "", spec.licence),
-        origins=origins,
-    )
-    _replace(folder, part)
+    with locked(weights_root):
+        _put_back(folder)
+        if part.exists():
+            shutil.rmtree(part)
+        part.mkdir()
+        origins = {}
+        for one in files:
+            _save_file(one, part / one.file.place)
+            origins[one.file.place] = Origin(one.repo.name, one.repo.revision, one.repo.licence)
+        (part / "model_index.json").write_text(json.dumps(_model_index(spec), indent=2) + "\n")
+        extra = {}
+        if checkpoint is not None:
+            origins |= _save_checkpoint(spec, checkpoint, part)
+            # Else a damaged file would be mended with the networks of the base.
+            name = shlex.quote(checkpoint.name)
+            extra["remedy"] = f"scripts/save-weights {spec.name} --from-single-file {name}"
+        own = Origin("fewstep", "", spec.licence)
+        write_manifest(part, model=spec.name, origin=own, origins=origins, extra=extra)
+        _replace(folder, part)
     return folder
+
+
+def _save_checkpoint(spec: ModelSpec, checkpoint: Path, part: Path) -> dict[str, Origin]:
+    """Write its networks into `part`; the origin of each file, by its place there."""
+    check_checkpoint(spec, checkpoint, part / "unet")
+    with checkpoint.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    origin = Origin(checkpoint.name, f"sha256 {sha256}", "its maker's")
+    origins = {}
+    for component in spec.in_checkpoint:
+        save_component(spec, checkpoint, component, part)
+        for path in (part / component).iterdir():
+            path.chmod(READABLE)
+            origins[f"{component}/{path.name}"] = origin
+    return origins
 
 
 def _save_file(one: Download, target: Path) -> None:
@@ -120,35 +123,7 @@ def _save_in_fp16(source: Path, target: Path) -> None:
                     f"{target.parent.name}/{source.name} does not fit in fp16, first in {name}"
                 )
     save_file(tensors, target, metadata={"format": "pt"})
-
-
-def _save_component(spec: ModelSpec, checkpoint: Path, component: str, part: Path) -> None:
-    """Take one network out of a single-file checkpoint; all others are left where they are."""
-    pipeline = PIPELINES[spec.family]
-    names = [name for name in _model_index(spec) if not name.startswith("_") and name != component]
-    with safe_open(checkpoint, framework="pt") as file:
-        found = any(key.startswith(_CHECKPOINT_PREFIXES[spec.family][component]) for key in file.keys())
-    if not found:  # diffusers would leave some of them as they were made: random
-        raise _not_of_family(spec, checkpoint, component)
-    try:
-        loaded = pipeline.from_single_file(
-            str(checkpoint),
-            config=str(part),
-            torch_dtype=torch.float16,
-            local_files_only=True,
-            **dict.fromkeys(names),
-        )
-    except (KeyError, ValueError, RuntimeError, OSError, SingleFileComponentError) as error:
-        logger.debug("%s", error, exc_info=True)
-        raise _not_of_family(spec, checkpoint, component) from None
-    getattr(loaded, component).save_pretrained(part / component, safe_serialization=True)
-
-
-def _not_of_family(spec: ModelSpec, checkpoint: Path, component: str) -> WeightsError:
-    return WeightsError(
-        f"{checkpoint.name} does not hold the {component} of a checkpoint of {spec.name}; give one of the "
-        "same family, or the name of another model"
-    )
+    target.chmod(READABLE)
 
 
 def _model_index(spec: ModelSpec) -> dict[str, Any]:
@@ -172,7 +147,7 @@ def _model_index(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _replace(folder: Path, part: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old")
+    old = _aside(folder)
     if old.exists():
         shutil.rmtree(old)
     if folder.exists():
@@ -180,3 +155,13 @@ def _replace(folder: Path, part: Path) -> None:
     part.rename(folder)
     if old.exists():
         shutil.rmtree(old)
+
+
+def _put_back(folder: Path) -> None:
+    """What was there before, when a save was killed between the two renames of `_replace`."""
+    if _aside(folder).exists() and not folder.exists():
+        _aside(folder).rename(folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")

@@ -35,6 +35,7 @@ class HubRepo:
 UNET = "unet/diffusion_pytorch_model"
 VAE = "vae/diffusion_pytorch_model"
 FP16, FULL = ".fp16.safetensors", ".safetensors"
+LCM_LORA = "lcm_lora.safetensors"
 
 # OpenAI's CLIP vocabulary, byte for byte the same in every repo below that pins it.
 _MERGES = (524619, "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a")
@@ -141,7 +142,7 @@ _SDXL_VAE = HubRepo(
 
 
 def _lcm_lora(name: str, revision: str, size: int, sha256: str) -> HubRepo:
-    file = HubFile("pytorch_lora_weights.safetensors", "lcm_lora.safetensors", size, sha256)
+    file = HubFile("pytorch_lora_weights.safetensors", LCM_LORA, size, sha256)
     return HubRepo(f"latent-consistency/{name}", revision, "CreativeML Open RAIL++-M", (file,))
 
 

@@ -54,6 +54,10 @@ class Manifest:
     files: tuple[ManifestFile, ...]
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def remedy(self, usual: str) -> str:
+        """The command that makes this folder again: `usual`, unless the folder's maker wrote down another."""
+        return str(self.extra.get("remedy", usual))
+
 
 def write_manifest(
     folder: Path,
@@ -106,6 +110,7 @@ def verify_weights(folder: Path, *, remedy: str, mode: Literal["sha256", "size"]
     first bad file, relative to the weights folder, and the command `remedy` that mends it.
     """
     manifest = read_manifest(folder, remedy=remedy)
+    remedy = manifest.remedy(remedy)
     for file in manifest.files:
         _check_size(folder, file, remedy)
     _check_strangers(folder, manifest, remedy)
@@ -116,6 +121,7 @@ def verify_weights(folder: Path, *, remedy: str, mode: Literal["sha256", "size"]
 
 def check_hashes(folder: Path, manifest: Manifest, *, remedy: str) -> None:
     """Read every byte of what `manifest` lists, in threads. Raises WeightsError as `verify_weights` does."""
+    remedy = manifest.remedy(remedy)
     try:
         hashes = _hash_all([folder / file.path for file in manifest.files])
     except OSError:

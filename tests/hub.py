@@ -94,6 +94,9 @@ class _Handler(BaseHTTPRequestHandler):
         name, revision = re.fullmatch(r"/api/models/(.+)/paths-info/(\w+)", self.path).groups()
         if self._refused(name, revision, "paths-info"):
             return
+        if self.hub.faults.get("paths-info") == "html":
+            self._answer(200, b"<html>please log in</html>", {"Content-Type": "text/html"})
+            return
         wanted = urllib.parse.parse_qs(body)["paths"]
         rows = [_row(path, self.hub.files[name][path]) for path in wanted if path in self.hub.files[name]]
         self._answer(200, json.dumps(rows).encode(), {"Content-Type": "application/json"})

@@ -54,6 +54,7 @@ def write(path, style: str, alpha: float):
     names = {
         "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"),
         "peft": ("unet.{}.lora_A.weight", "unet.{}.lora_B.weight"),
+        "unet only": ("{}.lora_A.weight", "{}.lora_B.weight"),
         "diffusers": ("unet.{}.lora.down.weight", "unet.{}.lora.up.weight"),
     }[style]
     for name, matrices in modules().items():
@@ -64,10 +65,13 @@ def write(path, style: str, alpha: float):
             tensors[f"lora_unet_{written}.alpha"] = torch.tensor(alpha, dtype=torch.float16)
         elif style == "diffusers":
             tensors[f"unet.{written}.alpha"] = torch.tensor(alpha)
-    if style == "peft":
+    if style in ("peft", "unet only"):
         with safe_open(LORA, framework="pt") as file:
             config = json.loads(file.metadata()["lora_adapter_metadata"])
-        metadata["lora_adapter_metadata"] = json.dumps({**config, "unet.lora_alpha": alpha})
+        config["unet.lora_alpha"] = alpha
+        if style == "unet only":
+            config = {key.removeprefix("unet."): value for key, value in config.items()}
+        metadata["lora_adapter_metadata"] = json.dumps(config)
     save_file(tensors, path, metadata=metadata)
     return path
 
@@ -96,11 +100,11 @@ def test_fused_is_base_plus_lora_in_float64_rounded_once(tmp_path, dtype, scale)
 @pytest.mark.parametrize("alpha", [8.0, 32.0, 5.0])
 def test_whoever_wrote_the_file_the_fused_weights_are_bit_identical(tmp_path, alpha):
     states = []
-    for style in ("kohya", "peft", "diffusers"):
+    for style in ("kohya", "peft", "unet only", "diffusers"):
         unet = load_unet()
         fuse_lcm_lora(unet, write(tmp_path / f"{style}.safetensors", style, alpha), "mend it")
         states.append(state(unet))
-    assert same(states[0], states[1]) and same(states[0], states[2])
+    assert all(same(states[0], one) for one in states[1:])
     assert not same(states[0], state(load_unet()))
 
 
@@ -155,8 +159,14 @@ def damaged(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         tensors[linear.replace("lora_B.weight", "alpha")] = torch.tensor(torch.inf)
     elif kind == "empty":
         tensors = {}
-    elif kind == "DoRA":
-        metadata["lora_adapter_metadata"] = json.dumps({"unet.use_dora": True})
+    elif kind == "two alphas":
+        tensors[linear.replace("lora_B.weight", "alpha")] = torch.ones(2)
+    elif kind in ("use_dora", "use_rslora", "alpha_pattern"):
+        metadata["lora_adapter_metadata"] = json.dumps(
+            {f"unet.{kind}": {"to_q": 4} if "pattern" in kind else True}
+        )
+    elif kind == "list":
+        metadata["lora_adapter_metadata"] = "[]"
     elif kind == "header":
         metadata["lora_adapter_metadata"] = "{"
     return tensors, metadata
@@ -176,7 +186,11 @@ def damaged(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         ("inf", "2 of its 129 modules hold values that are not finite"),
         ("alpha", "1 of its 129 modules hold values that are not finite"),
         ("empty", "has no modules"),
-        ("DoRA", "cannot be read (not a plain LoRA)"),
+        ("two alphas", "1 of its 129 modules do not fit this model"),
+        ("use_dora", "cannot be read (not a plain LoRA)"),
+        ("use_rslora", "cannot be read (not a plain LoRA)"),
+        ("alpha_pattern", "cannot be read (not a plain LoRA)"),
+        ("list", "cannot be read"),
         ("header", "cannot be read"),
     ],
 )

@@ -7,9 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny import make_folder
+from tiny import as_downloaded, make_folder
 
-from fewstep.hub import Download, Expected
 from fewstep.models import MODELS
 from fewstep.saving import save_model
 
@@ -54,13 +53,7 @@ def copied_tree(target: Path) -> list[str]:
 
 def save_tiny_sdxl(weights: Path, original: Path) -> None:
     spec = MODELS["sdxl"]
-    make_folder(spec, original)
-    files = [
-        Download(repo, file, original / file.place, Expected(0, "", "", pinned=False))
-        for repo in spec.sources
-        for file in repo.files
-    ]
-    save_model(spec, files, weights)
+    save_model(spec, as_downloaded(spec, make_folder(spec, original)), weights)
 
 
 def test_the_tree_that_a_build_copies_starts_and_paints(tmp_path):

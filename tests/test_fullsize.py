@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from tiny import SHARED, TOKENIZER, WIDTHS
+from tiny import SHARED, WIDTHS
 from tiny import UNETS as TINY_UNETS
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -17,6 +17,7 @@ from fewstep.models import MODELS, get_model
 from fewstep.pipeline import load_pipeline
 from fewstep.request import Request
 from fewstep.settings import Settings
+from fewstep.weights import read_manifest
 
 
 def count(module: torch.nn.Module) -> int:
@@ -66,18 +67,16 @@ def toy(monkeypatch, tmp_path):
     for name, width in (("CLIP_L", WIDTHS[0]), ("BIG_G", WIDTHS[1])):
         sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 2}
         monkeypatch.setattr(fullsize, name, {**sizes, "num_attention_heads": 2})
-    weights = tmp_path / "weights"
-    (weights / "miniature").mkdir(parents=True)
-    (weights / "miniature" / "tokenizer").symlink_to(TOKENIZER)
-    return weights
+    return tmp_path / "weights"
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd15"])
 def test_what_is_made_loads_and_paints(toy, name):
     folder = fullsize.make_random(name, toy)
 
-    assert sorted(path.name for path in toy.iterdir()) == ["miniature", f"{name}-random"]
+    assert sorted(path.name for path in toy.iterdir()) == [f"{name}-random"]
     assert folder == toy / f"{name}-random"
+    assert {file.source for file in read_manifest(folder, remedy="").files} == {"fewstep"}
     spec = get_model(f"{name}-random")
     pipeline = load_pipeline(spec, Settings(weights_root=toy))
     (painting,) = pipeline.generate(
@@ -96,6 +95,6 @@ def test_a_measurement_is_a_row_with_its_machine(tmp_path):
     first, second = csv.DictReader(path.read_text().splitlines())
     assert first == second
     assert (first["model"], first["width"], first["torch"]) == ("miniature", "64", torch.__version__)
-    assert 0.2 < float(first["peak_gb"]) < 8
+    assert 0.2 < float(first["setup_peak_gb"]) < 8 and 0.2 < float(first["painting_peak_gb"]) < 8
     assert 0 < float(first["steps_s"]) <= float(first["painting_s"])
     assert float(first["setup_s"]) > 0 and first["cpu"] and int(first["cores"]) > 0

@@ -201,6 +201,31 @@ def test_every_failure_is_one_sentence_and_the_next_run_completes(hub, tmp_path,
     assert_complete(hub, tmp_path)
 
 
+@pytest.mark.parametrize("fault", ["html", "truncate"])
+def test_a_wrong_answer_in_mid_file_leaves_what_came_before(hub, tmp_path, fault):
+    part = place(tmp_path, BIG + ".part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(hub.files[NAME][BIG][:70_000])
+    hub.faults[BIG] = fault
+
+    refusal(hub, tmp_path)
+    kept = part.read_bytes() if part.exists() else b""
+    assert hub.files[NAME][BIG].startswith(kept)
+    assert len(kept) == 70_000 or fault == "html"  # which answers to no range: nothing tells it from the file
+
+    hub.faults.clear()
+    assert download(hub, tmp_path)[0] == 0
+    assert_complete(hub, tmp_path)
+
+
+def test_a_web_page_in_place_of_the_list_of_files_is_told(hub, tmp_path):
+    hub.faults["paths-info"] = "html"
+
+    sentence = refusal(hub, tmp_path, [hub.repo(NAME, pinned=False)], path="paths-info")
+
+    assert "what answers for owner/tiny, the list of its files, is not the hub" in sentence
+
+
 def test_a_hub_that_asks_to_wait_is_waited_for(hub, tmp_path):
     hub.faults[BIG] = [429]
 

@@ -1,24 +1,27 @@
 """From the hub to a picture: download, save, load and paint, for every model of the table at toy size."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from hub import running_hub
 from ldm import save_checkpoint
-from safetensors.torch import load_file
-from tiny import REAL, make_folder, put_on
+from safetensors.torch import load_file, save_file
+from tiny import REAL, as_downloaded, make_folder, put_on
 
 from fewstep.errors import WeightsError
 from fewstep.models import MODELS
 from fewstep.pipeline import load_pipeline
 from fewstep.request import Request
+from fewstep.saving import save_model
 from fewstep.settings import Settings
 from fewstep.weights import read_manifest
 
@@ -209,18 +212,118 @@ def test_a_single_file_checkpoint_takes_the_place_of_the_networks(shop, name):
         found, expected = plain(load_file(file)), plain(load_file(fine_tune / part / file.name))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected), part
-    manifest = {file.path: file.source for file in read_manifest(model.weights / name, remedy="").files}
-    assert manifest["unet/diffusion_pytorch_model.safetensors"] == "fine_tune_v7.safetensors"
+    files = {file.path: file for file in read_manifest(model.weights / name, remedy="").files}
+    unet = files["unet/diffusion_pytorch_model.safetensors"]
+    sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert (unet.source, unet.revision) == ("fine_tune_v7.safetensors", f"sha256 {sha256}")
+    assert files["model_index.json"].source == "fewstep"
+    assert files["scheduler/scheduler_config.json"].source == model.spec.sources[0].name
     model.paint()
+    # Mended by the usual commands, it would silently be the base again.
+    (model.weights / name / "vae" / "config.json").unlink()
+    with pytest.raises(
+        WeightsError, match=f"run: scripts/save-weights {name} --from-single-file fine_tune_v7.safetensors"
+    ):
+        load_pipeline(model.spec, Settings(weights_root=model.weights))
 
 
-def test_a_checkpoint_of_another_kind_is_refused(shop):
-    model = shop("sd15")
-    other = make_folder(MODELS["sdxl"], model.weights.parent / "other")
-    checkpoint = save_checkpoint(other, model.weights.parent / "sdxl.safetensors")
-    model.run("download_weights", "--for-single-file")
+def spoil(checkpoint: Path, kind: str) -> Path:
+    """Make something of a checkpoint that it must not be taken for."""
+    state, metadata = load_file(checkpoint), {}
+    unet = "model.diffusion_model."
+    if kind == "inpainting":
+        first = state[f"{unet}input_blocks.0.0.weight"]
+        state[f"{unet}input_blocks.0.0.weight"] = torch.cat([first, first, first[:, :1]], 1)
+    elif kind == "v-prediction":
+        state["v_pred"] = torch.zeros(0)
+    elif kind == "v-prediction by its card":
+        metadata = {"modelspec.prediction_type": "v"}
+    elif kind == "more layers":
+        state[f"{unet}middle_block.3.weight"] = torch.zeros(4)
+    elif kind == "no text encoder":
+        state = {key: value for key, value in state.items() if not key.startswith("cond_stage_model")}
+    elif kind == "half a text encoder":
+        state = {key: value for key, value in state.items() if "layers.1.mlp" not in key}
+    elif kind == "too large for fp16":
+        state[f"{unet}out.2.weight"] = torch.full_like(state[f"{unet}out.2.weight"].float(), 1e6)
+    elif kind == "web page":
+        checkpoint.write_text("<html>")
+        return checkpoint
+    elif kind == "pickle":
+        return checkpoint.rename(checkpoint.with_suffix(".ckpt"))
+    save_file(state, checkpoint, metadata=metadata)
+    return checkpoint
 
-    status, err = model.run("save_weights", "--from-single-file", str(checkpoint))
 
-    assert status == 1 and "sdxl.safetensors does not hold" in err
-    assert not (model.weights / "sd15").exists()
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("inpainting", "has 9 input channels"),
+        ("v-prediction", "predicts v or has a noise schedule of its own"),
+        ("v-prediction by its card", "predicts v or has a noise schedule of its own"),
+        ("more layers", "tensors where"),
+        ("no text encoder", "has no text_encoder of sd15's kind in it"),
+        ("half a text encoder", "has no whole text_encoder of sd15's kind in it"),
+        ("too large for fp16", "does not fit in fp16, first in conv_out.weight of its unet"),
+        ("web page", "is not a whole safetensors file"),
+        ("pickle", "must be a .safetensors file"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_what_is_asked_for_is_refused(tmp_path, kind, said):
+    spec = MODELS["sd15"]
+    original = make_folder(spec, tmp_path / "original")
+    checkpoint = spoil(save_checkpoint(original, tmp_path / "fine_tune.safetensors"), kind)
+
+    with pytest.raises(WeightsError) as caught:
+        save_model(spec, as_downloaded(spec, original), tmp_path / "weights", checkpoint)
+
+    assert said in str(caught.value) and str(tmp_path) not in str(caught.value)
+    assert not (tmp_path / "weights" / "sd15").exists()
+
+
+@pytest.mark.parametrize("module, flag", [("download_weights", "--for-single-file"), ("save_weights", None)])
+def test_a_model_that_no_checkpoint_can_be_is_refused_before_anything(shop, tmp_path, module, flag):
+    checkpoint = tmp_path / "sdxl.safetensors"
+    checkpoint.touch()
+    arguments = [flag] if flag else ["--from-single-file", str(checkpoint)]
+    for name in ("ssd-1b", "lcm-dreamshaper-v7"):
+        done = subprocess.run(
+            [sys.executable, "-m", f"fewstep.commands.{module}", name, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and "is not made from checkpoints; sdxl and sd15 are" in done.stderr
+
+
+def test_a_save_that_was_killed_between_its_two_renames_loses_nothing(tmp_path):
+    spec, weights = MODELS["sd15"], tmp_path / "weights"
+    files = as_downloaded(spec, make_folder(spec, tmp_path / "original"))
+    folder = save_model(spec, files, weights)
+    folder.rename(weights / ".sd15.old")  # as a kill would leave it
+
+    with pytest.raises(FileNotFoundError):  # and the next save does not come through either
+        save_model(spec, [replace(files[0], path=tmp_path / "gone"), *files[1:]], weights)
+
+    load_pipeline(spec, Settings(weights_root=weights))
+    assert not (weights / ".sd15.old").exists()
+
+
+def test_two_saves_at_once_take_turns(tmp_path):
+    spec, weights = MODELS["sd15"], tmp_path / "weights"
+    files = as_downloaded(spec, make_folder(spec, tmp_path / "original"))
+    with ThreadPoolExecutor(4) as threads:
+        saved = [threads.submit(save_model, spec, files, weights) for _ in range(4)]
+    assert {one.result() for one in saved} == {weights / "sd15"}
+    load_pipeline(spec, Settings(weights_root=weights))
+    assert [path.name for path in weights.iterdir()] == ["sd15"]
+
+
+def test_linked_files_keep_their_mode(tmp_path):
+    spec = MODELS["sd15"]
+    original = make_folder(spec, tmp_path / "original")
+    unet = original / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.chmod(0o664)
+    folder = save_model(spec, as_downloaded(spec, original), tmp_path / "weights")
+    assert unet.stat().st_mode & 0o777 == 0o664
+    assert all(path.stat().st_mode & 0o044 for path in folder.rglob("*.json"))

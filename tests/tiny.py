@@ -12,6 +12,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from fewstep.hub import Download, Expected
 from fewstep.models import MODELS, ModelSpec
 from fewstep.settings import Settings
 from fewstep.sources import HubRepo
@@ -122,6 +123,14 @@ def put_on(hub: Hub, spec: ModelSpec, folder: Path) -> list[HubRepo]:
             files.append(replace(file, size=size, sha256=sha256))
         rows.append(replace(repo, files=tuple(files)))
     return rows
+
+
+def as_downloaded(spec: ModelSpec, folder: Path) -> list[Download]:
+    """The files of `folder` as if they had just come from the repos of `spec`."""
+    expected = Expected(0, "", "", pinned=False)
+    return [
+        Download(repo, file, folder / file.place, expected) for repo in spec.sources for file in repo.files
+    ]
 
 
 REAL = [name for name, spec in MODELS.items() if spec.sources]

@@ -6,12 +6,11 @@ HF_TOKEN, HF_ENDPOINT and HF_HOME are honoured; scripts/save-weights then makes 
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
-from fewstep.errors import FewstepError
+from fewstep.commands.told import say, status_of
 from fewstep.models import MODELS, ModelSpec
 
 
@@ -30,19 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="without the networks that a checkpoint of yours brings",
     )
     chosen = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request
-    # The container sets it for serving; it would forbid what is asked for here.
-    os.environ.pop("HF_HUB_OFFLINE", None)
-    try:
-        _download(MODELS[chosen.name], chosen.for_single_file)
-    except FewstepError as error:
-        _say(str(error))
-        return 1
-    except KeyboardInterrupt:
-        _say("stopped; run the command again, and it goes on from there")
-        return 130
-    return 0
+    spec = MODELS[chosen.name]
+    if chosen.for_single_file and not spec.in_checkpoint:
+        parser.error(f"{spec.name} is not made from checkpoints; sdxl and sd15 are")
+    # The container sets them for serving; they would forbid what is asked for here.
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ.pop(name, None)
+    return status_of(lambda: _download(spec, chosen.for_single_file))
 
 
 def _download(spec: ModelSpec, for_single_file: bool) -> None:
@@ -51,18 +44,15 @@ def _download(spec: ModelSpec, for_single_file: bool) -> None:
 
     repos = spec.sources_beside_checkpoint if for_single_file else spec.sources
     for repo, licence, link in dict.fromkeys((repo.name, repo.licence, repo.link) for repo in repos):
-        _say(f"{repo}: {licence}, see {link}; to download it is to accept that")
+        say(f"{repo}: {licence}, see {link}; to download it is to accept that")
     files = download(repos, downloads_folder(Settings.from_env().weights_root))
     pinned = sum(one.expected.pinned for one in files)
     size = sum(one.expected.size for one in files) / 1e9
-    _say(
+    then = " --from-single-file PATH" if for_single_file else ""
+    say(
         f"{spec.name}: {len(files)} files, {size:.2f} GB, all verified: {pinned} against hashes that fewstep "
-        f"pins, {len(files) - pinned} against what the hub states; next: scripts/save-weights {spec.name}"
+        f"pins, {len(files) - pinned} against what the hub states; next: scripts/save-weights {spec.name}{then}"
     )
-
-
-def _say(sentence: str) -> None:
-    sys.stderr.write(f"{sentence}\n")
 
 
 if __name__ == "__main__":

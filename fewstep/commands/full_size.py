@@ -6,15 +6,13 @@ there already is not made again. The pictures are noise.
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from fewstep.errors import FewstepError
+from fewstep.commands.told import say, status_of
 from fewstep.models import MODELS
-from fewstep.server import ROOT, ServerFailed, end_as_by_ctrl_c
+from fewstep.server import ROOT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,20 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", choices=names, default="sdxl", help="the model (%(default)s)")
     parser.add_argument("--measure", action="store_true", help="paint once, and write down what it took")
     parser.add_argument("--size", type=int, default=512, help="of the picture, in px (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1, help="%(default)s")
+    parser.add_argument("--steps", type=int, default=1, help="(%(default)s)")
     chosen = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    end_as_by_ctrl_c()
-    try:
+
+    def work() -> None:
         _make(chosen.name, again=not chosen.measure)
         if chosen.measure:
             _measure(f"{chosen.name}-random", chosen.size, chosen.steps)
-    except (FewstepError, ServerFailed) as error:
-        _say(str(error))
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return status_of(work)
 
 
 def _make(name: str, again: bool) -> None:
@@ -52,19 +45,15 @@ def _make(name: str, again: bool) -> None:
 
         make_random(name, root)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
-    _say(f"weights/{folder.name} is ready, {size:.2f} GB")
+    say(f"weights/{folder.name} is ready, {size:.2f} GB")
 
 
 def _measure(model: str, size: int, steps: int) -> None:
     from fewstep.measuring import append_row, measure
 
     row = measure(model, os.environ, width=size, height=size, steps=steps)
-    append_row(Path(ROOT) / "benchmarks" / "full-size.csv", row)
-    _say(", ".join(f"{name} {value}" for name, value in row.items() if value != ""))
-
-
-def _say(sentence: str) -> None:
-    sys.stderr.write(f"{sentence}\n")
+    append_row(ROOT / "benchmarks" / "full-size.csv", row)
+    say(", ".join(f"{name} {value}" for name, value in row.items() if value != ""))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ from a local .safetensors checkpoint, such as a fine-tune of SDXL or SD 1.5; the
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.errors import FewstepError
-from fewstep.models import MODELS
+from fewstep.commands.told import say, status_of
+from fewstep.models import MODELS, ModelSpec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,33 +24,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", choices=names, default="sdxl", help="the model (%(default)s)")
     parser.add_argument("--from-single-file", type=Path, metavar="PATH", help="a .safetensors checkpoint")
     chosen = parser.parse_args(arguments)
+    spec = MODELS[chosen.name]
     if chosen.from_single_file and not chosen.from_single_file.is_file():
         parser.error("there is no file at the path that --from-single-file names")
-    if chosen.from_single_file and not MODELS[chosen.name].lcm_lora:
-        parser.error(
-            f"{chosen.name} is a full LCM, whose UNet no checkpoint holds; sdxl or sd15 can take one"
-        )
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        _save(chosen.name, chosen.from_single_file)
-    except FewstepError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
+    if chosen.from_single_file and not spec.in_checkpoint:
+        parser.error(f"{spec.name} is not made from checkpoints; sdxl and sd15 are")
+    return status_of(lambda: _save(spec, chosen.from_single_file))
 
 
-def _save(name: str, checkpoint: Path | None) -> None:
+def _save(spec: ModelSpec, checkpoint: Path | None) -> None:
     from fewstep.hub import downloaded, downloads_folder
     from fewstep.saving import save_model
     from fewstep.settings import Settings
 
-    spec, root = MODELS[name], Settings.from_env().weights_root
+    root = Settings.from_env().weights_root
     wanted = "" if checkpoint is None else " --for-single-file"
     sources = spec.sources if checkpoint is None else spec.sources_beside_checkpoint
-    files = downloaded(sources, downloads_folder(root), f"scripts/download-weights {name}{wanted}")
+    files = downloaded(sources, downloads_folder(root), f"scripts/download-weights {spec.name}{wanted}")
     folder = save_model(spec, files, root, checkpoint)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
-    sys.stderr.write(f"weights/{name} is ready, {size:.2f} GB; next: FEWSTEP_MODEL={name} scripts/predict\n")
+    say(f"weights/{spec.name} is ready, {size:.2f} GB; next: FEWSTEP_MODEL={spec.name} scripts/predict")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -90,15 +91,22 @@ def few_step_painter(pipeline: Pipeline, steps: int) -> Painter:
     return paint
 
 
-def ddim_painter(base: StableDiffusionXLPipeline, steps: int, guidance: float) -> Painter:
+def ddim_painter(
+    base: StableDiffusionXLPipeline, steps: int, guidance: float, spacing: str = "leading"
+) -> Painter:
     """The base without its LoRA, by diffusers' own SDXL pipeline with the DDIM scheduler; guidance 1 is
-    none."""
-    base.scheduler = DDIMScheduler.from_config(
-        base.scheduler.config, clip_sample=False, set_alpha_to_one=False
+    none.
+
+    `spacing` is of the timesteps: "leading", as SDXL is published, starts few steps far below the noise that
+    they are given; "trailing" starts them at the last timestep (arXiv 2305.08891).
+    """
+    scheduler = DDIMScheduler.from_config(
+        base.scheduler.config, clip_sample=False, set_alpha_to_one=False, timestep_spacing=spacing
     )
     base.set_progress_bar_config(disable=True)
 
     def paint(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        base.scheduler = scheduler
         # Latents and scheduler stay in fp32; only the networks run in bf16, which halves half an hour.
         with torch.autocast(base.device.type, dtype=torch.bfloat16):
             images = base(
@@ -138,11 +146,10 @@ def score_all(weights: Path, judge: Judge, captions: int, seeds: int) -> list[Sc
         f"LCM-LoRA, {n} step{'s' if n > 1 else ''}, unguided": few_step_painter(pipeline, n)
         for n in (1, 2, 4, 8)
     }
-    for n in (2, 4):
-        painters[f"base, {n} DDIM steps, guidance {TEACHER_GUIDANCE:g}"] = ddim_painter(
-            base, n, TEACHER_GUIDANCE
-        )
-        painters[f"base, {n} DDIM steps, unguided"] = ddim_painter(base, n, 1.0)
+    for n, spacing, guidance in product((2, 4), ("leading", "trailing"), (TEACHER_GUIDANCE, 1.0)):
+        how = "unguided" if guidance == 1.0 else f"guidance {guidance:g}"
+        row = f"base, {n} DDIM steps, {how}" + (", trailing" if spacing == "trailing" else "")
+        painters[row] = ddim_painter(base, n, guidance, spacing)
     teacher = f"base, {TEACHER_STEPS} DDIM steps, guidance {TEACHER_GUIDANCE:g} (the teacher)"
     painters[teacher] = ddim_painter(base, TEACHER_STEPS, TEACHER_GUIDANCE)
     for system, paint in painters.items():
