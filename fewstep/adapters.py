@@ -1,4 +1,4 @@
-"""LCM-LoRA arithmetic: read an adapter, check that all of it fits and is finite, add it to the weights for good.
+"""LCM-LoRA arithmetic: read an adapter, check that it fits and is finite, add it to the weights for good.
 
 LoRA is W' = W + scale * alpha / r * B A (Hu et al., arXiv 2106.09685). The sum is made in float64 and rounded
 once, to the dtype of W, so that it is the same on every device and for every way to write the file.

@@ -1,4 +1,4 @@
-"""Single-file checkpoints, as fine-tunes are shared: is this one of the model's kind, and its networks one by one.
+"""Single-file checkpoints, as fine-tunes are shared: whether one is of a model's kind, and its networks.
 
 The layout is that of the original releases: CompVis' for SD, Stability's for SDXL. diffusers converts it; it
 also passes over keys that it does not know and parts that are missing, so those are looked for here first.
@@ -98,5 +98,5 @@ def _empty_unet(config: Path) -> UNet2DConditionModel:
 
 def _refused(spec: ModelSpec, checkpoint: Path, what: str) -> WeightsError:
     return WeightsError(
-        f"{checkpoint.name} {what}, and cannot be saved as {spec.name}; give a plain checkpoint of that family"
+        f"{checkpoint.name} {what}, and cannot become {spec.name}; give a plain checkpoint of that family"
     )

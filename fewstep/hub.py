@@ -247,8 +247,9 @@ def _get(one: Download) -> None:
             else:
                 part.unlink()
             raise DownloadError(
-                f"{one.repo.name}/{one.file.path} came with {got} bytes where {size} are expected, and what came "
-                "was removed; see that HF_ENDPOINT and the proxy lead to the hub, and run the command again"
+                f"{one.repo.name}/{one.file.path} came with {got} bytes where {size} are expected, and what "
+                "came was removed; see that HF_ENDPOINT and the proxy lead to the hub, and run the command "
+                "again"
             ) from None
 
 
@@ -266,7 +267,8 @@ def _told(repo: HubRepo, what: str) -> Iterator[None]:
         ) from None
     except json.JSONDecodeError:
         raise DownloadError(
-            f"what answers for {repo.name}, {what}, is not the hub; see that HF_ENDPOINT and the proxy lead there"
+            f"what answers for {repo.name}, {what}, is not the hub; see that HF_ENDPOINT and the "
+            "proxy lead there"
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

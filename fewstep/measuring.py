@@ -1,4 +1,4 @@
-"""What a model costs on this machine, seen from outside: one prediction by the real server, as a row of a CSV.
+"""What a model costs on this machine, seen from outside: one prediction by the real server, as a CSV's row.
 
 append_row(Path("benchmarks/full-size.csv"), measure("sdxl-random", width=512, height=512, steps=1))
 """
@@ -28,8 +28,9 @@ def measure(model: str, environ: Mapping[str, str] | None = None, **inputs: int)
     """Start a server of `model`, let it paint once and weigh it; Linux only.
 
     Seconds are wall-clock: `setup_s` from the start of the process until predictions are served, which takes
-    in a first picture at the model's native size; `painting_s` of the whole request. The peaks are of what was
-    resident at once, during setup and afterwards, files that are mapped included. Raises ServerFailed when the model does not come up or does not paint.
+    in a first picture at the model's native size; `painting_s` of the whole request. The peaks are of what
+    was resident at once, during setup and afterwards, files that are mapped included. Raises ServerFailed
+    when the model does not come up or does not paint.
     """
     environ = {**(os.environ if environ is None else environ), "FEWSTEP_MODEL": model}
     machine = describe_machine()

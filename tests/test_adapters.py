@@ -1,4 +1,4 @@
-"""Fusing the LCM-LoRA: exact to the dtype's rounding, complete or refused with the count, nothing left behind."""
+"""Fusing the LCM-LoRA: exact to rounding, complete or refused with the count, nothing left behind."""
 
 import json
 import re

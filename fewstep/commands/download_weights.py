@@ -51,7 +51,8 @@ def _download(spec: ModelSpec, for_single_file: bool) -> None:
     then = " --from-single-file PATH" if for_single_file else ""
     say(
         f"{spec.name}: {len(files)} files, {size:.2f} GB, all verified: {pinned} against hashes that fewstep "
-        f"pins, {len(files) - pinned} against what the hub states; next: scripts/save-weights {spec.name}{then}"
+        f"pins, {len(files) - pinned} against what the hub states; "
+        f"next: scripts/save-weights {spec.name}{then}"
     )
 
 

@@ -1,8 +1,8 @@
 """Make a model of the real size with random weights: scripts/full-size sdxl
 
-It is built, saved, loaded and run by the code of the real one, to measure memory and time on any machine. With
---measure, it is then served and paints once, and a row is added to benchmarks/full-size.csv; a folder that is
-there already is not made again. The pictures are noise.
+It is built, saved, loaded and run by the code of the real one, to measure memory and time on any machine.
+With --measure, it is then served and paints once, and a row is added to benchmarks/full-size.csv; a folder
+that is there already is not made again. The pictures are noise.
 """
 
 import argparse

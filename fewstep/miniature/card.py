@@ -38,10 +38,10 @@ Licence: {licence}.
 
 The judge (a classifier trained on drawings and their augmentations only, frozen before anything that it
 judges was trained, sha256 `{judge}`) looks at pictures of {captions} captions of combinations that the base
-never saw, seeds each: {seeds}. Percent right per attribute, and of pictures with all six right, with 95 %
-intervals over the captions. DDIM's timesteps are spaced as SDXL publishes its scheduler ("leading"), or where it
-says so "trailing", from the last timestep on, which is kinder to a few steps (arXiv 2305.08891). The judge reads
-what a picture shows, not how sharp it is.
+never saw, with {seeds} seeds each. Percent right per attribute, and of pictures with all six right, with 95 %
+intervals over the captions. DDIM's timesteps are spaced as SDXL publishes its scheduler ("leading"), or where
+it says so "trailing", from the last timestep on, which is kinder to a few steps (arXiv 2305.08891). The judge
+reads what a picture shows, not how sharp it is.
 
 {table}
 """
