@@ -28,7 +28,7 @@ from fewstep.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-TEACHER_STEPS, TEACHER_GUIDANCE = 50, 3.0
+TEACHER_STEPS, TEACHER_GUIDANCE = 50, 2.0
 BATCH = 25
 CAPTIONS_SEED = 11
 
