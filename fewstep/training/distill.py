@@ -44,8 +44,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class LoraStudent:
-    """What is distilled, and how: w is drawn uniformly from `guidance` = (low, high); LCM's k is 1000 /
-    solver_steps."""
+    """What is distilled, and how: w is drawn uniformly from `guidance` = (low, high).
+
+    The teacher's ODE has `solver_steps` timesteps, and one consistency step goes back `skip` of them: LCM's k
+    is skip * 1000 / solver_steps. A longer k carries what is known of clean pictures to pure noise in fewer
+    links, each a coarser solution of the ODE. With `inverse_sigma`, an image counts 1 / sigma at its
+    noisier timestep: a network that predicts v has its say in x_0 times sigma, and would otherwise learn the
+    last, least noisy part of the way so slowly that more steps paint worse pictures.
+    """
 
     rank: int = 64
     guidance: tuple[float, float] = (
@@ -53,6 +59,8 @@ class LoraStudent:
         6.5,
     )  # w; the LCM-LoRA report's fixed guidance scale of 7.5 is 1 + w
     solver_steps: int = 50
+    skip: int = 1
+    inverse_sigma: bool = False
     huber_c: float = 1e-3
 
 
@@ -92,7 +100,8 @@ def consistency_loss(
     timesteps = cm.solver_timesteps(len(alphas_cumprod), student.solver_steps)
     index = torch.randint(student.solver_steps, (count,), generator=generator)
     t_next = timesteps[index].to(device)  # t_{n+k}
-    t = torch.where(index > 0, timesteps[index - 1], -torch.ones_like(index)).to(
+    before = timesteps[(index - student.skip).clamp(min=0)]
+    t = torch.where(index >= student.skip, before, -torch.ones_like(index)).to(
         device
     )  # t_n; -1 is clean data
     noise = torch.randn(batch.latents.shape, generator=generator).to(device)
@@ -123,7 +132,8 @@ def consistency_loss(
         target = torch.where(cm.spread(t < 0, z).bool(), z, target)  # the boundary condition: f(z, 0) = z
 
     # 6. Both must say the same.
-    return cm.pseudo_huber(prediction, target, student.huber_c)
+    weight = 1 / sigma if student.inverse_sigma else torch.ones_like(sigma)
+    return cm.pseudo_huber(prediction, target, weight, student.huber_c)
 
 
 def distill_lora(

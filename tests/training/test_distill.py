@@ -45,10 +45,14 @@ STUDENT = LoraStudent(rank=4, guidance=(2.0, 4.0))
 
 
 def loss_of(
-    unet: UNet2DConditionModel, batch: Batch, student: LoraStudent = STUDENT, seed: int = 0
+    unet: UNet2DConditionModel,
+    batch: Batch,
+    student: LoraStudent = STUDENT,
+    alphas: torch.Tensor = ALPHAS,
+    seed: int = 0,
 ) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return consistency_loss(unet, batch, ALPHAS, "v_prediction", student, generator)
+    return consistency_loss(unet, batch, alphas, "v_prediction", student, generator)
 
 
 def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(unet, batch):
@@ -111,6 +115,27 @@ def test_the_first_solver_step_ends_at_clean_data(unet, batch, monkeypatch):
     assert student.tolist() == conditional.tolist() == unconditional.tolist() == [999] * 4
     assert target.tolist() == [0] * 4
     assert solver_timesteps(1000, 1).tolist() == [999]
+
+
+@pytest.mark.parametrize("skip", [1, 5, 50])
+def test_one_consistency_step_goes_back_over_skip_solver_steps(unet, batch, monkeypatch, skip):
+    add_lora(unet, STUDENT)
+    seen: list[torch.Tensor] = []
+    forward = unet.forward
+    monkeypatch.setattr(unet, "forward", lambda z, t, *a, **k: (seen.append(t), forward(z, t, *a, **k))[1])
+    for seed in range(5):
+        loss_of(unet, batch, LoraStudent(rank=4, skip=skip), seed=seed)
+    noisy, target = torch.cat(seen[::4]), torch.cat(seen[3::4])
+    assert noisy.unique().numel() > 10
+    assert torch.equal(target, (noisy - 20 * skip).clamp(min=0))  # 0 stands for clean data, as above
+
+
+def test_inverse_sigma_weighs_an_image_by_its_noise(unet, batch):
+    add_lora(unet, STUDENT)
+    half = torch.full((1000,), 0.75)  # sigma 0.5 at every timestep
+    plain = loss_of(unet, batch, LoraStudent(rank=4), half)
+    weighted = loss_of(unet, batch, LoraStudent(rank=4, inverse_sigma=True), half)
+    assert torch.isclose(weighted, 2 * plain)
 
 
 def test_no_prompt_is_sdxls_zeroed_embedding(batch):
