@@ -31,8 +31,8 @@ What differs from SDXL: size (UNet {unet:.1f} M parameters, {channels} channels,
 tokens of text instead of 77, a VAE without mid attention, a network that predicts v instead of noise, as
 SDXL's v-prediction fine-tunes do, and a noise schedule that ends in pure noise (zero terminal SNR). The text
 encoders first learn to tell what captions say, without pictures, since SDXL's come trained, too. The sizes of
-the training: {sizes}. LCM-LoRA: rank {rank}, w drawn from {low:g} to {high:g}, k = {k}, pseudo-Huber loss,
-weighted by 1 / sigma. Licence: {licence}.
+the training: {sizes}. LCM-LoRA: rank {rank}, w drawn from {low:g} to {high:g}, k = {k}, pseudo-Huber loss
+with c = {c:g} on answers divided by sigma. Licence: {licence}.
 
 ## How well it follows prompts
 
@@ -72,6 +72,7 @@ def write_card(weights: Path, facts: Facts, scores: list[Score]) -> None:
         low=facts.student.guidance[0],
         high=facts.student.guidance[1],
         k=1000 // facts.student.solver_steps * facts.student.skip,
+        c=facts.student.huber_c,
         licence=LICENCE,
         judge=facts.judge_sha256,
         captions=facts.captions,

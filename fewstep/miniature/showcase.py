@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fewstep.miniature.scoring import ddim_painter, few_step_painter, load_base
+from fewstep.miniature.scoring import TEACHER_GUIDANCE, ddim_painter, few_step_painter, load_base
 from fewstep.models import get_model
 from fewstep.pipeline import load_pipeline
 from fewstep.settings import Settings
@@ -30,7 +30,6 @@ PROMPTS = (
 COLUMNS = 6
 STEPS = (1, 2, 4, 8)
 BASE_STEPS = 2
-GUIDANCE = 3.0
 
 
 def grid(pictures: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
@@ -55,7 +54,7 @@ def main() -> None:
 
     base = load_base(settings.weights_root / spec.name, pipeline.device)
     prompts, seeds = PROMPTS[:COLUMNS], range(COLUMNS)
-    rows = list(ddim_painter(base, BASE_STEPS, GUIDANCE)(prompts, seeds))
+    rows = list(ddim_painter(base, BASE_STEPS, TEACHER_GUIDANCE)(prompts, seeds))
     for steps in STEPS:
         rows += few_step_painter(pipeline, steps)(prompts, seeds)
     grid(rows, COLUMNS).save(folder / "steps.webp", quality=92)

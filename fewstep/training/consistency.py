@@ -76,10 +76,9 @@ def ddim_step(x_0: Tensor, noise: Tensor, alpha_prev: Tensor, sigma_prev: Tensor
     return alpha_prev * x_0 + sigma_prev * noise
 
 
-def pseudo_huber(a: Tensor, b: Tensor, weight: Tensor, c: float = 1e-3) -> Tensor:
-    """The mean of weight * (sqrt((a - b)^2 + c^2) - c): quadratic below c, linear above, so that outliers
-    count little; `weight` is of a shape that multiplies `a`."""
-    return (weight * (((a - b) ** 2 + c**2).sqrt() - c)).mean()
+def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
+    """The mean of sqrt((a - b)^2 + c^2) - c: quadratic below c, linear above, so outliers weigh little."""
+    return (((a - b) ** 2 + c**2).sqrt() - c).mean()
 
 
 def signal_and_noise(alphas_cumprod: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

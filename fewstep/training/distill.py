@@ -48,9 +48,10 @@ class LoraStudent:
 
     The teacher's ODE has `solver_steps` timesteps, and one consistency step goes back `skip` of them: LCM's k
     is skip * 1000 / solver_steps. A longer k carries what is known of clean pictures to pure noise in fewer
-    links, each a coarser solution of the ODE. With `inverse_sigma`, an image counts 1 / sigma at its
-    noisier timestep: a network that predicts v has its say in x_0 times sigma, and would otherwise learn the
-    last, least noisy part of the way so slowly that more steps paint worse pictures.
+    links, each a coarser solution of the ODE. With `inverse_sigma`, answers are compared after a division by
+    sigma at the noisier timestep: a network that predicts v has its say in x_0 times sigma, and would
+    otherwise unlearn the last, least noisy part of the way, so that more steps paint worse pictures. There, a
+    larger `huber_c` pulls large errors back with more force than small ones.
     """
 
     rank: int = 64
@@ -133,7 +134,7 @@ def consistency_loss(
 
     # 6. Both must say the same.
     weight = 1 / sigma if student.inverse_sigma else torch.ones_like(sigma)
-    return cm.pseudo_huber(prediction, target, weight, student.huber_c)
+    return cm.pseudo_huber(weight * prediction, weight * target, student.huber_c)
 
 
 def distill_lora(
