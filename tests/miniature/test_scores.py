@@ -11,6 +11,7 @@ from fewstep.miniature.judge import load_judge, score
 from fewstep.miniature.pictures import draw_many
 from fewstep.miniature.scoring import (
     TEACHER_GUIDANCE,
+    TEACHER_STEPS,
     ddim_painter,
     few_step_painter,
     held_out_captions,
@@ -52,13 +53,7 @@ def test_the_autoencoder_keeps_every_attribute(judge, captions, base):
     assert score(judge, decode(base.vae, encode(base.vae, drawn)), scenes).all(1).mean() >= 0.95
 
 
-# The first miniature puts its objects wherever the noise has them, not where the prompt says. These are the
-# figures that the next one has to reach; strict, so that it cannot reach them unnoticed.
-IGNORES_POSITIONS = pytest.mark.xfail(reason="this miniature ignores positions", strict=True)
-
-
-@IGNORES_POSITIONS
-@pytest.mark.parametrize(("steps", "least"), [(1, 55), (2, 80), (4, 85), (8, 85)])
+@pytest.mark.parametrize(("steps", "least"), [(1, 96), (2, 96), (4, 96), (8, 96)])
 def test_few_steps_paint_what_was_asked(judge, captions, pipeline, steps, least):
     scenes, prompts = captions
     found = score_painter(
@@ -67,16 +62,14 @@ def test_few_steps_paint_what_was_asked(judge, captions, pipeline, steps, least)
     assert found.all_right >= least
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_few_steps_paint_everything_but_the_position(judge, captions, pipeline, steps):
-    scenes, prompts = captions
-    found = score_painter(
-        f"{steps} steps", few_step_painter(pipeline, steps), judge, scenes, prompts, seeds=1
-    )
-    assert all(share >= 85 for name, share in found.attributes.items() if name != "position")
+def test_the_teacher_paints_what_was_asked(judge, captions, base):
+    scenes, prompts = (part[:40] for part in captions)
+    painter = ddim_painter(base, TEACHER_STEPS, TEACHER_GUIDANCE)
+    assert score_painter("the teacher", painter, judge, scenes, prompts, seeds=1).all_right >= 95
 
 
-@IGNORES_POSITIONS
+# The figure to reach; what this base paints in two steps is smeared, and the judge reads it all the same.
+@pytest.mark.xfail(reason="the base is read right too often, at 89 %, to be 40 points worse", strict=True)
 def test_without_the_lora_two_steps_are_far_worse(judge, captions, pipeline, base):
     scenes, prompts = (part[:60] for part in captions)
     with_lora = score_painter("LCM-LoRA", few_step_painter(pipeline, 2), judge, scenes, prompts, seeds=1)
@@ -87,7 +80,7 @@ def test_without_the_lora_two_steps_are_far_worse(judge, captions, pipeline, bas
 def test_the_card_shows_the_manifests_scores():
     card = (FOLDER / "README.md").read_text()
     manifest = json.loads((FOLDER / "manifest.json").read_text())
-    assert len(manifest["extra"]["scores"]) == 11
+    assert len(manifest["extra"]["scores"]) == 15
     for row in manifest["extra"]["scores"]:
         assert f"| {row['system']} |" in card
         assert f"**{row['all_right']:.1f}** ± {row['interval']:.1f}" in card
