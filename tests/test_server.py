@@ -109,6 +109,7 @@ def test_the_readmes_call_of_the_hosted_api_paints_here_with_another_base_url(pa
     call = call.replace("https://api.replicate.com/v1", f"http://127.0.0.1:{painter.server.port}")
     done = subprocess.run(["bash", "-ec", call], capture_output=True, check=True, timeout=60)
     answer = json.loads(done.stdout)
+    painter.ids.append(answer["id"])  # which coglet drew
     assert answer["status"] == "succeeded"
     assert answer["metrics"].items() >= {"steps": 4, "seed": 7}.items()
     assert answer["output"][0].startswith("data:image/webp;base64,")
