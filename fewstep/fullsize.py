@@ -139,7 +139,9 @@ def _save(module: nn.Module, folder: Path, stem: str, generator: torch.Generator
     config = module.config
     text = config.to_json_string() if isinstance(config, CLIPTextConfig) else module.to_json_string()  # type: ignore[operator]
     (folder / "config.json").write_text(json.dumps(json.loads(text), indent=2) + "\n")
-    tensors = {key: _random(key, value.shape, generator) for key, value in module.named_parameters()}
+    # The published files have the names that all CLIP models had before transformers 5.
+    prefix = "text_model." if isinstance(module, CLIPTextModel) else ""
+    tensors = {prefix + key: _random(key, value.shape, generator) for key, value in module.named_parameters()}
     save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
 
 

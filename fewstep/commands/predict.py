@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fewstep.commands.told import say
 from fewstep.schema import make_schema
 from fewstep.server import (
     ROOT,
@@ -52,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path.write_bytes(content)
             sys.stdout.write(f"{path}\n")
     except (Refused, ServerFailed) as error:
-        _say(str(error)[:LONGEST_MESSAGE])
+        say(str(error)[:LONGEST_MESSAGE])
         return 1
     except OSError as error:
-        _say(f"cannot write {error.filename}: {error.strerror}")
+        say(f"cannot write {error.filename}: {error.strerror}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -204,12 +205,12 @@ def _ask(inputs: Inputs) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="fewstep-") as folder, open(Path(folder) / "log", "w+b") as log:
         environ = {**os.environ, "FEWSTEP_OUTPUTS": str(Path(folder) / "outputs"), "NO_COLOR": "1"}
         began = time.monotonic()
-        _say(f"starting the server ({chosen})")
+        say(f"starting the server ({chosen})")
         try:
             with running_server(port=free_port(), log=log, environ=environ) as server:
                 server.wait_ready()
                 ready = time.monotonic()
-                _say(f"ready after {ready - began:.1f} s; painting")
+                say(f"ready after {ready - began:.1f} s; painting")
                 status, answer = server.post("/predictions", {"id": uuid.uuid4().hex, "input": inputs})
                 _report(status, answer, time.monotonic() - ready)
                 outputs: list[str] = answer["output"]
@@ -218,7 +219,7 @@ def _ask(inputs: Inputs) -> list[str]:
             if not re.match(r"\[(?!internal)[a-z_]+\]|the server refused", str(error)):
                 log.seek(0)
                 tail = log.read().decode(errors="replace").splitlines()[-LOG_TAIL:]
-                _say("\n".join(["the end of the server's log:", *tail]))
+                say("\n".join(["the end of the server's log:", *tail]))
             raise
 
 
@@ -232,12 +233,7 @@ def _report(status: int, answer: Any, seconds: float) -> None:
         raise Refused(code_and_sentence(text))
     metrics = answer["metrics"]
     size = f"{metrics['width']}x{metrics['height']}"
-    _say(f"painted {size} in {metrics['steps']} steps with seed {metrics['seed']}: {seconds:.2f} s")
-
-
-def _say(sentence: str) -> None:
-    sys.stderr.write(f"{sentence}\n")
-    sys.stderr.flush()
+    say(f"painted {size} in {metrics['steps']} steps with seed {metrics['seed']}: {seconds:.2f} s")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fewstep.commands.told import say
 from fewstep.server import ServerFailed, end_as_by_ctrl_c, running_server
 
 
@@ -23,13 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not port.isdecimal() or not 0 < int(port) < 65536:
         return _end("PORT must be a number from 1 to 65535")
     if not os.environ.get("FEWSTEP_MODEL"):
-        _say("model miniature, since FEWSTEP_MODEL is not set")
+        say("model miniature, since FEWSTEP_MODEL is not set")
     end_as_by_ctrl_c()
     environ = os.environ if sys.stderr.isatty() else {"NO_COLOR": "1", **os.environ}
     try:
         with running_server(host=host, port=int(port), environ=environ) as server:
             server.wait_ready()
-            _say(f"serving on http://{host}:{port}; Ctrl-C ends it")
+            say(f"serving on http://{host}:{port}; Ctrl-C ends it")
             return _end(f"the server ended with status {server.process.wait()}")
     except ServerFailed as error:
         return _end(str(error))
@@ -38,13 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _end(sentence: str) -> int:
-    _say(sentence)
+    say(sentence)
     return 1
-
-
-def _say(sentence: str) -> None:
-    sys.stderr.write(f"{sentence}\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

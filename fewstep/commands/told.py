@@ -1,6 +1,7 @@
 """How a command ends: whatever keeps it from its work is one sentence on stderr and an exit status."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -18,6 +19,9 @@ def status_of(work: Callable[[], None]) -> int:
     """Do `work` with our log on stderr: 0, 1 if it could not be done, 130 if it was interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request
+    # They speak of torchvision, and of settings that a scheduler has no use for; our own checks raise.
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     end_as_by_ctrl_c()
     try:
         work()
