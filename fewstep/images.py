@@ -1,13 +1,40 @@
-"""Turn finished pictures into the bytes of files. It takes milliseconds to tenths of a second: call it off
-the model thread and off the event loop."""
+"""Pictures to files and back: encode what was painted, open what a caller sent. It takes milliseconds to
+tenths of a second, for a large upload seconds: call it off the model thread and off the event loop."""
 
 import io
+import math
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from fewstep.errors import InvalidRequest
 
 # A file's suffix is its format's name; its type on the web is this.
 MIME_TYPES = {"webp": "image/webp", "jpg": "image/jpeg", "png": "image/png"}
+
+INPUT_FORMATS = ("JPEG", "PNG", "WEBP")
+# Phones send 12 to 24 million pixels in 2 to 15 MB. A picture at this limit takes up to 620 MB to open,
+# where a bomb of 50 kB would take gigabytes.
+INPUT_MAX_PIXELS = 32_000_000
+INPUT_MAX_BYTES = 30_000_000
+INPUT_MIN_SIDE = 8  # in px; less is not even one latent pixel
+
+# Pillow walks a file's parts in Python: a flood of empty ones keeps it for 9 s and takes 900 MB.
+_MAX_READS = 200_000
+# Each is a pass over all pixels: 500 kB of them take 10 s. A progressive JPEG has about ten, though in a film
+# that a phone put behind it some hundred pairs of bytes look like one.
+_MAX_SCANS = 1000
+_MAX_METADATA = 65_536  # bytes of a chunk; what is longer is ignored
+
+_PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
+_PNG_METADATA = frozenset({b"tRNS", b"iCCP", b"eXIf"})
 
 
 def encode_image(image: Image.Image, output_format: str, quality: int) -> bytes:
@@ -31,3 +58,187 @@ def _save_options(output_format: str, quality: int) -> dict[str, Any]:
         # Level 1 takes half the time of the default 6; whoever wants small files takes another format.
         return {"format": "PNG", "compress_level": 1}
     raise ValueError(f"encode_image knows {', '.join(MIME_TYPES)}")
+
+
+def open_image(path: Path, name: str) -> Image.Image:
+    """The picture in a JPEG, PNG or WebP file as RGB: upright, in sRGB, on white where it is transparent.
+
+    Of an animation it is the first frame. Nothing else of the file is kept, such as where a photo was taken.
+    Raises InvalidRequest, whose sentence calls the input `name`, for whatever cannot be opened safely.
+    """
+    return _opened(path, name, _to_rgb)
+
+
+def open_mask(path: Path, name: str) -> Image.Image:
+    """The mask in a file as grey (L), 255 where to repaint: white is repainted and black is kept.
+
+    Where it is transparent it is kept, so that white strokes on an empty layer are a mask. Greys stay grey,
+    and colours count by their brightness. Otherwise as open_image.
+    """
+    return _opened(path, name, _to_grey)
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """`image` scaled until it covers width x height px, with what juts out cut off evenly on both sides.
+
+    Pictures of equal size lose equal parts, so that a mask (L) stays where it was on its image.
+    """
+    # Lanczos draws faint echoes along a mask's hard edges.
+    method = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS
+    return ImageOps.fit(image, (width, height), method)
+
+
+def same_shape(size: tuple[int, int], native_size: int) -> tuple[int, int]:
+    """The size to paint an input of `size` at: of its shape, about native_size**2 px, in multiples of 8.
+
+    What is longer than 21:9 becomes 21:9, and the area is never over 1.1 * native_size**2.
+    """
+    aspect = min(max(size) / min(size), 21 / 9)
+
+    def beside(short: int) -> int:
+        return min(round(short * aspect / 8) * 8, short * 21 // 9 // 8 * 8)
+
+    short = round(native_size / math.sqrt(aspect) / 8) * 8
+    if short * beside(short) > 1.1 * native_size**2:
+        short -= 8
+    return (beside(short), short) if size[0] > size[1] else (short, beside(short))
+
+
+def _opened(path: Path, name: str, flatten: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    try:
+        with _decoder(_content(path, name)) as file:
+            _check_size(file.size, name)
+            file.load()
+            picture = flatten(file)
+            picture.info = {}
+            if (orientation := _orientation(file.info.get("exif", b""))) > 1:
+                picture.getexif()[ExifTags.Base.Orientation] = orientation
+                ImageOps.exif_transpose(picture, in_place=True)
+            return picture
+    except InvalidRequest:
+        raise
+    except MemoryError:
+        raise InvalidRequest(f"{name} needs more memory than is free; send a smaller picture") from None
+    # On damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, AssertionError and more.
+    except Exception:
+        raise InvalidRequest(
+            f"{name} does not open as a picture; send a whole file as one of {', '.join(INPUT_FORMATS)}"
+        ) from None
+
+
+def _content(path: Path, name: str) -> bytes:
+    try:
+        status = path.stat()
+        if status.st_size > INPUT_MAX_BYTES:
+            raise InvalidRequest(
+                f"{name} is a file of {status.st_size / 1e6:.1f} MB; at most {INPUT_MAX_BYTES / 1e6:g} MB "
+                "are allowed, so send a smaller one"
+            )
+        # A pipe or a device could keep a reader for ever.
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError
+        return path.read_bytes()
+    except (OSError, ValueError):
+        raise InvalidRequest(
+            f"{name} is no file that can be read; send a picture as one of {', '.join(INPUT_FORMATS)}"
+        ) from None
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    wide, high = size
+    if min(size) < INPUT_MIN_SIDE:
+        raise InvalidRequest(
+            f"{name} is {wide}x{high} px; each side needs {INPUT_MIN_SIDE} px or more, so send a larger one"
+        )
+    if wide * high > INPUT_MAX_PIXELS:
+        raise InvalidRequest(
+            f"{name} is {wide}x{high} px; at most {INPUT_MAX_PIXELS} px in all are allowed, so scale it down"
+        )
+
+
+class _Jpeg(JpegImageFile):
+    def _read_dpi_from_exif(self) -> None:
+        """Nobody asks for it, and Pillow would warn about every odd tag on the way."""
+
+
+class _FewReads(io.BytesIO):
+    """A file in memory that fails after many reads."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads > _MAX_READS:
+            raise OSError("too many parts")
+        return super().read(size)
+
+
+def _decoder(data: bytes) -> ImageFile.ImageFile:
+    """The file with its header read. Not by Image.open, which warns about bombs that are refused here, and
+    takes a phone's JPEG with a depth map or a second view for another format."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return PngImageFile(_FewReads(_bare_png(data)))
+    if data.startswith(b"\xff\xd8\xff"):
+        if data.count(b"\xff\xda") > _MAX_SCANS:
+            raise OSError("too many scans")
+        return _Jpeg(_FewReads(data))
+    return WebPImageFile(_FewReads(data))  # which looks for its own signature
+
+
+def _bare_png(data: bytes) -> bytes:
+    """A PNG without texts, frames and huge metadata: of texts, Pillow unpacks 60 kB to 230 MB."""
+    depth, colour = data[24], data[25]
+    # Except in palettes, Pillow seeks the transparent colour unscaled among pixels scaled to 8 bits.
+    wanted = _PNG_METADATA if depth == 8 or colour == 3 else _PNG_METADATA - {b"tRNS"}
+    parts, at, kind = [data[:8]], 8, b""
+    while kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + length
+        if kind in _PNG_PIXELS or (kind in wanted and length <= _MAX_METADATA):
+            parts.append(data[at:end])
+        at = end
+    return b"".join(parts)
+
+
+def _orientation(exif: bytes) -> int:
+    """How EXIF says the picture is held, 1 for upright. Pillow's own reader warns about every odd tag."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = ">" if tiff.startswith(b"MM") else "<"
+    try:
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, value = struct.unpack_from(order + "H6xH", tiff, entry)
+            if tag == ExifTags.Base.Orientation:
+                return int(value)
+    except struct.error:
+        pass
+    return 1
+
+
+def _to_rgb(file: Image.Image) -> Image.Image:
+    picture = _opaque(file, "white")
+    profile = io.BytesIO(file.info.get("icc_profile") or b"")
+    try:
+        srgb = ImageCms.createProfile("sRGB")
+        picture = ImageCms.profileToProfile(picture, profile, srgb, outputMode="RGB") or picture
+    except ImageCms.PyCMSError:
+        pass  # none, a broken one, or one for other channels: the numbers are taken as sRGB
+    return picture.convert("RGB")
+
+
+def _to_grey(file: Image.Image) -> Image.Image:
+    return _opaque(file, "black").convert("L")
+
+
+def _opaque(file: Image.Image, ground: str) -> Image.Image:
+    """The picture as L, RGB or CMYK."""
+    if file.mode == "I;16":
+        # Pillow would clip at 255.
+        return file.point(lambda value: value / 256).convert("L")
+    if file.has_transparency_data:
+        picture = file.convert("RGBA")
+        opaque = Image.new("RGB", file.size, ground)
+        opaque.paste(picture, mask=picture)
+        return opaque
+    return file.convert("RGB") if file.mode in ("1", "P") else file
