@@ -21,6 +21,7 @@ from fewstep.models import ModelSpec, get_model
 from fewstep.outputs import Outputs
 from fewstep.request import Request
 from fewstep.settings import Settings
+from fewstep.styles import Styles
 
 if TYPE_CHECKING:
     from fewstep.pipeline import Painting, Pipeline
@@ -34,6 +35,7 @@ class Predictor(BasePredictor):
     spec: ModelSpec
     outputs: Outputs
     pipeline: "Pipeline"
+    styles: Styles
     batcher: "Batcher[Request, Painting | FewstepError]"
 
     async def setup(self) -> None:  # type: ignore[override]  # coglet awaits it
@@ -52,6 +54,7 @@ class Predictor(BasePredictor):
                 deadline_s=settings.deadline_s,
             )
             self.pipeline = await self.batcher.run(lambda: _load(self.spec, settings))
+            self.styles = Styles(settings, self.pipeline.adapters.read)
             warm_up = Request.create(self.spec, prompt="warm up", steps=1, seed=0)
             _unless_failed((await self.batcher.run(lambda: self.pipeline.generate([warm_up])))[0])
 
@@ -67,10 +70,16 @@ class Predictor(BasePredictor):
         aspect_ratio: str = Input(description="The shape of the image; custom takes width and height.", default="auto", choices=["auto", "1:1", "16:9", "9:16", "4:3", "3:4", "3:2", "2:3", "21:9", "9:21", "custom"]),
         width: int | None = Input(description="In pixels, with aspect_ratio custom only; rounded to a multiple of 8.", default=None, ge=64, le=2048),
         height: int | None = Input(description="In pixels, with aspect_ratio custom only; rounded to a multiple of 8.", default=None, ge=64, le=2048),
+        style: str | None = Input(description="A style LoRA: a name in this server's styles folder, a hub id as owner/repo or owner/repo/file.safetensors, or an https address of a .safetensors file.", default=None, max_length=2000),
+        style_scale: float = Input(description="How much of the style is added; below 0 takes it away.", default=0.8, ge=-2, le=2),
+        extra_style: str | None = Input(description="A second style LoRA, named like the first.", default=None, max_length=2000),
+        extra_style_scale: float = Input(description="How much of the second style is added.", default=0.8, ge=-2, le=2),
+        lcm_scale: float = Input(description="How much of the LCM-LoRA is added: 1 as it was distilled, less is softer; with a full LCM only 1.", default=1.0, ge=0, le=2),
         output_format: str = Input(description="The type of the image files.", default="webp", choices=["webp", "jpg", "png"]),
         output_quality: int = Input(description="Quality of webp and jpg files; png keeps every pixel as it is.", default=90, ge=1, le=100),
     ) -> list[Path]:
         """Paint; raises a FewstepError, which callers see as `[code] sentence`."""
+        began = time.monotonic()
         with self.outputs.prediction(), told_to_callers():
             request = Request.create(
                 self.spec,
@@ -83,10 +92,17 @@ class Predictor(BasePredictor):
                 aspect_ratio=aspect_ratio,
                 width=width,
                 height=height,
+                style=style,
+                style_scale=style_scale,
+                extra_style=extra_style,
+                extra_style_scale=extra_style_scale,
+                lcm_scale=lcm_scale,
                 output_format=output_format,
                 output_quality=output_quality,
             )
-            painting = _unless_failed(await self.batcher.submit(request))
+            if request.wishes:
+                request = request.with_styles(await self.styles.load(request.wishes))
+            painting = _unless_failed(await self.batcher.submit(request, time.monotonic() - began))
             files, encode_ms = await asyncio.to_thread(self._save, painting, request)
             self._report(request, {**painting.metrics, "encode_ms": encode_ms})
             return files

@@ -1,22 +1,37 @@
-"""LCM-LoRA arithmetic: read an adapter, check that it fits and is finite, add it to the weights for good.
+"""The LCM-LoRA and style LoRAs: read one, check that it fits, sum them into the weights, and back, exactly.
 
-LoRA is W' = W + scale * alpha / r * B A (Hu et al., arXiv 2106.09685). The sum is made in float64 and rounded
-once, to the dtype of W, so that it is the same on every device and for every way to write the file.
+    tau' = sum of lambda_i * tau_i + lambda_LCM * tau_LCM        (Luo et al., arXiv 2311.05556, section 3)
+
+Each tau is a LoRA, W' = W + scale * alpha / r * B A (Hu et al., arXiv 2106.09685). W is always taken from the
+model's verified files and never from what was made of it, so that nothing decays, however often styles
+change. The sum is made in float64 and rounded once, to the dtype of the weights, so that it is the same for
+every way to write the file. It is written into the buffers that are there: no layer is wrapped or replaced.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fewstep.errors import WeightsError
+from fewstep.request import Mix
+from fewstep.styles import MAX_BYTES, AdapterError
+
+# What a LoRA may change, by the model's family.
+NETWORKS = {"sdxl": ("unet", "text_encoder", "text_encoder_2"), "sd": ("unet", "text_encoder")}
+# The published ones have 0.4 MB; what a header names is held in memory as Python objects.
+MAX_HEADER_BYTES = 4 * 10**6
+# Of all that a LoRA adds, compared with the weights that it changes; what is of any use adds a fraction.
+MAX_SHARE = 1.0
 
 # kohya-ss, PEFT as diffusers saves it, and diffusers before PEFT.
 _ENDINGS = {
@@ -24,8 +39,18 @@ _ENDINGS = {
     "up": (".lora_up.weight", ".lora_B.weight", ".lora.up.weight"),
     "alpha": (".alpha",),
 }
+_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",  # of SD, which has one
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    **{f"{network}.": network for network in NETWORKS["sdxl"]},
+}
 # What PEFT may do to a layer beside adding B A: another sum, which would come out wrong in silence.
 _OTHER_SUMS = ("alpha_pattern", "use_dora", "use_rslora")
+# The names of the original releases, in which many style LoRAs for SDXL are written.
+_LDM = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -40,82 +65,205 @@ class LoraModule:
         """Whether no value is NaN or infinite."""
         return math.isfinite(self.factor) and bool(self.down.isfinite().all() and self.up.isfinite().all())
 
-    def add_to(self, weight: Tensor, scale: float) -> None:
-        """W += scale * alpha / r * B A; both are matrices here, a kernel's places being further inputs."""
-        up, down = (part.to(weight.device, torch.float64).flatten(1) for part in (self.up, self.down))
-        total = torch.addmm(weight.double().flatten(1), up, down, alpha=scale * self.factor)
+    def norm(self) -> float:
+        """Frobenius' norm of alpha / r * B A, without the product: the trace of (B'B)(AA')."""
+        down, up = (part.double().flatten(1) for part in (self.down, self.up))
+        square = ((up.T @ up) * (down @ down.T)).sum().item()
+        return abs(self.factor) * math.sqrt(max(square, 0.0))
+
+    def add_to(self, total: Tensor, scale: float) -> None:
+        """`total`, a matrix in float64, += scale * alpha / r * B A; a kernel's places are inputs here."""
+        up, down = (part.to(total.device, torch.float64).flatten(1) for part in (self.up, self.down))
+        total.addmm_(up, down, alpha=scale * self.factor)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that fits the model it was read for."""
+
+    sha256: str
+    modules: Mapping[str, LoraModule]  # by layer, as in `unet.mid_block_resnets_0_conv1`
+
+    @property
+    def size(self) -> int:
+        """What it takes of memory, in bytes."""
+        return sum(module.down.nbytes + module.up.nbytes for module in self.modules.values())
+
+
+class Adapters:
+    """A model's weights as the sum of what its files hold and of adapters.
+
+    `folder` is the model's. `apply` belongs to the thread that owns the model; `read` may run on any.
+    """
+
+    def __init__(self, folder: Path, networks: Mapping[str, nn.Module]) -> None:
+        self._weights: dict[str, Tensor] = {}
+        self._pristine: dict[str, Tensor] = {}  # mapped from the files, so that they take no memory
+        for network, module in networks.items():
+            self._weights |= weights_by_layer(network, module)
+            self._pristine |= _map_file(network, folder / network)
+        self._norms = {layer: weight.float().norm().item() for layer, weight in self._weights.items()}
+        self._unet_config = networks["unet"].config
+        self._applied: dict[str, tuple[tuple[str, float], ...] | None] = {}
+        self.lcm_lora: Lora | None = None  # what `Mix.lcm_scale` scales; a full LCM has none
+
+    def read(self, path: Path, sha256: str) -> Lora:
+        """The LoRA in the file `path`, in the layout of kohya (with diffusers' names or LDM's), PEFT, or
+        diffusers before PEFT.
+
+        Raises AdapterError unless every module of the file fits its layer and is finite. Loaders that skip
+        what they do not know merge only 515 of the 788 modules of SDXL's LCM-LoRA and say nothing.
+        """
+        _check_header(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                # Copies: the file may be removed or written over while this is in use.
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+                alphas = _alphas_of_networks(file.metadata() or {})
+        except (SafetensorError, ValueError) as error:  # ValueError: metadata that is not PEFT's
+            raise AdapterError("cannot be read", f" ({error})") from None
+        return Lora(sha256, self._fitted(_grouped(self._without_ldm_names(tensors)), alphas))
+
+    @torch.no_grad()
+    def apply(self, mix: Mix) -> int:
+        """Make the weights what `mix` says, and return how many layers were written.
+
+        Only layers that change are. If it fails in the middle, the next call writes what is unfinished.
+        """
+        terms: list[tuple[Lora, float]] = [(style, scale) for style, scale in mix.styles if scale]
+        if self.lcm_lora is not None and mix.lcm_scale:
+            terms.insert(0, (self.lcm_lora, mix.lcm_scale))
+        written = 0
+        for layer in self._applied.keys() | {name for lora, _ in terms for name in lora.modules}:
+            of_layer = [(lora, scale) for lora, scale in terms if layer in lora.modules]
+            wanted = tuple((lora.sha256, scale) for lora, scale in of_layer)
+            if self._applied.get(layer, ()) == wanted:
+                continue
+            self._applied[layer] = None  # unknown, until all of it is written
+            self._write(layer, of_layer)
+            self._applied[layer] = wanted
+            written += 1
+        return written
+
+    def _write(self, layer: str, terms: list[tuple[Lora, float]]) -> None:
+        weight, pristine = self._weights[layer], self._pristine[layer]
+        if not terms:
+            weight.copy_(pristine)
+            return
+        total = pristine.to(weight.device, torch.float64).flatten(1)
+        for lora, scale in terms:
+            lora.modules[layer].add_to(total, scale)
         weight.copy_(total.view_as(weight))
 
+    def _fitted(self, parts: dict[str, dict[str, Tensor]], alphas: dict[str, float]) -> dict[str, LoraModule]:
+        if not parts:
+            raise AdapterError("has no modules")
+        found = {
+            name: _module(part, alphas.get(name.partition(".")[0]), self._weights.get(name))
+            for name, part in parts.items()
+        }
+        modules = {name: module for name, module in found.items() if module is not None}
+        for what, names in {
+            "do not fit this model": [name for name, module in found.items() if module is None],
+            "hold values that are not finite": [name for name, one in modules.items() if not one.is_finite()],
+        }.items():
+            if names:
+                counted = f"has {len(names)} of {len(found)} modules that {what}"
+                raise AdapterError(counted, f", first {names[0]}")
+        added, there = (
+            math.hypot(*norms)
+            for norms in ((one.norm() for one in modules.values()), (self._norms[name] for name in modules))
+        )
+        if added > MAX_SHARE * there:
+            raise AdapterError(f"adds {added / there:.0f} times as much as the weights that it changes hold")
+        return modules
 
-@torch.no_grad()
-def fuse_lcm_lora(unet: nn.Module, path: Path, remedy: str, scale: float = 1.0) -> int:
-    """Add the LCM-LoRA in `path` to the weights of `unet`; no adapter is left behind.
-
-    Returns how many modules were changed: each of the file's. Loaders that skip convolutions merge only 515
-    of the 788 modules of SDXL's LCM-LoRA and say nothing. Raises WeightsError, before anything is changed, if
-    a module of the file does not fit its layer or holds a value that is not finite.
-    """
-    shown = f"weights/{path.parent.name}/{path.name}"
-    try:
-        parts, alpha = _read(path)
-    except (SafetensorError, ValueError) as error:  # ValueError: a header that is no JSON
-        raise WeightsError(f"{shown} cannot be read ({error}); run: {remedy}") from None
-    weights = _weights_by_name(unet)
-    found = {name: _module(part, alpha, weights.get(name)) for name, part in parts.items()}
-    modules = {name: module for name, module in found.items() if module is not None}
-    for what, names in {
-        "do not fit this model": [name for name, module in found.items() if module is None],
-        "hold values that are not finite": [name for name, one in modules.items() if not one.is_finite()],
-    }.items():
-        if names:
-            raise WeightsError(
-                f"{shown}: {len(names)} of its {len(found)} modules {what}, first {names[0]}; run: {remedy}"
-            )
-    if not modules:
-        raise WeightsError(f"{shown} has no modules; run: {remedy}")
-    for name, module in modules.items():
-        module.add_to(weights[name], scale)
-    return len(modules)
+    def _without_ldm_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """LDM's block names as diffusers', by diffusers' own conversion."""
+        if not any(key.startswith(_LDM) for key in tensors):
+            return tensors
+        others = {key: value for key, value in tensors.items() if not key.startswith("lora_unet_")}
+        ldm = {key: value for key, value in tensors.items() if key not in others}
+        try:
+            state, alphas = StableDiffusionXLPipeline.lora_state_dict({**ldm}, unet_config=self._unet_config)
+        except (ValueError, IndexError, KeyError) as error:
+            raise AdapterError("has names of blocks that cannot be read", f" ({error})") from None
+        found: dict[str, Tensor] = convert_unet_state_dict_to_peft(state)
+        for key, alpha in convert_unet_state_dict_to_peft(alphas or {}).items():
+            found[key.replace(".lora_A.weight", "")] = torch.tensor(alpha)
+        if len(found) != len(ldm):  # it passes over some kinds of keys, such as DoRA's
+            raise AdapterError(f"has {len(ldm) - len(found)} of {len(ldm)} tensors of an unknown kind")
+        return others | found
 
 
-def _weights_by_name(unet: nn.Module) -> dict[str, Tensor]:
-    """What a LoRA can change, by the one name that all ways to write the file lead to: kohya's."""
-    layers = ((path, part) for path, part in unet.named_modules() if isinstance(part, nn.Linear | nn.Conv2d))
-    return {path.replace(".", "_"): layer.weight for path, layer in layers}
+def weights_by_layer(network: str, module: nn.Module) -> dict[str, Tensor]:
+    """What a LoRA can change of `module`, by the names in `Lora.modules`."""
+    layers = (
+        (path, part) for path, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)
+    )
+    return {_layer(network, path): layer.weight for path, layer in layers}
 
 
-def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], float | None]:
-    """The tensors of each module, "down", "up" and "alpha" if it has one, and the alpha of all others."""
-    parts: dict[str, dict[str, Tensor]] = {}
+def _map_file(network: str, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    (path,) = folder.glob("*.safetensors")
     with safe_open(path, framework="pt") as file:
         for key in file.keys():
-            name, kind = _split(key)
-            parts.setdefault(name, {})[kind] = file.get_tensor(key)
-        return parts, _alpha_of_all(file.metadata() or {})
+            if key.endswith(".weight"):
+                yield _layer(network, key.removesuffix(".weight")), file.get_tensor(key)
+
+
+def _layer(network: str, path: str) -> str:
+    """A layer by the one name that all ways to write files lead to: kohya's."""
+    # transformers 5 has dropped "text_model" from the names of the first encoder's layers; files have it.
+    return f"{network}.{path.replace('.', '_').removeprefix('text_model_')}"
+
+
+def _check_header(path: Path) -> None:
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise AdapterError(f"has {size} bytes; at most {MAX_BYTES} are allowed")
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > MAX_HEADER_BYTES:
+        raise AdapterError("is not a safetensors file, or has a header of more than 4 MB")
+
+
+def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer, "down", "up" and "alpha" if it has one."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer, kind = _split(key)
+        parts.setdefault(layer, {})[kind] = tensor
+    return parts
 
 
 def _split(key: str) -> tuple[str, str]:
-    """A key's module and what it holds of it; a key of any other kind is a module of its own, that fits
+    """A key's layer and what it holds of it; a key of any other kind is a layer of its own, that fits
     nowhere."""
     kinds = ((kind, ending) for kind, endings in _ENDINGS.items() for ending in endings)
     kind, ending = next(((kind, ending) for kind, ending in kinds if key.endswith(ending)), ("?", ""))
-    module = key.removesuffix(ending).removeprefix("lora_unet_").removeprefix("unet.")
-    return (module.replace(".", "_") if ending else key), kind
+    if not ending:
+        return key, kind
+    prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
+    return _layer(_PREFIXES.get(prefix, "unet"), key.removesuffix(ending).removeprefix(prefix)), kind
 
 
-def _alpha_of_all(metadata: Mapping[str, str]) -> float | None:
-    """The alpha that PEFT writes once, into the file's header; None, if there is none, means the rank."""
+def _alphas_of_networks(metadata: Mapping[str, str]) -> dict[str, float]:
+    """The alpha of each network that PEFT writes once, into the file's header; none means the rank."""
     written = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     if not isinstance(written, dict):
         raise ValueError("its header is not PEFT's")
-    config = {key.removeprefix("unet."): value for key, value in written.items()}
-    if any(config.get(kind) for kind in _OTHER_SUMS):
-        raise ValueError("not a plain LoRA")
-    alpha = config.get("lora_alpha")
-    return None if alpha is None else float(alpha)
+    found: dict[str, float] = {}
+    for key, value in written.items():
+        network, _, option = key.rpartition(".")
+        if option in _OTHER_SUMS and value:
+            raise ValueError("not a plain LoRA")
+        if option == "lora_alpha" and value is not None:
+            found[network or "unet"] = float(value)
+    return found
 
 
-def _module(parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor | None) -> LoraModule | None:
+def _module(parts: Mapping[str, Any], alpha: float | None, weight: Tensor | None) -> LoraModule | None:
     """None if the module has no layer, is not whole, or B A has not the layer's shape."""
     down, up = parts.get("down"), parts.get("up")
     if weight is None or down is None or up is None or down.ndim < 2 or up.ndim < 2:
@@ -123,6 +271,8 @@ def _module(parts: Mapping[str, Tensor], alpha: float | None, weight: Tensor | N
     rank = len(down)
     inputs, outputs = weight.flatten(1).shape[1], len(weight)
     if not rank or down.flatten(1).shape[1] != inputs or up.flatten(1).shape != (outputs, rank):
+        return None
+    if down.dtype not in _FLOATS or up.dtype not in _FLOATS:
         return None
     if "alpha" in parts:
         if parts["alpha"].numel() != 1:

@@ -28,8 +28,14 @@ class Batchable(Protocol):
     def shape_key(self) -> Hashable: ...
 
     @property
+    def weights_key(self) -> Hashable: ...
+
+    @property
     def num_outputs(self) -> int: ...
 
+
+# How many batches may go before a request that came first, because they need no change of weights.
+MAX_OVERTAKEN = 4
 
 R = TypeVar("R", bound=Batchable)
 T = TypeVar("T")
@@ -74,6 +80,7 @@ class _Wish(_Waiter[T], Generic[R, T]):
     request: R
     shape_key: Hashable
     images: int
+    overtaken: int = 0  # batches that went first though they came later
 
 
 @dataclass(eq=False, kw_only=True)
@@ -106,26 +113,29 @@ class Batcher(Generic[R, T]):
         self._queue: deque[_Wish[R, Any] | _Call[Any]] = deque()
         self._closed = False
         self._batch_since: float | None = None
+        self._weights: Hashable = None  # what the last batch left in the model
         self._thread = threading.Thread(target=self._serve, name="model", daemon=True)
         self._thread.start()
 
-    async def submit(self, request: R) -> T:
-        """Join the next batch of this request's shape and wait for its own result.
+    async def submit(self, request: R, spent_s: float = 0.0) -> T:
+        """Join the next batch of this request's shape and wait for its own result; `spent_s` of its time
+        are gone already.
 
         Raises the FewstepError that `generate` raised, InternalError for anything else it raised,
         DeadlineExceeded, or Stopped once the batcher is closed. A caller whose task is cancelled leaves
         the queue or its batch, and its mates do not notice.
         """
         loop = asyncio.get_running_loop()
+        left_s = max(0.0, self._deadline_s - spent_s)
         wish: _Wish[R, T] = _Wish(
             loop=loop,
             future=loop.create_future(),
-            expires=time.monotonic() + self._deadline_s,
+            expires=time.monotonic() + left_s,
             request=request,
             shape_key=request.shape_key,
             images=request.num_outputs,
         )
-        return await self._result(wish, self._deadline_s)
+        return await self._result(wish, left_s)
 
     async def run(self, function: Callable[[], V]) -> V:
         """Call `function` on the model thread in its turn (to load, to warm up), without a deadline.
@@ -161,8 +171,8 @@ class Batcher(Generic[R, T]):
             done, _ = await asyncio.wait({work.future}, timeout=timeout_s)
             if not done:
                 raise DeadlineExceeded(
-                    f"the request was not done within {timeout_s:g} s; send it again when fewer others wait, "
-                    "or ask for a smaller size, fewer steps or fewer outputs"
+                    f"the request was not done within {self._deadline_s:g} s; send it again when fewer "
+                    "others wait, or ask for a smaller size, fewer steps or fewer outputs"
                 )
             return work.future.result()
         finally:
@@ -188,13 +198,27 @@ class Batcher(Generic[R, T]):
             self._changed.wait_for(lambda: self._queue or self._closed)
             if not self._queue:
                 return False
-            work = self._queue.popleft()
+            work = self._take_next()
         if not work.gone():
             if isinstance(work, _Call):
                 self._run_call(work)
             else:
                 self._run_batch(work)
         return True
+
+    def _take_next(self) -> _Wish[R, Any] | _Call[Any]:
+        """The first of the queue, or one behind it for which the weights need not change; none waits for
+        ever."""
+        head = self._queue[0]
+        if isinstance(head, _Wish) and head.overtaken < MAX_OVERTAKEN:
+            for work in self._queue:
+                if isinstance(work, _Call):
+                    break
+                if work.request.weights_key == self._weights:
+                    head.overtaken += work is not head
+                    self._queue.remove(work)
+                    return work
+        return self._queue.popleft()
 
     def _run_call(self, call: _Call[Any]) -> None:
         try:
@@ -205,6 +229,7 @@ class Batcher(Generic[R, T]):
     def _run_batch(self, head: _Wish[R, Any]) -> None:
         batch = [head]
         self._batch_since = time.monotonic()
+        self._weights = head.request.weights_key
         try:
             self._add_mates(batch)
             results = self._generate(

@@ -22,12 +22,13 @@ from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPi
 from PIL import Image
 from torch import Tensor
 
-from fewstep.adapters import fuse_lcm_lora
-from fewstep.errors import FewstepError, GenerationError, SettingsError, Stopped
+from fewstep.adapters import NETWORKS, Adapters, Lora
+from fewstep.errors import FewstepError, GenerationError, SettingsError, Stopped, WeightsError
 from fewstep.models import ModelSpec
-from fewstep.request import Request
+from fewstep.request import Mix, Request
 from fewstep.settings import Settings
 from fewstep.sources import LCM_LORA
+from fewstep.styles import AdapterError
 from fewstep.weights import Manifest, check_hashes, verify_weights
 
 logger = logging.getLogger(__name__)
@@ -75,12 +76,22 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     device, dtype = _device_and_dtype(settings)
     manifest = verify_weights(folder, remedy=spec.remedy, mode="size")
     diffusion = _load_verified(folder, spec, manifest, settings.verify, device, dtype)
-    if spec.lcm_lora:
-        modules = fuse_lcm_lora(diffusion.unet, folder / LCM_LORA, manifest.remedy(spec.remedy))
-        logger.info("fused the LCM-LoRA into %d modules", modules)
     for module in (part for part in diffusion.components.values() if isinstance(part, torch.nn.Module)):
         module.eval().requires_grad_(False)
-    return Pipeline(spec, diffusion, settings.max_batch)
+    adapters = Adapters(folder, {name: diffusion.components[name] for name in NETWORKS[spec.family]})
+    if spec.lcm_lora:
+        adapters.lcm_lora = _read_lcm_lora(adapters, folder, manifest, spec.remedy)
+        logger.info("fused the LCM-LoRA into %d layers", adapters.apply(Mix()))
+    return Pipeline(spec, diffusion, adapters, settings.max_batch)
+
+
+def _read_lcm_lora(adapters: Adapters, folder: Path, manifest: Manifest, remedy: str) -> Lora:
+    (listed,) = (file for file in manifest.files if file.path == LCM_LORA)
+    try:
+        return adapters.read(folder / LCM_LORA, listed.sha256)
+    except AdapterError as error:
+        shown = f"weights/{folder.name}/{LCM_LORA}"
+        raise WeightsError(f"{shown} {error}; run: {manifest.remedy(remedy)}") from None
 
 
 def _load_verified(
@@ -128,9 +139,10 @@ def _device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
 class Pipeline:
     """A loaded model that paints in few steps: its LCM-LoRA is fused, or it is a full LCM."""
 
-    def __init__(self, spec: ModelSpec, diffusion: Diffusion, max_batch: int) -> None:
+    def __init__(self, spec: ModelSpec, diffusion: Diffusion, adapters: Adapters, max_batch: int) -> None:
         self.spec = spec
         self.diffusion = diffusion
+        self.adapters = adapters
         self.max_batch = max_batch
         self.device: torch.device = diffusion.unet.device
         self.dtype: torch.dtype = diffusion.unet.dtype
@@ -149,10 +161,14 @@ class Pipeline:
         `stopped` is asked before every step. Raises Stopped when it says so.
         """
         started = time.perf_counter()
+        self.adapters.apply(requests[0].mix)
+        metrics: dict[str, int | float] = {"weights_ms": _ms_since(started)}
+        started = time.perf_counter()
         jobs = [job for i, request in enumerate(requests) for job in self._jobs(i, request)]
+        metrics["text_ms"] = _ms_since(started)
         limit = self.max_images(requests[0])
         passes = [jobs[i : i + limit] for i in range(0, len(jobs), limit)]
-        metrics: dict[str, int | float] = {"batch_size": len(passes[0]), "text_ms": _ms_since(started)}
+        metrics["batch_size"] = len(passes[0])
         images: list[Image.Image | None] = []
         for group in passes:
             started = time.perf_counter()

@@ -3,11 +3,16 @@
 import logging
 import math
 import secrets
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from fewstep.errors import InvalidRequest
 from fewstep.models import ModelSpec
+from fewstep.styles import StyleSource, parse_source
+
+if TYPE_CHECKING:
+    from fewstep.adapters import Lora
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +24,8 @@ LCM_LORA_MAX_GUIDANCE = 4.0
 # 31 bits, because Cog's command line reads integers as 32 bits with a sign.
 SEED_MAX = 2**31 - 1
 NUM_OUTPUTS = (1, 4)
+STYLE_SCALE = (-2.0, 2.0)
+LCM_SCALE = (0.0, 2.0)
 SIDE = (64, 2048)
 QUALITY = (1, 100)
 FORMATS = ("webp", "jpg", "png")
@@ -40,6 +47,28 @@ ASPECT_CHOICES = ("auto", *ASPECT_RATIOS, "custom")
 
 
 @dataclass(frozen=True, slots=True)
+class StyleWish:
+    """A style LoRA that a caller named, not looked for yet."""
+
+    name: str  # of the input
+    source: StyleSource
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What is added to a model's weights: style LoRAs, each with its scale, and the LCM-LoRA with its own."""
+
+    styles: tuple[tuple["Lora", float], ...] = ()
+    lcm_scale: float = 1.0
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for mixes that make equal weights; a scale of 0 adds nothing."""
+        return tuple((lora.sha256, scale) for lora, scale in self.styles if scale), self.lcm_scale
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A checked wish with nothing left open: sizes in px are resolved and the seed is drawn.
 
@@ -57,6 +86,8 @@ class Request:
     height: int
     output_format: str
     output_quality: int
+    wishes: tuple[StyleWish, ...] = ()
+    mix: Mix = Mix()  # without the styles, until `with_styles`
 
     @classmethod
     def create(
@@ -74,6 +105,11 @@ class Request:
         height: int | None = None,
         output_format: str = "webp",
         output_quality: int = 90,
+        style: str | None = None,
+        style_scale: float = 0.8,
+        extra_style: str | None = None,
+        extra_style_scale: float = 0.8,
+        lcm_scale: float = 1.0,
     ) -> "Request":
         """Check every input, types included, since coglet without a schema passes anything on.
 
@@ -94,6 +130,11 @@ class Request:
             height=size[1],
             output_format=_choice("output_format", output_format, FORMATS),
             output_quality=_whole("output_quality", output_quality, *QUALITY),
+            wishes=(
+                *_style("style", style, style_scale),
+                *_style("extra_style", extra_style, extra_style_scale),
+            ),
+            mix=Mix(lcm_scale=_lcm_scale(spec, lcm_scale)),
         )
         if request.negative_prompt and not guided:
             logger.warning(
@@ -110,7 +151,17 @@ class Request:
     def shape_key(self) -> Hashable:
         """Requests with equal keys may share a forward pass: all that changes the computation but prompt,
         seed and the value of guidance."""
-        return (self.width, self.height, self.steps, self.guided)
+        return (self.width, self.height, self.steps, self.guided, self.mix.key)
+
+    @property
+    def weights_key(self) -> Hashable:
+        """Requests with equal keys are painted by the same weights."""
+        return self.mix.key
+
+    def with_styles(self, loras: Sequence["Lora"]) -> "Request":
+        """The same wish with the LoRAs that its `wishes` name, in order."""
+        styles = tuple((lora, wish.scale) for lora, wish in zip(loras, self.wishes, strict=True))
+        return replace(self, mix=replace(self.mix, styles=styles))
 
 
 def _shown(value: object) -> str:
@@ -162,13 +213,29 @@ def _guidance(spec: ModelSpec, value: object) -> float:
     low, high = GUIDANCE
     if spec.lcm_lora:
         high = LCM_LORA_MAX_GUIDANCE
+    why = f", since {spec.name} has guidance built in" if spec.lcm_lora else ""
+    return _number("guidance", value, low, high, why)
+
+
+def _number(name: str, value: object, low: float, high: float, why: str = "") -> float:
     # NaN fails every comparison, so that it is refused here too.
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        why = f", since {spec.name} has guidance built in" if spec.lcm_lora else ""
-        raise InvalidRequest(
-            f"guidance is {_shown(value)}; it must be a number from {low:g} to {high:g}{why}"
-        )
+        raise InvalidRequest(f"{name} is {_shown(value)}; it must be a number from {low:g} to {high:g}{why}")
     return float(value)
+
+
+def _style(name: str, source: object, scale: object) -> tuple[StyleWish, ...]:
+    checked = _number(f"{name}_scale", scale, *STYLE_SCALE)
+    if source is None or source == "":  # pages send empty fields
+        return ()
+    return (StyleWish(name, parse_source(name, _text(name, source)), checked),)
+
+
+def _lcm_scale(spec: ModelSpec, value: object) -> float:
+    scale = _number("lcm_scale", value, *LCM_SCALE)
+    if not spec.lcm_lora and scale != 1.0:
+        raise InvalidRequest(f"lcm_scale is {scale:g}; {spec.name} has no LCM-LoRA to scale, so leave it out")
+    return scale
 
 
 def _size(spec: ModelSpec, aspect_ratio: object, width: object, height: object) -> tuple[int, int]:

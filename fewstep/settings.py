@@ -18,6 +18,20 @@ DTYPES = ("auto", "fp32", "bf16", "fp16")
 VERIFY_MODES = ("sha256", "size")
 MAX_DEADLINE_S = 24 * 60 * 60
 MAX_BATCH_LIMIT = 64
+MAX_GIGABYTES = 10_000
+GIGABYTE = 10**9
+HUB = "https://huggingface.co"
+# Where LoRAs are shared, and where these sites send one on to.
+STYLE_HOSTS = (
+    "huggingface.co",
+    "*.huggingface.co",
+    "*.hf.co",
+    "civitai.com",
+    "*.civitai.com",
+    "*.r2.cloudflarestorage.com",
+    "replicate.delivery",
+    "*.replicate.delivery",
+)
 
 # Variables of the same family that scripts read, not Settings.
 _OF_SCRIPTS = {"FEWSTEP_TORCH_INDEX"}
@@ -25,6 +39,14 @@ _OF_SCRIPTS = {"FEWSTEP_TORCH_INDEX"}
 
 def _weights_of_repository() -> Path:
     return Path(__file__).resolve().parents[1] / "weights"
+
+
+def _styles_of_repository() -> Path:
+    return Path(__file__).resolve().parents[1] / "styles"
+
+
+def _styles_in_temporary_folder() -> Path:
+    return Path(tempfile.gettempdir()) / "fewstep-styles"
 
 
 def _outputs_in_temporary_folder() -> Path:
@@ -44,6 +66,14 @@ class Settings:
     deadline_s: float = 120.0
     max_batch: int = 8  # images in one forward pass
     coglet_root: Path | None = None  # coglet's prediction folders, where a script of ours started it
+    styles_folder: Path = field(default_factory=_styles_of_repository)  # the operator's own style LoRAs
+    style_hosts: tuple[str, ...] = STYLE_HOSTS  # where others are fetched; *.x is any subdomain of x
+    style_repos: tuple[str, ...] = ()  # repos of the hub that are read with the operator's token
+    style_cache: Path = field(default_factory=_styles_in_temporary_folder)
+    style_disk_bytes: int = 20 * GIGABYTE
+    style_memory_bytes: int = 4 * GIGABYTE
+    hf_endpoint: str = HUB
+    hf_token: str | None = field(default=None, repr=False)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> "Settings":
@@ -63,6 +93,14 @@ class Settings:
             deadline_s=read.seconds("FEWSTEP_DEADLINE_S", cls.deadline_s, MAX_DEADLINE_S),
             max_batch=read.whole("FEWSTEP_MAX_BATCH", cls.max_batch, MAX_BATCH_LIMIT),
             coglet_root=read.optional_path("FEWSTEP_COGLET_ROOT"),
+            styles_folder=read.path("FEWSTEP_STYLES", _styles_of_repository()),
+            style_hosts=read.names("FEWSTEP_STYLE_HOSTS", STYLE_HOSTS),
+            style_repos=read.names("FEWSTEP_STYLE_REPOS", ()),
+            style_cache=read.path("FEWSTEP_STYLE_CACHE", _styles_in_temporary_folder()),
+            style_disk_bytes=GIGABYTE * read.whole("FEWSTEP_STYLE_DISK_GB", 20, MAX_GIGABYTES),
+            style_memory_bytes=GIGABYTE * read.whole("FEWSTEP_STYLE_MEMORY_GB", 4, MAX_GIGABYTES),
+            hf_endpoint=read.text("HF_ENDPOINT", HUB).rstrip("/"),
+            hf_token=read.text("HF_TOKEN", "") or None,
         )
         read.warn_of_the_rest()
         return settings
@@ -85,6 +123,12 @@ class _Reader:
     def optional_path(self, name: str) -> Path | None:
         written = self.text(name, "")
         return Path(written).absolute() if written else None
+
+    def names(self, name: str, default: tuple[str, ...]) -> tuple[str, ...]:
+        """Words between commas; "none" is no word at all."""
+        written = self.text(name, ",".join(default))
+        words = (word.strip() for word in written.split(","))
+        return () if written == "none" else tuple(word for word in words if word)
 
     def choice(self, name: str, default: str, allowed: tuple[str, ...]) -> str:
         value = self.text(name, default)

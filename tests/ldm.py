@@ -61,7 +61,11 @@ def _renamed(key: str, pairs: tuple[tuple[str, str], ...]) -> str:
 
 def _unet(folder: Path) -> State:
     layers = json.loads((folder / "config.json").read_text())["layers_per_block"]
-    state = _weights(folder)
+    return rename_unet(_weights(folder), layers)
+
+
+def rename_unet(state: State, layers: int) -> State:
+    """Diffusers' keys as LDM's, for a UNet of `layers` layers a block."""
     attended = {int(match[1]) for key in state if (match := re.match(r"up_blocks\.(\d+)\.attentions", key))}
 
     def place(key: str) -> str:

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from fewstep.batching import Batcher
+from fewstep.batching import MAX_OVERTAKEN, Batcher
 from fewstep.errors import DeadlineExceeded, GenerationError, InternalError, Stopped
 from fewstep.models import MODELS
 from fewstep.request import Request
@@ -682,3 +682,78 @@ def test_under_a_crowd_everybody_ends_once_with_their_own_result(round_):
     assert len(traffic.seen) == len(set(traffic.seen)), "somebody was painted twice"
     assert sum(end == "left" for end in ends.values()) > 30
     assert sum(end == seed for seed, end in ends.items()) > 150
+
+
+class Styled:
+    """A wish that is painted by weights of its own."""
+
+    num_outputs = 1
+
+    def __init__(self, seed, weights):
+        self.seed, self.weights_key, self.shape_key = seed, weights, weights
+
+
+async def order_of(model, batcher, *requests):
+    """Queue `requests` behind a batch whose weights are None, and see in which batches they are painted."""
+    model.gate.clear()
+    first = asyncio.create_task(batcher.submit(Styled(-1, None)))
+    await until(lambda: model.batches)
+    tasks = await queued(batcher, *requests)
+    model.gate.set()
+    await asyncio.gather(first, *tasks)
+    return model.batches[1:]
+
+
+def test_what_needs_no_change_of_weights_goes_first():
+    async def scene():
+        model = Model()
+        batcher = batcher_of(model, limit=1)
+        wishes = [Styled(0, "a"), Styled(1, None), Styled(2, "b"), Styled(3, "a"), Styled(4, None)]
+        found = await order_of(model, batcher, *wishes)
+        assert found == [[1], [4], [0], [3], [2]]  # three changes where the order of arrival takes five
+        await batcher.close()
+
+    play(scene())
+
+
+def test_a_rare_style_is_overtaken_a_few_times_and_no_more():
+    async def scene():
+        model = Model()
+        batcher = batcher_of(model, limit=1)
+        wishes = [Styled(100, "rare"), *(Styled(i, None) for i in range(10)), Styled(101, "rarer")]
+        found = await order_of(model, batcher, *wishes)
+        assert found.index([100]) == MAX_OVERTAKEN
+        assert sorted(seed for [seed] in found) == [*range(10), 100, 101]
+        await batcher.close()
+
+    play(scene())
+
+
+def test_nobody_is_overtaken_from_behind_a_call():
+    async def scene():
+        model, calls = Model(), []
+        batcher = batcher_of(model, limit=1)
+        model.gate.clear()
+        first = asyncio.create_task(batcher.submit(Styled(-1, None)))
+        await until(lambda: model.batches)
+        before = await queued(batcher, Styled(0, "a"))
+        call = asyncio.create_task(batcher.run(lambda: calls.append(list(model.batches))))
+        await asyncio.sleep(0)
+        after = await queued(batcher, Styled(1, None))
+        model.gate.set()
+        await asyncio.gather(first, *before, call, *after)
+        assert model.batches == [[-1], [0], [1]] and calls == [[[-1], [0]]]
+        await batcher.close()
+
+    play(scene())
+
+
+def test_styles_never_share_a_batch():
+    async def scene():
+        model = Model()
+        batcher = batcher_of(model)
+        wishes = [Styled(i, "ab"[i % 2]) for i in range(6)]
+        assert await order_of(model, batcher, *wishes) == [[0, 2, 4], [1, 3, 5]]
+        await batcher.close()
+
+    play(scene())

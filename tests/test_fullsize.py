@@ -11,7 +11,7 @@ from tiny import UNETS as TINY_UNETS
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from fewstep import fullsize
-from fewstep.adapters import _weights_by_name
+from fewstep.adapters import weights_by_layer
 from fewstep.measuring import append_row, measure
 from fewstep.models import MODELS, get_model
 from fewstep.pipeline import load_pipeline
@@ -43,8 +43,8 @@ def test_the_shapes_are_those_of_the_published_models(
     assert count(unet) == parameters
     assert len(tensors) == 3 * modules
     assert sum(value.numel() for key, value in tensors.items() if "alpha" not in key) == lora_parameters
-    stems = {key.split(".")[0].removeprefix("lora_unet_") for key in tensors}
-    assert stems <= _weights_by_name(unet).keys()
+    stems = {key.split(".")[0].replace("lora_unet_", "unet.") for key in tensors}
+    assert stems <= weights_by_layer("unet", unet).keys()
 
 
 def test_the_other_networks_have_their_published_sizes():

@@ -22,6 +22,8 @@ LIGHT = [
         "weights",
         "batching",
         "schema",
+        "fetching",
+        "styles",
     )
     if importlib.util.find_spec(f"fewstep.{name}") is not None
 ]

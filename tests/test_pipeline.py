@@ -96,7 +96,7 @@ def test_image_i_has_seed_plus_i_and_seeds_wrap(pipeline):
 
 
 def test_a_request_larger_than_a_pass_is_painted_in_several(pipeline):
-    small = Pipeline(MINIATURE, pipeline.diffusion, max_batch=2)
+    small = Pipeline(MINIATURE, pipeline.diffusion, pipeline.adapters, max_batch=2)
     [expected] = paint(pipeline, wish(num_outputs=4))
     [found] = paint(small, wish(num_outputs=4))
     assert len(found) == 4

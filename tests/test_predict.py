@@ -34,6 +34,9 @@ def test_ranges_are_those_of_request() -> None:
         "num_outputs": request.NUM_OUTPUTS,
         "width": request.SIDE,
         "height": request.SIDE,
+        "style_scale": request.STYLE_SCALE,
+        "extra_style_scale": request.STYLE_SCALE,
+        "lcm_scale": request.LCM_SCALE,
         "output_quality": request.QUALITY,
     }
     assert INPUTS["prompt"]["maxLength"] == request.PROMPT_MAX_CHARS

@@ -6,7 +6,7 @@ import pytest
 
 from fewstep.errors import InvalidRequest
 from fewstep.models import MODELS
-from fewstep.request import ASPECT_CHOICES, ASPECT_RATIOS, PROMPT_MAX_CHARS, SEED_MAX, Request
+from fewstep.request import ASPECT_CHOICES, ASPECT_RATIOS, PROMPT_MAX_CHARS, SEED_MAX, Mix, Request
 
 SDXL = MODELS["sdxl"]
 MINIATURE = MODELS["miniature"]
@@ -125,8 +125,7 @@ def test_an_unknown_choice_lists_the_choices_and_quotes_nothing(name, bad):
 
 def test_no_refusal_quotes_free_text():
     bad = "QQQ cancelled"
-    names = [field.name for field in dataclasses.fields(Request) if field.name not in ("guided", "prompt")]
-    for name in names:
+    for name in Request.create.__kwdefaults__:
         if name != "negative_prompt":
             text = refusal(**{"aspect_ratio": "custom", "width": 512, "height": 512, name: bad})
             assert "QQQ" not in text and "cancel" not in text
@@ -284,3 +283,50 @@ def test_shape_key_tells_apart_what_changes_the_computation():
 def test_a_request_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         create().seed = 8
+
+
+class Style:
+    def __init__(self, sha256):
+        self.sha256 = sha256
+
+
+def test_styles_are_wished_for_in_order_each_with_its_scale():
+    request = create(style="one", style_scale=0.5, extra_style="owner/two", extra_style_scale=-1)
+    assert [(wish.name, wish.source.place, wish.scale) for wish in request.wishes] == [
+        ("style", "one", 0.5),
+        ("extra_style", "owner/two", -1.0),
+    ]
+    assert create(style="", extra_style=None).wishes == ()
+    with_styles = request.with_styles([Style("a"), Style("b")])
+    assert [(lora.sha256, scale) for lora, scale in with_styles.mix.styles] == [("a", 0.5), ("b", -1.0)]
+
+
+def test_what_changes_the_weights_is_part_of_the_keys_and_nothing_else_is():
+    plain = create(style="a", style_scale=0.8)
+    a = plain.with_styles([Style("a")])
+    others = [
+        plain.with_styles([Style("b")]),
+        create(style="a", style_scale=0.7).with_styles([Style("a")]),
+        create(style="a", lcm_scale=0.9).with_styles([Style("a")]),
+        create(style="a", extra_style="b").with_styles([Style("a"), Style("b")]),
+        create(),
+    ]
+    for other in others:
+        assert other.weights_key != a.weights_key and other.shape_key != a.shape_key
+    renamed = create(style="the-same", seed=8).with_styles([Style("a")])
+    assert renamed.weights_key == a.weights_key and renamed.shape_key == a.shape_key
+    nothing = create(style="a", style_scale=0).with_styles([Style("a")])
+    assert nothing.weights_key == create().weights_key == Mix().key
+    assert create(steps=2).weights_key == create().weights_key
+
+
+@pytest.mark.parametrize("name", ["style_scale", "extra_style_scale", "lcm_scale"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -2.1, 2.1, "1", True, None, HUGE])
+def test_a_bad_scale_is_refused(name, bad):
+    assert f"{name} is " in refusal(**{name: bad})
+
+
+def test_a_full_lcm_has_no_lcm_lora_to_scale():
+    assert create(FULL_LCM, lcm_scale=1).mix == Mix()
+    assert "lcm_scale is 0.5" in refusal(FULL_LCM, lcm_scale=0.5)
+    assert "-0.5" in refusal(lcm_scale=-0.5)

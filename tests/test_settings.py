@@ -32,13 +32,38 @@ def test_every_field_is_read_from_the_environment(tmp_path):
         "FEWSTEP_DEADLINE_S": "7.5",
         "FEWSTEP_MAX_BATCH": "3",
         "FEWSTEP_COGLET_ROOT": str(tmp_path / "c"),
+        "FEWSTEP_STYLES": str(tmp_path / "s"),
+        "FEWSTEP_STYLE_HOSTS": "example.org, *.example.net",
+        "FEWSTEP_STYLE_REPOS": "me/private",
+        "FEWSTEP_STYLE_CACHE": str(tmp_path / "f"),
+        "FEWSTEP_STYLE_DISK_GB": "5",
+        "FEWSTEP_STYLE_MEMORY_GB": "1",
+        "HF_ENDPOINT": "https://mirror.example/",
+        "HF_TOKEN": "hf_secret",
     }
 
     settings = Settings.from_env(environ)
 
     assert settings == Settings(
-        "sdxl", tmp_path / "w", tmp_path / "o", "cuda", "bf16", "size", 7.5, 3, tmp_path / "c"
+        "sdxl",
+        tmp_path / "w",
+        tmp_path / "o",
+        "cuda",
+        "bf16",
+        "size",
+        7.5,
+        3,
+        tmp_path / "c",
+        styles_folder=tmp_path / "s",
+        style_hosts=("example.org", "*.example.net"),
+        style_repos=("me/private",),
+        style_cache=tmp_path / "f",
+        style_disk_bytes=5_000_000_000,
+        style_memory_bytes=1_000_000_000,
+        hf_endpoint="https://mirror.example",
+        hf_token="hf_secret",
     )
+    assert "hf_secret" not in repr(settings)
     untouched = [f.name for f in fields(Settings) if getattr(settings, f.name) == getattr(Settings(), f.name)]
     assert untouched == []
 
@@ -107,3 +132,8 @@ def test_reading_settings_creates_nothing(tmp_path):
     Settings.from_env({"FEWSTEP_OUTPUTS": str(tmp_path / "o"), "FEWSTEP_WEIGHTS": str(tmp_path / "w")})
 
     assert os.listdir(tmp_path) == []
+
+
+def test_none_switches_fetching_of_styles_off():
+    assert Settings.from_env({"FEWSTEP_STYLE_HOSTS": "none"}).style_hosts == ()
+    assert "huggingface.co" in Settings.from_env({}).style_hosts
