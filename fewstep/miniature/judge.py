@@ -77,6 +77,28 @@ def read_attributes(judge: Judge, pictures: Pixels | Sequence[Image.Image]) -> n
     return np.concatenate(rows)
 
 
+@torch.inference_mode()
+def describe(judge: Judge, pictures: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.float64]:
+    """What the judge's last layer decides by: (N, 192), for the distance between sets of pictures."""
+    rows = [
+        judge.head(judge.features(judge_input(pictures[start : start + 128])))
+        for start in range(0, len(pictures), 128)
+    ]
+    return torch.cat(rows).double().numpy()
+
+
+def frechet_distance(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
+    """Between Gaussians fitted to two sets of features, (N, D) and (M, D): what FID is in Inception's
+    (arXiv 1706.08500, eq. 6)."""
+    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(covariances[0])
+    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+    # The trace of (A B)^1/2, by way of a symmetric matrix with the same eigenvalues.
+    shared = np.sqrt(np.linalg.eigvalsh(root @ covariances[1] @ root).clip(min=0)).sum()
+    means = a.mean(0) - b.mean(0)
+    return float(means @ means + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * shared)
+
+
 def score(
     judge: Judge, pictures: Pixels | Sequence[Image.Image], scenes: Sequence[Scene]
 ) -> npt.NDArray[np.bool_]:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from fewstep.errors import FewstepError
 from fewstep.miniature.autoencoder import decode, encode
-from fewstep.miniature.judge import Judge, score
-from fewstep.miniature.pictures import draw_many
+from fewstep.miniature.judge import Judge, describe, frechet_distance, score
+from fewstep.miniature.pictures import Pixels, draw_many
 from fewstep.miniature.scenes import ATTRIBUTES, Scene, caption, unseen_scenes
 from fewstep.models import get_model
 from fewstep.pipeline import Pipeline, load_pipeline
@@ -29,6 +29,7 @@ from fewstep.settings import Settings
 logger = logging.getLogger(__name__)
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 50, 2.0
+PIPELINE_GUIDANCE = 5.0  # what StableDiffusionXLPipeline takes when it is not told otherwise
 BATCH = 25
 CAPTIONS_SEED = 11
 
@@ -43,6 +44,7 @@ class Score:
     attributes: dict[str, float]
     all_right: float
     interval: float  # half its width, in points
+    distance: float  # Fréchet's, to drawings of the same scenes, in the judge's features
 
 
 def held_out_captions(count: int) -> tuple[list[Scene], list[str]]:
@@ -51,26 +53,37 @@ def held_out_captions(count: int) -> tuple[list[Scene], list[str]]:
     return scenes, [caption(scene, rng, complete=True) for scene in scenes]
 
 
-def summarise(system: str, right: npt.NDArray[np.bool_]) -> Score:
-    """`right` is (captions, seeds, attributes); pictures of one caption are not independent, captions are."""
-    percent = 100 * right.mean((0, 1))
-    per_caption = 100 * right.all(2).mean(1)
-    interval = 1.96 * per_caption.std(ddof=1) / len(per_caption) ** 0.5
-    attributes = dict(zip(ATTRIBUTES, percent.tolist(), strict=True))
-    return Score(system, attributes, float(per_caption.mean()), float(interval))
+class Examiner:
+    """The judge with an exam: `seeds` pictures of each scene, and drawings to compare their looks with."""
 
+    def __init__(self, judge: Judge, scenes: Sequence[Scene], prompts: Sequence[str], seeds: int) -> None:
+        self.judge, self.prompts, self.seeds = judge, prompts, seeds
+        self.scenes = [scene for scene in scenes for _ in range(seeds)]
+        self.drawn = describe(judge, draw_many(self.scenes, 2 * 10**9, 128, 128))
 
-def score_painter(
-    system: str, paint: Painter, judge: Judge, scenes: list[Scene], prompts: list[str], seeds: int
-) -> Score:
-    """Paint every prompt with `seeds` seeds, in batches, and let the judge look."""
-    wishes = [(prompt, 1000 * i + s) for i, prompt in enumerate(prompts) for s in range(seeds)]
-    pictures: list[Image.Image] = []
-    for start in tqdm(range(0, len(wishes), BATCH), system, mininterval=5.0):
-        texts, numbers = zip(*wishes[start : start + BATCH], strict=True)
-        pictures += paint(texts, numbers)
-    right = score(judge, pictures, [scene for scene in scenes for _ in range(seeds)])
-    return summarise(system, right.reshape(len(scenes), seeds, -1))
+    def mark(self, system: str, pictures: Pixels | Sequence[Image.Image]) -> Score:
+        """`pictures` in the order of `self.scenes`."""
+        right = score(self.judge, pictures, self.scenes).reshape(-1, self.seeds, len(ATTRIBUTES))
+        percent = 100 * right.mean((0, 1))
+        # Pictures of one caption are not independent, captions are.
+        per_caption = 100 * right.all(2).mean(1)
+        interval = 1.96 * per_caption.std(ddof=1) / len(per_caption) ** 0.5
+        return Score(
+            system,
+            dict(zip(ATTRIBUTES, percent.tolist(), strict=True)),
+            float(per_caption.mean()),
+            float(interval),
+            frechet_distance(describe(self.judge, pictures), self.drawn),
+        )
+
+    def mark_painter(self, system: str, paint: Painter) -> Score:
+        """Paint every prompt with every seed, in batches, and let the judge look."""
+        wishes = [(prompt, 1000 * i + s) for i, prompt in enumerate(self.prompts) for s in range(self.seeds)]
+        pictures: list[Image.Image] = []
+        for start in tqdm(range(0, len(wishes), BATCH), system, mininterval=5.0):
+            texts, numbers = zip(*wishes[start : start + BATCH], strict=True)
+            pictures += paint(texts, numbers)
+        return self.mark(system, pictures)
 
 
 def few_step_painter(pipeline: Pipeline, steps: int) -> Painter:
@@ -129,31 +142,30 @@ def load_base(folder: Path, device: torch.device) -> StableDiffusionXLPipeline:
 
 def score_all(weights: Path, judge: Judge, captions: int, seeds: int) -> list[Score]:
     """Every row of the model card's table."""
-    scenes, prompts = held_out_captions(captions)
+    examiner = Examiner(judge, *held_out_captions(captions), seeds)
     pipeline = load_pipeline(
         get_model("miniature"), Settings(weights_root=weights.parent, max_batch=BATCH, verify="size")
     )
     base = load_base(weights, pipeline.device)
-    drawn = np.stack([draw_many(scenes, 10**9 + 10**6 * s, 128, 128) for s in range(seeds)], 1)
-    flat = drawn.reshape(-1, *drawn.shape[2:])
-    repeated = [scene for scene in scenes for _ in range(seeds)]
-    shape = (len(scenes), seeds, -1)
+    drawn = draw_many(examiner.scenes, 10**9, 128, 128)
     scores = [
-        summarise("drawn pictures", score(judge, flat, repeated).reshape(shape)),
-        summarise("VAE's reconstruction", score(judge, reconstruct(base.vae, flat), repeated).reshape(shape)),
+        examiner.mark("drawn pictures", drawn),
+        examiner.mark("VAE's reconstruction", reconstruct(base.vae, drawn)),
     ]
     painters = {
         f"LCM-LoRA, {n} step{'s' if n > 1 else ''}, unguided": few_step_painter(pipeline, n)
         for n in (1, 2, 4, 8)
     }
-    for n, spacing, guidance in product((2, 4), ("leading", "trailing"), (TEACHER_GUIDANCE, 1.0)):
+    for n, spacing, guidance in product(
+        (2, 4), ("leading", "trailing"), (TEACHER_GUIDANCE, PIPELINE_GUIDANCE, 1.0)
+    ):
         how = "unguided" if guidance == 1.0 else f"guidance {guidance:g}"
         row = f"base, {n} DDIM steps, {how}" + (", trailing" if spacing == "trailing" else "")
         painters[row] = ddim_painter(base, n, guidance, spacing)
     teacher = f"base, {TEACHER_STEPS} DDIM steps, guidance {TEACHER_GUIDANCE:g} (the teacher)"
     painters[teacher] = ddim_painter(base, TEACHER_STEPS, TEACHER_GUIDANCE)
     for system, paint in painters.items():
-        scores.append(score_painter(system, paint, judge, scenes, prompts, seeds))
+        scores.append(examiner.mark_painter(system, paint))
         logger.info("%s: %.1f ± %.1f", system, scores[-1].all_right, scores[-1].interval)
     return scores
 
@@ -165,9 +177,14 @@ def reconstruct(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8]) -> npt.NDAr
 
 def table(scores: Sequence[Score]) -> str:
     """The scores as Markdown."""
-    head = ["", *ATTRIBUTES, "**all right**"]
+    head = ["", *ATTRIBUTES, "**all right**", "distance"]
     rows = [
-        [s.system, *(f"{v:.1f}" for v in s.attributes.values()), f"**{s.all_right:.1f}** ± {s.interval:.1f}"]
+        [
+            s.system,
+            *(f"{v:.1f}" for v in s.attributes.values()),
+            f"**{s.all_right:.1f}** ± {s.interval:.1f}",
+            f"{s.distance:.1f}",
+        ]
         for s in scores
     ]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]

@@ -1,10 +1,20 @@
 """The judge: shapes, its reading of fresh drawings, and its robustness to small damage."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from fewstep.miniature.judge import INPUT_PX, Judge, augment, judge_input, load_judge, score
+from fewstep.miniature.judge import (
+    INPUT_PX,
+    Judge,
+    augment,
+    describe,
+    frechet_distance,
+    judge_input,
+    load_judge,
+    score,
+)
 from fewstep.miniature.pictures import draw_many
 from fewstep.miniature.scenes import ATTRIBUTES, all_scenes, unseen_scenes
 from fewstep.settings import Settings
@@ -41,3 +51,35 @@ def test_it_is_not_fooled_by_the_wrong_scene():
     right = score(judge, drawn, scenes[1:] + scenes[:1])
     assert right.all(1).mean() < 0.05
     assert np.all(right.mean(0) < 0.7)
+
+
+def test_frechet_distance_of_gaussians_that_are_known():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 6)) @ rng.normal(size=(6, 6))
+    shift = np.arange(6.0)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(x, x + shift) == pytest.approx(55)
+    # sqrt(A * 9 A) is 3 A: what is left is (1 + 9 - 6) tr A, and the means' own square.
+    spread = np.trace(np.cov(x, rowvar=False))
+    assert frechet_distance(x, 3 * x) == pytest.approx(4 * spread + 4 * x.mean(0) @ x.mean(0))
+    turned = x @ np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    assert frechet_distance(x, turned) == pytest.approx(frechet_distance(turned, x))
+
+
+def test_what_is_damaged_is_further_from_drawings():
+    judge, scenes = load_judge(JUDGE), unseen_scenes(300, seed=5)
+    drawn = draw_many(scenes, 0, 128, 128)
+    far = [
+        frechet_distance(describe(judge, pictures), describe(judge, drawn))
+        for pictures in (
+            draw_many(scenes, 10**6, 128, 128),
+            *(
+                [
+                    Image.fromarray(p).filter(ImageFilter.GaussianBlur(r))
+                    for p in draw_many(scenes, 10**6, 128, 128)
+                ]
+                for r in (1, 2, 3)
+            ),
+        )
+    ]
+    assert far == sorted(far) and far[3] > 1.5 * far[0]
