@@ -8,17 +8,18 @@ import asyncio
 import atexit
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cog
 from cog import BasePredictor, Input, Path
 
 from fewstep.batching import Batcher
-from fewstep.door import check_cog, log_to_stderr, told_to_callers
+from fewstep.door import check_cog, fetched_file, log_to_stderr, told_to_callers
 from fewstep.errors import FewstepError
-from fewstep.images import encode_image
+from fewstep.images import encode_image, open_image, open_mask
 from fewstep.models import ModelSpec, get_model
 from fewstep.outputs import Outputs
+from fewstep.recipes import recipe_of, save_options
 from fewstep.request import Request
 from fewstep.settings import Settings
 from fewstep.styles import Styles
@@ -33,6 +34,7 @@ class Predictor(BasePredictor):
     """One loaded model for all callers; everything that belongs to one request stays in predict()."""
 
     spec: ModelSpec
+    recipes: bool
     outputs: Outputs
     pipeline: "Pipeline"
     styles: Styles
@@ -44,7 +46,7 @@ class Predictor(BasePredictor):
         with told_to_callers():
             check_cog()
             settings = Settings.from_env()
-            self.spec = get_model(settings.model)
+            self.spec, self.recipes = get_model(settings.model), settings.recipes
             self.outputs = Outputs(settings.output_root, settings.coglet_root)
             self.outputs.prepare()
             atexit.register(self.outputs.remove_all)
@@ -70,6 +72,9 @@ class Predictor(BasePredictor):
         aspect_ratio: str = Input(description="The shape of the image; custom takes width and height.", default="auto", choices=["auto", "1:1", "16:9", "9:16", "4:3", "3:4", "3:2", "2:3", "21:9", "9:21", "custom"]),
         width: int | None = Input(description="In pixels, with aspect_ratio custom only; rounded to a multiple of 8.", default=None, ge=64, le=2048),
         height: int | None = Input(description="In pixels, with aspect_ratio custom only; rounded to a multiple of 8.", default=None, ge=64, le=2048),
+        image: Path | None = Input(description="Paint from this picture, an https address or a data URL of a JPEG, PNG or WebP; its shape is kept unless aspect_ratio says otherwise.", default=None, regex="^(https?://|data:image/)"),
+        mask: Path | None = Input(description="Repaint image only where this picture is white.", default=None, regex="^(https?://|data:image/)"),
+        prompt_strength: float = Input(description="How far to go from image: 0 keeps nearly all of it, 1 nothing.", default=0.8, ge=0, le=1),
         style: str | None = Input(description="A style LoRA: a name in this server's styles folder, a hub id as owner/repo or owner/repo/file.safetensors, or an https address of a .safetensors file.", default=None, max_length=2000),
         style_scale: float = Input(description="How much of the style is added; below 0 takes it away.", default=0.8, ge=-2, le=2),
         extra_style: str | None = Input(description="A second style LoRA, named like the first.", default=None, max_length=2000),
@@ -79,27 +84,10 @@ class Predictor(BasePredictor):
         output_quality: int = Input(description="Quality of webp and jpg files; png keeps every pixel as it is.", default=90, ge=1, le=100),
     ) -> list[Path]:
         """Paint; raises a FewstepError, which callers see as `[code] sentence`."""
+        inputs = {name: value for name, value in locals().items() if name != "self"}
         began = time.monotonic()
         with self.outputs.prediction(), told_to_callers():
-            request = Request.create(
-                self.spec,
-                prompt=prompt,
-                steps=steps,
-                guidance=guidance,
-                seed=seed,
-                negative_prompt=negative_prompt,
-                num_outputs=num_outputs,
-                aspect_ratio=aspect_ratio,
-                width=width,
-                height=height,
-                style=style,
-                style_scale=style_scale,
-                extra_style=extra_style,
-                extra_style_scale=extra_style_scale,
-                lcm_scale=lcm_scale,
-                output_format=output_format,
-                output_quality=output_quality,
-            )
+            request = await asyncio.to_thread(self._request, inputs)
             if request.wishes:
                 request = request.with_styles(await self.styles.load(request.wishes))
             painting = _unless_failed(await self.batcher.submit(request, time.monotonic() - began))
@@ -111,19 +99,30 @@ class Predictor(BasePredictor):
         """Whether a request sent now would be painted."""
         return self.batcher.healthy()
 
+    def _request(self, inputs: dict[str, Any]) -> Request:
+        """Opens the pictures among the inputs; large ones take a second."""
+        for name, open_file in (("image", open_image), ("mask", open_mask)):
+            if inputs[name] is not None:
+                inputs[name] = open_file(fetched_file(name, inputs[name]), name)
+        return Request.create(self.spec, **inputs)
+
     def _save(self, painting: "Painting", request: Request) -> tuple[list[Path], float]:
         """The written files and the milliseconds that encoding took."""
         began = time.perf_counter()
-        encoded = [encode_image(image, request.output_format, request.output_quality) for image in painting.images]
+        kind, quality = request.output_format, request.output_quality
+        encoded = []
+        for image, seed in zip(painting.images, request.seeds, strict=True):
+            recipe = recipe_of(request, seed, self.spec.name, self.pipeline.revision)
+            encoded.append(encode_image(image, kind, quality, **(save_options(recipe, kind) if self.recipes else {})))
         encode_ms = (time.perf_counter() - began) * 1000
-        return [Path(file) for file in self.outputs.write(encoded, request.output_format)], encode_ms
+        return [Path(file) for file in self.outputs.write(encoded, kind)], encode_ms
 
     def _report(self, request: Request, timing: dict[str, int | float]) -> None:
-        known = {"seed": request.seed, "width": request.width, "height": request.height, "steps": request.steps}
+        known = {"seed": request.seed, "width": request.width, "height": request.height, "steps": request.real_steps}
         for name, value in {**known, **timing}.items():
             self.record_metric(name, round(value, 1) if isinstance(value, float) else value)
         size = f"{request.width}x{request.height}"
-        logger.info("seed %d: painted %d of %s in %d steps", request.seed, request.num_outputs, size, request.steps)
+        logger.info("seed %d: painted %d of %s in %d steps", request.seed, request.num_outputs, size, request.real_steps)
 
 
 def _load(spec: ModelSpec, settings: Settings) -> "Pipeline":

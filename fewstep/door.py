@@ -5,8 +5,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
-from fewstep.errors import FewstepError, InternalError, SettingsError
+from fewstep.errors import FewstepError, InternalError, InvalidRequest, SettingsError
 
 # The doors rest on how this version behaves; cog.yaml and pyproject.toml name it too.
 COG_VERSION = "0.23.1"
@@ -29,6 +30,17 @@ def log_to_stderr() -> None:
     ours = logging.getLogger("fewstep")
     ours.addHandler(logging.StreamHandler())
     ours.setLevel(logging.INFO)
+
+
+def fetched_file(name: str, value: object) -> Path:
+    """The file that coglet fetched for the input `name`.
+
+    An address or a data URL arrives as a Path of coglet's own; a local path, or a file: URL, is handed on as
+    the str that the caller sent, where no schema refused it. Raises InvalidRequest for that.
+    """
+    if not isinstance(value, Path):
+        raise InvalidRequest(f"{name} is not an address; send one that begins with https:// or data:image/")
+    return value
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Pictures to files and back: encode what was painted, open what a caller sent. It takes milliseconds to
 tenths of a second, for a large upload seconds: call it off the model thread and off the event loop."""
 
+import hashlib
 import io
 import math
 import stat
@@ -37,13 +38,13 @@ _PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
 _PNG_METADATA = frozenset({b"tRNS", b"iCCP", b"eXIf"})
 
 
-def encode_image(image: Image.Image, output_format: str, quality: int) -> bytes:
+def encode_image(image: Image.Image, output_format: str, quality: int, **metadata: Any) -> bytes:
     """`image` (RGB) as a file of one of the formats in MIME_TYPES; `quality` is 1 to 100, and PNG has none.
 
-    The same picture always gives the same bytes.
+    `metadata` goes to Pillow's `save`. The same picture always gives the same bytes.
     """
     file = io.BytesIO()
-    image.save(file, **_save_options(output_format, quality))
+    image.save(file, **_save_options(output_format, quality), **metadata)
     return file.getvalue()
 
 
@@ -63,7 +64,8 @@ def _save_options(output_format: str, quality: int) -> dict[str, Any]:
 def open_image(path: Path, name: str) -> Image.Image:
     """The picture in a JPEG, PNG or WebP file as RGB: upright, in sRGB, on white where it is transparent.
 
-    Of an animation it is the first frame. Nothing else of the file is kept, such as where a photo was taken.
+    Of an animation it is the first frame. Nothing else of the file is kept, such as where a photo was taken,
+    but its hash: `info["sha256"]`.
     Raises InvalidRequest, whose sentence calls the input `name`, for whatever cannot be opened safely.
     """
     return _opened(path, name, _to_rgb)
@@ -105,12 +107,13 @@ def same_shape(size: tuple[int, int], native_size: int) -> tuple[int, int]:
 
 
 def _opened(path: Path, name: str, flatten: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    content = _content(path, name)
     try:
-        with _decoder(_content(path, name)) as file:
+        with _decoder(content) as file:
             _check_size(file.size, name)
             file.load()
             picture = flatten(file)
-            picture.info = {}
+            picture.info = {"sha256": hashlib.sha256(content).hexdigest()}
             if (orientation := _orientation(file.info.get("exif", b""))) > 1:
                 picture.getexif()[ExifTags.Base.Orientation] = orientation
                 ImageOps.exif_transpose(picture, in_place=True)

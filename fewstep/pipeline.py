@@ -17,15 +17,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from fewstep.adapters import NETWORKS, Adapters, Lora
 from fewstep.errors import FewstepError, GenerationError, SettingsError, Stopped, WeightsError
 from fewstep.models import ModelSpec
-from fewstep.request import Mix, Request
+from fewstep.request import SCHEDULE_STEPS, Mix, Request
 from fewstep.settings import Settings
 from fewstep.sources import LCM_LORA
 from fewstep.styles import AdapterError
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 Diffusion: TypeAlias = StableDiffusionXLPipeline | StableDiffusionPipeline
 
 PIPELINES = {"sdxl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}
+SEAM_PX = 2  # over which what is repainted and what is kept run into each other
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,6 +59,18 @@ class _Job:
     negative: Prompt | None  # None: no guidance
     guidance: float
     seed: int
+    image: Image.Image | None
+    mask: Image.Image | None
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What sampling begins with, (N, C, H / 8, W / 8) each: noise, and for images the latents to start from
+    and the mask, (N, 1, ...), 1 where to repaint."""
+
+    noise: Tensor
+    image: Tensor | None
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     if spec.lcm_lora:
         adapters.lcm_lora = _read_lcm_lora(adapters, folder, manifest, spec.remedy)
         logger.info("fused the LCM-LoRA into %d layers", adapters.apply(Mix()))
-    return Pipeline(spec, diffusion, adapters, settings.max_batch)
+    return Pipeline(spec, diffusion, adapters, settings.max_batch, manifest.revision)
 
 
 def _read_lcm_lora(adapters: Adapters, folder: Path, manifest: Manifest, remedy: str) -> Lora:
@@ -139,8 +154,11 @@ def _device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
 class Pipeline:
     """A loaded model that paints in few steps: its LCM-LoRA is fused, or it is a full LCM."""
 
-    def __init__(self, spec: ModelSpec, diffusion: Diffusion, adapters: Adapters, max_batch: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, diffusion: Diffusion, adapters: Adapters, max_batch: int, revision: str = ""
+    ) -> None:
         self.spec = spec
+        self.revision = revision  # of the weights
         self.diffusion = diffusion
         self.adapters = adapters
         self.max_batch = max_batch
@@ -175,7 +193,10 @@ class Pipeline:
             latents = self._few_steps(group, requests[0], stopped)
             metrics["steps_ms"] = metrics.get("steps_ms", 0.0) + _ms_since(started)
             started = time.perf_counter()
-            images += self._decode(latents)
+            images += [
+                image and _with_kept_parts(image, job)
+                for image, job in zip(self._decode(latents), group, strict=True)
+            ]
             metrics["decode_ms"] = metrics.get("decode_ms", 0.0) + _ms_since(started)
         painted = groupby(zip(jobs, images, strict=True), key=lambda pair: pair[0].request)
         return [_painting([image for _, image in pairs], metrics) for _, pairs in painted]
@@ -187,7 +208,10 @@ class Pipeline:
             negative = (
                 self._encode(request.negative_prompt) if request.negative_prompt else self._nothing(prompt)
             )
-        return [_Job(place, prompt, negative, request.guidance, seed) for seed in request.seeds]
+        return [
+            _Job(place, prompt, negative, request.guidance, seed, request.image, request.mask)
+            for seed in request.seeds
+        ]
 
     def _encode(self, text: str) -> Prompt:
         # One prompt at a time: in a batch, the mates' number would choose the kernels and so the last bits.
@@ -203,20 +227,25 @@ class Pipeline:
         return Prompt(torch.zeros_like(prompt.states), torch.zeros_like(prompt.pooled))
 
     def _few_steps(self, jobs: Sequence[_Job], request: Request, stopped: Callable[[], bool]) -> Tensor:
-        """Multistep latent consistency sampling (Luo et al., arXiv 2310.04378, Algorithm 3): scaled
-        latents."""
+        """Multistep latent consistency sampling (Luo et al., arXiv 2310.04378, Algorithm 3): scaled latents.
+
+        From an image, it begins where noise has covered `strength` of it (SDEdit, arXiv 2108.01073); under a
+        mask, what is to be kept is put back after every step (arXiv 2201.09865, without resampling).
+        """
         generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
-        height, width = request.height // 8, request.width // 8
-        channels = self.diffusion.unet.config.in_channels
-        noise = [torch.randn((1, channels, height, width), generator=g) for g in generators]
-        latents = torch.cat(noise).to(self.device, self.dtype)  # (N, C, H / 8, W / 8)
+        scheduler = LCMScheduler.from_config(self.diffusion.scheduler.config)
+        # A strength below one step of the schedule still takes that one.
+        strength = max(request.strength, 1 / SCHEDULE_STEPS)
+        scheduler.set_timesteps(request.real_steps, device=self.device, strength=strength)
+        start = self._start(jobs, request, generators)
+        latents = start.noise
+        if start.image is not None:
+            latents = scheduler.add_noise(start.image, start.noise, scheduler.timesteps[:1])
         condition = self._condition(jobs, request)
         guidance = torch.tensor([job.guidance for job in jobs], dtype=self.dtype, device=self.device)[
             :, None, None, None
         ]
-        scheduler = LCMScheduler.from_config(self.diffusion.scheduler.config)
-        scheduler.set_timesteps(request.steps, device=self.device)
-        for t in scheduler.timesteps:
+        for i, t in enumerate(scheduler.timesteps):
             if stopped():
                 raise Stopped("every caller of this batch has left")
             sample = torch.cat([latents, latents]) if request.guided else latents
@@ -225,6 +254,34 @@ class Pipeline:
                 unconditional, conditional = output.chunk(2)
                 output = unconditional + guidance * (conditional - unconditional)
             latents = scheduler.step(output, t, latents, generator=generators, return_dict=False)[0]
+            if start.mask is not None and start.image is not None:
+                after = scheduler.timesteps[i + 1 : i + 2]
+                kept = scheduler.add_noise(start.image, start.noise, after) if len(after) else start.image
+                latents = start.mask * latents + (1 - start.mask) * kept
+        return latents
+
+    def _start(self, jobs: Sequence[_Job], request: Request, generators: Sequence[torch.Generator]) -> _Start:
+        """Noise, and the callers' images and masks as latents. As in diffusers, each image's generator draws
+        its latents first and then its noise."""
+        images = [
+            self._encode_image(job.image, g) for job, g in zip(jobs, generators, strict=True) if job.image
+        ]
+        size = (1, self.diffusion.unet.config.in_channels, request.height // 8, request.width // 8)
+        noise = torch.cat([torch.randn(size, generator=g) for g in generators]).to(self.device, self.dtype)
+        masks = [_mask_of_latents(job.mask) for job in jobs if job.mask]
+        return _Start(
+            noise,
+            torch.cat(images).to(self.device, self.dtype) if images else None,
+            torch.cat(masks).to(self.device, self.dtype) if masks else None,
+        )
+
+    def _encode_image(self, image: Image.Image, generator: torch.Generator) -> Tensor:
+        """RGB -> scaled latents (1, C, H / 8, W / 8). One at a time, for the reason of `_encode`."""
+        vae = self.diffusion.vae
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(self.device, vae.dtype)
+        found = vae.encode(pixels / 127.5 - 1).latent_dist
+        drawn = torch.randn(found.mean.shape, generator=generator).to(found.mean)
+        latents: Tensor = vae.config.scaling_factor * (found.mean + found.std * drawn)
         return latents
 
     def _condition(self, jobs: Sequence[_Job], request: Request) -> dict[str, Any]:
@@ -258,6 +315,19 @@ class Pipeline:
             (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         )
         return [Image.fromarray(row) if sound else None for row, sound in zip(rgb, finite, strict=True)]
+
+
+def _mask_of_latents(mask: Image.Image) -> Tensor:
+    """(1, 1, H / 8, W / 8): 1 where any of the 8 x 8 px is to be repainted, so that thin strokes count."""
+    white = torch.from_numpy(np.array(mask) >= 128).float()[None, None]
+    return F.max_pool2d(white, 8)
+
+
+def _with_kept_parts(painted: Image.Image, job: _Job) -> Image.Image:
+    """What the mask keeps, from the caller's own pixels: the VAE would return it slightly changed."""
+    if job.image is None or job.mask is None:
+        return painted
+    return Image.composite(painted, job.image, job.mask.filter(ImageFilter.GaussianBlur(SEAM_PX)))
 
 
 def _painting(images: list[Image.Image | None], metrics: dict[str, int | float]) -> Painting | FewstepError:

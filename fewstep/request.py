@@ -4,10 +4,13 @@ import logging
 import math
 import secrets
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from fewstep.errors import InvalidRequest
+from fewstep.images import fit, same_shape
 from fewstep.models import ModelSpec
 from fewstep.styles import StyleSource, parse_source
 
@@ -24,6 +27,9 @@ LCM_LORA_MAX_GUIDANCE = 4.0
 # 31 bits, because Cog's command line reads integers as 32 bits with a sign.
 SEED_MAX = 2**31 - 1
 NUM_OUTPUTS = (1, 4)
+STRENGTH = (0.0, 1.0)
+# The steps of the schedule that an LCM is distilled on; a strength is a share of them.
+SCHEDULE_STEPS = 50
 STYLE_SCALE = (-2.0, 2.0)
 LCM_SCALE = (0.0, 2.0)
 SIDE = (64, 2048)
@@ -86,8 +92,13 @@ class Request:
     height: int
     output_format: str
     output_quality: int
+    strength: float = 1.0  # how far from `image`; without one, all the way from noise
     wishes: tuple[StyleWish, ...] = ()
     mix: Mix = Mix()  # without the styles, until `with_styles`
+    image: Image.Image | None = field(default=None, repr=False)  # RGB, of this request's size
+    mask: Image.Image | None = field(default=None, repr=False)  # L, white where to repaint
+    image_sha256: str = ""  # of the callers' files
+    mask_sha256: str = ""
 
     @classmethod
     def create(
@@ -110,6 +121,9 @@ class Request:
         extra_style: str | None = None,
         extra_style_scale: float = 0.8,
         lcm_scale: float = 1.0,
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        prompt_strength: float = 0.8,
     ) -> "Request":
         """Check every input, types included, since coglet without a schema passes anything on.
 
@@ -117,7 +131,10 @@ class Request:
         """
         strength = _guidance(spec, guidance)
         guided = not spec.embedded_guidance and strength > 1
-        size = _size(spec, aspect_ratio, width, height)
+        if mask is not None and image is None:
+            raise InvalidRequest("mask is given without image; send the picture that it belongs to as well")
+        size = _size(spec, aspect_ratio, width, height, image)
+        far = _number("prompt_strength", prompt_strength, *STRENGTH)
         request = cls(
             prompt=_prompt(prompt),
             negative_prompt=_text("negative_prompt", negative_prompt),
@@ -135,6 +152,11 @@ class Request:
                 *_style("extra_style", extra_style, extra_style_scale),
             ),
             mix=Mix(lcm_scale=_lcm_scale(spec, lcm_scale)),
+            strength=1.0 if image is None else far,
+            image=None if image is None else fit(image, *size),
+            mask=None if mask is None else fit(mask, *size),
+            image_sha256="" if image is None else str(image.info.get("sha256", "")),
+            mask_sha256="" if mask is None else str(mask.info.get("sha256", "")),
         )
         if request.negative_prompt and not guided:
             logger.warning(
@@ -151,7 +173,13 @@ class Request:
     def shape_key(self) -> Hashable:
         """Requests with equal keys may share a forward pass: all that changes the computation but prompt,
         seed and the value of guidance."""
-        return (self.width, self.height, self.steps, self.guided, self.mix.key)
+        mode = "text" if self.image is None else "image" if self.mask is None else "mask"
+        return (self.width, self.height, mode, self.steps, self.strength, self.guided, self.mix.key)
+
+    @property
+    def real_steps(self) -> int:
+        """How many steps are painted: of a low strength there are fewer to take, but always one."""
+        return min(self.steps, max(1, int(self.strength * SCHEDULE_STEPS)))
 
     @property
     def weights_key(self) -> Hashable:
@@ -238,13 +266,17 @@ def _lcm_scale(spec: ModelSpec, value: object) -> float:
     return scale
 
 
-def _size(spec: ModelSpec, aspect_ratio: object, width: object, height: object) -> tuple[int, int]:
+def _size(
+    spec: ModelSpec, aspect_ratio: object, width: object, height: object, image: Image.Image | None
+) -> tuple[int, int]:
     aspect = _choice("aspect_ratio", aspect_ratio, ASPECT_CHOICES)
     if aspect != "custom":
         if width is not None or height is not None:
             raise InvalidRequest(
                 "width and height go only with aspect_ratio=custom; set that, or leave them out"
             )
+        if aspect == "auto" and image is not None:
+            return same_shape(image.size, spec.native_size)
         bucket = ASPECT_RATIOS["1:1" if aspect == "auto" else aspect]
         wide, high = (_to_multiple_of_8(side * spec.native_size / BUCKETS_AT) for side in bucket)
         return wide, high

@@ -66,12 +66,13 @@ class Settings:
     deadline_s: float = 120.0
     max_batch: int = 8  # images in one forward pass
     coglet_root: Path | None = None  # coglet's prediction folders, where a script of ours started it
-    styles_folder: Path = field(default_factory=_styles_of_repository)  # the operator's own style LoRAs
+    styles_root: Path = field(default_factory=_styles_of_repository)  # the operator's own, by model
     style_hosts: tuple[str, ...] = STYLE_HOSTS  # where others are fetched; *.x is any subdomain of x
     style_repos: tuple[str, ...] = ()  # repos of the hub that are read with the operator's token
     style_cache: Path = field(default_factory=_styles_in_temporary_folder)
     style_disk_bytes: int = 20 * GIGABYTE
     style_memory_bytes: int = 4 * GIGABYTE
+    recipes: bool = True  # whether files carry what they were painted from
     hf_endpoint: str = HUB
     hf_token: str | None = field(default=None, repr=False)
 
@@ -93,12 +94,13 @@ class Settings:
             deadline_s=read.seconds("FEWSTEP_DEADLINE_S", cls.deadline_s, MAX_DEADLINE_S),
             max_batch=read.whole("FEWSTEP_MAX_BATCH", cls.max_batch, MAX_BATCH_LIMIT),
             coglet_root=read.optional_path("FEWSTEP_COGLET_ROOT"),
-            styles_folder=read.path("FEWSTEP_STYLES", _styles_of_repository()),
+            styles_root=read.path("FEWSTEP_STYLES", _styles_of_repository()),
             style_hosts=read.names("FEWSTEP_STYLE_HOSTS", STYLE_HOSTS),
             style_repos=read.names("FEWSTEP_STYLE_REPOS", ()),
             style_cache=read.path("FEWSTEP_STYLE_CACHE", _styles_in_temporary_folder()),
             style_disk_bytes=GIGABYTE * read.whole("FEWSTEP_STYLE_DISK_GB", 20, MAX_GIGABYTES),
             style_memory_bytes=GIGABYTE * read.whole("FEWSTEP_STYLE_MEMORY_GB", 4, MAX_GIGABYTES),
+            recipes=read.choice("FEWSTEP_RECIPES", "on", ("on", "off")) == "on",
             hf_endpoint=read.text("HF_ENDPOINT", HUB).rstrip("/"),
             hf_token=read.text("HF_TOKEN", "") or None,
         )

@@ -55,6 +55,11 @@ class StyleSource:
     place: str  # a name, owner/repo, or an address
     file: str = ""  # within a hub's repo; empty for its only LoRA
 
+    @property
+    def shown(self) -> str:
+        """As a caller gives it, but for an address' query, which may hold a token."""
+        return f"{self.place}/{self.file}" if self.file else self.place.partition("?")[0]
+
 
 def parse_source(name: str, text: str) -> StyleSource:
     """What `text`, given as the input `name`, means. Raises InvalidRequest if it means nothing."""
@@ -138,7 +143,7 @@ class Styles:
             raise InvalidRequest(f"{name} {error.reason}; give another LoRA") from None
 
     def _in_folder(self, name: str, source: StyleSource) -> tuple[Path, str]:
-        folder = self._settings.styles_folder.resolve()
+        folder = (self._settings.styles_root / self._settings.model).resolve()
         path = (folder / f"{source.place.removesuffix(SUFFIX)}{SUFFIX}").resolve()
         if not path.is_relative_to(folder) or not path.is_file():
             raise InvalidRequest(f"{name} is none of this server's styles; {_listed(folder)}")

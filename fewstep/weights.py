@@ -54,6 +54,12 @@ class Manifest:
     files: tuple[ManifestFile, ...]
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def revision(self) -> str:
+        """One hash for all bytes of all files, and for nothing else, such as scores."""
+        lines = "".join(f"{file.path} {file.sha256}\n" for file in self.files)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
     def remedy(self, usual: str) -> str:
         """The command that makes this folder again: `usual`, unless the folder's maker wrote down another."""
         return str(self.extra.get("remedy", usual))

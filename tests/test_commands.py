@@ -1,13 +1,17 @@
 """fewstep/commands/predict.py and serve.py: what they make of a command line before anything starts."""
 
 import base64
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from fewstep.commands import predict, serve
+from fewstep.images import encode_image
+from fewstep.recipes import save_options
 from fewstep.schema import make_schema
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +110,7 @@ def test_json_gives_the_inputs_from_a_file(tmp_path: Path, monkeypatch: pytest.M
     inputs = {"prompt": "x", "steps": 2}
     (tmp_path / "inputs.json").write_text(json.dumps(inputs))
     asked: list[object] = []
-    monkeypatch.setattr(predict, "_ask", lambda inputs: asked.append(inputs) or [])
+    monkeypatch.setattr(predict, "_ask", lambda inputs, environ: asked.append(inputs) or [])
     for written in (f"@{tmp_path}/inputs.json", f"{tmp_path}/inputs.json", json.dumps(inputs)):
         assert predict.main(["--json", written, "-o", str(tmp_path / "out")]) == 0
     assert asked == [inputs] * 3
@@ -130,7 +134,7 @@ def test_the_format_follows_the_suffix_unless_it_is_given(
     asked_for: dict[str, str],
 ) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(predict, "_ask", lambda inputs: asked.append(inputs) or [])
+    monkeypatch.setattr(predict, "_ask", lambda inputs, environ: asked.append(inputs) or [])
     inputs = {"prompt": "x", **given}
     assert predict.main(["--json", json.dumps(inputs), "-o", str(tmp_path / name)]) == 0
     assert asked == [{"prompt": "x", **asked_for}]
@@ -143,3 +147,91 @@ def test_serve_refuses_a_port_that_is_none(
     monkeypatch.setenv("PORT", port)
     assert serve.main([]) == 1
     assert "PORT must be" in capsys.readouterr().err
+
+
+class TestRecipe:
+    """--recipe, up to what is asked of the server."""
+
+    SENT = b"the picture that it was painted from"
+
+    @pytest.fixture
+    def asked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], str]]:
+        recipe = {
+            **{
+                "fewstep": "0.1.0",
+                "model": "miniature",
+                "revision": "c0ffee",
+                "prompt": "a house",
+                "seed": 3,
+            },
+            **{"negative_prompt": "", "steps": 4, "guidance": 1.0, "width": 152, "height": 104},
+            **{"lcm_scale": 1.0, "styles": [{"style": "postcard", "style_scale": 0.5, "sha256": "ab"}]},
+            **{"prompt_strength": 0.4, "image_sha256": hashlib.sha256(self.SENT).hexdigest()},
+        }
+        image = encode_image(Image.new("RGB", (16, 16)), "webp", 90, **save_options(recipe, "webp"))
+        (tmp_path / "old.webp").write_bytes(image)
+        (tmp_path / "sent.webp").write_bytes(self.SENT)
+        asked: list[tuple[dict[str, Any], str]] = []
+
+        def ask(inputs: dict[str, Any], environ: dict[str, str]) -> list[str]:
+            asked.append((inputs, environ["FEWSTEP_MODEL"]))
+            changed = {**recipe, "revision": "other"}
+            new = encode_image(Image.new("RGB", (16, 16)), "webp", 90, **save_options(changed, "webp"))
+            return [f"data:image/webp;base64,{base64.b64encode(new).decode()}"]
+
+        monkeypatch.setattr(predict, "_ask", ask)
+        monkeypatch.chdir(tmp_path)
+        return asked
+
+    def test_its_inputs_are_asked_for_and_others_take_their_place(
+        self, asked: list[tuple[dict[str, Any], str]], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = ["--recipe", "old.webp", "-i", "image=@sent.webp", "-i", "seed=9", "-o", "new.webp"]
+        assert predict.main(arguments) == 0
+        [(inputs, model)] = asked
+        url = f"data:image/webp;base64,{base64.b64encode(self.SENT).decode()}"
+        assert (inputs.pop("image"), model) == (url, "miniature")
+        assert inputs == {
+            **{"prompt": "a house", "negative_prompt": "", "seed": 9, "steps": 4, "guidance": 1.0},
+            **{"aspect_ratio": "custom", "width": 152, "height": 104, "lcm_scale": 1.0},
+            **{"prompt_strength": 0.4, "style": "postcard", "style_scale": 0.5, "output_format": "webp"},
+        }
+        assert "the weights are others" in capsys.readouterr().err
+
+    def test_another_shape_takes_the_place_of_the_size(self, asked: list[tuple[dict[str, Any], str]]) -> None:
+        arguments = ["--recipe", "old.webp", "-i", "image=@sent.webp", "-i", "aspect_ratio=1:1"]
+        assert predict.main(arguments) == 0
+        [(inputs, _)] = asked
+        assert inputs["aspect_ratio"] == "1:1" and not {"width", "height"} & inputs.keys()
+
+    @pytest.mark.parametrize(
+        ("arguments", "model", "said"),
+        [
+            ([], "", "painted from an image; give that very file, as -i image=@FILE"),
+            (["-i", "image=@old.webp"], "", "painted from an image; give that very file"),
+            (["-i", "image=https://x.org/a.png"], "", "painted from an image; give that very file"),
+            (["-i", "image=@sent.webp"], "sdxl", "painted by miniature; set FEWSTEP_MODEL to that"),
+        ],
+    )
+    def test_what_cannot_be_followed_is_refused_before_anything_starts(
+        self,
+        asked: list[object],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        arguments: list[str],
+        model: str,
+        said: str,
+    ) -> None:
+        monkeypatch.setenv("FEWSTEP_MODEL", model)
+        assert predict.main(["--recipe", "old.webp", *arguments]) == 1
+        assert said in capsys.readouterr().err and asked == []
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [("sent.webp", "holds no recipe"), ("none.webp", "cannot use none.webp: No such file")],
+    )
+    def test_a_file_without_a_recipe_is_refused(
+        self, asked: list[object], capsys: pytest.CaptureFixture[str], name: str, said: str
+    ) -> None:
+        assert predict.main(["--recipe", name]) == 1
+        assert said in capsys.readouterr().err and asked == []

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +33,13 @@ def test_another_version_of_coglet_is_refused_by_name(monkeypatch: pytest.Monkey
     monkeypatch.setattr(door, "version", {"cog": door.COG_VERSION, "coglet": "0.24.0"}.__getitem__)
     with pytest.raises(SettingsError, match=r"coglet 0\.24\.0"):
         door.check_cog()
+
+
+@pytest.mark.parametrize("value", ["/etc/passwd", "file:///etc/passwd", 5, b"x"])
+def test_a_local_path_that_no_schema_refused_is_refused_here(value: object) -> None:
+    with pytest.raises(
+        InvalidRequest, match="^\\[invalid_request\\] image is not an address; send one"
+    ) as caught:
+        door.fetched_file("image", value)
+    assert "passwd" not in str(caught.value)
+    assert door.fetched_file("image", Path("/tmp/x")) == Path("/tmp/x")

@@ -24,6 +24,7 @@ LIGHT = [
         "schema",
         "fetching",
         "styles",
+        "recipes",
     )
     if importlib.util.find_spec(f"fewstep.{name}") is not None
 ]

@@ -1,18 +1,25 @@
 """The loaded miniature: what it paints depends on the request alone, and equals what diffusers' own pipeline
 paints."""
 
+import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from fewstep.errors import GenerationError, SettingsError, Stopped
+from fewstep.errors import GenerationError, SettingsError, Stopped, WeightsError
+from fewstep.miniature.drawing import draw
+from fewstep.miniature.scenes import Scene, caption, unseen_scenes
 from fewstep.models import get_model
-from fewstep.pipeline import Painting, Pipeline, load_pipeline
+from fewstep.pipeline import Painting, Pipeline, _mask_of_latents, load_pipeline
 from fewstep.request import Request
 from fewstep.settings import Settings
+from fewstep.weights import Origin, write_manifest
 
 MINIATURE = get_model("miniature")
 MATES = (
@@ -146,6 +153,113 @@ def test_it_paints_what_diffusers_own_pipeline_paints(pipeline, steps, guidance)
     assert np.abs(found - np.asarray(expected).astype(int)).max() <= 1
 
 
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    """A picture of the world that the miniature did not paint."""
+    return draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
+
+
+STRENGTHS = (0.05, 0.3, 0.8, 1.0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_the_distance_from_an_image_grows_with_strength(pipeline, steps):
+    scenes = unseen_scenes(12, seed=3)
+    far = []
+    for strength in STRENGTHS:
+        distances = []
+        for i, (shown, wished) in enumerate(zip(scenes[:6], scenes[6:], strict=True)):
+            image = draw(shown, i)
+            text = caption(wished, random.Random(i), complete=True)
+            [[found]] = paint(pipeline, wish(text, i, image=image, prompt_strength=strength, steps=steps))
+            distances.append(np.abs(found - np.asarray(image)).mean())
+        far.append(np.mean(distances))
+    assert far == sorted(far) and far[0] < 15 and far[-1] > 3 * far[0], far
+
+
+def test_full_strength_forgets_the_image(pipeline, photo):
+    """The miniature's schedule ends in pure noise, so that nothing of the image is left."""
+    [[one]] = paint(pipeline, wish(image=photo, prompt_strength=1.0))
+    other = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT).point(lambda value: 255 - value)
+    [[two]] = paint(pipeline, wish(image=other, prompt_strength=1.0))
+    assert np.abs(one - two).mean() < 1
+
+
+def test_under_a_mask_only_white_is_repainted(pipeline, photo):
+    original, mask = np.asarray(photo).astype(int), Image.new("L", photo.size, 0)
+    mask.paste(255, (64, 0, 128, 128))
+    for strength in (0.5, 1.0):
+        request = wish(
+            "a blue rocket in the desert at night", image=photo, mask=mask, prompt_strength=strength
+        )
+        [[found]] = paint(pipeline, request)
+        assert np.array_equal(found[:, :56], original[:, :56]), "all but a seam is the caller's own"
+        assert np.abs(found[:, 64:] - original[:, 64:]).mean() > 15
+    black = wish(image=photo, mask=Image.new("L", photo.size, 0), prompt_strength=1.0)
+    [[unchanged]] = paint(pipeline, black)
+    assert np.array_equal(unchanged, original)
+
+
+def test_what_is_repainted_sees_what_is_kept(pipeline, photo, monkeypatch):
+    """The latents under the mask's black are the image's own, to within what encoding loses."""
+    mask, decoded = Image.new("L", photo.size, 0), []
+    mask.paste(255, (64, 0, 128, 128))
+    decode = pipeline._decode
+    monkeypatch.setattr(pipeline, "_decode", lambda latents: decoded.append(latents) or decode(latents))
+    paint(pipeline, wish(image=photo, mask=mask, prompt_strength=1.0))
+    [latents] = decoded
+    generator = torch.Generator().manual_seed(7)
+    expected = pipeline._encode_image(photo, generator)
+    assert torch.equal(latents[..., :8], expected[..., :8])
+    assert not torch.allclose(latents[..., 8:], expected[..., 8:], atol=0.1)
+
+
+def test_a_thin_stroke_of_a_mask_counts():
+    mask = Image.new("L", (64, 64), 0)
+    mask.putpixel((20, 33), 255)
+    mask.putpixel((60, 60), 127)
+    latents = _mask_of_latents(mask)
+    assert latents.shape == (1, 1, 8, 8) and latents.sum() == 1 and latents[0, 0, 4, 2] == 1
+
+
+@pytest.mark.parametrize("slot", [0, 2])
+def test_images_of_a_batch_are_each_callers_own(pipeline, photo, slot):
+    mates = [wish(MATES[i], 100 + i, image=photo.rotate(90 * (i + 1)), prompt_strength=0.6) for i in range(3)]
+    request = wish(image=photo, prompt_strength=0.6)
+    expected = paint(pipeline, request, *mates[1:])[0][0]
+    mates[slot] = request
+    assert np.array_equal(paint(pipeline, *mates)[slot][0], expected)
+    [[alone]] = paint(pipeline, request)
+    assert np.abs(alone - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(1, 0.3), (4, 0.5), (4, 0.8), (8, 1.0)])
+def test_from_an_image_it_paints_what_diffusers_lcm_pipeline_paints(pipeline, photo, steps, strength):
+    """Of SDXL there is none: the loop is SD's LatentConsistencyModelImg2ImgPipeline, step by step, here."""
+    request = wish(image=photo, prompt_strength=strength, steps=steps)
+    [[found]] = paint(pipeline, request)
+    diffusion = pipeline.diffusion
+    generator = torch.Generator().manual_seed(request.seed)
+    scheduler = LCMScheduler.from_config(diffusion.scheduler.config)
+    scheduler.set_timesteps(request.real_steps, original_inference_steps=50, strength=strength)
+    with torch.inference_mode():
+        pixels = diffusion.image_processor.preprocess(request.image)
+        latents = (
+            diffusion.vae.encode(pixels).latent_dist.sample(generator) * diffusion.vae.config.scaling_factor
+        )
+        noise = torch.randn(latents.shape, generator=generator)
+        latents = scheduler.add_noise(latents, noise, scheduler.timesteps[:1])
+        states, _, pooled, _ = diffusion.encode_prompt(request.prompt, do_classifier_free_guidance=False)
+        size = torch.tensor([[128, 128, 0, 0, 128, 128]])
+        for t in scheduler.timesteps:
+            condition = {"text_embeds": pooled, "time_ids": size}
+            output = diffusion.unet(latents, t, states, added_cond_kwargs=condition).sample
+            latents, _ = scheduler.step(output, t, latents, generator=generator, return_dict=False)
+        image = diffusion.vae.decode(latents / diffusion.vae.config.scaling_factor).sample
+    [expected] = diffusion.image_processor.postprocess(image)
+    assert np.abs(found - np.asarray(expected).astype(int)).max() <= 1
+
+
 def test_it_stops_before_the_next_step_when_nobody_waits(pipeline, monkeypatch):
     calls = []
     forward = pipeline.diffusion.unet.forward
@@ -192,3 +306,28 @@ def test_a_gpu_that_is_not_there_is_refused():
         pytest.skip("there is one")
     with pytest.raises(SettingsError, match="no CUDA device"):
         load_pipeline(MINIATURE, Settings(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        (
+            "unet.down_blocks.9.conv1.lora_A.weight",
+            r"has 1 of 130 modules that do not fit this model, first unet",
+        ),
+        (
+            "unet.conv_in.lora_C.weight",
+            r"has 1 of 130 modules that do not fit this model, first unet.conv_in",
+        ),
+    ],
+)
+def test_an_lcm_lora_that_does_not_fit_ends_the_start_with_the_count_and_the_remedy(tmp_path, key, said):
+    folder = tmp_path / "miniature"
+    shutil.copytree(Settings().weights_root / "miniature", folder)
+    state = load_file(folder / "lcm_lora.safetensors")
+    (folder / "lcm_lora.safetensors").unlink()  # the tensors above are mapped from it
+    save_file({**state, key: torch.zeros(4, 4)}, folder / "lcm_lora.safetensors")
+    write_manifest(folder, model="miniature", origin=Origin("test", "", ""))
+    expected = rf"^\[weights\] weights/miniature/lcm_lora.safetensors {said}.*; run: git checkout -- weights/"
+    with pytest.raises(WeightsError, match=expected):
+        load_pipeline(MINIATURE, Settings(weights_root=tmp_path))

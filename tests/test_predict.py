@@ -34,6 +34,7 @@ def test_ranges_are_those_of_request() -> None:
         "num_outputs": request.NUM_OUTPUTS,
         "width": request.SIDE,
         "height": request.SIDE,
+        "prompt_strength": request.STRENGTH,
         "style_scale": request.STYLE_SCALE,
         "extra_style_scale": request.STYLE_SCALE,
         "lcm_scale": request.LCM_SCALE,

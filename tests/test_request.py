@@ -3,6 +3,7 @@ import itertools
 import logging
 
 import pytest
+from PIL import Image
 
 from fewstep.errors import InvalidRequest
 from fewstep.models import MODELS
@@ -125,7 +126,7 @@ def test_an_unknown_choice_lists_the_choices_and_quotes_nothing(name, bad):
 
 def test_no_refusal_quotes_free_text():
     bad = "QQQ cancelled"
-    for name in Request.create.__kwdefaults__:
+    for name in Request.create.__kwdefaults__.keys() - {"image", "mask"}:
         if name != "negative_prompt":
             text = refusal(**{"aspect_ratio": "custom", "width": 512, "height": 512, name: bad})
             assert "QQQ" not in text and "cancel" not in text
@@ -330,3 +331,47 @@ def test_a_full_lcm_has_no_lcm_lora_to_scale():
     assert create(FULL_LCM, lcm_scale=1).mix == Mix()
     assert "lcm_scale is 0.5" in refusal(FULL_LCM, lcm_scale=0.5)
     assert "-0.5" in refusal(lcm_scale=-0.5)
+
+
+def test_an_image_gives_the_size_its_shape_unless_asked_otherwise():
+    wide = Image.new("RGB", (900, 600), "red")
+    assert (create(image=wide).width, create(image=wide).height) == (1264, 840)
+    assert create(image=wide, aspect_ratio="1:1").image.size == (1024, 1024)
+    custom = create(image=wide, aspect_ratio="custom", width=512, height=640)
+    assert custom.image.size == (custom.width, custom.height) == (512, 640)
+
+
+def test_a_mask_lies_on_its_image():
+    image, mask = Image.new("RGB", (64, 64), "red"), Image.new("L", (64, 64), 0)
+    request = create(image=image, mask=mask, aspect_ratio="16:9")
+    assert request.mask.size == request.image.size == (request.width, request.height)
+    assert "mask is given without image" in refusal(mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("strength", "steps", "real"),
+    [(0.0, 4, 1), (0.02, 4, 1), (0.05, 1, 1), (0.05, 8, 2), (0.3, 8, 8), (0.8, 4, 4), (1.0, 8, 8)],
+)
+def test_a_low_strength_has_fewer_steps_to_take_but_always_one(strength, steps, real):
+    request = create(image=Image.new("RGB", (64, 64)), prompt_strength=strength, steps=steps)
+    assert request.real_steps == real
+    assert create(prompt_strength=strength, steps=steps).real_steps == steps
+
+
+def test_pictures_and_strength_are_part_of_the_shape():
+    image, mask = Image.new("RGB", (64, 64)), Image.new("L", (64, 64))
+    keys = [
+        create().shape_key,
+        create(image=image).shape_key,
+        create(image=image, prompt_strength=0.5).shape_key,
+        create(image=image, mask=mask).shape_key,
+    ]
+    assert len(set(keys)) == 4
+    assert create(prompt_strength=0.5).shape_key == create().shape_key
+    other = Image.new("RGB", (64, 64), "blue")
+    assert create(image=other).shape_key == create(image=image).shape_key
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan"), "1", None, True, HUGE])
+def test_a_bad_strength_is_refused(bad):
+    assert "prompt_strength is " in refusal(prompt_strength=bad)

@@ -1,11 +1,13 @@
 """The Predictor behind the real coglet, on the miniature: what callers send, and what they get back."""
 
 import base64
+import hashlib
 import io
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -17,8 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fewstep.outputs import KEEP_S
+from fewstep.recipes import inputs_of, read_recipe
 from fewstep.server import COGLET_ROOT, CONCURRENCY, ROOT, Server, ServerFailed, free_port, running_server
 
 PROMPT = "a red house in a meadow with mountains at sunset"
@@ -101,6 +105,173 @@ def test_a_prompt_is_answered_with_an_image_and_its_metrics(painter: Painter) ->
     assert answer["metrics"].items() >= expected.items()
     assert all(answer["metrics"][f"{stage}_ms"] >= 0 for stage in ("text", "steps", "decode", "encode"))
     assert "seed 7" in answer["logs"]
+
+
+def test_styles_come_and_go_without_a_trace_in_the_pictures(painter: Painter, reference: bytes) -> None:
+    wishes: dict[str, dict[str, object]] = {
+        "postcard": {"style": "postcard"},
+        "spotlight": {"style": "spotlight"},
+        "less of the postcard": {"style": "postcard", "style_scale": 0.4},
+        "both": {"style": "postcard", "extra_style": "spotlight"},
+        "less of the LCM-LoRA": {"lcm_scale": 0.8},
+    }
+    found = {name: painter.paint(**inputs)[0] for name, inputs in wishes.items()}
+    assert np.array_equal(read(painter.paint(style="postcard", style_scale=0)[0]), read(reference))
+    assert painter.paint()[0] == reference
+    assert len({reference, *found.values()}) == 1 + len(wishes)
+    assert painter.paint(style="postcard")[0] == found["postcard"]
+
+
+def test_requests_of_different_styles_at_once_do_not_mix(painter: Painter) -> None:
+    wishes: list[dict[str, object]] = [
+        {"seed": i, **({"style": style} if style else {})}
+        for i, style in enumerate([None, "postcard", None, "spotlight", "postcard", None, "spotlight", None])
+    ]
+    alone = [painter.pixels(**wish)[0] for wish in wishes]
+    with ThreadPoolExecutor(CONCURRENCY) as threads:
+        together = list(threads.map(lambda wish: painter.pixels(**wish)[0], wishes))
+    for found, expected in zip(together, alone, strict=True):
+        assert_same_picture(found, expected)
+
+
+@pytest.mark.parametrize(
+    "style",
+    [
+        *("/etc/passwd", "../../etc/passwd", "file:///etc/passwd", "http://127.0.0.1:{port}/x.safetensors"),
+        *("https://127.0.0.1:{port}/x.safetensors", "https://localhost:{port}/x.safetensors"),
+        *("https://huggingface.co@127.0.0.1:{port}/x", "https://[::ffff:127.0.0.1]:{port}/x"),
+        *("https://2130706433:{port}/x", "https://0x7f.1:{port}/x", "https://127.1:{port}/x"),
+        *("https://huggingface.co\\@127.0.0.1:{port}/x", "https://169.254.169.254/latest/meta-data"),
+        *("data:,x", "nothere", "x" * 2000),
+    ],
+)
+def test_a_style_that_leads_elsewhere_is_refused_and_nothing_is_asked(
+    painter: Painter, reference: bytes, style: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+        status, answer = painter.ask(style=style.format(port=listener.getsockname()[1]))
+        with pytest.raises(TimeoutError):
+            listener.accept()
+    assert status == 200 and answer["status"] == "failed"
+    kind, told = FAILED.fullmatch(answer["error"]).groups()  # type: ignore[union-attr]
+    assert kind == "InvalidRequest" and told.startswith("[invalid_request] style")
+    assert "passwd" not in told and "127" not in told
+    assert painter.paint()[0] == reference
+
+
+def data_url(image: Image.Image, image_format: str = "PNG") -> str:
+    file = io.BytesIO()
+    image.save(file, image_format)
+    return f"data:image/{image_format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+@pytest.fixture(scope="module")
+def photo(painter: Painter) -> Image.Image:
+    return Image.fromarray(painter.pixels(seed=11)[0].astype(np.uint8))
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+def test_it_paints_from_an_image(painter: Painter, photo: Image.Image, image_format: str) -> None:
+    far = []
+    for strength in (0.05, 0.8):
+        [found] = painter.pixels(image=data_url(photo, image_format), prompt_strength=strength)
+        far.append(np.abs(found - np.asarray(photo, dtype=np.int16)).mean())
+    assert far[0] < 12 and far[0] < far[1]
+
+
+def test_the_size_follows_the_image(painter: Painter, photo: Image.Image) -> None:
+    status, answer = painter.ask(image=data_url(photo.resize((300, 200))))
+    assert (status, answer["status"]) == (200, "succeeded")
+    assert (answer["metrics"]["width"], answer["metrics"]["height"]) == (160, 104)
+
+
+def test_it_repaints_where_the_mask_is_white(painter: Painter, photo: Image.Image) -> None:
+    mask = Image.new("L", photo.size, 0)
+    mask.paste(255, (64, 0, 128, 128))
+    [found] = painter.pixels(
+        image=data_url(photo), mask=data_url(mask), prompt="a night sky", prompt_strength=1
+    )
+    difference = np.abs(found - np.asarray(photo, dtype=np.int16))
+    assert difference[:, :40].mean() < 8 < difference[:, 72:].mean()
+
+
+@pytest.mark.parametrize("name", ["image", "mask"])
+@pytest.mark.parametrize(
+    "value", ["/etc/passwd", "file:///etc/passwd", "ftp://x/y", "data:text/html,x", "x.png", "", 5]
+)
+def test_what_is_no_address_of_an_image_is_refused_by_the_schema(
+    painter: Painter, reference: bytes, name: str, value: object
+) -> None:
+    started = painter.predictions_started()
+    status, answer = painter.ask(**{"image": data_url(Image.new("RGB", (64, 64))), name: value})
+    assert status == 422 and name in json.dumps(answer["detail"])
+    assert painter.predictions_started() == started
+    assert painter.paint()[0] == reference
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"not a picture", "image does not open as a picture"),
+        (b"GIF89a" + bytes(100), "image does not open as a picture"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "image does not open as a picture"),
+    ],
+)
+def test_what_is_no_picture_is_refused(painter: Painter, reference: bytes, content: bytes, said: str) -> None:
+    status, answer = painter.ask(image=f"data:image/png;base64,{base64.b64encode(content).decode()}")
+    assert status == 200 and answer["status"] == "failed"
+    assert f"[invalid_request] {said}" in answer["error"]
+    assert painter.paint()[0] == reference
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpg", "webp"])
+def test_a_picture_is_painted_again_from_its_own_file(painter: Painter, output_format: str) -> None:
+    wish: dict[str, object] = {
+        "prompt": "a pink mushroom, ünïcödé \U0001f344",
+        "negative_prompt": "rain",
+        "guidance": 1.7,
+        "steps": 3,
+        "aspect_ratio": "3:2",
+        "style": "postcard",
+        "style_scale": 0.65,
+        "extra_style": "golden-hour",
+        "lcm_scale": 0.9,
+    }
+    [expected] = painter.pixels(**wish)
+    [content] = painter.paint(output_format=output_format, **wish)
+    black = io.BytesIO()  # nothing can come from the stored pixels
+    with Image.open(io.BytesIO(content)) as stored:
+        options: dict[str, Any] = {"exif": stored.getexif()}
+        if output_format == "png":
+            options = {"pnginfo": PngInfo()}
+            for name, text in stored.text.items():  # type: ignore[attr-defined]
+                options["pnginfo"].add_itxt(name, text)
+        Image.new("RGB", stored.size).save(black, stored.format, **options)
+    black.seek(0)
+    [found] = painter.pixels(**inputs_of(read_recipe(black)))
+    assert np.array_equal(found, expected)
+
+
+def test_each_picture_of_several_has_its_own_seed(painter: Painter) -> None:
+    contents = painter.paint(num_outputs=3, seed=2**31 - 2)
+    assert [read_recipe(io.BytesIO(c))["seed"] for c in contents] == [2**31 - 2, 2**31 - 1, 0]
+    pixels = painter.pixels(num_outputs=3, seed=2**31 - 2)
+    [alone] = painter.pixels(**inputs_of(read_recipe(io.BytesIO(contents[2]))))
+    assert_same_picture(alone, pixels[2])
+
+
+def test_a_picture_painted_from_others_says_which(painter: Painter, photo: Image.Image) -> None:
+    mask = Image.new("L", photo.size, 255)
+    urls = {"image": data_url(photo), "mask": data_url(mask)}
+    [content] = painter.paint(prompt_strength=0.4, **urls)
+    recipe = read_recipe(io.BytesIO(content))
+    for name, url in urls.items():
+        sent = base64.b64decode(url.partition(";base64,")[2])
+        assert recipe[f"{name}_sha256"] == hashlib.sha256(sent).hexdigest()
+    [found] = painter.pixels(**inputs_of(recipe), **urls)
+    [expected] = painter.pixels(prompt_strength=0.4, **urls)
+    assert np.array_equal(found, expected)
 
 
 def test_the_readmes_call_of_the_hosted_api_paints_here_with_another_base_url(painter: Painter) -> None:

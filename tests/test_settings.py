@@ -38,6 +38,7 @@ def test_every_field_is_read_from_the_environment(tmp_path):
         "FEWSTEP_STYLE_CACHE": str(tmp_path / "f"),
         "FEWSTEP_STYLE_DISK_GB": "5",
         "FEWSTEP_STYLE_MEMORY_GB": "1",
+        "FEWSTEP_RECIPES": "off",
         "HF_ENDPOINT": "https://mirror.example/",
         "HF_TOKEN": "hf_secret",
     }
@@ -54,12 +55,13 @@ def test_every_field_is_read_from_the_environment(tmp_path):
         7.5,
         3,
         tmp_path / "c",
-        styles_folder=tmp_path / "s",
+        styles_root=tmp_path / "s",
         style_hosts=("example.org", "*.example.net"),
         style_repos=("me/private",),
         style_cache=tmp_path / "f",
         style_disk_bytes=5_000_000_000,
         style_memory_bytes=1_000_000_000,
+        recipes=False,
         hf_endpoint="https://mirror.example",
         hf_token="hf_secret",
     )

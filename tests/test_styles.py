@@ -70,10 +70,10 @@ def site():
 
 @pytest.fixture
 def settings(tmp_path, site):
-    (tmp_path / "styles").mkdir()
-    (tmp_path / "styles" / "paper-cut.safetensors").write_bytes(PAPER)
+    (tmp_path / "styles" / "miniature").mkdir(parents=True)
+    (tmp_path / "styles" / "miniature" / "paper-cut.safetensors").write_bytes(PAPER)
     return Settings(
-        styles_folder=tmp_path / "styles",
+        styles_root=tmp_path / "styles",
         style_cache=tmp_path / "cache",
         hf_endpoint=site.origin,
         hf_token="hf_secret",
@@ -145,14 +145,14 @@ def test_a_style_that_is_not_there_is_refused_with_those_that_are(styles):
 
 def test_a_link_out_of_the_folder_is_not_followed(styles, settings, tmp_path):
     (tmp_path / "secret.safetensors").write_bytes(PIXELS)
-    (settings.styles_folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    (settings.styles_root / "miniature" / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
     with pytest.raises(InvalidRequest, match="none of this server's styles"):
         load(styles, "link")
 
 
 def test_a_file_that_was_replaced_is_read_anew(styles, settings, reader):
     [before] = load(styles, "paper-cut")
-    (settings.styles_folder / "paper-cut.safetensors").write_bytes(PIXELS)
+    (settings.styles_root / "miniature" / "paper-cut.safetensors").write_bytes(PIXELS)
     [after] = load(styles, "paper-cut")
     assert before.sha256 != after.sha256 and reader.reads == {PAPER: 1, PIXELS: 1}
 
@@ -244,7 +244,7 @@ def test_an_address_that_is_not_listed_is_never_asked(styles, site):
 
 
 def test_a_lora_that_does_not_fit_is_refused_without_its_own_words(styles, settings):
-    (settings.styles_folder / "bad.safetensors").write_bytes(b"bad")
+    (settings.styles_root / "miniature" / "bad.safetensors").write_bytes(b"bad")
     with pytest.raises(InvalidRequest) as caught:
         load(styles, "paper-cut", "bad")
     assert str(caught.value) == (

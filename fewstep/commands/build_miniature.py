@@ -26,6 +26,9 @@ def main() -> None:
         "--weights", type=Path, default=Path("weights/miniature"), help="folder to write (%(default)s)"
     )
     parser.add_argument(
+        "--styles", type=Path, default=Path("styles/miniature"), help="folder of the styles (%(default)s)"
+    )
+    parser.add_argument(
         "--work",
         type=Path,
         default=Path("build/miniature"),
@@ -40,7 +43,7 @@ def main() -> None:
 
     torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    build_miniature(arguments.weights, arguments.work, Sizes(), device, arguments.start)
+    build_miniature(arguments.weights, arguments.styles, arguments.work, Sizes(), device, arguments.start)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fewstep.commands.told import say
+from fewstep.commands.told import Refused, say
+from fewstep.errors import FewstepError
 from fewstep.schema import make_schema
 from fewstep.server import (
     ROOT,
@@ -35,10 +36,6 @@ LONGEST_MESSAGE = 500
 LOG_TAIL = 30
 
 
-class Refused(Exception):
-    """What to tell the caller on stderr; the exit status is 1."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Paint as the command line says; 0 when every file is written."""
     end_as_by_ctrl_c()
@@ -46,17 +43,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser(properties).parse_args(arguments)
     try:
         inputs = _read_inputs(options, properties, enumerations)
+        recipe, environ = None, {**os.environ}
+        if options.recipe:
+            from fewstep.commands import again  # imports Pillow, which --help must do without
+
+            recipe = again.read_recipe(options.recipe)
+            inputs = again.follow(recipe, inputs, environ)
         target = check_target(options.output)
         _follow_suffix(inputs, target, enumerations)
-        outputs = _ask(inputs)
+        outputs = _ask(inputs, environ)
         for path, content in name_files(outputs, target):
             path.write_bytes(content)
+            if recipe:
+                again.say_what_changed(recipe, content)
             sys.stdout.write(f"{path}\n")
-    except (Refused, ServerFailed) as error:
+    except (Refused, ServerFailed, FewstepError) as error:
         say(str(error)[:LONGEST_MESSAGE])
         return 1
     except OSError as error:
-        say(f"cannot write {error.filename}: {error.strerror}")
+        say(f"cannot use {error.filename}: {error.strerror}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -69,7 +74,8 @@ def _inputs_of_model() -> tuple[Inputs, Inputs]:
 
 
 def _parser(properties: Inputs) -> argparse.ArgumentParser:
-    lines = [f"  {name:16}{entry['description']}" for name, entry in properties.items()]
+    width = max(map(len, properties)) + 2
+    lines = [f"  {name:{width}}{entry['description']}" for name, entry in properties.items()]
     parser = argparse.ArgumentParser(
         prog="scripts/predict",
         description=__doc__,
@@ -78,6 +84,9 @@ def _parser(properties: Inputs) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "-i", "--input", action="append", default=[], metavar="NAME=VALUE", help="an input; @FILE reads a file"
+    )
+    parser.add_argument(
+        "--recipe", type=Path, metavar="IMAGE", help="paint again what this picture was painted from; -i overrides"
     )
     parser.add_argument("--json", metavar="FILE", help="the inputs as a JSON object: FILE, @FILE, @- (stdin), or {...}")
     parser.add_argument(
@@ -157,7 +166,7 @@ def _read_file(path: Path, as_url: bool) -> str:
     except OSError as error:
         raise Refused(f"cannot read {path}: {error.strerror}") from None
     if as_url:
-        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        kind = mimetypes.guess_type(path.name, strict=False)[0] or "application/octet-stream"
         return f"data:{kind};base64,{base64.b64encode(content).decode()}"
     return content.decode(errors="replace").rstrip("\n")
 
@@ -198,12 +207,12 @@ def name_files(outputs: list[str], target: Path) -> list[tuple[Path, bytes]]:
     return files
 
 
-def _ask(inputs: Inputs) -> list[str]:
+def _ask(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
     """The outputs as data URLs, by way of a server of our own."""
-    model = os.environ.get("FEWSTEP_MODEL")
+    model = environ.get("FEWSTEP_MODEL")
     chosen = f"model {model}" if model else "model miniature, since FEWSTEP_MODEL is not set"
     with tempfile.TemporaryDirectory(prefix="fewstep-") as folder, open(Path(folder) / "log", "w+b") as log:
-        environ = {**os.environ, "FEWSTEP_OUTPUTS": str(Path(folder) / "outputs"), "NO_COLOR": "1"}
+        environ = {**environ, "FEWSTEP_OUTPUTS": str(Path(folder) / "outputs"), "NO_COLOR": "1"}
         began = time.monotonic()
         say(f"starting the server ({chosen})")
         try:

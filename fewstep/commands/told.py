@@ -9,6 +9,10 @@ from fewstep.errors import FewstepError
 from fewstep.server import ServerFailed, end_as_by_ctrl_c
 
 
+class Refused(Exception):
+    """What to tell the caller on stderr; the exit status is 1."""
+
+
 def say(sentence: str) -> None:
     """A line for the person at the terminal."""
     sys.stderr.write(f"{sentence}\n")

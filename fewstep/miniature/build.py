@@ -6,12 +6,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -29,11 +30,13 @@ from fewstep.miniature.base import (
 )
 from fewstep.miniature.card import Facts, write_card
 from fewstep.miniature.judge import Judge, load_judge, train_judge
-from fewstep.miniature.pictures import cached_pictures, pick_scenes
+from fewstep.miniature.pictures import Pixels, cached_pictures, pick_scenes
+from fewstep.miniature.restyling import STYLES, draw_restyled
 from fewstep.miniature.scenes import Scene, all_scenes, training_scenes
 from fewstep.miniature.scoring import score_all
 from fewstep.training.distill import LoraStudent, add_lora, distill_lora
 from fewstep.training.loop import Schedule
+from fewstep.training.style import StyleStudent, add_style, train_style
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,9 @@ class Sizes:
     base_batch: int = 64
     lora_steps: int = 180
     lora_batch: int = 48
+    style_pictures: int = 1_500  # of each
+    style_steps: int = 250
+    style_batch: int = 32
     captions: int = 500
     seeds: int = 3
 
@@ -114,10 +120,13 @@ class Build:
 
     def _latents(self, scenes: list[Scene], seed: int, shape: tuple[int, int]) -> LatentSet:
         name = f"{shape[0]}x{shape[1]}"
+        cache = self.work / f"base-pictures-{name}.npy"
+        return self._encoded(name, scenes, lambda: cached_pictures(cache, scenes, seed, *shape))
+
+    def _encoded(self, name: str, scenes: list[Scene], draw: Callable[[], Pixels]) -> LatentSet:
         path = self.work / f"latents-{name}.safetensors"
         if not path.exists():
-            pictures = cached_pictures(self.work / f"base-pictures-{name}.npy", scenes, seed, *shape)
-            latents = encode(self.vae, pictures) * self.vae.config.scaling_factor
+            latents = encode(self.vae, draw()) * self.vae.config.scaling_factor
             save_file({"latents": latents.half().contiguous()}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
         return LatentSet(load_file(path)["latents"], scenes)
@@ -175,14 +184,34 @@ class Build:
             Schedule(self.sizes.lora_steps, lr=5e-4, weight_decay=0.0, ema_decay=0.98),
             self.work / "lora.safetensors",
         )
-        layers = get_peft_model_state_dict(unet)
-        StableDiffusionXLPipeline.save_lora_weights(
-            self.weights,
-            unet_lora_layers={key: value.half().contiguous() for key, value in layers.items()},
-            weight_name="lcm_lora.safetensors",
-            unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+        _save_lora(unet, self.weights / "lcm_lora.safetensors")
+
+    def train_styles(self, folder: Path) -> None:
+        """One LoRA over the base for each style of the drawn world, into `folder`."""
+        alphas_cumprod = make_scheduler().alphas_cumprod.to(self.device)
+        for i, name in enumerate(STYLES):
+            torch.manual_seed(8)
+            unet = self.base.unet.to(memory_format=torch.channels_last)
+            use_plain_attention(unet)
+            add_style(unet, StyleStudent())
+            sampler = Sampler(self.base, [self._restyled(name, i)], self.sizes.style_batch, seed=9)
+            train_style(
+                name,
+                unet,
+                torch.no_grad()(sampler),
+                alphas_cumprod,
+                make_scheduler().config.prediction_type,
+                Schedule(self.sizes.style_steps, lr=1e-3, weight_decay=0.0, ema_decay=0.98),
+                self.work / f"style-{name}.safetensors",
+            )
+            _save_lora(unet, folder / f"{name}.safetensors")
+
+    def _restyled(self, name: str, place: int) -> LatentSet:
+        scenes = pick_scenes(training_scenes(), self.sizes.style_pictures, seed=20 + place)
+
+        return self._encoded(
+            f"style-{name}", scenes, lambda: draw_restyled(name, scenes, 80_000_000, *SQUARE)
         )
-        unet.unload_lora()
 
     def facts(self, student: LoraStudent) -> Facts:
         unet = self.base.unet
@@ -198,17 +227,34 @@ class Build:
         )
 
 
+def _save_lora(unet: UNet2DConditionModel, path: Path) -> None:
+    """Write the LoRA of `unet` in fp16 with PEFT's keys, and take it off."""
+    layers = get_peft_model_state_dict(unet)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    StableDiffusionXLPipeline.save_lora_weights(
+        path.parent,
+        unet_lora_layers={key: value.half().contiguous() for key, value in layers.items()},
+        weight_name=path.name,
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+    unet.unload_lora()
+
+
 def _load(module: torch.nn.Module, path: Path) -> None:
     module.load_state_dict({key: value.float() for key, value in load_file(path).items()}, strict=True)
 
 
-def build_miniature(weights: Path, work: Path, sizes: Sizes, device: torch.device, start: str) -> None:
-    """Run the stages from `start` on; afterwards `weights` is whole, scored, and has its card and
-    manifest."""
+def build_miniature(
+    weights: Path, styles: Path, work: Path, sizes: Sizes, device: torch.device, start: str
+) -> None:
+    """Run the stages from `start` on; afterwards `weights` is whole, scored, and has its card and manifest,
+    and `styles` holds a LoRA for each style."""
     build = Build(weights, work, sizes, device, start)
     judge = build.judge  # first: it is frozen before anything that it judges is trained
-    if start != "scores":
+    if "lora" not in build.kept:
         build.train_lora(STUDENT)
+    if "styles" not in build.kept:
+        build.train_styles(styles)
     facts = build.facts(STUDENT)
     write_card(weights, facts, [])  # scoring loads the weights through their manifest
     write_card(weights, facts, score_all(weights, judge, facts.captions, facts.seeds))

@@ -41,9 +41,9 @@ judges was trained, sha256 `{judge}`) looks at pictures of {captions} captions o
 never saw, with {seeds} seeds each. Percent right per attribute, and of pictures with all six right, with 95 %
 intervals over the captions. DDIM's timesteps are spaced as SDXL publishes its scheduler ("leading"), or where
 it says so "trailing", from the last timestep on, which is kinder to a few steps (arXiv 2305.08891). Guidance
-5 is what diffusers' SDXL pipeline takes by default; it burns this base. The judge reads what a picture shows,
-not how it looks: for that there is a distance, Fréchet's as in FID (arXiv 1706.08500), to drawings of the same
-scenes in the features of the judge's last layer. Less is better; two sets of drawings are 1.9 apart.
+5 is what diffusers' SDXL pipeline takes by default; it burns this base. The judge reads what a picture
+shows, not how it looks: for that there is a distance, Fréchet's as in FID (arXiv 1706.08500), to drawings of
+the same scenes in the features of the judge's last layer. Less is better; two sets of drawings are 1.9 apart.
 
 {table}
 """

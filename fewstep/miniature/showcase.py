@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from fewstep.errors import FewstepError
 from fewstep.miniature.scoring import TEACHER_GUIDANCE, ddim_painter, few_step_painter, load_base
 from fewstep.models import get_model
-from fewstep.pipeline import load_pipeline
+from fewstep.pipeline import Pipeline, load_pipeline
+from fewstep.request import Request
 from fewstep.settings import Settings
 
 PROMPTS = (
@@ -30,6 +33,10 @@ PROMPTS = (
 COLUMNS = 6
 STEPS = (1, 2, 4, 8)
 BASE_STEPS = 2
+IMAGE_PROMPT = "a red castle in the snow with hills by day, in the middle"
+REPAINTED = "a purple castle in a meadow with mountains at night, in the middle"
+STRENGTHS = (0.15, 0.3, 0.6)
+UNDER_MASK = "a red castle in the snow with a volcano at sunset, in the middle"
 
 
 def grid(pictures: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
@@ -42,15 +49,35 @@ def grid(pictures: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.I
     return sheet
 
 
+def repaintings(pipeline: Pipeline) -> list[Image.Image]:
+    """A picture; others from it at rising prompt_strength; a mask; and another sky under that mask."""
+
+    def paint(prompt: str, seed: int, **inputs: Any) -> Image.Image:
+        [found] = pipeline.generate([Request.create(pipeline.spec, prompt=prompt, seed=seed, **inputs)])
+        if isinstance(found, FewstepError):
+            raise found
+        return found.images[0]
+
+    image = paint(IMAGE_PROMPT, 3)
+    again = [paint(REPAINTED, 3, image=image, prompt_strength=strength) for strength in STRENGTHS]
+    mask = Image.new("L", image.size, 0)
+    mask.paste(255, (0, 0, image.width, round(0.58 * image.height)))
+    masked = paint(UNDER_MASK, 5, image=image, mask=mask, prompt_strength=1.0)
+    return [image, *again, mask.convert("RGB"), masked]
+
+
 def main() -> None:
-    """pictures.webp: all prompts in four steps. steps.webp: six of them by the base, then by the LCM-LoRA."""
+    """pictures.webp: all prompts in four steps. steps.webp: six of them by the base, then by the LCM-LoRA.
+    images.webp: image to image and inpainting."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where pictures.webp and steps.webp go")
+    parser.add_argument("folder", type=Path, help="where the pictures go")
     folder = parser.parse_args().folder
     settings, spec = Settings(), get_model("miniature")
     pipeline = load_pipeline(spec, settings)
     seeds = range(len(PROMPTS))
     grid(few_step_painter(pipeline, 4)(PROMPTS, seeds), COLUMNS).save(folder / "pictures.webp", quality=92)
+
+    grid(repaintings(pipeline), COLUMNS).save(folder / "images.webp", quality=92)
 
     base = load_base(settings.weights_root / spec.name, pipeline.device)
     prompts, seeds = PROMPTS[:COLUMNS], range(COLUMNS)

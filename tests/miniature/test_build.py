@@ -9,6 +9,7 @@ from transformers import CLIPTokenizer
 from fewstep.miniature.base import TOKENS, Base, make_scheduler, make_tokenizer, train_text
 from fewstep.miniature.build import SQUARE, Build, Sizes
 from fewstep.miniature.card import write_card
+from fewstep.miniature.restyling import STYLES
 from fewstep.miniature.scenes import POSITIONS, all_scenes, caption
 from fewstep.models import get_model
 from fewstep.pipeline import Painting, load_pipeline
@@ -28,6 +29,9 @@ TINY = Sizes(
     base_batch=4,
     lora_steps=2,
     lora_batch=4,
+    style_pictures=6,
+    style_steps=2,
+    style_batch=4,
 )
 STUDENT = LoraStudent(rank=32, guidance=(1.5, 3.0))
 
@@ -50,6 +54,15 @@ def test_all_stages_make_a_folder_that_paints(tmp_path):
     pipeline = load_pipeline(spec, Settings(weights_root=weights.parent))
     [painting] = pipeline.generate([Request.create(spec, prompt="a red house", seed=1)])
     assert isinstance(painting, Painting)
+
+    build.train_styles(tmp_path / "styles" / "miniature")
+    for path in sorted((tmp_path / "styles" / "miniature").iterdir()):
+        style = pipeline.adapters.read(path, path.stem)
+        assert style.modules and path.stem in STYLES and path.stat().st_size < 1_000_000
+        request = Request.create(spec, prompt="a red house", seed=1, style=path.stem)
+        [styled] = pipeline.generate([request.with_styles([style])])
+        assert isinstance(styled, Painting)
+    assert len(list((tmp_path / "styles" / "miniature").iterdir())) == len(STYLES)
 
     # From the LoRA on, with everything before it taken from the folder.
     again = Build(weights, tmp_path / "other-work", TINY, cpu, start="lora")

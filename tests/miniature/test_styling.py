@@ -1,0 +1,47 @@
+"""The committed styles on top of the LCM-LoRA: how much of them there is, and what is still right."""
+
+import json
+
+import pytest
+from safetensors import safe_open
+
+from fewstep.miniature.judge import load_judge
+from fewstep.miniature.restyling import STYLES
+from fewstep.miniature.scoring import held_out_captions
+from fewstep.miniature.styling import SCALES, load_style, score_style
+from fewstep.models import get_model
+from fewstep.pipeline import load_pipeline
+from fewstep.settings import Settings
+
+FOLDER = Settings().styles_root / "miniature"
+CAPTIONS = 50
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline(get_model("miniature"), Settings(max_batch=25))
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_a_style_grows_with_its_scale_and_leaves_the_rest_right(pipeline, name):
+    judge = load_judge(Settings().weights_root / "miniature" / "judge" / "judge.safetensors")
+    style = load_style(pipeline, FOLDER / f"{name}.safetensors")
+    scenes, prompts = held_out_captions(CAPTIONS)
+    found = score_style(name, style, pipeline, judge, scenes, prompts, scales=(0.0, 0.4, 0.8), drawings=150)
+    strength = [one.style for one in found]
+    assert strength == sorted(set(strength)) and strength[-1] > strength[0] + 0.3, found
+    assert found[-1].all_right >= found[0].all_right - 6, found  # 5 and a caption's worth of margin
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_the_files_are_small_and_of_rank_8(name):
+    path = FOLDER / f"{name}.safetensors"
+    assert path.stat().st_size < 1_000_000
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.r"] == 8
+
+
+def test_the_card_has_every_style_and_scale():
+    card = (FOLDER / "README.md").read_text()
+    assert all(f"{name}: style" in card for name in STYLES)
+    assert all(f"| {scale:g} |" in card for scale in SCALES)
