@@ -82,6 +82,7 @@ class Predictor(BasePredictor):
         lcm_scale: float = Input(description="How much of the LCM-LoRA is added: 1 as it was distilled, less is softer; with a full LCM only 1.", default=1.0, ge=0, le=2),
         output_format: str = Input(description="The type of the image files.", default="webp", choices=["webp", "jpg", "png"]),
         output_quality: int = Input(description="Quality of webp and jpg files; png keeps every pixel as it is.", default=90, ge=1, le=100),
+        disable_safety_checker: bool = Input(description="Give out pictures unchecked; counts only where the operator of the server allows it.", default=False),
     ) -> list[Path]:
         """Paint; raises a FewstepError, which callers see as `[code] sentence`."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
@@ -89,7 +90,7 @@ class Predictor(BasePredictor):
         with self.outputs.prediction(), told_to_callers():
             request = await asyncio.to_thread(self._request, inputs)
             if request.wishes:
-                request = request.with_styles(await self.styles.load(request.wishes))
+                request = request.with_styles(await self.styles.load(request.wishes, time.monotonic() - began))
             painting = _unless_failed(await self.batcher.submit(request, time.monotonic() - began))
             files, encode_ms = await asyncio.to_thread(self._save, painting, request)
             self._report(request, {**painting.metrics, "encode_ms": encode_ms})
@@ -111,7 +112,7 @@ class Predictor(BasePredictor):
         began = time.perf_counter()
         kind, quality = request.output_format, request.output_quality
         encoded = []
-        for image, seed in zip(painting.images, request.seeds, strict=True):
+        for image, seed in zip(painting.images, painting.seeds, strict=True):
             recipe = recipe_of(request, seed, self.spec.name, self.pipeline.revision)
             encoded.append(encode_image(image, kind, quality, **(save_options(recipe, kind) if self.recipes else {})))
         encode_ms = (time.perf_counter() - began) * 1000

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fewstep.request import Mix
@@ -66,8 +67,10 @@ class LoraModule:
         return math.isfinite(self.factor) and bool(self.down.isfinite().all() and self.up.isfinite().all())
 
     def norm(self) -> float:
-        """Frobenius' norm of alpha / r * B A, without the product: the trace of (B'B)(AA')."""
+        """Frobenius' norm of alpha / r * B A; for a small r without the product: the trace of (B'B)(AA')."""
         down, up = (part.double().flatten(1) for part in (self.down, self.up))
+        if len(down) > min(len(up), down.shape[1]):
+            return abs(self.factor) * float((up @ down).norm())
         square = ((up.T @ up) * (down @ down.T)).sum().item()
         return abs(self.factor) * math.sqrt(max(square, 0.0))
 
@@ -105,6 +108,7 @@ class Adapters:
         self._norms = {layer: weight.float().norm().item() for layer, weight in self._weights.items()}
         self._unet_config = networks["unet"].config
         self._applied: dict[str, tuple[tuple[str, float], ...] | None] = {}
+        self._reading = threading.Lock()
         self.lcm_lora: Lora | None = None  # what `Mix.lcm_scale` scales; a full LCM has none
 
     def read(self, path: Path, sha256: str) -> Lora:
@@ -115,14 +119,17 @@ class Adapters:
         what they do not know merge only 515 of the 788 modules of SDXL's LCM-LoRA and say nothing.
         """
         _check_header(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                # Copies: the file may be removed or written over while this is in use.
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-                alphas = _alphas_of_networks(file.metadata() or {})
-        except (SafetensorError, ValueError) as error:  # ValueError: metadata that is not PEFT's
-            raise AdapterError("cannot be read", f" ({error})") from None
-        return Lora(sha256, self._fitted(_grouped(self._without_ldm_names(tensors)), alphas))
+        with self._reading:  # a file may be large, and callers many
+            try:
+                with safe_open(path, framework="pt") as file:
+                    # Copies: the file may be removed or written over while this is in use.
+                    tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+                    alphas = _alphas_of_networks(file.metadata() or {})
+                return Lora(sha256, self._fitted(_grouped(self._without_ldm_names(tensors)), alphas))
+            except (AdapterError, FileNotFoundError):
+                raise
+            except Exception as error:  # it is a stranger's file, and the parsers trust it
+                raise AdapterError("cannot be read", f" ({type(error).__name__}: {error})") from None
 
     @torch.no_grad()
     def apply(self, mix: Mix) -> int:
@@ -184,10 +191,7 @@ class Adapters:
             return tensors
         others = {key: value for key, value in tensors.items() if not key.startswith("lora_unet_")}
         ldm = {key: value for key, value in tensors.items() if key not in others}
-        try:
-            state, alphas = StableDiffusionXLPipeline.lora_state_dict({**ldm}, unet_config=self._unet_config)
-        except (ValueError, IndexError, KeyError) as error:
-            raise AdapterError("has names of blocks that cannot be read", f" ({error})") from None
+        state, alphas = StableDiffusionXLPipeline.lora_state_dict({**ldm}, unet_config=self._unet_config)
         found: dict[str, Tensor] = convert_unet_state_dict_to_peft(state)
         for key, alpha in convert_unet_state_dict_to_peft(alphas or {}).items():
             found[key.replace(".lora_A.weight", "")] = torch.tensor(alpha)
@@ -233,7 +237,9 @@ def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer, kind = _split(key)
-        parts.setdefault(layer, {})[kind] = tensor
+        if kind in parts.setdefault(layer, {}):
+            raise AdapterError("has a layer twice, under two names", f", {layer}")
+        parts[layer][kind] = tensor
     return parts
 
 
@@ -270,7 +276,11 @@ def _module(parts: Mapping[str, Any], alpha: float | None, weight: Tensor | None
         return None
     rank = len(down)
     inputs, outputs = weight.flatten(1).shape[1], len(weight)
-    if not rank or down.flatten(1).shape[1] != inputs or up.flatten(1).shape != (outputs, rank):
+    if (
+        not 0 < rank <= max(inputs, outputs)
+        or down.flatten(1).shape[1] != inputs
+        or up.flatten(1).shape != (outputs, rank)
+    ):
         return None
     if down.dtype not in _FLOATS or up.dtype not in _FLOATS:
         return None

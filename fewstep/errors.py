@@ -6,6 +6,8 @@ FewstepError
 ├── DownloadError     download            a file could not be had from the hub as it should be
 ├── SettingsError     settings            an environment variable holds something unknown
 ├── GenerationError   generation_failed   the model ran, and what it made is not a picture
+├── SafetyError       safety_check_failed a finished picture could not be checked, and is withheld
+├── UnsafeImage       unsafe              every picture of the request was flagged
 ├── DeadlineExceeded  deadline            the request's time was up
 ├── Stopped           stopped             nobody waits for the result any more, or the server is going down
 └── InternalError     internal            anything else; the details are in the log only
@@ -59,6 +61,18 @@ class GenerationError(FewstepError):
     """The model ran, but its output is not a picture (NaN, infinite, or missing)."""
 
     code = "generation_failed"
+
+
+class SafetyError(FewstepError):
+    """A finished picture could not be checked for safety."""
+
+    code = "safety_check_failed"
+
+
+class UnsafeImage(FewstepError):
+    """The safety checker flagged the picture."""
+
+    code = "unsafe"
 
 
 class DeadlineExceeded(FewstepError):

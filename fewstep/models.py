@@ -27,6 +27,12 @@ class ModelSpec:
         return SOURCES.get(self.name, ())
 
     @property
+    def checked(self) -> bool:
+        """Whether its pictures need a safety checker: the miniature can paint nothing that does, and random
+        weights paint noise."""
+        return bool(self.sources)
+
+    @property
     def in_checkpoint(self) -> tuple[str, ...]:
         """The networks that a single-file checkpoint of this kind brings along; empty if there is no such
         kind."""

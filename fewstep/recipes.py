@@ -7,20 +7,22 @@ chunks, `parameters` and `fewstep`; a JPEG or WebP has them in EXIF, as UserComm
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from fewstep import __version__
 from fewstep.errors import InvalidRequest
+from fewstep.models import MODELS, RANDOM
 from fewstep.request import Request
 
 Recipe = dict[str, Any]
 
 KEY = "fewstep"  # of the JSON: a PNG's chunk, and its own first key
-_NO_RECIPE = (SyntaxError, ValueError, KeyError, TypeError, AttributeError)
+_NO_RECIPE = (SyntaxError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error)
 _UNICODE = b"UNICODE\0"  # what EXIF wants before a UserComment in UTF-16
 
 
@@ -114,11 +116,32 @@ def read_recipe(file: Path | BinaryIO) -> Recipe:
                 content = image.info.get(KEY)
             else:
                 content = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.MakerNote)
-        recipe = json.loads(content)
-        inputs_of(recipe), recipe[KEY], recipe["model"], recipe["revision"]
-    except (*_NO_RECIPE, Image.DecompressionBombError, UnidentifiedImageError):
+        recipe = json.loads(content, parse_constant=_refuse_constant)
+        _check(recipe)
+        return dict(recipe)
+    except (*_NO_RECIPE, Image.DecompressionBombError, OSError) as error:
+        if isinstance(error, OSError) and error.filename:  # not there, or not to be read
+            raise
         raise InvalidRequest(
             "the picture holds no recipe of fewstep's; give a file as it was painted, since editors and "
             "messengers take such things out"
         ) from None
-    return dict(recipe)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _check(recipe: Recipe) -> None:
+    """Raise ValueError, KeyError or TypeError unless it has every field, in the types of recipe_of."""
+    texts = [recipe[name] for name in (KEY, "model", "revision", "prompt", "negative_prompt")]
+    texts += [style[name] for style in recipe["styles"] for name in ("style", "sha256")]
+    texts += [recipe[name] for name in ("image_sha256", "mask_sha256") if name in recipe]
+    numbers = [recipe[name] for name in ("steps", "guidance", "seed", "width", "height", "lcm_scale")]
+    numbers += [style["style_scale"] for style in recipe["styles"]]
+    numbers += [recipe["prompt_strength"]] if "prompt_strength" in recipe else []
+    sound = all(isinstance(text, str) for text in texts) and all(
+        isinstance(number, int | float) and not isinstance(number, bool) for number in numbers
+    )
+    if not sound or recipe["model"].removesuffix(RANDOM) not in MODELS:
+        raise ValueError("a field has the wrong type")

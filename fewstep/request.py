@@ -97,6 +97,7 @@ class Request:
     mix: Mix = Mix()  # without the styles, until `with_styles`
     image: Image.Image | None = field(default=None, repr=False)  # RGB, of this request's size
     mask: Image.Image | None = field(default=None, repr=False)  # L, white where to repaint
+    unchecked: bool = False  # asked for; whether it counts is the operator's to say
     image_sha256: str = ""  # of the callers' files
     mask_sha256: str = ""
 
@@ -124,22 +125,23 @@ class Request:
         image: Image.Image | None = None,
         mask: Image.Image | None = None,
         prompt_strength: float = 0.8,
+        disable_safety_checker: bool = False,
     ) -> "Request":
         """Check every input, types included, since coglet without a schema passes anything on.
 
         Raises InvalidRequest whose sentence says what is allowed.
         """
-        strength = _guidance(spec, guidance)
-        guided = not spec.embedded_guidance and strength > 1
-        if mask is not None and image is None:
-            raise InvalidRequest("mask is given without image; send the picture that it belongs to as well")
+        scale = _guidance(spec, guidance)
+        guided = not spec.embedded_guidance and scale > 1
+        if mask is not None:
+            mask = _mask_on(image, mask)
         size = _size(spec, aspect_ratio, width, height, image)
         far = _number("prompt_strength", prompt_strength, *STRENGTH)
         request = cls(
             prompt=_prompt(prompt),
             negative_prompt=_text("negative_prompt", negative_prompt),
             steps=_whole("steps", steps, *STEPS),
-            guidance=strength,
+            guidance=scale,
             guided=guided,
             seed=secrets.randbits(31) if seed is None else _whole("seed", seed, 0, SEED_MAX),
             num_outputs=_whole("num_outputs", num_outputs, *NUM_OUTPUTS),
@@ -155,13 +157,12 @@ class Request:
             strength=1.0 if image is None else far,
             image=None if image is None else fit(image, *size),
             mask=None if mask is None else fit(mask, *size),
+            unchecked=_flag("disable_safety_checker", disable_safety_checker),
             image_sha256="" if image is None else str(image.info.get("sha256", "")),
             mask_sha256="" if mask is None else str(mask.info.get("sha256", "")),
         )
         if request.negative_prompt and not guided:
-            logger.warning(
-                "negative_prompt has no effect: guidance is %g, and it takes more than 1", strength
-            )
+            logger.warning("negative_prompt has no effect: guidance is %g, and it takes more than 1", scale)
         return request
 
     @property
@@ -207,6 +208,12 @@ def _whole(name: str, value: object, low: int, high: int) -> int:
     if isinstance(whole, bool) or not isinstance(whole, int) or not low <= whole <= high:
         raise InvalidRequest(f"{name} is {_shown(value)}; it must be a whole number from {low} to {high}")
     return whole
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} is {_shown(value)}; it must be true or false")
+    return value
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
@@ -264,6 +271,20 @@ def _lcm_scale(spec: ModelSpec, value: object) -> float:
     if not spec.lcm_lora and scale != 1.0:
         raise InvalidRequest(f"lcm_scale is {scale:g}; {spec.name} has no LCM-LoRA to scale, so leave it out")
     return scale
+
+
+def _mask_on(image: Image.Image | None, mask: Image.Image) -> Image.Image:
+    """`mask` at the size of `image`, so that both are cut to shape alike."""
+    if image is None:
+        raise InvalidRequest("mask is given without image; send the picture that it belongs to as well")
+    (wide, high), (mask_wide, mask_high) = image.size, mask.size
+    if abs(wide * mask_high / (high * mask_wide) - 1) > 0.02:
+        raise InvalidRequest(
+            f"mask is {mask_wide}x{mask_high} px and image {wide}x{high} px; send them in one shape"
+        )
+    on_image = fit(mask, wide, high)
+    on_image.info = mask.info
+    return on_image
 
 
 def _size(

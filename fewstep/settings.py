@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 VERIFY_MODES = ("sha256", "size")
+SAFETY = ("clip", "vit", "off")
 MAX_DEADLINE_S = 24 * 60 * 60
 MAX_BATCH_LIMIT = 64
 MAX_GIGABYTES = 10_000
@@ -66,6 +67,8 @@ class Settings:
     deadline_s: float = 120.0
     max_batch: int = 8  # images in one forward pass
     coglet_root: Path | None = None  # coglet's prediction folders, where a script of ours started it
+    safety: str = "clip"
+    allow_unsafe: bool = False  # whether a request may switch the safety checker off
     styles_root: Path = field(default_factory=_styles_of_repository)  # the operator's own, by model
     style_hosts: tuple[str, ...] = STYLE_HOSTS  # where others are fetched; *.x is any subdomain of x
     style_repos: tuple[str, ...] = ()  # repos of the hub that are read with the operator's token
@@ -94,6 +97,8 @@ class Settings:
             deadline_s=read.seconds("FEWSTEP_DEADLINE_S", cls.deadline_s, MAX_DEADLINE_S),
             max_batch=read.whole("FEWSTEP_MAX_BATCH", cls.max_batch, MAX_BATCH_LIMIT),
             coglet_root=read.optional_path("FEWSTEP_COGLET_ROOT"),
+            safety=read.choice("FEWSTEP_SAFETY", cls.safety, SAFETY),
+            allow_unsafe=read.choice("FEWSTEP_ALLOW_UNSAFE", "0", ("0", "1")) == "1",
             styles_root=read.path("FEWSTEP_STYLES", _styles_of_repository()),
             style_hosts=read.names("FEWSTEP_STYLE_HOSTS", STYLE_HOSTS),
             style_repos=read.names("FEWSTEP_STYLE_REPOS", ()),

@@ -234,6 +234,22 @@ _SAFETY_CHECKER = HubRepo(
     ),
 )
 
+_SAFETY_CLASSIFIER = HubRepo(
+    "Falconsai/nsfw_image_detection",
+    "96cb0d0342c7afb80cab76ecc58b265fa44da256",
+    "Apache-2.0",
+    (
+        HubFile("config.json", "safety_classifier/config.json", 724),
+        HubFile("preprocessor_config.json", "safety_classifier/preprocessor_config.json", 325),
+        HubFile(
+            "model.safetensors",
+            "safety_classifier/model.safetensors",
+            343223968,
+            "97b2ce64ec146884b37f98ee7944ca4891aa72f6827dc0cb10684a1cbecd5830",
+        ),
+    ),
+)
+
 # Its own text encoder and VAE are confirmed as safetensors on a side branch only, so its ancestor's are
 # taken: the text encoder is said to be the same, and the VAE is of the same latents.
 _LCM_DREAMSHAPER = HubRepo(
@@ -268,6 +284,7 @@ SOURCES: dict[str, tuple[HubRepo, ...]] = {
             "a764e6859b6e04047cd761c08ff0cee96413a8e004c9f07707530cd776b19141",
         ),
         _SAFETY_CHECKER,
+        _SAFETY_CLASSIFIER,
     ),
     "ssd-1b": (
         _SSD_1B,
@@ -279,6 +296,7 @@ SOURCES: dict[str, tuple[HubRepo, ...]] = {
             "7adaaa69db6f011058a19fd1d5315fdf19ef79fcd513cdab30e173833fd5c59b",
         ),
         _SAFETY_CHECKER,
+        _SAFETY_CLASSIFIER,
     ),
     "sd15": (
         _SD15_BASE,
@@ -289,6 +307,7 @@ SOURCES: dict[str, tuple[HubRepo, ...]] = {
             "8f90d840e075ff588a58e22c6586e2ae9a6f7922996ee6649a7f01072333afe4",
         ),
         _SAFETY_CHECKER,
+        _SAFETY_CLASSIFIER,
     ),
-    "lcm-dreamshaper-v7": (_LCM_DREAMSHAPER, _SD15_FOR_LCM_DREAMSHAPER, _SAFETY_CHECKER),
+    "lcm-dreamshaper-v7": (_LCM_DREAMSHAPER, _SD15_FOR_LCM_DREAMSHAPER, _SAFETY_CHECKER, _SAFETY_CLASSIFIER),
 }

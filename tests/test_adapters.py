@@ -422,6 +422,13 @@ def test_200_changes_of_style_leave_memory_flat(model, adapters, tmp_path):
         ("empty", "cannot be read"),
         ("size", "has 3000000000 bytes; at most 2000000000 are allowed"),
         ("integers", "has 1 of 6 modules that do not fit this model"),
+        ("a huge rank", "has 1 of 6 modules that do not fit this model"),
+        ("a layer twice", "has a layer twice, under two names"),
+        ("alpha is a list", "cannot be read"),
+        ("alpha is huge", "cannot be read"),
+        ("deep metadata", "cannot be read"),
+        ("complex alpha", "cannot be read"),
+        ("LDM with a long alpha", "cannot be read"),
         ("of another LDM", "has 6 of 6 modules that do not fit this model"),
     ],
 )
@@ -444,6 +451,27 @@ def test_hostile_styles_are_refused_by_reason(model, adapters, tmp_path, kind, s
             file.truncate(3 * 10**9)
     elif kind == "integers":
         save_file({**state, first: state[first].to(torch.int8)}, path)
+    elif kind == "a huge rank":  # of a few megabytes, for which r x r numbers would take 32 GB
+        stem, rank = first.partition(".")[0], 64_000
+        weight = torch.zeros(rank, 128, dtype=torch.float16)
+        parts = {f"{stem}.lora_down.weight": weight, f"{stem}.lora_up.weight": weight.T.contiguous()}
+        save_file({**state, **parts}, path)
+    elif kind == "a layer twice":
+        other = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+        save_file({**state, other: torch.zeros(4, 128)}, path)
+    elif kind == "alpha is a list":
+        save_file(state, path, {"lora_adapter_metadata": '{"unet.lora_alpha": [1]}'})
+    elif kind == "alpha is huge":
+        save_file(state, path, {"lora_adapter_metadata": f'{{"unet.lora_alpha": {10**400}}}'})
+    elif kind == "deep metadata":
+        save_file(state, path, {"lora_adapter_metadata": "[" * 60_000})
+    elif kind == "complex alpha":
+        alpha = next(key for key in state if key.endswith("alpha"))
+        save_file({**state, alpha: torch.tensor(1j, dtype=torch.complex64)}, path)
+    elif kind == "LDM with a long alpha":
+        stem = "lora_unet_middle_block_2_out_layers_3"
+        parts = {f"{stem}.{end}.weight": torch.zeros(4, 4, 1, 1) for end in ("lora_down", "lora_up")}
+        save_file({**parts, f"{stem}.alpha": torch.ones(3)}, path)
     elif kind == "of another LDM":
         names = {
             key: f"lora_unet_output_blocks_{i // 3}_1_proj.{key.partition('.')[2]}"

@@ -60,6 +60,10 @@ def test_a_file_is_a_data_url_for_a_file_input_and_text_for_any_other(tmp_path: 
     (tmp_path / "a.txt").write_text("a red house\n")
     assert convert("image", f"@{tmp_path}/a.png") == "data:image/png;base64,iQ=="
     assert convert("prompt", f"@{tmp_path}/a.txt") == "a red house"
+    (tmp_path / "photo").write_bytes(b"\xff\xd8\xff\xe0")
+    assert convert("image", f"@{tmp_path}/photo").startswith("data:image/jpeg;base64,")
+    with pytest.raises(predict.Refused, match=r"a\.txt is not a picture as JPEG, PNG or WebP"):
+        convert("image", f"@{tmp_path}/a.txt")
 
 
 def urls(*contents: bytes) -> list[str]:
@@ -207,9 +211,9 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("arguments", "model", "said"),
         [
-            ([], "", "painted from an image; give that very file, as -i image=@FILE"),
-            (["-i", "image=@old.webp"], "", "painted from an image; give that very file"),
-            (["-i", "image=https://x.org/a.png"], "", "painted from an image; give that very file"),
+            ([], "", "painted from another file as image; give that very one, as -i image=@FILE"),
+            (["-i", "image=@old.webp"], "", "painted from another file as image"),
+            (["-i", "image=https://x.org/a.png"], "", "painted from another file as image"),
             (["-i", "image=@sent.webp"], "sdxl", "painted by miniature; set FEWSTEP_MODEL to that"),
         ],
     )

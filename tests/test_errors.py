@@ -20,6 +20,8 @@ def test_codes_are_the_published_ones():
         "download",
         "settings",
         "generation_failed",
+        "safety_check_failed",
+        "unsafe",
         "deadline",
         "stopped",
         "internal",

@@ -16,8 +16,9 @@ from fewstep.errors import GenerationError, SettingsError, Stopped, WeightsError
 from fewstep.miniature.drawing import draw
 from fewstep.miniature.scenes import Scene, caption, unseen_scenes
 from fewstep.models import get_model
-from fewstep.pipeline import Painting, Pipeline, _mask_of_latents, load_pipeline
+from fewstep.pipeline import Painting, Pipeline, load_pipeline
 from fewstep.request import Request
+from fewstep.sampler import encode_image, mask_of_latents
 from fewstep.settings import Settings
 from fewstep.weights import Origin, write_manifest
 
@@ -209,7 +210,7 @@ def test_what_is_repainted_sees_what_is_kept(pipeline, photo, monkeypatch):
     paint(pipeline, wish(image=photo, mask=mask, prompt_strength=1.0))
     [latents] = decoded
     generator = torch.Generator().manual_seed(7)
-    expected = pipeline._encode_image(photo, generator)
+    expected = encode_image(pipeline.diffusion.vae, photo, generator)
     assert torch.equal(latents[..., :8], expected[..., :8])
     assert not torch.allclose(latents[..., 8:], expected[..., 8:], atol=0.1)
 
@@ -218,7 +219,7 @@ def test_a_thin_stroke_of_a_mask_counts():
     mask = Image.new("L", (64, 64), 0)
     mask.putpixel((20, 33), 255)
     mask.putpixel((60, 60), 127)
-    latents = _mask_of_latents(mask)
+    latents = mask_of_latents(mask)
     assert latents.shape == (1, 1, 8, 8) and latents.sum() == 1 and latents[0, 0, 4, 2] == 1
 
 

@@ -86,14 +86,27 @@ def test_the_text_is_what_other_tools_read():
 
 
 def test_an_address_is_kept_without_what_may_be_a_token():
-    address = "https://civitai.com/api/download/models/1?token=secret"
+    address = "https://civitai.com/api/download/models/1?token=secret#secret"
     for output_format in FORMATS:
         file = stored(recipe(style=address), output_format).getvalue()
         assert b"secret" not in file and b"s\0e\0c\0r" not in file
     assert recipe(style=address)["styles"][0]["style"] == "https://civitai.com/api/download/models/1"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "7", '{"fewstep": "1"}', '{"prompt": "x"}', ""])
+def without(**changes):
+    return json.dumps(recipe(style="postcard") | changes)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", "7", '{"fewstep": "1"}', '{"prompt": "x"}', "", "[" * 100_000),
+        *(without(model=["x"]), without(model="a\0b"), without(model="../x"), without(prompt=5)),
+        *(without(guidance=float("nan")), without(seed="7"), without(seed=True), without(width=None)),
+        *(without(styles=7), without(styles=[{}]), without(styles=[{"style": "x", "style_scale": 1}])),
+        *(without(styles=[{"style": "x", "style_scale": "1", "sha256": "ab"}]), without(image_sha256=5)),
+    ],
+)
 def test_a_picture_without_a_sound_recipe_is_refused(tmp_path, content):
     with pytest.raises(InvalidRequest, match="holds no recipe"):
         read_recipe(stored_text(content))
@@ -101,6 +114,10 @@ def test_a_picture_without_a_sound_recipe_is_refused(tmp_path, content):
         plain = io.BytesIO(encode_image(Image.new("RGB", (16, 16)), output_format, 90))
         with pytest.raises(InvalidRequest, match="holds no recipe"):
             read_recipe(plain)
+    whole = stored(recipe(), "png").getvalue()
+    for damaged in (b"not a picture", whole[:60], whole[:-30]):
+        with pytest.raises(InvalidRequest, match="holds no recipe"):
+            read_recipe(io.BytesIO(damaged))
     (tmp_path / "x.png").write_bytes(b"not a picture")
     with pytest.raises(InvalidRequest, match="holds no recipe"):
         read_recipe(tmp_path / "x.png")

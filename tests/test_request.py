@@ -375,3 +375,12 @@ def test_pictures_and_strength_are_part_of_the_shape():
 @pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan"), "1", None, True, HUGE])
 def test_a_bad_strength_is_refused(bad):
     assert "prompt_strength is " in refusal(prompt_strength=bad)
+
+
+def test_a_mask_has_the_shape_of_its_image_at_any_size():
+    image = Image.new("RGB", (300, 200))
+    mask = Image.new("L", (150, 100))
+    mask.paste(255, (0, 0, 75, 100))
+    request = create(image=image, mask=mask, aspect_ratio="1:1")
+    assert request.mask.getpixel((500, 512)) == 255 and request.mask.getpixel((524, 512)) == 0
+    assert "mask is 300x100 px and image 300x200 px" in refusal(image=image, mask=Image.new("L", (300, 100)))

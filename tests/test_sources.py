@@ -32,7 +32,8 @@ def test_no_pickle_is_fetched_and_no_place_is_taken_twice(name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_model_has_every_part_that_its_family_needs(name):
     places = {file.place for repo in SOURCES[name] for file in repo.files}
-    folders = {"unet", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"}
+    folders = {"unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor"}
+    folders |= {"safety_checker", "safety_classifier"}
     folders |= {"text_encoder_2", "tokenizer_2"} if MODELS[name].family == "sdxl" else set()
 
     assert {place.split("/")[0] for place in places if "/" in place} == folders

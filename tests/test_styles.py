@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -303,6 +304,112 @@ def test_what_many_want_at_once_is_fetched_and_read_once(styles, site, reader):
     assert len({id(lora) for [lora] in found}) == 1
     assert len(site.asked) == 1 and reader.reads == {PIXELS: 1}
     assert styles._at_work == {}
+
+
+def test_a_file_replaced_by_one_of_equal_size_and_time_is_read_anew(styles, settings):
+    path = settings.styles_root / "miniature" / "paper-cut.safetensors"
+    [before] = load(styles, "paper-cut")
+    other = path.with_suffix(".new")
+    other.write_bytes(PAPER[::-1])
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+    [after] = load(styles, "paper-cut")
+    assert after.sha256 == hashlib.sha256(PAPER[::-1]).hexdigest() != before.sha256
+
+
+def test_a_file_replaced_while_it_is_read_is_read_again(settings):
+    path = settings.styles_root / "miniature" / "paper-cut.safetensors"
+    read = []
+
+    def reader(file, sha256):
+        if not read:  # between hashing and reading
+            path.with_suffix(".new").write_bytes(PIXELS)
+            path.with_suffix(".new").replace(path)
+        read.append(file.read_bytes())
+        return Lora(sha256, 1)
+
+    styles = Styles(settings, reader)
+    [lora] = load(styles, "paper-cut")
+    assert lora.sha256 == hashlib.sha256(PIXELS).hexdigest() and read == [PIXELS, PIXELS]
+    assert list(styles._in_memory) == [lora.sha256]
+
+
+def test_a_file_removed_before_it_is_read_is_fetched_again(settings, site):
+    site.pages["/a/b/resolve/main/x.safetensors"] = (200, PAPER)
+    calls = []
+
+    def reader(file, sha256):
+        calls.append(file)
+        if len(calls) == 1:
+            file.unlink()  # as another caller does, to make room
+        file.read_bytes()
+        return Lora(sha256, 1)
+
+    load(Styles(settings, reader), "a/b/x.safetensors")
+    assert len(site.asked) == 2 and len(calls) == 2
+
+
+def test_what_a_killed_server_was_fetching_is_removed(styles, settings, site):
+    settings.style_cache.mkdir()
+    old, young = (settings.style_cache / f".{name}.safetensors.part" for name in ("old", "young"))
+    for path in (old, young):
+        path.write_bytes(b"x")
+    os.utime(old, (time.time() - 100, time.time() - 100))
+    site.pages["/a/b/resolve/main/x.safetensors"] = (200, PAPER)
+    load(styles, "a/b/x.safetensors")
+    assert not old.exists() and young.exists()
+
+
+def test_callers_who_have_left_start_no_fetches(settings, site, reader):
+    site.pages["/a/b/resolve/main/x.safetensors"] = (200, lambda: time.sleep(1) or PAPER)
+    styles = Styles(replace(settings, deadline_s=0.4), reader)
+    request = Request.create(MODELS["miniature"], prompt="a house", style="a/b/x.safetensors")
+    own = Request.create(MODELS["miniature"], prompt="a house", style="paper-cut")
+
+    async def many():
+        waiting = [asyncio.create_task(styles.load(request.wishes)) for _ in range(12)]
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        await styles.load(own.wishes)
+        assert time.monotonic() - began < 0.2, "a style of this server waits for nobody"
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert all(isinstance(one, DeadlineExceeded | DownloadError) for one in asyncio.run(many()))
+    time.sleep(1)
+    assert len(site.asked) == 1
+
+
+def test_the_time_that_a_request_has_spent_is_gone(settings, site, reader):
+    site.pages["/a/b/resolve/main/x.safetensors"] = (200, lambda: time.sleep(0.5) or PAPER)
+    request = Request.create(MODELS["miniature"], prompt="a house", style="a/b/x.safetensors")
+    with pytest.raises((DeadlineExceeded, DownloadError)):
+        asyncio.run(Styles(settings, reader).load(request.wishes, spent_s=4.9))
+
+
+def test_a_repo_is_asked_for_its_files_once(styles, site):
+    listed = {"sha": "c0ffee", "siblings": [{"rfilename": "x.safetensors"}]}
+    site.pages["/api/models/a/b"] = (200, json.dumps(listed).encode())
+    site.pages["/a/b/resolve/c0ffee/x.safetensors"] = (200, PIXELS)
+    for _ in range(3):
+        load(styles, "a/b")
+    assert [path for path, _ in site.asked] == ["/api/models/a/b", "/a/b/resolve/c0ffee/x.safetensors"]
+
+
+def test_where_nothing_is_fetched_that_is_said(settings, reader):
+    own = replace(settings, style_hosts=(), hf_endpoint="https://huggingface.co")
+    for name in ("a/b", "a/b/x.safetensors", "https://huggingface.co/x.safetensors"):
+        with pytest.raises(
+            InvalidRequest, match="style: it cannot be fetched, since this server fetches none"
+        ):
+            load(Styles(own, reader), name)
+
+
+def test_memory_of_addresses_is_bounded(styles, site, monkeypatch):
+    monkeypatch.setattr("fewstep.styles.MAX_ANSWERS", 3)
+    for i in range(6):
+        site.pages[f"/a/b{i}/resolve/main/x.safetensors"] = (200, PAPER)
+        load(styles, f"a/b{i}/x.safetensors")
+    assert len(styles._answers) == 3
 
 
 def test_a_style_that_does_not_arrive_ends_with_the_deadline(settings, site, reader):

@@ -7,10 +7,20 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from hub import Hub
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from fewstep.hub import Download, Expected
 from fewstep.models import MODELS, ModelSpec
@@ -83,11 +93,33 @@ def make_folder(spec: ModelSpec, folder: Path, dtype: torch.dtype = torch.float1
         shutil.copytree(TOKENIZER, folder / ("tokenizer_2" if i else "tokenizer"))
     if spec.lcm_lora:
         save_lora(unet.float(), folder)
-    for name in ("feature_extractor/preprocessor_config.json", "safety_checker/config.json"):
-        (folder / name).parent.mkdir()
-        (folder / name).write_text("{}")
-    save_file({"x": torch.zeros(1000)}, folder / "safety_checker" / "model.safetensors")
+    make_checkers(folder, flags=False)
     return folder
+
+
+def make_checkers(folder: Path, flags: bool) -> None:
+    """Both safety checkers with random weights; they flag everything or nothing."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    image = {"image_size": 32, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(vision_config={**sizes, **image}, text_config=sizes, projection_dim=8)
+    )
+    checker.concept_embeds_weights.data.fill_(-2.0 if flags else 2.0)  # what a cosine has to exceed
+    checker.save_pretrained(folder / "safety_checker")
+    path = folder / "safety_checker" / "model.safetensors"
+    names = {key: key.replace("vision_model.", "vision_model.vision_model.") for key in load_file(path)}
+    save_file({names[key]: value.clone() for key, value in load_file(path).items()}, path, {"format": "pt"})
+    labels = {0: "normal", 1: "nsfw"}
+    classifier = ViTForImageClassification(
+        ViTConfig(**sizes, **image, id2label=labels, label2id={name: i for i, name in labels.items()})
+    )
+    classifier.classifier.bias.data = torch.tensor([0.0, 9.0 if flags else -9.0])
+    classifier.save_pretrained(folder / "safety_classifier")
+    square = {"height": 32, "width": 32}
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(
+        folder / "feature_extractor"
+    )
+    ViTImageProcessor(size=square).save_pretrained(folder / "safety_classifier")
 
 
 def as_published(file: Path) -> None:

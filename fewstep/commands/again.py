@@ -1,7 +1,6 @@
 """scripts/predict --recipe IMAGE: paint again what a picture was painted from."""
 
 import base64
-import binascii
 import hashlib
 import io
 from typing import Any
@@ -23,17 +22,19 @@ def follow(recipe: Recipe, given: Inputs, environ: dict[str, str]) -> Inputs:
     for name in ("image", "mask"):
         wanted = recipe.get(f"{name}_sha256")
         if wanted and wanted != _sha256_of_url(given.get(name, "")):
-            raise Refused(f"the picture was painted from an {name}; give that very file, as -i {name}=@FILE")
+            raise Refused(
+                f"it was painted from another file as {name}; give that very one, as -i {name}=@FILE"
+            )
     inputs = inputs_of(recipe)
     if given.get("aspect_ratio", "custom") != "custom":
         del inputs["width"], inputs["height"]
     return inputs | given
 
 
-def _sha256_of_url(url: str) -> str:
+def _sha256_of_url(url: object) -> str:
     try:
-        return hashlib.sha256(base64.b64decode(url.partition(";base64,")[2], validate=True)).hexdigest()
-    except binascii.Error:
+        return hashlib.sha256(base64.b64decode(str(url).partition(";base64,")[2], validate=True)).hexdigest()
+    except ValueError:  # no base64
         return ""
 
 

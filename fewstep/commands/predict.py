@@ -166,9 +166,16 @@ def _read_file(path: Path, as_url: bool) -> str:
     except OSError as error:
         raise Refused(f"cannot read {path}: {error.strerror}") from None
     if as_url:
-        kind = mimetypes.guess_type(path.name, strict=False)[0] or "application/octet-stream"
+        kind = mimetypes.guess_type(path.name, strict=False)[0] or _kind_by_content(content)
+        if not kind.startswith("image/"):  # coglet would refuse it by quoting all of it
+            raise Refused(f"{path} is not a picture as JPEG, PNG or WebP")
         return f"data:{kind};base64,{base64.b64encode(content).decode()}"
     return content.decode(errors="replace").rstrip("\n")
+
+
+def _kind_by_content(content: bytes) -> str:
+    signatures = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
+    return next((kind for start, kind in signatures.items() if content.startswith(start)), "")
 
 
 def _follow_suffix(inputs: Inputs, target: Path, enumerations: Inputs) -> None:

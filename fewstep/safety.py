@@ -1,0 +1,96 @@
+"""Whether a finished picture may be given out. What cannot be checked is not.
+
+Two checkers, chosen by FEWSTEP_SAFETY: "clip", which comes with Stable Diffusion, and "vit", Falconsai's
+classifier of 344 MB.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessor, ViTForImageClassification, ViTImageProcessor
+
+from fewstep.errors import SafetyError, WeightsError
+
+logger = logging.getLogger(__name__)
+
+# Of a model's folder, and the label of Falconsai's that means harm.
+FOLDERS = {"clip": "safety_checker", "vit": "safety_classifier"}
+UNSAFE_LABEL = "nsfw"
+
+Decide = Callable[[list[Image.Image]], tuple[Tensor, Sequence[bool]]]
+
+
+class SafetyChecker:
+    """Looks at finished pictures; `decide` gives the numbers it went by, (N, ...), and N verdicts."""
+
+    def __init__(self, decide: Decide) -> None:
+        self._decide = decide
+
+    @torch.inference_mode()
+    def flagged(self, images: Sequence[Image.Image]) -> list[bool]:
+        """Which of `images` must not be given out.
+
+        Raises SafetyError when that cannot be said: diffusers' own checker calls a NaN safe.
+        """
+        try:
+            numbers, verdicts = self._decide(list(images))
+            sound = len(numbers) == len(verdicts) == len(images) and bool(numbers.isfinite().all())
+        except Exception as error:  # whatever it was, the pictures were not checked
+            logger.error("the safety checker failed", exc_info=error)
+            sound = False
+        if not sound:
+            raise SafetyError("the picture could not be checked for safety and is withheld; try again later")
+        return [bool(verdict) for verdict in verdicts]
+
+
+def load_safety_checker(
+    folder: Path, kind: str, device: torch.device, dtype: torch.dtype, remedy: str
+) -> SafetyChecker:
+    """The checker `kind` of the model in `folder`. Raises WeightsError unless all its weights are there."""
+    place = folder / FOLDERS[kind]
+    shown = f"weights/{folder.name}/{FOLDERS[kind]}"
+    if not (place / "model.safetensors").is_file():
+        raise WeightsError(f"{shown} is missing; run: {remedy} (or set FEWSTEP_SAFETY=off)")
+    loaders: dict[str, Any] = {"clip": StableDiffusionSafetyChecker, "vit": ViTForImageClassification}
+    model, found = loaders[kind].from_pretrained(
+        place, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    if found["missing_keys"] or found["mismatched_keys"]:  # they would be random numbers
+        raise WeightsError(f"{shown} is not the checker that its config describes; run: {remedy}")
+    model = model.to(device).eval().requires_grad_(False)
+    return SafetyChecker(_clip(folder, model) if kind == "clip" else _vit(place, model))
+
+
+def _clip(folder: Path, checker: StableDiffusionSafetyChecker) -> Decide:
+    """CompVis' checker: the picture's CLIP embedding is compared with those of 20 unnamed concepts."""
+    processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor", local_files_only=True)
+    embeddings: list[Tensor] = []
+    checker.visual_projection.register_forward_hook(lambda _, __, output: embeddings.append(output))
+
+    def decide(images: list[Image.Image]) -> tuple[Tensor, Sequence[bool]]:
+        embeddings.clear()
+        pixels = processor(images, return_tensors="pt").pixel_values.to(checker.device, checker.dtype)
+        _, verdicts = checker(clip_input=pixels, images=torch.zeros(len(images), 1))
+        return embeddings[-1], verdicts
+
+    return decide
+
+
+def _vit(place: Path, classifier: ViTForImageClassification) -> Decide:
+    processor = ViTImageProcessor.from_pretrained(place, local_files_only=True)
+    unsafe = classifier.config.label2id[UNSAFE_LABEL]
+
+    def decide(images: list[Image.Image]) -> tuple[Tensor, Sequence[bool]]:
+        pixels = processor(images, return_tensors="pt").pixel_values.to(classifier.device, classifier.dtype)
+        logits = classifier(pixels).logits.float()
+        return logits, (logits.softmax(1)[:, unsafe] >= 0.5).tolist()
+
+    return decide
