@@ -34,6 +34,9 @@ MAX_HEADER_BYTES = 4 * 10**6
 # Of all that a LoRA adds, compared with the weights that it changes; what is of any use adds a fraction.
 MAX_SHARE = 1.0
 
+# A higher rank than a layer is wide says nothing more, and takes memory by its square.
+ANY_RANK = 1024
+
 # kohya-ss, PEFT as diffusers saves it, and diffusers before PEFT.
 _ENDINGS = {
     "down": (".lora_down.weight", ".lora_A.weight", ".lora.down.weight"),
@@ -263,7 +266,7 @@ def _alphas_of_networks(metadata: Mapping[str, str]) -> dict[str, float]:
     for key, value in written.items():
         network, _, option = key.rpartition(".")
         if option in _OTHER_SUMS and value:
-            raise ValueError("not a plain LoRA")
+            raise AdapterError("is not a plain LoRA but a DoRA, rsLoRA or one of many alphas")
         if option == "lora_alpha" and value is not None:
             found[network or "unet"] = float(value)
     return found
@@ -277,7 +280,7 @@ def _module(parts: Mapping[str, Any], alpha: float | None, weight: Tensor | None
     rank = len(down)
     inputs, outputs = weight.flatten(1).shape[1], len(weight)
     if (
-        not 0 < rank <= max(inputs, outputs)
+        not 0 < rank <= max(inputs, outputs, ANY_RANK)
         or down.flatten(1).shape[1] != inputs
         or up.flatten(1).shape != (outputs, rank)
     ):
