@@ -47,6 +47,7 @@ MAX_BYTES = 2 * 10**9
 # What was found at an address, or in a folder, is taken for what is there now, for so long.
 FRESH_S = 3600.0
 MAX_ANSWERS = 1000
+LEAST_S = 0.1  # in which a file might still arrive
 LATE = "the style did not arrive in time; send the request again later"
 
 
@@ -197,6 +198,8 @@ class Styles:
             with suppress(FileNotFoundError):
                 os.utime(path)  # by its age it is chosen for removal
                 return _Found(path, known[0], _stamp(path)[:2])
+        if until - time.monotonic() < LEAST_S:
+            raise DeadlineExceeded(LATE)
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         arrived = cache / f".{uuid.uuid4()}{SUFFIX}"
         with _said_of(name):
