@@ -386,9 +386,24 @@ def test_a_failure_in_the_middle_is_made_good_by_the_next_call(model, adapters, 
         patch.setattr("fewstep.adapters.LoraModule.add_to", fails_at_the_third)
         with pytest.raises(MemoryError):
             adapters.apply(Mix(((style, 1.0),)))
-    assert not same(expected, weights(model))
+    half_done = weights(model)
+    adapters.apply(Mix(((style, 1.0),)))
+    styled = weights(model)
     adapters.apply(Mix())
     assert same(expected, weights(model))
+    adapters.apply(Mix(((style, 1.0),)))
+    assert same(styled, weights(model))
+    assert not same(half_done, styled) and not same(half_done, expected)
+
+
+def test_a_file_written_over_in_place_does_not_change_what_was_read(model, adapters, tmp_path):
+    path = write_style(model, tmp_path / "style", seed=9)
+    style = adapters.read(path, "style")
+    before = {name: module.up.clone() for name, module in style.modules.items()}
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(path.stat().st_size // 2))
+    assert all(torch.equal(before[name], module.up) for name, module in style.modules.items())
 
 
 def test_only_layers_that_change_are_written(model, adapters, tmp_path):
