@@ -15,7 +15,7 @@ from cog import BasePredictor, Input, Path
 
 from fewstep.batching import Batcher
 from fewstep.door import check_cog, fetched_file, log_to_stderr, told_to_callers
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, UnsafeImage
 from fewstep.images import encode_image, open_image, open_mask
 from fewstep.models import ModelSpec, get_model
 from fewstep.outputs import Outputs
@@ -58,7 +58,9 @@ class Predictor(BasePredictor):
             self.pipeline = await self.batcher.run(lambda: _load(self.spec, settings))
             self.styles = Styles(settings, self.pipeline.adapters.read)
             warm_up = Request.create(self.spec, prompt="warm up", steps=1, seed=0)
-            _unless_failed((await self.batcher.run(lambda: self.pipeline.generate([warm_up])))[0])
+            [first] = await self.batcher.run(lambda: self.pipeline.generate([warm_up]))
+            if not isinstance(first, UnsafeImage):  # it was painted all the same
+                _unless_failed(first)
 
     @cog.concurrent(max=8)
     async def predict(

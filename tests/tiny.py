@@ -98,7 +98,8 @@ def make_folder(spec: ModelSpec, folder: Path, dtype: torch.dtype = torch.float1
 
 
 def make_checkers(folder: Path, flags: bool) -> None:
-    """Both safety checkers with random weights; they flag everything or nothing."""
+    """Both safety checkers with random weights, always the same; they flag everything or nothing."""
+    torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     image = {"image_size": 32, "patch_size": 8}
     checker = StableDiffusionSafetyChecker(

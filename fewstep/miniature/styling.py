@@ -44,8 +44,8 @@ Ordinary LoRAs of rank 8 on the base, trained by `scripts/build-miniature --from
 
 Painted in four steps on top of the LCM-LoRA, {captions} captions of combinations that the base never saw.
 *Style*: 0 as in plain drawings, 1 as in restyled ones, both after the VAE (a linear discriminant, in
-restyling.py). *Right*: percent of pictures in which the judge reads right all that the style leaves alone
-({leaves}).
+restyling.py). *Right*: percent of pictures in which the judge reads right all that the style leaves alone:
+{leaves}.
 
 {table}
 """
@@ -125,7 +125,7 @@ def main() -> None:
     found = {
         name: score_style(name, style, pipeline, judge, scenes, prompts) for name, style in styles.items()
     }
-    leaves = "; ".join(f"{name}: {', '.join(style.leaves)}" for name, style in STYLES.items())
+    leaves = ";\n".join(f"{name}: {', '.join(style.leaves)}" for name, style in STYLES.items())
     card = _CARD.format(captions=CAPTIONS, leaves=leaves, table=_table(found))
     (folder / "README.md").write_text(card)
     docs = Path(__file__).resolve().parents[2] / "docs"
