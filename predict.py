@@ -65,7 +65,7 @@ class Predictor(BasePredictor):
     @cog.concurrent(max=8)
     async def predict(
         self,
-        prompt: str = Input(description="What to paint.", max_length=2000),
+        prompt: str = Input(description="What to paint. (word)1.3, (word:1.3) and (word)++ count more, (word)0.7 and (word)-- less.", max_length=2000),
         steps: int = Input(description="How many steps: 4 is the usual, 1 the fastest, 8 the finest.", default=4, ge=1, le=8),
         guidance: float | None = Input(description="How strictly to follow the prompt. Empty or up to 1 is fastest; with an LCM-LoRA, 1 to 4 takes twice the work, makes negative_prompt count, and more is refused.", default=None, ge=0, le=20),
         seed: int | None = Input(description="The same seed paints the same image; empty draws one, which is logged and among the metrics.", default=None, ge=0, le=2147483647),
@@ -82,6 +82,7 @@ class Predictor(BasePredictor):
         extra_style: str | None = Input(description="A second style LoRA, named like the first.", default=None, max_length=2000),
         extra_style_scale: float = Input(description="How much of the second style is added.", default=0.8, ge=-2, le=2),
         lcm_scale: float = Input(description="How much of the LCM-LoRA is added: 1 as it was distilled, less is softer; with a full LCM only 1.", default=1.0, ge=0, le=2),
+        clip_skip: int = Input(description="How many of the text encoders' last layers are left out besides what the model always leaves out; 1 is what other tools call clip skip 2.", default=0, ge=0, le=4),
         output_format: str = Input(description="The type of the image files.", default="webp", choices=["webp", "jpg", "png"]),
         output_quality: int = Input(description="Quality of webp and jpg files; png keeps every pixel as it is.", default=90, ge=1, le=100),
         disable_safety_checker: bool = Input(description="Give out pictures unchecked; counts only where the operator of the server allows it.", default=False),
@@ -103,11 +104,11 @@ class Predictor(BasePredictor):
         return self.batcher.healthy()
 
     def _request(self, inputs: dict[str, Any]) -> Request:
-        """Opens the pictures among the inputs; large ones take a second."""
+        """Opens the pictures among the inputs, of which large ones take a second, and counts the tokens."""
         for name, open_file in (("image", open_image), ("mask", open_mask)):
             if inputs[name] is not None:
                 inputs[name] = open_file(fetched_file(name, inputs[name]), name)
-        return Request.create(self.spec, **inputs)
+        return self.pipeline.counted(Request.create(self.spec, **inputs))
 
     def _save(self, painting: "Painting", request: Request) -> tuple[list[Path], float]:
         """The written files and the milliseconds that encoding took."""

@@ -18,6 +18,7 @@ class ModelSpec:
     default_guidance: float  # used when a request names none
     embedded_guidance: bool  # a full LCM: guidance is an input of the UNet, not a second evaluation
     lcm_lora: bool  # an LCM-LoRA is fused into the UNet at setup
+    max_clip_skip: int  # of the text encoders' layers; their pictures grow vague long before this
     licence: str
     remedy: str  # the command that mends missing or damaged weights
 
@@ -73,6 +74,7 @@ _SPECS = (
         default_guidance=1.0,
         embedded_guidance=False,
         lcm_lora=True,
+        max_clip_skip=4,
         licence="CreativeML Open RAIL++-M (base, LCM-LoRA), MIT (VAE)",
         remedy=_remedy("sdxl"),
     ),
@@ -84,6 +86,7 @@ _SPECS = (
         default_guidance=1.0,
         embedded_guidance=False,
         lcm_lora=True,
+        max_clip_skip=4,
         licence="Apache-2.0 (base), CreativeML Open RAIL++-M (LCM-LoRA), MIT (VAE)",
         remedy=_remedy("ssd-1b"),
     ),
@@ -95,6 +98,7 @@ _SPECS = (
         default_guidance=1.0,
         embedded_guidance=False,
         lcm_lora=True,
+        max_clip_skip=4,
         licence="CreativeML OpenRAIL-M (base), CreativeML Open RAIL++-M (LCM-LoRA)",
         remedy=_remedy("sd15"),
     ),
@@ -106,6 +110,7 @@ _SPECS = (
         default_guidance=8.0,
         embedded_guidance=True,
         lcm_lora=False,
+        max_clip_skip=4,
         licence="MIT (UNet), CreativeML OpenRAIL-M (text encoder, VAE)",
         remedy=_remedy("lcm-dreamshaper-v7"),
     ),
@@ -118,6 +123,7 @@ _SPECS = (
         default_guidance=1.0,
         embedded_guidance=False,
         lcm_lora=True,
+        max_clip_skip=1,
         licence="Apache-2.0",
         remedy="git checkout -- weights/miniature",
     ),

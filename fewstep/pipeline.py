@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -33,10 +33,11 @@ from fewstep.errors import (
 from fewstep.models import ModelSpec
 from fewstep.request import Mix, Request
 from fewstep.safety import SafetyChecker, load_safety_checker
-from fewstep.sampler import Diffusion, Job, Prompt, sample
+from fewstep.sampler import Job, sample
 from fewstep.settings import Settings
 from fewstep.sources import LCM_LORA
 from fewstep.styles import AdapterError
+from fewstep.text_encoding import Diffusion, TextEncoding
 from fewstep.weights import Manifest, check_hashes, verify_weights
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,7 @@ class Pipeline:
         self.spec = spec
         self.revision = revision  # of the weights
         self.diffusion = diffusion
+        self.text = TextEncoding(diffusion)
         self.adapters = adapters
         self.max_batch = max_batch
         self.checker = checker
@@ -168,15 +170,30 @@ class Pipeline:
         share = self.spec.native_size**2 / (request.width * request.height)
         return max(1, min(self.max_batch, int(self.max_batch * share)))
 
+    def counted(self, request: Request) -> Request:
+        """`request` with the number of chunks that its prompts fill, which may be counted on any thread.
+
+        Raises InvalidRequest for a prompt that is too long.
+        """
+        if request.chunks:
+            return request
+        chunks = self.text.count_chunks("prompt", request.prompt)
+        if request.guided:
+            chunks = max(chunks, self.text.count_chunks("negative_prompt", request.negative_prompt))
+        return replace(request, chunks=chunks)
+
     @torch.inference_mode()
     def generate(
         self, requests: Sequence[Request], stopped: Callable[[], bool] = lambda: False
     ) -> list[Painting | FewstepError]:
         """Paint `requests`, all of one shape key; an image that failed fails its own request only.
 
-        `stopped` is asked before every step. Raises Stopped when it says so.
+        `stopped` is asked before every step. Raises Stopped when it says so, ValueError for keys that differ.
         """
         started = time.perf_counter()
+        requests = [self.counted(request) for request in requests]
+        if len({request.shape_key for request in requests}) > 1:
+            raise ValueError("requests of different shape keys cannot share a batch")
         self.adapters.apply(requests[0].mix)
         metrics: dict[str, int | float] = {"weights_ms": _ms_since(started)}
         started = time.perf_counter()
@@ -219,29 +236,20 @@ class Pipeline:
         return found
 
     def _jobs(self, place: int, request: Request) -> list[Job]:
-        prompt = self._encode(request.prompt)
+        # One prompt at a time: in a batch, the mates' number would choose the kernels and so the last bits.
+        shape = (request.chunks, request.clip_skip)
+        prompt = self.text.encode(request.prompt, *shape)
         negative = None
         if request.guided:
             negative = (
-                self._encode(request.negative_prompt) if request.negative_prompt else self._nothing(prompt)
+                self.text.encode(request.negative_prompt, *shape)
+                if request.negative_prompt
+                else self.text.nothing(prompt, *shape)
             )
         return [
             Job(place, prompt, negative, request.guidance, seed, request.image, request.mask)
             for seed in request.seeds
         ]
-
-    def _encode(self, text: str) -> Prompt:
-        # One prompt at a time: in a batch, the mates' number would choose the kernels and so the last bits.
-        states, _, *pooled = self.diffusion.encode_prompt(
-            text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        return Prompt(states, pooled[0] if pooled else None)
-
-    def _nothing(self, prompt: Prompt) -> Prompt:
-        """No prompt at all: zeros for SDXL (`force_zeros_for_empty_prompt`), the empty text for SD."""
-        if prompt.pooled is None:
-            return self._encode("")
-        return Prompt(torch.zeros_like(prompt.states), torch.zeros_like(prompt.pooled))
 
     def _decode(self, latents: Tensor) -> list[Image.Image | FewstepError]:
         """Scaled latents -> RGB images; an error where a value is not finite, which would come out black."""

@@ -45,6 +45,8 @@ def recipe_of(request: Request, seed: int, model: str, revision: str) -> Recipe:
             for wish, (lora, scale) in zip(request.wishes, request.mix.styles, strict=True)
         ],
     }
+    if request.clip_skip:
+        recipe["clip_skip"] = request.clip_skip
     if request.image is not None:
         recipe |= {"prompt_strength": request.strength, "image_sha256": request.image_sha256}
     if request.mask is not None:
@@ -59,8 +61,7 @@ def inputs_of(recipe: Recipe) -> dict[str, Any]:
         for name in ("prompt", "negative_prompt", "steps", "guidance", "seed", "width", "height", "lcm_scale")
     }
     inputs["aspect_ratio"] = "custom"
-    if "prompt_strength" in recipe:
-        inputs["prompt_strength"] = recipe["prompt_strength"]
+    inputs |= {name: recipe[name] for name in ("clip_skip", "prompt_strength") if name in recipe}
     for prefix, style in zip(("", "extra_"), recipe["styles"], strict=False):
         inputs |= {f"{prefix}style": style["style"], f"{prefix}style_scale": style["style_scale"]}
     return inputs
@@ -77,6 +78,8 @@ def parameters_text(recipe: Recipe) -> str:
         "Model hash": recipe["revision"][:10],
         "Model": recipe["model"],
     }
+    if "clip_skip" in recipe:
+        settings["Clip skip"] = recipe["clip_skip"] + 1  # they count from the last layer, we from 0
     if "prompt_strength" in recipe:
         settings["Denoising strength"] = f"{recipe['prompt_strength']:g}"
     if recipe["styles"]:
@@ -139,7 +142,7 @@ def _check(recipe: Recipe) -> None:
     texts += [recipe[name] for name in ("image_sha256", "mask_sha256") if name in recipe]
     numbers = [recipe[name] for name in ("steps", "guidance", "seed", "width", "height", "lcm_scale")]
     numbers += [style["style_scale"] for style in recipe["styles"]]
-    numbers += [recipe["prompt_strength"]] if "prompt_strength" in recipe else []
+    numbers += [recipe[name] for name in ("clip_skip", "prompt_strength") if name in recipe]
     sound = all(isinstance(text, str) for text in texts) and all(
         isinstance(number, int | float) and not isinstance(number, bool) for number in numbers
     )

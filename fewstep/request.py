@@ -12,6 +12,7 @@ from PIL import Image
 from fewstep.errors import InvalidRequest
 from fewstep.images import fit, same_shape
 from fewstep.models import ModelSpec
+from fewstep.prompts import parse_prompt
 from fewstep.styles import StyleSource, parse_source
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class Request:
     unchecked: bool = False  # asked for; whether it counts is the operator's to say
     image_sha256: str = ""  # of the callers' files
     mask_sha256: str = ""
+    clip_skip: int = 0  # of the text encoders' layers, from the last
+    chunks: int = 0  # of the text encoders' length, that the prompts fill; 0: not counted yet
 
     @classmethod
     def create(
@@ -125,6 +128,7 @@ class Request:
         image: Image.Image | None = None,
         mask: Image.Image | None = None,
         prompt_strength: float = 0.8,
+        clip_skip: int = 0,
         disable_safety_checker: bool = False,
     ) -> "Request":
         """Check every input, types included, since coglet without a schema passes anything on.
@@ -139,7 +143,7 @@ class Request:
         far = _number("prompt_strength", prompt_strength, *STRENGTH)
         request = cls(
             prompt=_prompt(prompt),
-            negative_prompt=_text("negative_prompt", negative_prompt),
+            negative_prompt=_negative_prompt(negative_prompt),
             steps=_whole("steps", steps, *STEPS),
             guidance=scale,
             guided=guided,
@@ -157,6 +161,7 @@ class Request:
             strength=1.0 if image is None else far,
             image=None if image is None else fit(image, *size),
             mask=None if mask is None else fit(mask, *size),
+            clip_skip=_whole("clip_skip", clip_skip, 0, spec.max_clip_skip),
             unchecked=_flag("disable_safety_checker", disable_safety_checker),
             image_sha256="" if image is None else str(image.info.get("sha256", "")),
             mask_sha256="" if mask is None else str(mask.info.get("sha256", "")),
@@ -175,7 +180,8 @@ class Request:
         """Requests with equal keys may share a forward pass: all that changes the computation but prompt,
         seed and the value of guidance."""
         mode = "text" if self.image is None else "image" if self.mask is None else "mask"
-        return (self.width, self.height, mode, self.steps, self.strength, self.guided, self.mix.key)
+        text = (self.chunks, self.clip_skip)
+        return (self.width, self.height, mode, self.steps, self.strength, self.guided, text, self.mix.key)
 
     @property
     def real_steps(self) -> int:
@@ -237,8 +243,14 @@ def _text(name: str, value: object) -> str:
 
 def _prompt(value: object) -> str:
     prompt = _text("prompt", value)
-    if not prompt.strip():
+    if not parse_prompt("prompt", prompt):
         raise InvalidRequest("prompt is empty; say in a few words what to paint")
+    return prompt
+
+
+def _negative_prompt(value: object) -> str:
+    prompt = _text("negative_prompt", value)
+    parse_prompt("negative_prompt", prompt)
     return prompt
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, LCMScheduler
 from PIL import Image
 from torch import Tensor
 
 from fewstep.errors import Stopped
 from fewstep.models import ModelSpec
 from fewstep.request import SCHEDULE_STEPS, Request
-
-Diffusion: TypeAlias = StableDiffusionXLPipeline | StableDiffusionPipeline
+from fewstep.text_encoding import Diffusion, Prompt
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,6 @@ class _Start:
     noise: Tensor
     image: Tensor | None
     mask: Tensor | None
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the text encoders make of one prompt: states (1, T, D); of SDXL's second also pooled (1, P)."""
-
-    states: Tensor
-    pooled: Tensor | None
 
 
 def sample(
