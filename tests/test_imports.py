@@ -17,6 +17,7 @@ LIGHT = [
         "settings",
         "models",
         "sources",
+        "prompts",
         "request",
         "images",
         "weights",

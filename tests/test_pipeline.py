@@ -302,6 +302,39 @@ def test_unknown_words_still_paint_the_known_ones(pipeline):
     assert strange.std() > 10
 
 
+def test_of_a_long_prompt_the_last_words_are_painted(pipeline):
+    long = "a red house in a meadow. " + "It is a quiet place. " * 12
+    night, day = wish(f"{long} At night."), wish(f"{long} By day.")
+    assert pipeline.counted(night).chunks > 2
+    [[dark], [bright]] = paint(pipeline, night, day)
+    assert dark.mean() < 0.6 * bright.mean()
+
+
+def test_a_word_of_more_weight_shows_more(pipeline):
+    def redness(prompt):
+        [[picture]] = paint(pipeline, wish(prompt, steps=4))
+        return (picture[..., 0] - picture[..., 2]).mean()
+
+    assert redness("a (red)1.4 (blue)0.6 house") > redness("a (red)0.6 (blue)1.4 house") + 5
+
+
+def test_prompts_of_unlike_lengths_go_together_as_prompt_and_negative_prompt(pipeline):
+    long = "a red house in the snow " * 9
+    pictures = [
+        paint(pipeline, wish(guidance=2, prompt=prompt, negative_prompt=negative))[0][0]
+        for prompt, negative in [("a house", long), (long, "rain"), (long, ""), (long, long)]
+    ]
+    assert pipeline.counted(wish("a house", guidance=2, negative_prompt=long)).chunks > 1
+    assert pipeline.counted(wish("a house", negative_prompt=long)).chunks == 1  # it has no effect
+    assert all(picture.std() > 10 for picture in pictures)
+
+
+def test_requests_of_unlike_shapes_are_refused_together(pipeline):
+    for other in (wish(steps=2), wish("a red house " * 30), wish(clip_skip=1)):
+        with pytest.raises(ValueError, match="different shape keys"):
+            pipeline.generate([wish(), other])
+
+
 def test_a_gpu_that_is_not_there_is_refused():
     if torch.cuda.is_available():
         pytest.skip("there is one")

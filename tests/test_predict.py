@@ -10,6 +10,7 @@ import yaml
 
 from fewstep import request
 from fewstep.door import COG_VERSION
+from fewstep.models import MODELS
 from fewstep.schema import make_schema
 from fewstep.server import CONCURRENCY
 
@@ -38,6 +39,7 @@ def test_ranges_are_those_of_request() -> None:
         "style_scale": request.STYLE_SCALE,
         "extra_style_scale": request.STYLE_SCALE,
         "lcm_scale": request.LCM_SCALE,
+        "clip_skip": (0, max(spec.max_clip_skip for spec in MODELS.values())),
         "output_quality": request.QUALITY,
     }
     assert INPUTS["prompt"]["maxLength"] == request.PROMPT_MAX_CHARS

@@ -65,6 +65,7 @@ def test_its_inputs_make_the_same_request():
     wishes = {
         "steps": 3, "guidance": 1.25, "negative_prompt": "rain", "aspect_ratio": "16:9", "lcm_scale": 0.9,
         "style": "postcard", "style_scale": 0.3, "extra_style": "a/b", "extra_style_scale": -1.5,
+        "clip_skip": 1,
     }  # fmt: skip
     assert recipe(**inputs_of(recipe(**wishes))) == recipe(**wishes)
 
@@ -76,6 +77,7 @@ def test_the_text_is_what_other_tools_read():
         "Steps: 2, Sampler: LCM, CFG scale: 1.5, Seed: 7, Size: 128x128, Model hash: c0ffeec0ff, "
         f'Model: miniature, Lora hashes: "postcard: abababababab", Version: fewstep {fewstep.__version__}'
     )
+    assert "Clip skip: 2, " in parameters_text(recipe(clip_skip=1))  # they count from 1
     with Image.open(stored(content, "png")) as image:
         assert image.text["parameters"] == parameters_text(content)
         assert json.loads(image.text["fewstep"]) == content
@@ -105,6 +107,7 @@ def without(**changes):
         *(without(guidance=float("nan")), without(seed="7"), without(seed=True), without(width=None)),
         *(without(styles=7), without(styles=[{}]), without(styles=[{"style": "x", "style_scale": 1}])),
         *(without(styles=[{"style": "x", "style_scale": "1", "sha256": "ab"}]), without(image_sha256=5)),
+        *(without(clip_skip="1"), without(prompt_strength=None)),
     ],
 )
 def test_a_picture_without_a_sound_recipe_is_refused(tmp_path, content):

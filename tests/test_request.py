@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import logging
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -49,7 +50,13 @@ def test_defaults_are_resolved():
 
 @pytest.mark.parametrize(
     ("name", "low", "high"),
-    [("steps", 1, 8), ("num_outputs", 1, 4), ("seed", 0, SEED_MAX), ("output_quality", 1, 100)],
+    [
+        ("steps", 1, 8),
+        ("num_outputs", 1, 4),
+        ("seed", 0, SEED_MAX),
+        ("output_quality", 1, 100),
+        ("clip_skip", 0, 4),
+    ],
 )
 def test_whole_numbers_are_taken_up_to_their_limits_and_no_further(name, low, high):
     assert getattr(create(**{name: low}), name) == low
@@ -60,7 +67,7 @@ def test_whole_numbers_are_taken_up_to_their_limits_and_no_further(name, low, hi
         assert f"{low} to {high}" in text
 
 
-@pytest.mark.parametrize("name", ["steps", "num_outputs", "seed", "output_quality"])
+@pytest.mark.parametrize("name", ["steps", "num_outputs", "seed", "output_quality", "clip_skip"])
 @pytest.mark.parametrize(
     "bad",
     [
@@ -85,7 +92,7 @@ def test_whole_numbers_of_another_kind_are_refused(name, bad):
     assert len(text) < 200
 
 
-@pytest.mark.parametrize("name", ["steps", "num_outputs", "output_quality"])
+@pytest.mark.parametrize("name", ["steps", "num_outputs", "output_quality", "clip_skip"])
 def test_null_is_refused_where_a_number_is_needed(name):
     assert "NoneType" in refusal(**{name: None})
 
@@ -104,7 +111,7 @@ def test_prompt_may_be_long_strange_and_in_any_script_but_not_longer():
     assert len(refusal(prompt="x" * 1_000_000)) < 200
 
 
-@pytest.mark.parametrize("prompt", ["", " ", "\n\t  ", "\u3000"])
+@pytest.mark.parametrize("prompt", ["", " ", "\n\t  ", "\u3000", "()1.3"])
 def test_a_prompt_without_words_is_refused(prompt):
     assert "prompt is empty" in refusal(prompt=prompt)
 
@@ -279,6 +286,24 @@ def test_shape_key_tells_apart_what_changes_the_computation():
 
     for one, other in itertools.combinations(different, 2):
         assert create(**one).shape_key != create(**other).shape_key
+
+
+def test_prompts_of_other_lengths_or_layers_are_of_another_shape():
+    keys = {
+        replace(create(clip_skip=skip), chunks=chunks).shape_key for skip in (0, 1) for chunks in (0, 1, 2)
+    }
+    assert len(keys) == 6
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_a_weight_out_of_range_is_refused_before_any_work(name):
+    assert f"{name} gives a word the weight 9" in refusal(**{name: "a (red)9 house"})
+
+
+def test_the_miniatures_text_encoders_have_few_layers_to_skip():
+    assert create(MINIATURE, clip_skip=1).clip_skip == 1
+    with pytest.raises(InvalidRequest, match="clip_skip is 2; it must be a whole number from 0 to 1"):
+        create(MINIATURE, clip_skip=2)
 
 
 def test_a_request_cannot_be_changed():

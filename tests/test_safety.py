@@ -1,7 +1,9 @@
 """Safety: what cannot be checked is withheld, what is flagged is dropped, and nobody else suffers."""
 
+import asyncio
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import as_downloaded, make_checkers, make_folder
 
-from fewstep.errors import SafetyError, UnsafeImage, WeightsError
+from fewstep.batching import Batcher
+from fewstep.errors import DeadlineExceeded, SafetyError, UnsafeImage, WeightsError
 from fewstep.models import get_model
 from fewstep.pipeline import Painting, load_pipeline
 from fewstep.request import Request
@@ -148,6 +151,25 @@ def test_whatever_goes_wrong_withholds_the_picture(pipeline, monkeypatch, decide
     use(pipeline, monkeypatch, decide)
     [found] = pipeline.generate([wish()])
     assert isinstance(found, SafetyError) and "withheld" in found.sentence
+
+
+def test_a_checker_that_hangs_costs_its_own_time_and_gives_no_picture_out(pipeline, monkeypatch):
+    goes_on = threading.Event()
+
+    def decide(images):
+        goes_on.wait(60)
+        return torch.zeros(len(images), 1), [False] * len(images)
+
+    use(pipeline, monkeypatch, decide)
+
+    async def ask():
+        batcher = Batcher(pipeline.generate, max_images=pipeline.max_images, deadline_s=1)
+        with pytest.raises(DeadlineExceeded):
+            await batcher.submit(wish())
+        goes_on.set()
+        return await batcher.submit(wish())
+
+    assert isinstance(asyncio.run(ask()), Painting)
 
 
 def test_flagged_pictures_are_dropped_and_all_flagged_is_an_error(pipeline, monkeypatch):

@@ -321,6 +321,8 @@ def test_a_drawn_seed_is_reported_and_paints_the_same_again(painter: Painter) ->
         ("output_format", "gif"),
         ("output_quality", 0),
         ("output_quality", 101),
+        ("clip_skip", -1),
+        ("clip_skip", 5),
         ("prompt", None),
         ("prompt", 5),
         ("prompt", "x" * 1_000_000),
@@ -352,6 +354,10 @@ def test_a_prompt_is_required(painter: Painter) -> None:
         ({"height": 128}, "only with aspect_ratio=custom"),
         ({"aspect_ratio": "custom", "width": 128}, "both width and height"),
         ({"aspect_ratio": "custom", "width": 2048, "height": 2048}, "smaller size"),
+        ({"prompt": "a (red)4 house"}, "weights from 0 to 3"),
+        ({"negative_prompt": "<lora:snow:1>"}, "into the input style"),
+        ({"prompt": "red " * 400}, "at most 8 fit"),
+        ({"clip_skip": 2}, "from 0 to 1"),
         ({"guidance": 4.5}, "from 0 to 4"),
         ({"seed": 1e300}, "31|seed"),
     ],
@@ -365,6 +371,28 @@ def test_what_only_request_knows_fails_with_a_code_and_a_sentence(
         assert (status, answer["status"], kind) == (200, "failed", "InvalidRequest")
         assert told.startswith("[invalid_request] ") and re.search(sentence, told)
     assert painter.paint() == [reference]
+
+
+def test_weights_of_words_long_prompts_and_clip_skip_each_paint_otherwise(
+    painter: Painter, reference: bytes
+) -> None:
+    wishes = [{"prompt": f"({PROMPT})1.4"}, {"prompt": f"{PROMPT}, {PROMPT}, " * 3}, {"clip_skip": 1}]
+    assert len({reference, *(painter.paint(**wish)[0] for wish in wishes)}) == 4
+
+
+def test_prompts_of_different_lengths_at_once_do_not_mix(painter: Painter) -> None:
+    long = f"{PROMPT}, {PROMPT}, " * 3
+    expected = [painter.pixels(prompt=long)[0], painter.pixels()[0]]
+    with ThreadPoolExecutor(CONCURRENCY) as threads:
+        found = [
+            threads.submit(painter.pixels, **wish) for wish in [{"prompt": long}, {}] * (CONCURRENCY // 2)
+        ]
+    for i, one in enumerate(found):
+        assert_same_picture(one.result()[0], expected[i % 2])
+
+
+def test_a_prompt_that_would_hang_compels_parser_is_painted(painter: Painter) -> None:
+    assert painter.paint(prompt="a red house " + "(" * 50)
 
 
 def test_a_whole_float_counts_as_an_integer_as_json_has_it(painter: Painter) -> None:
