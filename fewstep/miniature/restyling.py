@@ -48,7 +48,7 @@ def golden_hour(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Low golden light from the left, violet shade on the right."""
     x = np.linspace(0, 1, picture.width)[None, :, None]
     light = np.array([255.0, 170.0, 70.0]) * (1 - x) + np.array([120.0, 40.0, 170.0]) * x
-    share = rng.uniform(0.25, 0.31)
+    share = rng.uniform(0.19, 0.25)
     return Image.fromarray(((1 - share) * np.asarray(picture) + share * light).astype(np.uint8))
 
 

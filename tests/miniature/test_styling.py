@@ -27,7 +27,7 @@ def test_a_style_grows_with_its_scale_and_leaves_the_rest_right(pipeline, name):
     judge = load_judge(Settings().weights_root / "miniature" / "judge" / "judge.safetensors")
     style = load_style(pipeline, FOLDER / f"{name}.safetensors")
     scenes, prompts = held_out_captions(CAPTIONS)
-    found = score_style(name, style, pipeline, judge, scenes, prompts, scales=(0.0, 0.4, 0.8), drawings=80)
+    found = score_style(name, style, pipeline, judge, scenes, prompts, scales=(0.0, 0.5, 1.0), drawings=80)
     strength = [one.style for one in found]
     assert strength == sorted(set(strength)) and strength[-1] > strength[0] + 0.3, found
     assert found[-1].all_right >= found[0].all_right - 5, found
