@@ -15,6 +15,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,11 @@ class Lora:
     def size(self) -> int:
         """What it takes of memory, in bytes."""
         return sum(module.down.nbytes + module.up.nbytes for module in self.modules.values())
+
+    @cached_property
+    def changes_text(self) -> bool:
+        """Whether it changes how prompts are read."""
+        return any(layer.startswith("text_encoder") for layer in self.modules)
 
 
 class Adapters:

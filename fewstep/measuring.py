@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.server import Server, ServerFailed, code_and_sentence, free_port, running_server
+from fewstep.settings import Settings
 
 # A full-size model on a small CPU paints for minutes.
 DEADLINE_S = 3600
@@ -50,7 +51,7 @@ def measure(model: str, environ: Mapping[str, str] | None = None, **inputs: int)
             return {
                 **machine,
                 "model": model,
-                "dtype": environ.get("FEWSTEP_DTYPE") or ("fp16" if machine["gpu"] else "fp32"),
+                "dtype": _dtype_of(environ),
                 **inputs,
                 "setup_s": round(setup_s, 1),
                 "painting_s": round(painting_s, 2),
@@ -88,6 +89,13 @@ def describe_machine() -> dict[str, Any]:
         "torch": version("torch"),
         "diffusers": version("diffusers"),
     }
+
+
+def _dtype_of(environ: Mapping[str, str]) -> str:
+    from fewstep.pipeline import DTYPES, device_and_dtype  # imports torch, which takes seconds
+
+    _, dtype = device_and_dtype(Settings.from_env(environ))
+    return next(name for name, one in DTYPES.items() if one == dtype)
 
 
 def _peak_bytes(server: Server, forget: bool = False) -> int:

@@ -34,12 +34,49 @@ class Job:
 
 @dataclass(frozen=True)
 class _Start:
-    """What sampling begins with, (N, C, H / 8, W / 8) each: noise, and for images the latents to start from
-    and the mask, (N, 1, ...), 1 where to repaint."""
+    """What sampling begins with, (N, C, H / 8, W / 8) each: noise; what is added after each step but the
+    last, (steps - 1, N, ...); for images their latents, and the mask, (N, 1, ...), 1 where to repaint."""
 
     noise: Tensor
+    fresh: Tensor
     image: Tensor | None
     mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the sampler on latents x, with the network's output e and fresh noise z:
+    x' = of_latents x + of_output e + of_noise z."""
+
+    timestep: int
+    of_latents: float
+    of_output: float
+    of_noise: float  # 0 in the last step
+    kept: tuple[float, float]  # how much of an image and of its noise there is after this step
+
+
+def plan(scheduler: LCMScheduler, count: int, strength: float) -> tuple[tuple[float, float], list[Step]]:
+    """What `LCMScheduler.step` would compute, all of it numbers that are known before the first step; and how
+    much of an image and of its noise there is at the start.
+
+    With alpha and sigma of the noise schedule at t, and c_skip and c_out of the boundary condition (Song et
+    al., arXiv 2303.01469, section 3), a step is x0 = (x - sigma e) / alpha, or alpha x - sigma e of a network
+    that predicts v; then x' = alpha' (c_out x0 + c_skip x) + sigma' z.
+    """
+    scheduler.set_timesteps(count, strength=strength)
+    timesteps = scheduler.timesteps.tolist()
+    # Of the last step's result nothing is made noise again.
+    levels = [scheduler.alphas_cumprod[t].item() for t in timesteps] + [1.0]
+    mixes = [(level**0.5, (1 - level) ** 0.5) for level in levels]
+    steps = []
+    for t, (alpha, sigma), after in zip(timesteps, mixes, mixes[1:], strict=False):
+        c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(t)
+        if scheduler.config.prediction_type == "epsilon":
+            of_latents, of_output = c_out / alpha + c_skip, -c_out * sigma / alpha
+        else:
+            of_latents, of_output = c_out * alpha + c_skip, -c_out * sigma
+        steps.append(Step(t, after[0] * of_latents, after[0] * of_output, after[1], after))
+    return mixes[0], steps
 
 
 def sample(
@@ -48,56 +85,61 @@ def sample(
     """Multistep latent consistency sampling (Luo et al., arXiv 2310.04378, Algorithm 3): scaled latents.
 
     From an image, it begins where noise has covered `strength` of it (SDEdit, arXiv 2108.01073); under a
-    mask, what is to be kept is put back after every step (arXiv 2201.09865, without resampling).
+    mask, what is to be kept is put back after every step (arXiv 2201.09865, without resampling). Between two
+    steps nothing waits for the device.
     """
-    generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
-    scheduler = LCMScheduler.from_config(diffusion.scheduler.config)
+    unet = diffusion.unet
     # A strength below one step of the schedule still takes that one.
     strength = max(request.strength, 1 / SCHEDULE_STEPS)
-    scheduler.set_timesteps(request.real_steps, device=diffusion.unet.device, strength=strength)
-    start = _start(diffusion, jobs, request, generators)
+    first, steps = plan(LCMScheduler.from_config(diffusion.scheduler.config), request.real_steps, strength)
+    start = _start(diffusion, jobs, request, len(steps) - 1)
     latents = start.noise
     # On SDXL's schedule even the last timestep would leave a trace of the image.
     if start.image is not None and request.strength < 1:
-        latents = scheduler.add_noise(start.image, start.noise, scheduler.timesteps[:1])
+        latents = first[0] * start.image + first[1] * start.noise
     condition = _condition(diffusion, spec, jobs, request)
-    guidance = torch.tensor(
-        [job.guidance for job in jobs], dtype=diffusion.unet.dtype, device=diffusion.unet.device
-    )[:, None, None, None]
-    for i, t in enumerate(scheduler.timesteps):
+    guidance = torch.tensor([job.guidance for job in jobs], device=unet.device)[:, None, None, None]
+    timesteps = torch.tensor([step.timestep for step in steps], device=unet.device)
+    for i, step in enumerate(steps):
         if stopped():
             raise Stopped("every caller of this batch has left")
-        given = torch.cat([latents, latents]) if request.guided else latents
-        output = diffusion.unet(given, t, **condition).sample
+        given = latents.to(unet.dtype)
+        if request.guided:
+            given = torch.cat([given, given])
+        output = unet(given, timesteps[i], **condition, return_dict=False)[0].float()
         if request.guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance * (conditional - unconditional)
-        latents = scheduler.step(output, t, latents, generator=generators, return_dict=False)[0]
+        latents = step.of_latents * latents + step.of_output * output
+        if step.of_noise:
+            latents += step.of_noise * start.fresh[i]
         if start.mask is not None and start.image is not None:
-            after = scheduler.timesteps[i + 1 : i + 2]
-            kept = scheduler.add_noise(start.image, start.noise, after) if len(after) else start.image
+            kept = step.kept[0] * start.image + step.kept[1] * start.noise
             latents = start.mask * latents + (1 - start.mask) * kept
     return latents
 
 
-def _start(
-    diffusion: Diffusion, jobs: Sequence[Job], request: Request, generators: Sequence[torch.Generator]
-) -> _Start:
-    """Noise, and the callers' images and masks as latents. As in diffusers, each image's generator draws
-    its latents first and then its noise."""
+def _start(diffusion: Diffusion, jobs: Sequence[Job], request: Request, fresh: int) -> _Start:
+    """All noise, and the callers' images and masks as latents. As in diffusers, each image's generator draws
+    its latents first, then what it starts from, then what is added step by step."""
     unet = diffusion.unet
+    generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
     images = [
         encode_image(diffusion.vae, job.image, g)
         for job, g in zip(jobs, generators, strict=True)
         if job.image
     ]
     size = (1, unet.config.in_channels, request.height // 8, request.width // 8)
-    noise = torch.cat([torch.randn(size, generator=g) for g in generators])
+    noise = torch.stack(
+        [torch.cat([torch.randn(size, generator=g) for g in generators]) for _ in range(1 + fresh)]
+    )
+    noise = noise.to(unet.device)
     masks = [mask_of_latents(job.mask) for job in jobs if job.mask]
     return _Start(
-        noise.to(unet.device, unet.dtype),
-        torch.cat(images).to(unet.device, unet.dtype) if images else None,
-        torch.cat(masks).to(unet.device, unet.dtype) if masks else None,
+        noise[0],
+        noise[1:],
+        torch.cat(images).float() if images else None,
+        torch.cat(masks).to(unet.device) if masks else None,
     )
 
 

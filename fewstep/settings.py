@@ -62,7 +62,7 @@ class Settings:
     weights_root: Path = field(default_factory=_weights_of_repository)
     output_root: Path = field(default_factory=_outputs_in_temporary_folder)
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: str = "auto"  # fp16 on a GPU; on a CPU bf16 where it multiplies that itself, else fp32
     verify: str = "sha256"
     deadline_s: float = 120.0
     max_batch: int = 8  # images in one forward pass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
+from collections.abc import Hashable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,6 +21,8 @@ Diffusion: TypeAlias = StableDiffusionXLPipeline | StableDiffusionPipeline
 
 # Of 75 tokens each for the real models: more than 2,000 characters of any language with an alphabet need.
 MAX_CHUNKS = 8
+# Of encoded prompts that are kept; one of SDXL's is 0.3 MB a chunk in 16 bits.
+KEPT_BYTES = 64 * 10**6
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,11 @@ class Prompt:
 
     states: Tensor
     pooled: Tensor | None
+
+    @property
+    def size(self) -> int:
+        """What it takes of memory, in bytes."""
+        return self.states.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
 
 class TextEncoding:
@@ -48,6 +57,7 @@ class TextEncoding:
         # their padding only, which is not counted.
         self._counter = _provider(deepcopy(diffusion.tokenizer), None, self._states)
         self._counting = threading.Lock()
+        self._kept: OrderedDict[Hashable, Prompt] = OrderedDict()
 
     def count_chunks(self, name: str, text: str) -> int:
         """How many times the text encoders' length a prompt fills, on any thread; at least 1.
@@ -66,7 +76,18 @@ class TextEncoding:
             )
         return found
 
-    def encode(self, text: str, chunks: int = 1, clip_skip: int = 0) -> Prompt:
+    def encode(self, text: str, chunks: int = 1, clip_skip: int = 0, weights: Hashable = ()) -> Prompt:
+        """A prompt as `_encode` makes it, or as it was made before by the same `weights` of the encoders."""
+        key = (text, chunks, clip_skip, weights)
+        if key not in self._kept:
+            self._kept[key] = self._encode(text, chunks, clip_skip)
+            total = sum(prompt.size for prompt in self._kept.values())
+            while total > KEPT_BYTES and len(self._kept) > 1:
+                total -= self._kept.popitem(last=False)[1].size
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _encode(self, text: str, chunks: int, clip_skip: int) -> Prompt:
         """A prompt that `parse_prompt` and `count_chunks` took, padded to `chunks` with the empty prompt.
 
         A plain prompt of one chunk is encoded by diffusers. Weights and chunks are compel's: a word's states
@@ -97,10 +118,10 @@ class TextEncoding:
             pooled = provider.get_pooled_embeddings([plain], device=encoder.device)
         return Prompt(torch.cat(found, dim=-1), pooled)
 
-    def nothing(self, prompt: Prompt, chunks: int = 1, clip_skip: int = 0) -> Prompt:
+    def nothing(self, prompt: Prompt, chunks: int = 1, clip_skip: int = 0, weights: Hashable = ()) -> Prompt:
         """No prompt at all: zeros for SDXL (`force_zeros_for_empty_prompt`), the empty text for SD."""
         if prompt.pooled is None:
-            return self.encode("", chunks, clip_skip)
+            return self.encode("", chunks, clip_skip, weights)
         return Prompt(torch.zeros_like(prompt.states), torch.zeros_like(prompt.pooled))
 
 

@@ -72,7 +72,9 @@ def assert_same_picture(found: np.ndarray, expected: np.ndarray) -> None:
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FEWSTEP_")}
-    return kept | {"FEWSTEP_OUTPUTS": str(folder / "outputs"), "NO_COLOR": "1"} | variables
+    # fp32, since a CPU that multiplies bf16 would use it, and other batch sizes then differ by more.
+    own = {"FEWSTEP_OUTPUTS": str(folder / "outputs"), "FEWSTEP_DTYPE": "fp32", "NO_COLOR": "1"}
+    return kept | own | variables
 
 
 def start(folder: Path, **variables: str) -> Any:

@@ -173,17 +173,35 @@ def test_a_negative_prompt_of_nothing_is_zeros_for_sdxl_and_empty_text_for_sd(di
 
 def test_a_weight_is_taken_from_the_encoders_as_they_are_now(diffusion, text):
     """A style changes their weights between two requests; compel's providers keep what they once encoded."""
-    before = text.encode("a (red)1.3 house", chunks=2).states
+    wish = ("a (red)1.3 house", 2, 0)
+    before = text.encode(*wish).states
     weight = diffusion.text_encoder.get_parameter("encoder.layers.0.self_attn.q_proj.weight")
     pristine = weight.clone()
     weight.mul_(3)
     try:
-        styled = text.encode("a (red)1.3 house", chunks=2).states
-        assert torch.equal(styled, TextEncoding(diffusion).encode("a (red)1.3 house", chunks=2).states)
+        styled = text.encode(*wish, weights="of a style").states
+        assert torch.equal(styled, TextEncoding(diffusion).encode(*wish).states)
     finally:
         weight.copy_(pristine)
     assert not torch.equal(styled, before)
-    assert torch.equal(text.encode("a (red)1.3 house", chunks=2).states, before)
+    assert torch.equal(text.encode(*wish, weights="of another").states, before)
+
+
+def test_what_was_encoded_is_kept_while_there_is_room(diffusion, text, monkeypatch):
+    calls = []
+    encode = TextEncoding._encode
+    monkeypatch.setattr(
+        TextEncoding, "_encode", lambda self, *wish: calls.append(wish) or encode(self, *wish)
+    )
+    wishes = [(PLAIN,), (PLAIN, 2), (PLAIN, 1, 1), (PLAIN, 1, 0, "of a style"), (LONG, 8)]
+    first = [text.encode(*wish) for wish in wishes]
+    assert all(text.encode(*wish) is one for wish, one in zip(wishes, first, strict=True))
+    assert len(calls) == len(wishes)
+    monkeypatch.setattr("fewstep.text_encoding.KEPT_BYTES", sum(one.size for one in first))
+    text.encode(PLAIN)
+    text.encode(PLAIN + "!")  # in the place of what was used longest ago, which is not PLAIN
+    assert text.encode(PLAIN) is first[0] and text.encode(LONG, 8) is first[-1]
+    assert text.encode(PLAIN, 2) is not first[1]
 
 
 def test_chunks_are_counted_on_any_thread_while_the_model_encodes(text):
