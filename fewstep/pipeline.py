@@ -269,9 +269,9 @@ class Pipeline:
         """
         vae = self.diffusion.vae
         latents = latents / vae.config.scaling_factor
-        pixels = vae.decode(latents.to(vae.dtype)).sample.float()
+        pixels = vae.decode(latents.to(self.dtype)).sample.float()
         again = _finite(latents) & ~_finite(pixels)
-        if vae.dtype != torch.float32 and again.any():
+        if self.dtype != torch.float32 and again.any():
             logger.warning("%d of %d images are decoded again in fp32", again.sum(), len(again))
             pixels[again] = copy.deepcopy(vae).float().decode(latents[again]).sample
         finite = _finite(pixels).tolist()

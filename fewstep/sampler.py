@@ -88,7 +88,8 @@ def sample(
     mask, what is to be kept is put back after every step (arXiv 2201.09865, without resampling). Between two
     steps nothing waits for the device.
     """
-    unet = diffusion.unet
+    # Of the model's dtype and device, for which it looks through all of its layers when asked.
+    states = jobs[0].prompt.states
     # A strength below one step of the schedule still takes that one.
     strength = max(request.strength, 1 / SCHEDULE_STEPS)
     first, steps = plan(LCMScheduler.from_config(diffusion.scheduler.config), request.real_steps, strength)
@@ -98,15 +99,15 @@ def sample(
     if start.image is not None and request.strength < 1:
         latents = first[0] * start.image + first[1] * start.noise
     condition = _condition(diffusion, spec, jobs, request)
-    guidance = torch.tensor([job.guidance for job in jobs], device=unet.device)[:, None, None, None]
-    timesteps = torch.tensor([step.timestep for step in steps], device=unet.device)
+    guidance = torch.tensor([job.guidance for job in jobs], device=states.device)[:, None, None, None]
+    timesteps = torch.tensor([step.timestep for step in steps], device=states.device)
     for i, step in enumerate(steps):
         if stopped():
             raise Stopped("every caller of this batch has left")
-        given = latents.to(unet.dtype)
+        given = latents.to(states.dtype)
         if request.guided:
             given = torch.cat([given, given])
-        output = unet(given, timesteps[i], **condition, return_dict=False)[0].float()
+        output = diffusion.unet(given, timesteps[i], **condition, return_dict=False)[0].float()
         if request.guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance * (conditional - unconditional)
@@ -122,24 +123,24 @@ def sample(
 def _start(diffusion: Diffusion, jobs: Sequence[Job], request: Request, fresh: int) -> _Start:
     """All noise, and the callers' images and masks as latents. As in diffusers, each image's generator draws
     its latents first, then what it starts from, then what is added step by step."""
-    unet = diffusion.unet
+    device = jobs[0].prompt.states.device
     generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
     images = [
         encode_image(diffusion.vae, job.image, g)
         for job, g in zip(jobs, generators, strict=True)
         if job.image
     ]
-    size = (1, unet.config.in_channels, request.height // 8, request.width // 8)
+    size = (1, diffusion.unet.config.in_channels, request.height // 8, request.width // 8)
     noise = torch.stack(
         [torch.cat([torch.randn(size, generator=g) for g in generators]) for _ in range(1 + fresh)]
     )
-    noise = noise.to(unet.device)
+    noise = noise.to(device)
     masks = [mask_of_latents(job.mask) for job in jobs if job.mask]
     return _Start(
         noise[0],
         noise[1:],
         torch.cat(images).float() if images else None,
-        torch.cat(masks).to(unet.device) if masks else None,
+        torch.cat(masks).to(device) if masks else None,
     )
 
 
@@ -159,19 +160,20 @@ def _condition(
     prompts = [job.prompt for job in jobs]
     if request.guided:
         prompts = [job.negative for job in jobs if job.negative is not None] + prompts
-    condition: dict[str, Any] = {"encoder_hidden_states": torch.cat([prompt.states for prompt in prompts])}
+    states = torch.cat([prompt.states for prompt in prompts])
+    condition: dict[str, Any] = {"encoder_hidden_states": states}
     pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
     if pooled:
         size = (request.height, request.width)
         time_ids = torch.tensor(
-            [(*size, 0, 0, *size)] * len(prompts), dtype=diffusion.unet.dtype, device=diffusion.unet.device
+            [(*size, 0, 0, *size)] * len(prompts), dtype=states.dtype, device=states.device
         )
         condition["added_cond_kwargs"] = {"text_embeds": torch.cat(pooled), "time_ids": time_ids}
     if spec.embedded_guidance:
         w = torch.tensor([job.guidance - 1 for job in jobs])  # diffusers' guidance scale is 1 + w
         width = diffusion.unet.config.time_cond_proj_dim
         embedded = diffusion.get_guidance_scale_embedding(w, embedding_dim=width)
-        condition["timestep_cond"] = embedded.to(diffusion.unet.device, diffusion.unet.dtype)
+        condition["timestep_cond"] = embedded.to(states)
     return condition
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -42,14 +42,13 @@ class TextEncoding:
     """The text encoders of a pipeline and their tokenizers: SDXL has two, SD one."""
 
     def __init__(self, diffusion: Diffusion) -> None:
-        self.diffusion = diffusion
         self._tokenizers = [diffusion.tokenizer]
-        self._encoders = [diffusion.text_encoder]
+        self._encoders = [_encoder(diffusion.text_encoder)]
         # SDXL was trained on the states before the last layer, without its norm.
         self._states = ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED
         if isinstance(diffusion, StableDiffusionXLPipeline):
             self._tokenizers.append(diffusion.tokenizer_2)
-            self._encoders.append(diffusion.text_encoder_2)
+            self._encoders.append(_encoder(diffusion.text_encoder_2))
             self._states = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
         for tokenizer in self._tokenizers:  # "will result in indexing errors", which chunks do not
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -90,33 +89,40 @@ class TextEncoding:
     def _encode(self, text: str, chunks: int, clip_skip: int) -> Prompt:
         """A prompt that `parse_prompt` and `count_chunks` took, padded to `chunks` with the empty prompt.
 
-        A plain prompt of one chunk is encoded by diffusers. Weights and chunks are compel's: a word's states
-        are moved away from those of the empty prompt, or towards those of the prompt without it. What is
-        pooled is of the first chunk and without weights.
+        A plain prompt of one chunk is encoded as diffusers' `encode_prompt` does. Weights and chunks are
+        compel's: a word's states are moved away from those of the empty prompt, or towards those of the
+        prompt without it. What is pooled is of the first chunk and without weights.
         """
         parts = parse_prompt("prompt", text) or (Part(""),)
-        if chunks == 1 and not clip_skip and is_plain(parts):
-            states, _, *pooled = self.diffusion.encode_prompt(
-                "".join(part.text for part in parts),
-                device=self._encoders[0].device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-            )
-            return Prompt(states, pooled[0] if pooled else None)
+        encoders = [replace(encoder, skip=clip_skip) for encoder in self._encoders]
+        if chunks == 1 and is_plain(parts):
+            return self._encode_plain(parts[0].text, encoders)
         found = []
-        for tokenizer, encoder in zip(self._tokenizers, self._encoders, strict=True):
+        for tokenizer, encoder in zip(self._tokenizers, encoders, strict=True):
             # A new one each time: it keeps the empty prompt's states, which change with a style's weights.
-            provider = _provider(tokenizer, _Encoder(encoder, clip_skip), self._states)
+            provider = _provider(tokenizer, encoder, self._states)
             states = provider.get_embeddings_for_weighted_prompt_fragments(
                 [[part.text for part in parts]], [[part.weight for part in parts]], device=encoder.device
             )
             padding = [provider.empty_z] * (chunks - states.shape[1] // provider.max_token_count)
             found.append(torch.cat([states, *padding], dim=1))
         pooled = None
-        if len(self._encoders) > 1:
+        if len(encoders) > 1:
             plain = " ".join(part.text for part in parts)
             pooled = provider.get_pooled_embeddings([plain], device=encoder.device)
         return Prompt(torch.cat(found, dim=-1), pooled)
+
+    def _encode_plain(self, text: str, encoders: Sequence[_Encoder]) -> Prompt:
+        outputs = []
+        for tokenizer, encoder in zip(self._tokenizers, encoders, strict=True):
+            length = tokenizer.model_max_length
+            ids = tokenizer(
+                text, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+            outputs.append(encoder(ids.input_ids.to(encoder.device)))
+        if len(outputs) == 1:
+            return Prompt(outputs[0].last_hidden_state, None)
+        return Prompt(torch.cat([one.hidden_states[-2] for one in outputs], dim=-1), outputs[1].text_embeds)
 
     def nothing(self, prompt: Prompt, chunks: int = 1, clip_skip: int = 0, weights: Hashable = ()) -> Prompt:
         """No prompt at all: zeros for SDXL (`force_zeros_for_empty_prompt`), the empty text for SD."""
@@ -125,21 +131,27 @@ class TextEncoding:
         return Prompt(torch.zeros_like(prompt.states), torch.zeros_like(prompt.pooled))
 
 
+@dataclass(frozen=True)
 class _Encoder:
     """A text encoder as compel calls it, with the last `skip` layers left out but for what is pooled."""
 
-    def __init__(self, encoder: Any, skip: int) -> None:
-        self.device, self.dtype = encoder.device, encoder.dtype
-        self._encoder = encoder
-        self._skip = skip
+    model: Any
+    norm: Any  # its last layer
+    device: torch.device  # of the model, which looks through its layers when asked, as for its dtype
+    dtype: torch.dtype
+    skip: int = 0
 
     def __call__(self, ids: Tensor, mask: Tensor | None = None, **_: Any) -> Any:
-        output = self._encoder(ids, mask, output_hidden_states=True)
-        if self._skip:
-            kept = output.hidden_states[: -self._skip]
-            norm = getattr(self._encoder, "text_model", self._encoder).final_layer_norm
-            output.hidden_states, output.last_hidden_state = kept, norm(kept[-1])
+        output = self.model(ids, mask, output_hidden_states=True)
+        if self.skip:
+            kept = output.hidden_states[: -self.skip]
+            output.hidden_states, output.last_hidden_state = kept, self.norm(kept[-1])
         return output
+
+
+def _encoder(model: Any) -> _Encoder:
+    norm = getattr(model, "text_model", model).final_layer_norm
+    return _Encoder(model, norm, model.device, model.dtype)
 
 
 def _provider(tokenizer: Any, encoder: _Encoder | None, states: ReturnedEmbeddingsType) -> EmbeddingsProvider:

@@ -211,5 +211,5 @@ def test_chunks_are_counted_on_any_thread_while_the_model_encodes(text):
     with ThreadPoolExecutor(4) as threads:
         counted = [threads.submit(text.count_chunks, "prompt", LONG) for _ in range(300)]
         while not all(one.done() for one in counted):
-            assert torch.equal(text.encode(PLAIN).states, expected)
+            assert torch.equal(text._encode(PLAIN, 1, 0).states, expected)
     assert {one.result() for one in counted} == {chunks}

@@ -28,14 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
 
     def work() -> None:
-        _make(chosen.name, again=not chosen.measure)
+        make(chosen.name, again=not chosen.measure)
         if chosen.measure:
             _measure(f"{chosen.name}-random", chosen.size, chosen.steps)
 
     return status_of(work)
 
 
-def _make(name: str, again: bool) -> None:
+def make(name: str, again: bool) -> None:
+    """Make the folder of `name`; one that is there is kept unless `again`."""
     from fewstep.settings import Settings
 
     root = Settings.from_env().weights_root

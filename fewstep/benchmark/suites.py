@@ -1,0 +1,148 @@
+"""What is measured, and how one run of it goes: every round starts each system anew, one after the other."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fewstep.benchmark.systems import PROMPT, Wish
+from fewstep.server import ServerFailed, code_and_sentence, free_port, running_server
+
+HTTP = "fewstep-http"  # the container's server, from the request to the bytes of the image in hand
+Sample: TypeAlias = dict[str, Any]
+PARTS = ("unet", "vae", "text", "encode")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Systems and wishes that are compared; `repeats` pictures of each wish are timed in a round."""
+
+    model: str
+    systems: tuple[str, ...]
+    wishes: tuple[Wish, ...]
+    repeats: int
+
+
+COMPARED = ("fewstep", HTTP, "diffusers-bf16", "diffusers", "reference")
+SUITES = {
+    "miniature": Suite(
+        "miniature",
+        COMPARED,
+        (
+            *(
+                Wish(size, steps, guidance)
+                for size in (128, 256)
+                for steps in (1, 2, 4, 8)
+                for guidance in (1.0, 1.5)
+            ),
+            Wish(128, batch=8),
+        ),
+        repeats=5,
+    ),
+    "full": Suite("sdxl-random", COMPARED, (Wish(512),), repeats=1),
+    "full-1024": Suite("sdxl-random", COMPARED, (Wish(1024, steps=1),), repeats=1),
+}
+
+
+def run(
+    suite: Suite, weights: Path, rounds: int, told: Callable[[str], None]
+) -> dict[tuple[str, Wish], list[Sample]]:
+    """The samples of every system and wish, over all rounds."""
+    found: dict[tuple[str, Wish], list[Sample]] = {}
+    for i in range(rounds):
+        for system in suite.systems:
+            told(f"round {i + 1} of {rounds}: {system}")
+            for wish, sample in _samples(system, suite, weights):
+                found.setdefault((system, wish), []).append(sample)
+    return found
+
+
+def _samples(system: str, suite: Suite, weights: Path) -> Iterator[tuple[Wish, Sample]]:
+    if system == HTTP:
+        yield from _served(suite, weights)
+        return
+    texts = [json.dumps(asdict(wish)) for wish in suite.wishes]
+    command = [sys.executable, "-P", "-m", "fewstep.benchmark.worker", system, suite.model, str(weights)]
+    done = subprocess.run(
+        [*command, str(suite.repeats), *texts], stdout=subprocess.PIPE, check=True, text=True
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    for i, row in enumerate(rows):
+        yield suite.wishes[i // suite.repeats], row
+
+
+def _served(suite: Suite, weights: Path) -> Iterator[tuple[Wish, Sample]]:
+    environ = os.environ | {
+        "FEWSTEP_MODEL": suite.model,
+        "FEWSTEP_WEIGHTS": str(weights),
+        "FEWSTEP_VERIFY": "size",
+        "FEWSTEP_SAFETY": "off",
+        "FEWSTEP_DEADLINE_S": "3600",
+    }
+    with (
+        tempfile.TemporaryFile() as log,
+        running_server(port=free_port(), log=log, environ=environ) as server,
+    ):
+        server.wait_ready()
+        seed = 0
+        for wish in suite.wishes:
+            if wish.batch > 4:  # more than one request may ask for
+                continue
+            for timed in (False, *(True,) * suite.repeats):
+                seed += 100
+                inputs = {
+                    "prompt": f"{PROMPT} {seed}",
+                    "seed": seed,
+                    "steps": wish.steps if timed else 1,
+                    "guidance": wish.guidance,
+                    "aspect_ratio": "custom",
+                    "width": wish.size,
+                    "height": wish.size,
+                    "num_outputs": wish.batch,
+                }
+                started = time.perf_counter()
+                status, answer = server.post("/predictions", {"input": inputs})
+                if status != 200 or answer["status"] != "succeeded":
+                    raise ServerFailed(code_and_sentence(str(answer.get("error", answer))))
+                [base64.b64decode(url.partition(",")[2]) for url in answer["output"]]
+                seconds = time.perf_counter() - started
+                if timed:
+                    yield wish, {"seconds": seconds, **_stages(answer["metrics"])}
+
+
+def _stages(metrics: Mapping[str, float]) -> Sample:
+    """The server's own stopwatches, which go round each stage and not round the networks alone."""
+    names = {"unet": "steps", "vae": "decode", "text": "text", "encode": "encode"}
+    return {part: metrics[f"{name}_ms"] / 1000 for part, name in names.items()}
+
+
+def summarised(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Medians with the spread of the whole, in seconds; `other` is what no part accounts for."""
+    whole = [sample["seconds"] for sample in samples]
+    rests = [one["seconds"] - sum(one[part] for part in PARTS if part in one) for one in samples]
+    row: dict[str, Any] = {
+        "dtype": samples[0].get("dtype", ""),
+        "samples": len(samples),
+        "seconds": _median(whole),
+        "least": round(min(whole), 4),
+        "most": round(max(whole), 4),
+    }
+    for part in PARTS:
+        row[part] = _median([one[part] for one in samples]) if part in samples[0] else ""
+    row["other"] = _median(rests)
+    row["peak_gb"] = round(max(one["peak_gb"] for one in samples), 2) if "peak_gb" in samples[0] else ""
+    return row
+
+
+def _median(values: Sequence[float]) -> float:
+    return round(statistics.median(values), 4)

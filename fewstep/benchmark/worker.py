@@ -1,0 +1,76 @@
+"""One system in a process of its own: python -m fewstep.benchmark.worker SYSTEM MODEL WEIGHTS REPEATS WISH...
+
+Each WISH is JSON. Of every timed picture one line of JSON is written, after one that is not timed.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fewstep.benchmark.systems import SYSTEMS, System, Wish
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Load, and paint every wish."""
+    name, model, weights, repeats, *wishes = arguments
+    system = SYSTEMS[name](model, Path(weights))
+    seed = 0
+    for wish in (Wish(**json.loads(text)) for text in wishes):
+        system.paint(Wish(wish.size, 1, wish.guidance, wish.batch), 10**6)  # the first of a size is slower
+        for _ in range(int(repeats)):
+            seed += 100
+            with stopwatches(system) as spent:
+                started = time.perf_counter()
+                system.paint(wish, seed)
+                seconds = time.perf_counter() - started
+            row = {"seconds": seconds, **spent, "dtype": system.dtype, "peak_gb": _peak_gb()}
+            print(json.dumps(row), flush=True)
+
+
+@contextmanager
+def stopwatches(system: System) -> Iterator[dict[str, float]]:
+    """The seconds that are spent within each network; what is left is everybody's own overhead."""
+    diffusion: Any = system.diffusion
+    networks: dict[str, list[nn.Module]] = {
+        "unet": [diffusion.unet],
+        "vae": [diffusion.vae.decoder],
+        "text": [diffusion.text_encoder, diffusion.text_encoder_2],
+    }
+    spent = dict.fromkeys(networks, 0.0)
+    handles = [
+        handle for name, parts in networks.items() for part in parts for handle in _time(part, name, spent)
+    ]
+    try:
+        yield spent
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _time(module: nn.Module, name: str, spent: dict[str, float]) -> list[Any]:
+    began: list[float] = []
+
+    def before(*_: object) -> None:
+        began.append(time.perf_counter())
+
+    def after(*_: object) -> None:
+        spent[name] += time.perf_counter() - began.pop()
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+def _peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
