@@ -69,8 +69,8 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     diffusion = _load_verified(folder, spec, manifest, settings.verify, device, dtype)
     for module in (part for part in diffusion.components.values() if isinstance(part, torch.nn.Module)):
         module.eval().requires_grad_(False)
-    if device.type == "cpu":  # a fifth to a third faster; the UNet is slower that way
-        diffusion.vae.to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        _order_channels_last(diffusion, spec)
     adapters = Adapters(folder, {name: diffusion.components[name] for name in NETWORKS[spec.family]})
     if spec.lcm_lora:
         adapters.lcm_lora = _read_lcm_lora(adapters, folder, manifest, spec.remedy)
@@ -90,6 +90,14 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         checker=checker,
         allow_unsafe=settings.allow_unsafe,
     )
+
+
+def _order_channels_last(diffusion: Diffusion, spec: ModelSpec) -> None:
+    """As a CPU's convolutions want it: a VAE is a fifth to a third faster, SDXL's UNet a twentieth. The
+    miniature's UNet, of few channels, is slower that way."""
+    diffusion.vae.to(memory_format=torch.channels_last)
+    if spec.native_size >= 512:
+        diffusion.unet.to(memory_format=torch.channels_last)
 
 
 def _read_lcm_lora(adapters: Adapters, folder: Path, manifest: Manifest, remedy: str) -> Lora:

@@ -47,7 +47,7 @@ SUITES = {
             ),
             Wish(128, batch=8),
         ),
-        repeats=5,
+        repeats=3,
     ),
     "full": Suite("sdxl-random", COMPARED, (Wish(512),), repeats=1),
     "full-1024": Suite("sdxl-random", COMPARED, (Wish(1024, steps=1),), repeats=1),

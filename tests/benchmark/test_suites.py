@@ -1,0 +1,37 @@
+"""One run of a suite, in real processes, with the real server."""
+
+from dataclasses import replace
+
+from fewstep.benchmark.plots import plot
+from fewstep.benchmark.suites import HTTP, SUITES, run, summarised
+from fewstep.benchmark.systems import Wish
+from fewstep.settings import Settings
+
+
+def test_a_run_measures_every_system_and_draws_it(tmp_path):
+    wish = Wish(128, 1)
+    suite = replace(SUITES["miniature"], systems=("fewstep", HTTP), wishes=(wish,), repeats=2)
+    told = []
+    found = run(suite, Settings().weights_root, 1, told.append)
+    assert told == ["round 1 of 1: fewstep", f"round 1 of 1: {HTTP}"]
+    assert set(found) == {("fewstep", wish), (HTTP, wish)} and {len(rows) for rows in found.values()} == {2}
+    machine = {"cpu": "any", "cores": 2}
+    rows = [
+        {**machine, "system": name, **vars(wish), **summarised(rows)} for (name, _), rows in found.items()
+    ]
+    assert all(row["least"] <= row["seconds"] <= row["most"] and row["other"] > 0 for row in rows)
+    plot(
+        [*rows, {**machine, "system": "floor", **vars(wish), "dtype": "fp32", "seconds": 0.1}],
+        tmp_path / "x.png",
+    )
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_summary_is_of_medians():
+    samples = [
+        {"seconds": s, "unet": u, "dtype": "fp32", "peak_gb": p}
+        for s, u, p in [(3, 2, 1), (9, 8, 5), (4, 2, 2)]
+    ]
+    row = summarised(samples)
+    assert (row["seconds"], row["least"], row["most"], row["unet"], row["other"]) == (4, 3, 9, 2, 1)
+    assert (row["samples"], row["dtype"], row["peak_gb"], row["vae"]) == (3, "fp32", 5, "")
