@@ -32,6 +32,7 @@ from fewstep.errors import (
     WeightsError,
 )
 from fewstep.models import ModelSpec
+from fewstep.openvino_engine import OpenVinoEngine, converted
 from fewstep.request import Mix, Request
 from fewstep.safety import SafetyChecker, load_safety_checker
 from fewstep.sampler import Job, sample
@@ -66,6 +67,9 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     folder = settings.weights_root / spec.name
     device, dtype = device_and_dtype(settings)
     manifest = verify_weights(folder, remedy=spec.remedy, mode="size")
+    # First, while nothing else takes memory.
+    place = converted(folder, settings, device, dtype) if settings.engine == "openvino" else None
+    size = settings.openvino_size or (spec.native_size, spec.native_size)
     diffusion = _load_verified(folder, spec, manifest, settings.verify, device, dtype)
     for module in (part for part in diffusion.components.values() if isinstance(part, torch.nn.Module)):
         module.eval().requires_grad_(False)
@@ -89,6 +93,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         revision=manifest.revision,
         checker=checker,
         allow_unsafe=settings.allow_unsafe,
+        engine=None if place is None else OpenVinoEngine(diffusion, place, dtype, size),
     )
 
 
@@ -171,6 +176,7 @@ class Pipeline:
         revision: str = "",
         checker: SafetyChecker | None = None,
         allow_unsafe: bool = False,
+        engine: OpenVinoEngine | None = None,
     ) -> None:
         self.spec = spec
         self.revision = revision  # of the weights
@@ -180,6 +186,7 @@ class Pipeline:
         self.max_batch = max_batch
         self.checker = checker
         self.allow_unsafe = allow_unsafe
+        self.engine = engine
         self.device: torch.device = diffusion.unet.device
         self.dtype: torch.dtype = diffusion.unet.dtype
 
@@ -217,17 +224,20 @@ class Pipeline:
         started = time.perf_counter()
         jobs = [job for i, request in enumerate(requests) for job in self._jobs(i, request)]
         metrics["text_ms"] = _ms_since(started)
+        engine = self.engine if self.engine and self.engine.serves(requests[0]) else None
         limit = self.max_images(requests[0])
         passes = [jobs[i : i + limit] for i in range(0, len(jobs), limit)]
         metrics["batch_size"] = len(passes[0])
         images: list[Image.Image | FewstepError] = []
         for group in passes:
             started = time.perf_counter()
-            latents = sample(self.diffusion, self.spec, group, requests[0], stopped)
+            unet = engine.unet if engine else None
+            latents = sample(self.diffusion, self.spec, group, requests[0], stopped, unet)
             metrics["steps_ms"] = metrics.get("steps_ms", 0.0) + _ms_since(started)
             started = time.perf_counter()
+            images_of_group = self._decode(latents, engine.decode if engine else self._own_decode)
             decoded = [
-                _with_kept_parts(image, job) for image, job in zip(self._decode(latents), group, strict=True)
+                _with_kept_parts(image, job) for image, job in zip(images_of_group, group, strict=True)
             ]
             metrics["decode_ms"] = metrics.get("decode_ms", 0.0) + _ms_since(started)
             started = time.perf_counter()
@@ -270,14 +280,20 @@ class Pipeline:
             for seed in request.seeds
         ]
 
-    def _decode(self, latents: Tensor) -> list[Image.Image | FewstepError]:
+    def _own_decode(self, latents: Tensor) -> Tensor:
+        pixels: Tensor = self.diffusion.vae.decode(latents.to(self.dtype)).sample
+        return pixels
+
+    def _decode(
+        self, latents: Tensor, decode: Callable[[Tensor], Tensor]
+    ) -> list[Image.Image | FewstepError]:
         """Scaled latents -> RGB images; an error where a value is not finite, which would come out black.
 
         What leaves the range of 16 bits is decoded once more in fp32.
         """
         vae = self.diffusion.vae
         latents = latents / vae.config.scaling_factor
-        pixels = vae.decode(latents.to(self.dtype)).sample.float()
+        pixels = decode(latents).float()
         again = _finite(latents) & ~_finite(pixels)
         if self.dtype != torch.float32 and again.any():
             logger.warning("%d of %d images are decoded again in fp32", again.sum(), len(again))

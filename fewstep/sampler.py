@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from fewstep.errors import Stopped
 from fewstep.models import ModelSpec
 from fewstep.request import SCHEDULE_STEPS, Request
 from fewstep.text_encoding import Diffusion, Prompt
+
+# Latents, timestep and what `_condition` gives -> the network's output.
+UNet: TypeAlias = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,20 @@ def plan(scheduler: LCMScheduler, count: int, strength: float) -> tuple[tuple[fl
 
 
 def sample(
-    diffusion: Diffusion, spec: ModelSpec, jobs: Sequence[Job], request: Request, stopped: Callable[[], bool]
+    diffusion: Diffusion,
+    spec: ModelSpec,
+    jobs: Sequence[Job],
+    request: Request,
+    stopped: Callable[[], bool],
+    unet: UNet | None = None,
 ) -> Tensor:
     """Multistep latent consistency sampling (Luo et al., arXiv 2310.04378, Algorithm 3): scaled latents.
 
     From an image, it begins where noise has covered `strength` of it (SDEdit, arXiv 2108.01073); under a
     mask, what is to be kept is put back after every step (arXiv 2201.09865, without resampling). Between two
-    steps nothing waits for the device.
+    steps nothing waits for the device. `unet` takes the place of the model's own.
     """
+    unet = unet or _own_unet(diffusion)
     # Of the model's dtype and device, for which it looks through all of its layers when asked.
     states = jobs[0].prompt.states
     # A strength below one step of the schedule still takes that one.
@@ -107,7 +116,7 @@ def sample(
         given = latents.to(states.dtype)
         if request.guided:
             given = torch.cat([given, given])
-        output = diffusion.unet(given, timesteps[i], **condition, return_dict=False)[0].float()
+        output = unet(given, timesteps[i], condition).float()
         if request.guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance * (conditional - unconditional)
@@ -118,6 +127,14 @@ def sample(
             kept = step.kept[0] * start.image + step.kept[1] * start.noise
             latents = start.mask * latents + (1 - start.mask) * kept
     return latents
+
+
+def _own_unet(diffusion: Diffusion) -> UNet:
+    def unet(latents: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        output: Tensor = diffusion.unet(latents, timestep, **condition, return_dict=False)[0]
+        return output
+
+    return unet
 
 
 def _start(diffusion: Diffusion, jobs: Sequence[Job], request: Request, fresh: int) -> _Start:

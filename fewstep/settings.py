@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+ENGINES = ("torch", "openvino")
 VERIFY_MODES = ("sha256", "size")
 SAFETY = ("clip", "vit", "off")
 MAX_DEADLINE_S = 24 * 60 * 60
@@ -75,6 +77,8 @@ class Settings:
     style_cache: Path = field(default_factory=_styles_in_temporary_folder)
     style_disk_bytes: int = 20 * GIGABYTE
     style_memory_bytes: int = 4 * GIGABYTE
+    engine: str = "torch"
+    openvino_size: tuple[int, int] | None = None  # of the pictures that OpenVINO paints; None: native
     recipes: bool = True  # whether files carry what they were painted from
     hf_endpoint: str = HUB
     hf_token: str | None = field(default=None, repr=False)
@@ -93,6 +97,8 @@ class Settings:
             output_root=read.path("FEWSTEP_OUTPUTS", _outputs_in_temporary_folder()),
             device=read.choice("FEWSTEP_DEVICE", cls.device, DEVICES),
             dtype=read.choice("FEWSTEP_DTYPE", cls.dtype, DTYPES),
+            engine=read.choice("FEWSTEP_ENGINE", cls.engine, ENGINES),
+            openvino_size=read.size("FEWSTEP_OPENVINO_SIZE"),
             verify=read.choice("FEWSTEP_VERIFY", cls.verify, VERIFY_MODES),
             deadline_s=read.seconds("FEWSTEP_DEADLINE_S", cls.deadline_s, MAX_DEADLINE_S),
             max_batch=read.whole("FEWSTEP_MAX_BATCH", cls.max_batch, MAX_BATCH_LIMIT),
@@ -160,6 +166,19 @@ class _Reader:
         if not 1 <= value <= most:
             raise SettingsError(f"{name} must be a whole number from 1 to {most}")
         return value
+
+    def size(self, name: str) -> tuple[int, int] | None:
+        """Width and height in px, as in 512x768, multiples of 8."""
+        written = self.text(name, "")
+        found = re.fullmatch(r"(\d{2,4})x(\d{2,4})", written)
+        if not found:
+            if written:
+                raise SettingsError(f"{name} must be a width and a height in px, such as 512x768")
+            return None
+        width, height = int(found[1]), int(found[2])
+        if width % 8 or height % 8:
+            raise SettingsError(f"{name} must be of multiples of 8, since the VAE reduces by 8")
+        return width, height
 
     def warn_of_the_rest(self) -> None:
         for name in sorted(self._environ):

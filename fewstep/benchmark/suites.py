@@ -33,7 +33,7 @@ class Suite:
     repeats: int
 
 
-COMPARED = ("fewstep", HTTP, "diffusers-bf16", "diffusers", "reference")
+COMPARED = ("fewstep", "fewstep-openvino", HTTP, "diffusers-bf16", "diffusers", "reference")
 SUITES = {
     "miniature": Suite(
         "miniature",

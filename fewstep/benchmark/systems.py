@@ -9,6 +9,7 @@ import gc
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from fewstep.errors import FewstepError
 from fewstep.models import get_model
+from fewstep.openvino_engine import OpenVinoEngine
 from fewstep.pipeline import load_pipeline
 from fewstep.request import Request
 from fewstep.settings import Settings
@@ -44,15 +46,24 @@ class System:
     diffusion: Diffusion
     dtype: str
     paint: Callable[[Wish, int], list[Image.Image]]
+    engine: OpenVinoEngine | None = None
 
 
-Load: TypeAlias = Callable[[str, Path], System]
+Load: TypeAlias = Callable[[str, Path, int], System]  # a model, where its weights are, a size in px
 
 
-def fewstep(model: str, weights: Path, dtype: str = "auto") -> System:
+def fewstep(model: str, weights: Path, size: int, dtype: str = "auto", engine: str = "torch") -> System:
     """`Pipeline.generate`, as the container runs it but for the encoding of files."""
     spec = get_model(model)
-    settings = Settings(model=model, weights_root=weights, dtype=dtype, verify="size", safety="off")
+    settings = Settings(
+        model=model,
+        weights_root=weights,
+        dtype=dtype,
+        engine=engine,
+        openvino_size=(size, size),
+        verify="size",
+        safety="off",
+    )
     pipeline = load_pipeline(spec, settings)
 
     def paint(wish: Wish, seed: int) -> list[Image.Image]:
@@ -76,10 +87,10 @@ def fewstep(model: str, weights: Path, dtype: str = "auto") -> System:
             images += painting.images
         return images
 
-    return System(pipeline.diffusion, _name(pipeline.dtype), paint)
+    return System(pipeline.diffusion, _name(pipeline.dtype), paint, pipeline.engine)
 
 
-def diffusers(model: str, weights: Path, dtype: torch.dtype = torch.float32) -> System:
+def diffusers(model: str, weights: Path, size: int, dtype: torch.dtype = torch.float32) -> System:
     """`StableDiffusionXLPipeline` with `load_lora_weights`, `fuse_lora` and `LCMScheduler`."""
     folder = weights / model
     pipe = StableDiffusionXLPipeline.from_pretrained(
@@ -94,10 +105,10 @@ def diffusers(model: str, weights: Path, dtype: torch.dtype = torch.float32) -> 
     return System(pipe, _name(dtype), lambda wish, seed: _call(pipe, wish, seed))
 
 
-def reference(model: str, weights: Path) -> System:
+def reference(model: str, weights: Path, size: int) -> System:
     """What the few-step container does that is copied most: slices, tiles and an fp32 VAE against a lack of
     memory, channels_last, fused QKV, emptied caches and a PNG with every picture."""
-    system = diffusers(model, weights)
+    system = diffusers(model, weights, size)
     pipe: Any = system.diffusion
     pipe.enable_attention_slicing()
     pipe.vae.enable_slicing()
@@ -136,8 +147,9 @@ def _name(dtype: torch.dtype) -> str:
 
 SYSTEMS: dict[str, Load] = {
     "fewstep": fewstep,
-    "fewstep-fp32": lambda model, weights: fewstep(model, weights, "fp32"),
+    "fewstep-openvino": partial(fewstep, engine="openvino"),
+    "fewstep-fp32": partial(fewstep, dtype="fp32"),
     "diffusers": diffusers,
-    "diffusers-bf16": lambda model, weights: diffusers(model, weights, torch.bfloat16),
+    "diffusers-bf16": partial(diffusers, dtype=torch.bfloat16),
     "reference": reference,
 }

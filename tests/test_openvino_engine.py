@@ -1,0 +1,144 @@
+"""OpenVINO beside torch: the same pictures, faster, of what it was compiled for; all else is torch's."""
+
+import importlib.util
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import as_downloaded, make_folder
+
+from fewstep.errors import SettingsError, WeightsError
+from fewstep.miniature.drawing import draw
+from fewstep.miniature.scenes import Scene
+from fewstep.models import get_model
+from fewstep.pipeline import Painting, Pipeline, load_pipeline
+from fewstep.request import Request
+from fewstep.saving import save_model
+from fewstep.settings import Settings
+
+MINIATURE = get_model("miniature")
+PROMPT = "a red house in a meadow with mountains at sunset, in the middle"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    root = tmp_path_factory.mktemp("weights")
+    shutil.copytree(Settings().weights_root / "miniature", root / "miniature")
+    return root
+
+
+@pytest.fixture(scope="module")
+def settings(weights):
+    return {"weights_root": weights, "dtype": "fp32", "engine": "openvino"}
+
+
+@pytest.fixture(scope="module")
+def pipeline(settings) -> Pipeline:
+    return load_pipeline(MINIATURE, Settings(**settings))
+
+
+@pytest.fixture(scope="module")
+def torchs() -> Pipeline:
+    return load_pipeline(MINIATURE, Settings(dtype="fp32"))
+
+
+def wish(seed=7, prompt=PROMPT, **inputs) -> Request:
+    return Request.create(MINIATURE, prompt=prompt, seed=seed, **inputs)
+
+
+def paint(pipeline, *requests):
+    found = pipeline.generate(requests)
+    assert all(isinstance(one, Painting) for one in found), found
+    return [np.asarray(image, dtype=int) for one in found for image in one.images]
+
+
+@pytest.fixture
+def used(pipeline, monkeypatch):
+    """The sizes of the batches that OpenVINO's UNet was given."""
+    calls, unet = [], pipeline.engine.unet
+    monkeypatch.setattr(pipeline.engine, "unet", lambda x, *rest: calls.append(len(x)) or unet(x, *rest))
+    return calls
+
+
+GUIDED = {"guidance": 2.0, "negative_prompt": "night"}
+
+
+@pytest.mark.parametrize("inputs", [{}, {"steps": 1}, GUIDED, {"image": True}, {"clip_skip": 1}])
+def test_it_paints_what_torch_paints(pipeline, torchs, used, inputs):
+    if "image" in inputs:
+        photo = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
+        inputs = {"image": photo, "mask": Image.new("L", photo.size, 255), "prompt_strength": 0.6}
+    request = wish(**inputs)
+    [found], [expected] = paint(pipeline, request), paint(torchs, request)
+    assert len(used) == request.real_steps
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_a_picture_is_the_same_in_any_batch(pipeline):
+    [alone] = paint(pipeline, wish())
+    batched = paint(pipeline, wish(1), wish(), wish(2, num_outputs=2))
+    assert np.array_equal(batched[1], alone)
+
+
+def test_what_it_was_not_compiled_for_is_torchs_to_the_last_bit(pipeline, torchs, used):
+    style = pipeline.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
+    wishes = [
+        wish(style="postcard").with_styles([style]),
+        wish(lcm_scale=0.5),
+        wish(aspect_ratio="16:9"),
+        wish(prompt=f"{PROMPT}. " * 5),
+    ]
+    for request in wishes:
+        assert np.array_equal(paint(pipeline, request)[0], paint(torchs, request)[0])
+    assert used == []
+    paint(pipeline, wish(style="postcard", style_scale=0.0).with_styles([style]))  # which adds nothing
+    assert used == [1] * 4
+
+
+def test_bf16_is_finite_and_near(settings, torchs, caplog):
+    half = load_pipeline(MINIATURE, Settings(**(settings | {"dtype": "bf16"})))
+    [found], [expected] = paint(half, wish()), paint(torchs, wish())
+    assert np.abs(found - expected).mean() < 1
+    assert "decoded again" not in caplog.text
+
+
+def test_a_full_lcm_of_another_size_is_served_too(tmp_path):
+    spec = get_model("lcm-dreamshaper-v7")
+    save_model(spec, as_downloaded(spec, make_folder(spec, tmp_path / "source")), tmp_path)
+    settings = {"model": spec.name, "weights_root": tmp_path, "dtype": "fp32", "safety": "off"}
+    request = Request.create(spec, prompt="a house", seed=1, aspect_ratio="custom", width=64, height=96)
+    engine = load_pipeline(spec, Settings(**settings, engine="openvino", openvino_size=(64, 96)))
+    assert engine.engine.serves(engine.counted(request))
+    [found], [expected] = paint(engine, request), paint(load_pipeline(spec, Settings(**settings)), request)
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_it_is_converted_once_and_anew_when_the_weights_are_others(pipeline, settings, weights, monkeypatch):
+    calls = []
+
+    def failing(command, **_):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", failing)
+    load_pipeline(MINIATURE, Settings(**settings))
+    assert calls == []
+    manifest = weights / "miniature" / "manifest.json"
+    content = manifest.read_text()
+    manifest.write_text(content + "\n")
+    try:
+        with pytest.raises(WeightsError, match="miniature could not be converted for OpenVINO"):
+            load_pipeline(MINIATURE, Settings(**settings))
+    finally:
+        manifest.write_text(content)
+    assert len(calls) == 1
+
+
+def test_without_it_or_for_fp16_the_start_says_so(settings, monkeypatch):
+    with pytest.raises(SettingsError, match="takes bf16 or fp32"):
+        load_pipeline(MINIATURE, Settings(**(settings | {"dtype": "fp16"})))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="not installed; run: pip install openvino"):
+        load_pipeline(MINIATURE, Settings(**settings))
