@@ -242,7 +242,7 @@ def test_what_is_repainted_sees_what_is_kept(pipeline, photo, monkeypatch):
     mask, decoded = Image.new("L", photo.size, 0), []
     mask.paste(255, (64, 0, 128, 128))
     decode = pipeline._decode
-    monkeypatch.setattr(pipeline, "_decode", lambda latents: decoded.append(latents) or decode(latents))
+    monkeypatch.setattr(pipeline, "_decode", lambda *given: decoded.append(given[0]) or decode(*given))
     paint(pipeline, wish(image=photo, mask=mask, prompt_strength=1.0))
     [latents] = decoded
     generator = torch.Generator().manual_seed(7)

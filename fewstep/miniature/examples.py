@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the folder of pictures goes")
     folder = parser.parse_args().folder / "inputs"
     folder.mkdir(parents=True, exist_ok=True)
-    settings, spec = Settings(), get_model("miniature")
+    settings, spec = Settings(dtype="fp32"), get_model("miniature")
     painter = Painter(load_pipeline(spec, settings), settings.styles_root / spec.name)
     for name, wishes in EXAMPLES.items():
         painter.strip(wishes).save(folder / f"{name}.webp", quality=90)

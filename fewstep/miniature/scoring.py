@@ -144,7 +144,8 @@ def score_all(weights: Path, judge: Judge, captions: int, seeds: int) -> list[Sc
     """Every row of the model card's table."""
     examiner = Examiner(judge, *held_out_captions(captions), seeds)
     pipeline = load_pipeline(
-        get_model("miniature"), Settings(weights_root=weights.parent, max_batch=BATCH, verify="size")
+        get_model("miniature"),
+        Settings(weights_root=weights.parent, max_batch=BATCH, verify="size", dtype="fp32"),
     )
     base = load_base(weights, pipeline.device)
     drawn = draw_many(examiner.scenes, 10**9, 128, 128)

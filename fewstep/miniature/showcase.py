@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the pictures go")
     folder = parser.parse_args().folder
-    settings, spec = Settings(), get_model("miniature")
+    settings, spec = Settings(dtype="fp32"), get_model("miniature")
     pipeline = load_pipeline(spec, settings)
     seeds = range(len(PROMPTS))
     grid(few_step_painter(pipeline, 4)(PROMPTS, seeds), COLUMNS).save(folder / "pictures.webp", quality=92)

@@ -117,7 +117,7 @@ def score_style(
 def main() -> None:
     """Score all styles in styles/miniature and write their card and their grid."""
     settings = Settings()
-    pipeline = load_pipeline(get_model("miniature"), Settings(max_batch=BATCH))
+    pipeline = load_pipeline(get_model("miniature"), Settings(max_batch=BATCH, dtype="fp32"))
     judge = load_judge(settings.weights_root / "miniature" / "judge" / "judge.safetensors")
     scenes, prompts = held_out_captions(CAPTIONS)
     folder = settings.styles_root / "miniature"

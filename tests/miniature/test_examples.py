@@ -19,7 +19,8 @@ NOT_FOR_THE_MINIATURE = {"disable_safety_checker"}  # its pictures are not check
 
 @pytest.fixture(scope="module")
 def painter() -> Painter:
-    return Painter(load_pipeline(get_model("miniature"), Settings()), Settings().styles_root / "miniature")
+    settings = Settings(dtype="fp32")
+    return Painter(load_pipeline(get_model("miniature"), settings), settings.styles_root / "miniature")
 
 
 def test_the_readme_has_a_row_with_a_picture_for_every_input():
@@ -47,4 +48,5 @@ def test_a_strip_is_its_pictures_side_by_side(painter):
     strip = painter.strip(EXAMPLES["num_outputs"])
     assert strip.size == (4 * HEIGHT + 3 * GAP, HEIGHT)
     one = painter.strip([{}])
-    assert np.array_equal(np.asarray(strip)[:, :HEIGHT], np.asarray(one))
+    # Alone and in a batch, kernels differ.
+    assert np.abs(np.subtract(np.asarray(strip)[:, :HEIGHT], np.asarray(one), dtype=int)).max() <= 1
