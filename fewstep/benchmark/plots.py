@@ -22,7 +22,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     plain = (size, steps, 1.0, 1)
     shown = [row for row in rows if (row["size"], row["steps"], row["guidance"], row["batch"]) == plain]
     figure, axes = plt.subplots(figsize=(8, 0.6 * len(shown) + 1.4), layout="constrained")
-    names = [f"{row['system']} {row['dtype']}".strip() for row in shown]
+    names = [f"{row['system'].removesuffix('-bf16')} {row['dtype']}".strip() for row in shown]
     left = [0.0] * len(shown)
     for (part, label), colour in zip(PARTS.items(), COLOURS, strict=True):
         widths = [float(row.get(part) or 0) for row in shown]
@@ -37,7 +37,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel(
         f"seconds for one picture of {size} px in {steps} steps, {rows[0]['cpu']}, {rows[0]['cores']} cores"
     )
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="upper right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
