@@ -98,7 +98,7 @@ def _install(pins: Pins) -> None:
         _say(f"installing {torch}{_torch_source(index)}")
         _pip(torch, *(["--index-url", index] if index else []))
     names = ", ".join(["requirements.txt", *(f"the extra {name}" for name in pins if name != RUNTIME)])
-    _say(f"installing what is pinned in {names} (about 150 MB in all)")
+    _say(f"installing what is pinned in {names} (150 to 230 MB in all)")
     _pip(
         "-r", str(ROOT / "requirements.txt"), *(pin for name in pins if name != RUNTIME for pin in pins[name])
     )
