@@ -92,7 +92,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _dtype_of(environ: Mapping[str, str]) -> str:
-    from fewstep.pipeline import DTYPES, device_and_dtype  # imports torch, which takes seconds
+    from fewstep.placement import DTYPES, device_and_dtype  # imports torch, which takes seconds
 
     _, dtype = device_and_dtype(Settings.from_env(environ))
     return next(name for name, one in DTYPES.items() if one == dtype)

@@ -27,12 +27,12 @@ from fewstep.errors import (
     FewstepError,
     GenerationError,
     SafetyError,
-    SettingsError,
     UnsafeImage,
     WeightsError,
 )
 from fewstep.models import ModelSpec
 from fewstep.openvino_engine import OpenVinoEngine, converted
+from fewstep.placement import device_and_dtype, order_channels_last
 from fewstep.request import Mix, Request
 from fewstep.safety import SafetyChecker, load_safety_checker
 from fewstep.sampler import Job, sample
@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 PIPELINES = {"sdxl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}
 SEAM_PX = 2  # over which what is repainted and what is kept run into each other
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     for module in (part for part in diffusion.components.values() if isinstance(part, torch.nn.Module)):
         module.eval().requires_grad_(False)
     if device.type == "cpu":
-        _order_channels_last(diffusion, spec)
+        order_channels_last(diffusion, spec)
     adapters = Adapters(folder, {name: diffusion.components[name] for name in NETWORKS[spec.family]})
     if spec.lcm_lora:
         adapters.lcm_lora = _read_lcm_lora(adapters, folder, manifest, spec.remedy)
@@ -95,14 +94,6 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         allow_unsafe=settings.allow_unsafe,
         engine=None if place is None else OpenVinoEngine(diffusion, place, dtype, size),
     )
-
-
-def _order_channels_last(diffusion: Diffusion, spec: ModelSpec) -> None:
-    """As a CPU's convolutions want it: a VAE is a fifth to a third faster, SDXL's UNet a twentieth. The
-    miniature's UNet, of few channels, is slower that way."""
-    diffusion.vae.to(memory_format=torch.channels_last)
-    if spec.native_size >= 512:
-        diffusion.unet.to(memory_format=torch.channels_last)
 
 
 def _read_lcm_lora(adapters: Adapters, folder: Path, manifest: Manifest, remedy: str) -> Lora:
@@ -144,23 +135,6 @@ def _load_verified(
         finally:
             hashed.result()  # when loading failed because of damaged bytes, this says so, and which
     return diffusion
-
-
-def device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
-    """What `settings` come to on this machine. Raises SettingsError for a device that is not there."""
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("FEWSTEP_DEVICE is cuda, but torch sees no CUDA device; set it to cpu or auto")
-    automatic = "fp16" if name == "cuda" else "bf16" if _multiplies_bf16() else "fp32"
-    return torch.device(name), DTYPES[automatic if settings.dtype == "auto" else settings.dtype]
-
-
-def _multiplies_bf16() -> bool:
-    """Whether this CPU itself does; where it must be emulated, fp32 is faster."""
-    able = torch.cpu.get_capabilities()
-    return any(able.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
 
 
 class Pipeline:

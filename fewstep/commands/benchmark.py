@@ -41,7 +41,7 @@ def _compare(name: str, rounds: int) -> None:
         {**machine, "suite": name, "system": system, **vars(wish), **summarised(samples)}
         for (system, wish), samples in found.items()
     ]
-    rows += _floors(suite.model, machine, name, [wish for wish in suite.wishes], rows)
+    rows += _floors(suite.model, machine, name, suite.wishes, rows)
     path = ROOT / "benchmarks" / f"{name}.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n", restval="")
@@ -57,7 +57,7 @@ def _floors(
 ) -> list[dict[str, Any]]:
     """The time of the arithmetic alone, in the dtype that fewstep took."""
     from fewstep.benchmark.floor import flops_of, matmul_rate
-    from fewstep.pipeline import DTYPES
+    from fewstep.placement import DTYPES
     from fewstep.settings import Settings
 
     dtype = next(row["dtype"] for row in rows if row["system"] == "fewstep")
