@@ -92,10 +92,10 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _dtype_of(environ: Mapping[str, str]) -> str:
-    from fewstep.placement import DTYPES, device_and_dtype  # imports torch, which takes seconds
+    from fewstep.placement import device_and_dtype, name_of  # imports torch, which takes seconds
 
     _, dtype = device_and_dtype(Settings.from_env(environ))
-    return next(name for name, one in DTYPES.items() if one == dtype)
+    return name_of(dtype)
 
 
 def _peak_bytes(server: Server, forget: bool = False) -> int:

@@ -12,6 +12,11 @@ from fewstep.text_encoding import Diffusion
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """As settings and tables write it."""
+    return next(name for name, one in DTYPES.items() if one == dtype)
+
+
 def device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
     """What `settings` come to on this machine. Raises SettingsError for a device that is not there."""
     name = settings.device

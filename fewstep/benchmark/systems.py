@@ -21,6 +21,7 @@ from fewstep.errors import FewstepError
 from fewstep.models import get_model
 from fewstep.openvino_engine import OpenVinoEngine
 from fewstep.pipeline import load_pipeline
+from fewstep.placement import name_of
 from fewstep.request import Request
 from fewstep.settings import Settings
 from fewstep.sources import LCM_LORA
@@ -87,7 +88,7 @@ def fewstep(model: str, weights: Path, size: int, dtype: str = "auto", engine: s
             images += painting.images
         return images
 
-    return System(pipeline.diffusion, _name(pipeline.dtype), paint, pipeline.engine)
+    return System(pipeline.diffusion, name_of(pipeline.dtype), paint, pipeline.engine)
 
 
 def diffusers(model: str, weights: Path, size: int, dtype: torch.dtype = torch.float32) -> System:
@@ -102,7 +103,7 @@ def diffusers(model: str, weights: Path, size: int, dtype: torch.dtype = torch.f
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    return System(pipe, _name(dtype), lambda wish, seed: _call(pipe, wish, seed))
+    return System(pipe, name_of(dtype), lambda wish, seed: _call(pipe, wish, seed))
 
 
 def reference(model: str, weights: Path, size: int) -> System:
@@ -139,10 +140,6 @@ def _call(pipe: Any, wish: Wish, seed: int) -> list[Image.Image]:
         generator=[torch.Generator().manual_seed(seed + i) for i in range(wish.batch)],
     ).images
     return images
-
-
-def _name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 SYSTEMS: dict[str, Load] = {

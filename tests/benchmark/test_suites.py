@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
+
 from fewstep.benchmark.plots import plot
 from fewstep.benchmark.suites import HTTP, SUITES, run, summarised
 from fewstep.benchmark.systems import Wish
+from fewstep.server import ServerFailed
 from fewstep.settings import Settings
 
 
@@ -35,3 +38,9 @@ def test_a_summary_is_of_medians():
     row = summarised(samples)
     assert (row["seconds"], row["least"], row["most"], row["unet"], row["other"]) == (4, 3, 9, 2, 1)
     assert (row["samples"], row["dtype"], row["peak_gb"], row["vae"]) == (3, "fp32", 5, "")
+
+
+def test_a_system_that_fails_is_named(tmp_path):
+    suite = replace(SUITES["miniature"], systems=("diffusers",), wishes=(Wish(128, 1),))
+    with pytest.raises(ServerFailed, match="diffusers ended with status 1"):
+        run(suite, tmp_path, 1, str)  # where there are no weights
