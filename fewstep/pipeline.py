@@ -40,6 +40,7 @@ from fewstep.settings import Settings
 from fewstep.sources import LCM_LORA
 from fewstep.styles import AdapterError
 from fewstep.text_encoding import Diffusion, TextEncoding
+from fewstep.upsampling import fold_upsamplers
 from fewstep.weights import Manifest, check_hashes, verify_weights
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     for module in (part for part in diffusion.components.values() if isinstance(part, torch.nn.Module)):
         module.eval().requires_grad_(False)
     if device.type == "cpu":
+        fold_upsamplers(diffusion.vae)  # the decoder's; on a GPU it has not been measured
         order_channels_last(diffusion, spec)
     adapters = Adapters(folder, {name: diffusion.components[name] for name in NETWORKS[spec.family]})
     if spec.lcm_lora:
