@@ -31,7 +31,8 @@ from fewstep.errors import (
     WeightsError,
 )
 from fewstep.models import ModelSpec
-from fewstep.openvino_engine import OpenVinoEngine, converted
+from fewstep.openvino_conversion import converted
+from fewstep.openvino_engine import OpenVinoEngine
 from fewstep.placement import device_and_dtype, order_channels_last
 from fewstep.request import Mix, Request
 from fewstep.safety import SafetyChecker, load_safety_checker
@@ -68,7 +69,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     device, dtype = device_and_dtype(settings)
     manifest = verify_weights(folder, remedy=spec.remedy, mode="size")
     # First, while nothing else takes memory.
-    place = converted(folder, settings, device, dtype) if settings.engine == "openvino" else None
+    place = converted(folder, settings, device, dtype) if settings.engine != "torch" else None
     size = settings.openvino_size or (spec.native_size, spec.native_size)
     diffusion = _load_verified(folder, spec, manifest, settings.verify, device, dtype)
     for module in (part for part in diffusion.components.values() if isinstance(part, torch.nn.Module)):
@@ -94,7 +95,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         revision=manifest.revision,
         checker=checker,
         allow_unsafe=settings.allow_unsafe,
-        engine=None if place is None else OpenVinoEngine(diffusion, place, dtype, size),
+        engine=OpenVinoEngine(diffusion, place, settings.engine, dtype, size) if place else None,
     )
 
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
-ENGINES = ("torch", "openvino")
+ENGINES = ("torch", "openvino", "openvino-int8")
 VERIFY_MODES = ("sha256", "size")
 SAFETY = ("clip", "vit", "off")
 MAX_DEADLINE_S = 24 * 60 * 60

@@ -6,6 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import as_downloaded, make_folder
 
@@ -104,6 +105,32 @@ def test_bf16_is_finite_and_near(settings, torchs, caplog):
     assert "decoded again" not in caplog.text
 
 
+@pytest.fixture(scope="module")
+def in_8_bits(settings) -> Pipeline:
+    return load_pipeline(MINIATURE, Settings(**(settings | {"engine": "openvino-int8"})))
+
+
+def test_8_bits_are_in_the_linear_layers_and_the_picture_is_near(in_8_bits, weights, torchs):
+    folder = weights / ".openvino" / "miniature"
+    sizes = {kind: (folder / kind / "unet.bin").stat().st_size for kind in ("f32", "f32-int8")}
+    linear = sum(
+        part.weight.numel() for part in torchs.diffusion.unet.modules() if isinstance(part, torch.nn.Linear)
+    )
+    assert sizes["f32"] - sizes["f32-int8"] == pytest.approx(3 * linear, rel=0.05)
+    for seed in (7, 8):
+        [found], [expected] = paint(in_8_bits, wish(seed)), paint(torchs, wish(seed))
+        assert 0 < np.abs(found - expected).mean() < 1.5
+
+
+def test_in_8_bits_a_picture_is_the_same_in_any_batch_and_a_style_is_torchs(in_8_bits, torchs):
+    [alone] = paint(in_8_bits, wish())
+    assert np.array_equal(paint(in_8_bits, wish(1), wish(), wish(2))[1], alone)
+    style = in_8_bits.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
+    styled = wish(style="postcard").with_styles([style])
+    assert np.array_equal(paint(in_8_bits, styled)[0], paint(torchs, styled)[0])
+    assert np.array_equal(paint(in_8_bits, wish())[0], alone)
+
+
 def test_a_full_lcm_of_another_size_is_served_too(tmp_path):
     spec = get_model("lcm-dreamshaper-v7")
     save_model(spec, as_downloaded(spec, make_folder(spec, tmp_path / "source")), tmp_path)
@@ -140,5 +167,5 @@ def test_without_it_or_for_fp16_the_start_says_so(settings, monkeypatch):
     with pytest.raises(SettingsError, match="takes bf16 or fp32"):
         load_pipeline(MINIATURE, Settings(**(settings | {"dtype": "fp16"})))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match="not installed; run: pip install openvino"):
+    with pytest.raises(SettingsError, match="without openvino; run: pip install openvino"):
         load_pipeline(MINIATURE, Settings(**settings))

@@ -107,7 +107,7 @@ def test_a_relative_folder_is_fixed_when_it_is_read(tmp_path, monkeypatch):
         ("FEWSTEP_MODEL", "qqq", "miniature"),
         ("FEWSTEP_DEVICE", "qqq", "auto, cpu, cuda"),
         ("FEWSTEP_DTYPE", "fp8-qqq", "auto, fp32, bf16, fp16"),
-        ("FEWSTEP_ENGINE", "tensorrt", "torch, openvino"),
+        ("FEWSTEP_ENGINE", "tensorrt", "torch, openvino, openvino-int8"),
         ("FEWSTEP_OPENVINO_SIZE", "512qqq", "such as 512x768"),
         ("FEWSTEP_OPENVINO_SIZE", "512x-8", "such as 512x768"),
         ("FEWSTEP_OPENVINO_SIZE", "516x512", "multiples of 8"),

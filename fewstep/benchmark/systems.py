@@ -145,6 +145,7 @@ def _call(pipe: Any, wish: Wish, seed: int) -> list[Image.Image]:
 SYSTEMS: dict[str, Load] = {
     "fewstep": fewstep,
     "fewstep-openvino": partial(fewstep, engine="openvino"),
+    "fewstep-openvino-int8": partial(fewstep, engine="openvino-int8"),
     "fewstep-fp32": partial(fewstep, dtype="fp32"),
     "diffusers": diffusers,
     "diffusers-bf16": partial(diffusers, dtype=torch.bfloat16),

@@ -1,0 +1,229 @@
+"""The UNet and the VAE's decoder as OpenVINO reads them, in `weights/.openvino/NAME/`.
+
+    python -m fewstep.openvino_conversion MODEL WEIGHTS ENGINE HINT
+
+converts with the LCM-LoRA fused; `converted` runs it when it is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import SettingsError, WeightsError
+from fewstep.settings import Settings
+from fewstep.text_encoding import Diffusion
+from fewstep.weights import MANIFEST
+
+ROOT = Path(__file__).resolve().parents[1]
+logger = logging.getLogger(__name__)
+
+FOLDER = ".openvino"  # beside the models, whose own folders hold what their manifests list
+HINTS = {torch.bfloat16: "bf16", torch.float32: "f32"}
+INT8 = "openvino-int8"  # the engine whose linear layers multiply in 8 bits
+_DTYPES = {"bf16": "bf16", "f32": "fp32"}
+_STAMP = "stamp.json"
+
+
+def converted(folder: Path, settings: Settings, device: torch.device, dtype: torch.dtype) -> Path:
+    """Where the networks of the model in `folder` are, as OpenVINO reads them; converted now if need be.
+
+    Raises SettingsError without OpenVINO, on a GPU and for a dtype that it does not calculate in,
+    WeightsError when they cannot be converted.
+    """
+    engine = settings.engine
+    if device.type != "cpu":
+        raise SettingsError(f"FEWSTEP_ENGINE is {engine}, which is for CPUs; set FEWSTEP_DEVICE to cpu")
+    if dtype not in HINTS:
+        raise SettingsError(f"FEWSTEP_ENGINE is {engine}, which takes bf16 or fp32; set FEWSTEP_DTYPE to one")
+    for package in _packages(engine):
+        if importlib.util.find_spec(package) is None:
+            raise SettingsError(f"FEWSTEP_ENGINE is {engine}, without {package}; run: pip install {package}")
+    place = _place(folder, engine, HINTS[dtype])
+    if not _is_stamped(place, folder, engine):
+        logger.info("converting %s for OpenVINO, once", folder.name)
+        # In a process of its own: what a conversion takes of memory, it does not give back.
+        arguments = (settings.model, str(settings.weights_root), engine, HINTS[dtype])
+        command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, *arguments]
+        done = subprocess.run(command, cwd=ROOT, check=False)
+        if done.returncode or not _is_stamped(place, folder, engine):
+            raise WeightsError(f"{folder.name} could not be converted for OpenVINO; the reason is in the log")
+    return place
+
+
+def _packages(engine: str) -> tuple[str, ...]:
+    return ("openvino", "nncf") if engine == INT8 else ("openvino",)
+
+
+def _place(folder: Path, engine: str, hint: str) -> Path:
+    return folder.parent / FOLDER / folder.name / (f"{hint}-int8" if engine == INT8 else hint)
+
+
+def _is_stamped(place: Path, folder: Path, engine: str) -> bool:
+    try:
+        return bool(json.loads((place / _STAMP).read_text()) == _stamp(folder, engine))
+    except (OSError, ValueError):
+        return False
+
+
+def _stamp(folder: Path, engine: str) -> dict[str, str]:
+    """What a conversion was made of and by; this file too, since another may convert otherwise."""
+    made_of = {"manifest": folder / MANIFEST, "conversion": Path(__file__)}
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in made_of.items()}
+    return hashes | {package: version(package) for package in (*_packages(engine), "diffusers")}
+
+
+class _UNet(nn.Module):
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, latents: Tensor, timestep: Tensor, states: Tensor, *rest: Tensor) -> Tensor:
+        given: dict[str, Any] = {}
+        others = list(rest)
+        if self.unet.config.addition_embed_type == "text_time":
+            given["added_cond_kwargs"] = {"text_embeds": others.pop(0), "time_ids": others.pop(0)}
+        if self.unet.config.time_cond_proj_dim:
+            given["timestep_cond"] = others.pop(0)
+        output: Tensor = self.unet(latents, timestep, states, return_dict=False, **given)[0]
+        return output
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        pixels: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        return pixels
+
+
+class _GroupNorm(nn.Module):
+    """torch's for (1, C, ...), from means and variances of single channels.
+
+    OpenVINO normalizes a group only in the order of torch's memory, between convolutions that run in
+    channels_last: for a decoder, reordering back and forth is a twelfth of its time.
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels, rest = x.shape[1], (1,) * (x.dim() - 2)
+        places = tuple(range(2, x.dim()))
+        grouped = (1, self.norm.num_groups, channels // self.norm.num_groups, *rest)
+        means = x.mean(places, keepdim=True)
+        variances = (x - means).square().mean(places, keepdim=True).view(grouped)
+        means = means.view(grouped)
+        mean = means.mean(2, keepdim=True)
+        variance = (variances + (means - mean).square()).mean(2, keepdim=True)
+        scale = self.norm.weight.view(grouped) * (variance + self.norm.eps).rsqrt()
+        shift = self.norm.bias.view(grouped) - mean * scale
+        return x * scale.view(1, channels, *rest) + shift.view(1, channels, *rest)
+
+
+def examples(diffusion: Diffusion, rows: int, columns: int) -> dict[str, tuple[Tensor, ...]]:
+    """One input of each kind for each network, of one picture."""
+    tokens = diffusion.tokenizer.model_max_length
+    config = diffusion.unet.config
+    latents = torch.zeros(1, config.in_channels, rows, columns)
+    given = [latents, torch.ones(1), torch.zeros(1, tokens, config.cross_attention_dim)]
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        given += [torch.zeros(1, pooled), torch.ones(1, 6)]
+    if config.time_cond_proj_dim:
+        given.append(torch.zeros(1, config.time_cond_proj_dim))
+    return {"unet": tuple(given), "vae": (latents,)}
+
+
+def convert(diffusion: Diffusion, folder: Path, engine: str, hint: str) -> None:
+    """Write the UNet and the VAE's decoder of `diffusion`, which is the model in `folder`."""
+    place = _place(folder, engine, hint)
+    unfinished = place.with_suffix(".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    given = examples(diffusion, 8, 8)
+    _write(_UNet(_exact(diffusion.unet)), given["unet"], unfinished / "unet.xml", hint)
+    if engine == INT8:
+        _compress(unfinished / "unet.xml", hint)
+    decoder = _Decoder(_exact(diffusion.vae))
+    _replace_group_norms(decoder)
+    _write(decoder, given["vae"], unfinished / "vae.xml", hint)
+    (unfinished / _STAMP).write_text(json.dumps(_stamp(folder, engine)))
+    shutil.rmtree(place, ignore_errors=True)
+    unfinished.rename(place)
+
+
+def _exact(module: nn.Module) -> nn.Module:
+    """A copy in fp32: what is bf16 in the conversion has NaNs after every GroupNorm, while OpenVINO itself
+    takes 16 bits where it can."""
+    return copy.deepcopy(module).float()
+
+
+def _replace_group_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.GroupNorm):
+            setattr(module, name, _GroupNorm(child))
+        else:
+            _replace_group_norms(child)
+
+
+def _write(network: nn.Module, given: tuple[Tensor, ...], path: Path, hint: str) -> None:
+    import openvino  # optional, and takes a moment
+
+    with torch.no_grad():
+        model = openvino.convert_model(network, example_input=given)
+    openvino.save_model(model, path, compress_to_fp16=hint != "f32")
+
+
+def _compress(path: Path, hint: str) -> None:
+    """Weights of linear layers to 8 bits, symmetric, a scale for each output channel."""
+    import nncf
+    import openvino
+
+    plain = path.with_stem("plain")
+    for suffix in (".xml", ".bin"):
+        path.with_suffix(suffix).rename(plain.with_suffix(suffix))
+    model = nncf.compress_weights(
+        openvino.Core().read_model(plain),
+        mode=nncf.CompressWeightsMode.INT8_SYM,
+        # OpenVINO multiplies activations in 8 bits for linear layers only.
+        ignored_scope=nncf.IgnoredScope(types=["Convolution"]),
+    )
+    openvino.save_model(model, path, compress_to_fp16=hint != "f32")
+    del model
+    for suffix in (".xml", ".bin"):
+        plain.with_suffix(suffix).unlink()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Load a model and convert it: MODEL WEIGHTS ENGINE HINT."""
+    from fewstep.models import get_model
+    from fewstep.pipeline import load_pipeline  # which imports this module
+
+    model, weights, engine, hint = arguments
+    settings = Settings(
+        model=model, weights_root=Path(weights), dtype=_DTYPES[hint], safety="off", device="cpu"
+    )
+    pipeline = load_pipeline(get_model(model), settings)
+    convert(pipeline.diffusion, Path(weights) / model, engine, hint)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    main(sys.argv[1:])
