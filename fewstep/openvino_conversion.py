@@ -102,7 +102,9 @@ class _UNet(nn.Module):
         return output
 
 
-class _Decoder(nn.Module):
+class Decoder(nn.Module):
+    """Latents, scaled back -> pixels, of an `AutoencoderKL`."""
+
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
@@ -158,12 +160,12 @@ def convert(diffusion: Diffusion, folder: Path, engine: str, hint: str) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     given = examples(diffusion, 8, 8)
-    _write(_UNet(_exact(diffusion.unet)), given["unet"], unfinished / "unet.xml", hint)
+    write(_UNet(_exact(diffusion.unet)), given["unet"], unfinished / "unet.xml", hint)
     if engine == INT8:
         _compress(unfinished / "unet.xml", hint)
-    decoder = _Decoder(_exact(diffusion.vae))
+    decoder = Decoder(_exact(diffusion.vae))
     _replace_group_norms(decoder)
-    _write(decoder, given["vae"], unfinished / "vae.xml", hint)
+    write(decoder, given["vae"], unfinished / "vae.xml", hint)
     (unfinished / _STAMP).write_text(json.dumps(_stamp(folder, engine)))
     shutil.rmtree(place, ignore_errors=True)
     unfinished.rename(place)
@@ -183,7 +185,8 @@ def _replace_group_norms(module: nn.Module) -> None:
             _replace_group_norms(child)
 
 
-def _write(network: nn.Module, given: tuple[Tensor, ...], path: Path, hint: str) -> None:
+def write(network: nn.Module, given: tuple[Tensor, ...], path: Path, hint: str) -> None:
+    """Convert `network`, which is in fp32, to `path` and a .bin beside it: in 16 bits but for the hint f32."""
     import openvino  # optional, and takes a moment
 
     with torch.no_grad():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,12 @@ class OpenVinoEngine:
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[dtype], "PERFORMANCE_HINT": "LATENCY"}
         if engine == INT8:
             config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_of(diffusion.unet.config)
-        self._infer: dict[str, Callable[[list[Tensor]], Tensor]] = {}
+        self._infer: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {}
         for name, given in examples(diffusion, height // 8, width // 8).items():
             model = core.read_model(place / f"{name}.xml")
             model.reshape(dict(zip(model.inputs, [list(one.shape) for one in given], strict=True)))
             request = core.compile_model(model, "CPU", config).create_infer_request()
-            self._infer[name] = partial(_run, request)
+            self._infer[name] = partial(infer, request)
         logger.info("OpenVINO %s paints pictures of %dx%d px", openvino.__version__, width, height)
 
     def serves(self, request: Request) -> bool:
@@ -76,7 +76,8 @@ def _group_of(config: Any) -> int:
     return math.gcd(MAX_GROUP, config.cross_attention_dim, *widths)
 
 
-def _run(request: Any, tensors: list[Tensor]) -> Tensor:
+def infer(request: Any, tensors: Sequence[Tensor]) -> Tensor:
+    """The only output of a compiled network."""
     # In fp32 on the outside, since numpy has no bf16.
     found = request.infer([tensor.to(torch.float32).contiguous().numpy() for tensor in tensors])
     return torch.from_numpy(next(iter(found.values())).copy())

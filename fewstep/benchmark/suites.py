@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from fewstep.benchmark.quality import EXACT, all_right, load, psnr
 from fewstep.benchmark.systems import PROMPT, Wish
 from fewstep.server import ServerFailed, code_and_sentence, free_port, running_server
 
@@ -25,15 +26,29 @@ PARTS = ("unet", "vae", "text", "encode")
 
 @dataclass(frozen=True)
 class Suite:
-    """Systems and wishes that are compared; `repeats` pictures of each wish are timed in a round."""
+    """Systems and wishes that are compared; `repeats` pictures of each wish are timed in a round.
+
+    The judge reads the pictures of `captions` prompts more, painted as `JUDGED`.
+    """
 
     model: str
     systems: tuple[str, ...]
     wishes: tuple[Wish, ...]
     repeats: int
+    captions: int = 0
 
 
-COMPARED = ("fewstep", "fewstep-openvino", HTTP, "diffusers-bf16", "diffusers", "reference")
+JUDGED = Wish(128)
+COMPARED = (
+    "fewstep",
+    "fewstep-openvino",
+    "fewstep-openvino-int8",
+    HTTP,
+    "openvino",
+    "diffusers-bf16",
+    "diffusers",
+    "reference",
+)
 SUITES = {
     "miniature": Suite(
         "miniature",
@@ -48,6 +63,7 @@ SUITES = {
             Wish(128, batch=8),
         ),
         repeats=3,
+        captions=300,
     ),
     "full": Suite("sdxl-random", COMPARED, (Wish(512),), repeats=1),
     "full-1024": Suite("sdxl-random", COMPARED, (Wish(1024, steps=1),), repeats=1),
@@ -56,29 +72,53 @@ SUITES = {
 
 def run(
     suite: Suite, weights: Path, rounds: int, told: Callable[[str], None]
-) -> dict[tuple[str, Wish], list[Sample]]:
-    """The samples of every system and wish, over all rounds."""
+) -> tuple[dict[tuple[str, Wish], list[Sample]], dict[tuple[str, Wish], dict[str, float]]]:
+    """Every system's samples of every wish, over all rounds, and what the first round's pictures are worth."""
     found: dict[tuple[str, Wish], list[Sample]] = {}
-    for i in range(rounds):
-        for system in suite.systems:
-            told(f"round {i + 1} of {rounds}: {system}")
-            for wish, sample in _samples(system, suite, weights):
-                found.setdefault((system, wish), []).append(sample)
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(rounds):
+            for system in suite.systems:
+                told(f"round {i + 1} of {rounds}: {system}")
+                pictures = Path(folder, str(i), system)
+                for wish, sample in _samples(system, suite, weights, pictures, 0 if i else suite.captions):
+                    found.setdefault((system, wish), []).append(sample)
+        return found, _qualities(suite, weights, Path(folder, "0"))
 
 
-def _samples(system: str, suite: Suite, weights: Path) -> Iterator[tuple[Wish, Sample]]:
+def _samples(
+    system: str, suite: Suite, weights: Path, pictures: Path, captions: int
+) -> Iterator[tuple[Wish, Sample]]:
     if system == HTTP:
         yield from _served(suite, weights)
         return
     texts = [json.dumps(asdict(wish)) for wish in suite.wishes]
     command = [sys.executable, "-P", "-m", "fewstep.benchmark.worker", system, suite.model, str(weights)]
-    done = subprocess.run([*command, str(suite.repeats), *texts], stdout=subprocess.PIPE, text=True)
+    command += [str(suite.repeats), str(captions), str(pictures), *texts]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ServerFailed(f"{system} ended with status {done.returncode}; its message is above")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     for i, row in enumerate(rows):
         yield suite.wishes[i // suite.repeats], row
+
+
+def _qualities(suite: Suite, weights: Path, pictures: Path) -> dict[tuple[str, Wish], dict[str, float]]:
+    """Of all but HTTP, whose files are compressed and come from the same pipeline."""
+    found: dict[tuple[str, Wish], dict[str, float]] = {}
+    for system in suite.systems:
+        if not (pictures / system).is_dir():
+            continue
+        for place, wish in enumerate(suite.wishes):
+            row = found.setdefault((system, wish), {})
+            if system != EXACT and EXACT in suite.systems:
+                both = [
+                    [image for i in range(suite.repeats) for image in load(pictures / name, f"{place}-{i}")]
+                    for name in (system, EXACT)
+                ]
+                row["psnr"] = round(psnr(*both), 1)
+            if wish == JUDGED and suite.captions:
+                row["right"] = round(all_right(pictures / system, suite.captions, weights), 1)
+    return found
 
 
 def _served(suite: Suite, weights: Path) -> Iterator[tuple[Wish, Sample]]:

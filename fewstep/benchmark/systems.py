@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import gc
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
+from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
 from fewstep.models import get_model
-from fewstep.openvino_engine import OpenVinoEngine
+from fewstep.openvino_conversion import Decoder, converted, examples, write
+from fewstep.openvino_engine import OpenVinoEngine, infer
 from fewstep.pipeline import load_pipeline
 from fewstep.placement import name_of
 from fewstep.request import Request
 from fewstep.settings import Settings
 from fewstep.sources import LCM_LORA
-from fewstep.text_encoding import Diffusion
 
 PROMPT = "a red house in a meadow with mountains at sunset, in the middle"
 
@@ -40,13 +41,22 @@ class Wish:
     batch: int = 1
 
 
+def prompts_and_seeds(wish: Wish, seed: int) -> tuple[list[str], list[int]]:
+    """Of `wish`, with prompts that no cache has seen for another `seed`."""
+    seeds = list(range(seed, seed + wish.batch))
+    return [f"{PROMPT} {one}" for one in seeds], seeds
+
+
 @dataclass(frozen=True)
 class System:
-    """A loaded model: `paint(wish, seed)` gives the pictures, whose prompts no cache has seen."""
+    """A loaded model: `paint(wish, prompts, seeds)` gives a picture of each prompt.
 
-    diffusion: Diffusion
+    A stopwatch goes round `networks`, which are modules by part, or round the engine in their place.
+    """
+
     dtype: str
-    paint: Callable[[Wish, int], list[Image.Image]]
+    paint: Callable[[Wish, Sequence[str], Sequence[int]], list[Image.Image]]
+    networks: dict[str, list[nn.Module]]
     engine: OpenVinoEngine | None = None
 
 
@@ -67,19 +77,19 @@ def fewstep(model: str, weights: Path, size: int, dtype: str = "auto", engine: s
     )
     pipeline = load_pipeline(spec, settings)
 
-    def paint(wish: Wish, seed: int) -> list[Image.Image]:
+    def paint(wish: Wish, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         requests = [
             Request.create(
                 spec,
-                prompt=f"{PROMPT} {seed + i}",
-                seed=seed + i,
+                prompt=prompt,
+                seed=seed,
                 steps=wish.steps,
                 guidance=wish.guidance,
                 aspect_ratio="custom",
                 width=wish.size,
                 height=wish.size,
             )
-            for i in range(wish.batch)
+            for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         images: list[Image.Image] = []
         for painting in pipeline.generate(requests):
@@ -88,11 +98,89 @@ def fewstep(model: str, weights: Path, size: int, dtype: str = "auto", engine: s
             images += painting.images
         return images
 
-    return System(pipeline.diffusion, name_of(pipeline.dtype), paint, pipeline.engine)
+    return System(name_of(pipeline.dtype), paint, _networks(pipeline.diffusion), pipeline.engine)
+
+
+def _networks(diffusion: Any) -> dict[str, list[nn.Module]]:
+    return {
+        "unet": [diffusion.unet],
+        "vae": [diffusion.vae.decoder],
+        "text": [diffusion.text_encoder, diffusion.text_encoder_2],
+    }
 
 
 def diffusers(model: str, weights: Path, size: int, dtype: torch.dtype = torch.float32) -> System:
     """`StableDiffusionXLPipeline` with `load_lora_weights`, `fuse_lora` and `LCMScheduler`."""
+    return _system(_with_lcm_lora(model, weights, dtype), dtype)
+
+
+def reference(model: str, weights: Path, size: int) -> System:
+    """What the few-step container does that is copied most: slices, tiles and an fp32 VAE against a lack of
+    memory, channels_last, fused QKV, emptied caches and a PNG with every picture."""
+    pipe = _with_lcm_lora(model, weights, torch.float32)
+    pipe.enable_attention_slicing()
+    pipe.vae.enable_slicing()
+    pipe.vae.enable_tiling()
+    pipe.vae.to(torch.float32)
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.fuse_qkv_projections()
+
+    def paint(wish: Wish, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        images = _call(pipe, wish, prompts, seeds)
+        for image in images:
+            image.save(io.BytesIO(), "png")
+        return images
+
+    return System(name_of(torch.float32), paint, _networks(pipe))
+
+
+def openvino(model: str, weights: Path, size: int) -> System:
+    """`StableDiffusionXLPipeline` with the UNet and the decoder as OpenVINO converts them, in bf16 and for
+    one size: what optimum-intel does, which does not go with today's transformers."""
+    from openvino import Core  # optional, and takes a moment
+
+    folder = weights / model
+    settings = Settings(model=model, weights_root=weights, engine="openvino")
+    place = converted(folder, settings, torch.device("cpu"), torch.bfloat16)  # with the LCM-LoRA fused
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(
+        folder, unet=None, dtype=torch.float32, use_safetensors=True, add_watermarker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    with torch.device("meta"):  # its configuration; there are no weights in it
+        pipe.unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+    plain = place.parent / "plain" / "vae.xml"
+    plain.parent.mkdir(exist_ok=True)
+    write(Decoder(pipe.vae), examples(pipe, 8, 8)["vae"], plain, "bf16")
+
+    @cache
+    def compiled(name: str, side: int) -> Any:
+        given, core = examples(pipe, side, side)[name], Core()
+        network = core.read_model({"unet": place / "unet.xml", "vae": plain}[name])
+        network.reshape(dict(zip(network.inputs, [list(one.shape) for one in given], strict=True)))
+        hints = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
+        return core.compile_model(network, "CPU", hints).create_infer_request()
+
+    def one_by_one(name: str, tensors: Sequence[Tensor]) -> Tensor:
+        request, latents = compiled(name, tensors[0].shape[-1]), tensors[0]
+        rows = range(len(latents))
+        return torch.cat([infer(request, [tensor[i : i + 1] for tensor in tensors]) for i in rows])
+
+    def unet(latents: Tensor, timestep: Tensor, **given: Any) -> tuple[Tensor]:
+        states, added = given["encoder_hidden_states"], given["added_cond_kwargs"]
+        tensors = (latents, timestep.expand(len(latents)), states, added["text_embeds"], added["time_ids"])
+        return (one_by_one("unet", tensors),)
+
+    pipe.unet.forward = unet
+    pipe.vae.decoder.forward = lambda latents: one_by_one("vae", (latents,))
+    pipe.vae.post_quant_conv = nn.Identity()  # which is in the decoder that was converted
+    return _system(pipe, torch.bfloat16)
+
+
+def _with_lcm_lora(model: str, weights: Path, dtype: torch.dtype) -> Any:
     folder = weights / model
     pipe = StableDiffusionXLPipeline.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, add_watermarker=False
@@ -102,42 +190,21 @@ def diffusers(model: str, weights: Path, size: int, dtype: torch.dtype = torch.f
     pipe.load_lora_weights(folder, weight_name=LCM_LORA)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    return System(pipe, name_of(dtype), lambda wish, seed: _call(pipe, wish, seed))
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def reference(model: str, weights: Path, size: int) -> System:
-    """What the few-step container does that is copied most: slices, tiles and an fp32 VAE against a lack of
-    memory, channels_last, fused QKV, emptied caches and a PNG with every picture."""
-    system = diffusers(model, weights, size)
-    pipe: Any = system.diffusion
-    pipe.enable_attention_slicing()
-    pipe.vae.enable_slicing()
-    pipe.vae.enable_tiling()
-    pipe.vae.to(torch.float32)
-    pipe.unet.to(memory_format=torch.channels_last)
-    pipe.fuse_qkv_projections()
-
-    def paint(wish: Wish, seed: int) -> list[Image.Image]:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        images = _call(pipe, wish, seed)
-        for image in images:
-            image.save(io.BytesIO(), "png")
-        return images
-
-    return System(pipe, system.dtype, paint)
+def _system(pipe: Any, dtype: torch.dtype) -> System:
+    return System(name_of(dtype), partial(_call, pipe), _networks(pipe))
 
 
-def _call(pipe: Any, wish: Wish, seed: int) -> list[Image.Image]:
+def _call(pipe: Any, wish: Wish, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
     images: list[Image.Image] = pipe(
-        [f"{PROMPT} {seed + i}" for i in range(wish.batch)],
+        list(prompts),
         num_inference_steps=wish.steps,
         guidance_scale=wish.guidance,
         width=wish.size,
         height=wish.size,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(wish.batch)],
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
     ).images
     return images
 
@@ -147,6 +214,7 @@ SYSTEMS: dict[str, Load] = {
     "fewstep-openvino": partial(fewstep, engine="openvino"),
     "fewstep-openvino-int8": partial(fewstep, engine="openvino-int8"),
     "fewstep-fp32": partial(fewstep, dtype="fp32"),
+    "openvino": openvino,
     "diffusers": diffusers,
     "diffusers-bf16": partial(diffusers, dtype=torch.bfloat16),
     "reference": reference,

@@ -1,6 +1,9 @@
-"""One system in a process of its own: python -m fewstep.benchmark.worker SYSTEM MODEL WEIGHTS REPEATS WISH...
+"""One system in a process of its own:
 
-Each WISH is JSON. Of every timed picture one line of JSON is written, after one that is not timed.
+    python -m fewstep.benchmark.worker SYSTEM MODEL WEIGHTS REPEATS CAPTIONS PICTURES WISH...
+
+Each WISH is JSON. Of every timed picture one line of JSON is written, after one that is not timed. PICTURES
+is a folder for what was painted: these and, of the miniature, one picture of each of the judge's CAPTIONS.
 """
 
 from __future__ import annotations
@@ -16,39 +19,42 @@ from typing import Any
 
 from torch import nn
 
-from fewstep.benchmark.systems import SYSTEMS, System, Wish
+from fewstep.benchmark.quality import paint_captions, save
+from fewstep.benchmark.systems import SYSTEMS, System, Wish, prompts_and_seeds
 
 
 def main(arguments: Sequence[str]) -> None:
     """Load, and paint every wish."""
-    name, model, weights, repeats, *wishes = arguments
+    name, model, weights, repeats, captions, pictures, *wishes = arguments
     asked = [Wish(**json.loads(text)) for text in wishes]
     system = SYSTEMS[name](model, Path(weights), asked[0].size)
     seed = 0
-    for wish in asked:
-        system.paint(Wish(wish.size, 1, wish.guidance, wish.batch), 10**6)  # the first of a size is slower
-        for _ in range(int(repeats)):
+    for place, wish in enumerate(asked):
+        # The first of a size is slower.
+        system.paint(Wish(wish.size, 1, wish.guidance, wish.batch), *prompts_and_seeds(wish, 10**6))
+        for repeat in range(int(repeats)):
             seed += 100
+            prompts, seeds = prompts_and_seeds(wish, seed)
             with stopwatches(system) as spent:
                 started = time.perf_counter()
-                system.paint(wish, seed)
+                images = system.paint(wish, prompts, seeds)
                 seconds = time.perf_counter() - started
             row = {"seconds": seconds, **spent, "dtype": system.dtype, "peak_gb": _peak_gb()}
             print(json.dumps(row), flush=True)
+            save(images, Path(pictures), f"{place}-{repeat}")
+    if int(captions):
+        save(paint_captions(system, int(captions)), Path(pictures), "caption")
 
 
 @contextmanager
 def stopwatches(system: System) -> Iterator[dict[str, float]]:
     """The seconds that are spent within each network; what is left is everybody's own overhead."""
-    diffusion: Any = system.diffusion
-    networks: dict[str, list[nn.Module]] = {
-        "unet": [diffusion.unet],
-        "vae": [diffusion.vae.decoder],
-        "text": [diffusion.text_encoder, diffusion.text_encoder_2],
-    }
-    spent = dict.fromkeys(networks, 0.0)
+    spent = dict.fromkeys(system.networks, 0.0)
     handles = [
-        handle for name, parts in networks.items() for part in parts for handle in _time(part, name, spent)
+        handle
+        for name, parts in system.networks.items()
+        for part in parts
+        for handle in _time(part, name, spent)
     ]
     engine: Any = system.engine
     if engine:

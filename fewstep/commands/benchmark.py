@@ -36,11 +36,13 @@ def _compare(name: str, rounds: int) -> None:
     if suite.model != "miniature":
         make(suite.model.removesuffix("-random"), again=False)
     machine = describe_machine()
-    found = run(suite, weights, rounds, say)
-    rows = [
-        {**machine, "suite": name, "system": system, **vars(wish), **summarised(samples)}
-        for (system, wish), samples in found.items()
-    ]
+    found, qualities = run(suite, weights, rounds, say)
+    rows = []
+    for (system, wish), samples in found.items():
+        worth = {"psnr": "", "right": "", **qualities.get((system, wish), {})}
+        rows.append(
+            {**machine, "suite": name, "system": system, **vars(wish), **summarised(samples), **worth}
+        )
     rows += _floors(suite.model, machine, name, suite.wishes, rows)
     path = ROOT / "benchmarks" / f"{name}.csv"
     with path.open("w", newline="") as file:
@@ -79,7 +81,12 @@ def _line(row: dict[str, Any]) -> str:
     spread = f" ({row['least']:.3f} to {row['most']:.3f})" if "least" in row else ""
     guided = f", guidance {row['guidance']:g}" if row["guidance"] > 1 else ""
     wish = f"{row['size']} px, {row['steps']} steps{guided}, batch {row['batch']}"
-    return f"{row['system']:>15} {row['dtype']:>5} {wish}: {row['seconds']:.3f} s{spread}"
+    worth = "".join(
+        f", {row[key]:g} {unit}"
+        for key, unit in (("psnr", "dB"), ("right", "% right"))
+        if row.get(key, "") != ""
+    )
+    return f"{row['system']:>21} {row['dtype']:>5} {wish}: {row['seconds']:.3f} s{spread}{worth}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fewstep.benchmark.plots import plot
-from fewstep.benchmark.suites import HTTP, SUITES, run, summarised
+from fewstep.benchmark.suites import HTTP, JUDGED, SUITES, run, summarised
 from fewstep.benchmark.systems import Wish
 from fewstep.server import ServerFailed
 from fewstep.settings import Settings
@@ -13,14 +13,24 @@ from fewstep.settings import Settings
 
 def test_a_run_measures_every_system_and_draws_it(tmp_path):
     wish = Wish(128, 1)
-    suite = replace(SUITES["miniature"], systems=("fewstep", HTTP), wishes=(wish,), repeats=2)
+    suite = replace(
+        SUITES["miniature"],
+        systems=("fewstep", HTTP, "diffusers"),
+        wishes=(wish, JUDGED),
+        repeats=2,
+        captions=5,
+    )
     told = []
-    found = run(suite, Settings().weights_root, 1, told.append)
-    assert told == ["round 1 of 1: fewstep", f"round 1 of 1: {HTTP}"]
-    assert set(found) == {("fewstep", wish), (HTTP, wish)} and {len(rows) for rows in found.values()} == {2}
+    found, worth = run(suite, Settings().weights_root, 1, told.append)
+    assert told == [f"round 1 of 1: {name}" for name in suite.systems]
+    assert set(found) == {(name, wish) for name in suite.systems for wish in suite.wishes}
+    assert {len(rows) for rows in found.values()} == {2}
+    assert set(worth) == {(name, wish) for name in ("fewstep", "diffusers") for wish in suite.wishes}
+    assert 30 < worth["fewstep", wish]["psnr"] <= 100 and "psnr" not in worth["diffusers", JUDGED]
+    assert worth["fewstep", JUDGED]["right"] >= 80 and "right" not in worth["fewstep", wish]
     machine = {"cpu": "any", "cores": 2}
     rows = [
-        {**machine, "system": name, **vars(wish), **summarised(rows)} for (name, _), rows in found.items()
+        {**machine, "system": name, **vars(wish), **summarised(rows)} for (name, wish), rows in found.items()
     ]
     assert all(row["least"] <= row["seconds"] <= row["most"] and row["other"] > 0 for row in rows)
     plot(
