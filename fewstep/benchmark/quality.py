@@ -43,7 +43,7 @@ def psnr(found: Sequence[Image.Image], expected: Sequence[Image.Image]) -> float
 
 
 def _psnr(found: Image.Image, expected: Image.Image) -> float:
-    error = float(np.square(np.subtract(found, expected, dtype=float)).mean())
+    error = float(((np.asarray(found, float) - np.asarray(expected, float)) ** 2).mean())
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 

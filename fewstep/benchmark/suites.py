@@ -73,7 +73,8 @@ SUITES = {
 def run(
     suite: Suite, weights: Path, rounds: int, told: Callable[[str], None]
 ) -> tuple[dict[tuple[str, Wish], list[Sample]], dict[tuple[str, Wish], dict[str, float]]]:
-    """Every system's samples of every wish, over all rounds, and what the first round's pictures are worth."""
+    """Every system's samples of every wish, over all rounds, and what the first round's pictures
+    are worth."""
     found: dict[tuple[str, Wish], list[Sample]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds):

@@ -81,11 +81,8 @@ def _line(row: dict[str, Any]) -> str:
     spread = f" ({row['least']:.3f} to {row['most']:.3f})" if "least" in row else ""
     guided = f", guidance {row['guidance']:g}" if row["guidance"] > 1 else ""
     wish = f"{row['size']} px, {row['steps']} steps{guided}, batch {row['batch']}"
-    worth = "".join(
-        f", {row[key]:g} {unit}"
-        for key, unit in (("psnr", "dB"), ("right", "% right"))
-        if row.get(key, "") != ""
-    )
+    units = {"psnr": "dB", "right": "% right"}
+    worth = "".join(f", {row[key]:g} {unit}" for key, unit in units.items() if row.get(key, "") != "")
     return f"{row['system']:>21} {row['dtype']:>5} {wish}: {row['seconds']:.3f} s{spread}{worth}"
 
 

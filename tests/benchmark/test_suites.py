@@ -13,17 +13,12 @@ from fewstep.settings import Settings
 
 def test_a_run_measures_every_system_and_draws_it(tmp_path):
     wish = Wish(128, 1)
-    suite = replace(
-        SUITES["miniature"],
-        systems=("fewstep", HTTP, "diffusers"),
-        wishes=(wish, JUDGED),
-        repeats=2,
-        captions=5,
-    )
+    systems = ("fewstep", HTTP, "diffusers")
+    suite = replace(SUITES["miniature"], systems=systems, wishes=(wish, JUDGED), repeats=2, captions=5)
     told = []
     found, worth = run(suite, Settings().weights_root, 1, told.append)
-    assert told == [f"round 1 of 1: {name}" for name in suite.systems]
-    assert set(found) == {(name, wish) for name in suite.systems for wish in suite.wishes}
+    assert told == [f"round 1 of 1: {name}" for name in systems]
+    assert set(found) == {(name, wish) for name in systems for wish in suite.wishes}
     assert {len(rows) for rows in found.values()} == {2}
     assert set(worth) == {(name, wish) for name in ("fewstep", "diffusers") for wish in suite.wishes}
     assert 30 < worth["fewstep", wish]["psnr"] <= 100 and "psnr" not in worth["diffusers", JUDGED]
