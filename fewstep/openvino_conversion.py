@@ -186,8 +186,7 @@ def _replace_group_norms(module: nn.Module) -> None:
 
 
 def write(network: nn.Module, given: tuple[Tensor, ...], path: Path, hint: str) -> None:
-    """Convert `network`, which is in fp32, to `path` and a .bin beside it, whose weights are of 16 bits unless
-    `hint` is f32."""
+    """Convert `network`, which is in fp32, to `path` and a .bin beside it: in 16 bits unless `hint` is f32."""
     import openvino  # optional, and takes a moment
 
     with torch.no_grad():
