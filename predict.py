@@ -51,7 +51,7 @@ class Predictor(BasePredictor):
             self.outputs.prepare()
             atexit.register(self.outputs.remove_all)
             self.batcher = Batcher(
-                lambda requests, stopped: self.pipeline.generate(requests, stopped),
+                lambda requests, stopped, more: self.pipeline.generate(requests, stopped, more),
                 max_images=lambda request: self.pipeline.max_images(request),
                 deadline_s=settings.deadline_s,
             )

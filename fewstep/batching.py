@@ -91,15 +91,17 @@ class _Call(_Waiter[V]):
 class Batcher(Generic[R, T]):
     """Runs `generate` on a thread of its own, for all waiting requests of one shape at a time.
 
-    `generate(requests, stopped)` returns one result for each request, in order, and looks at `stopped()`
-    between steps: true says that every caller of this batch has left. `max_images(request)` is how many
+    `generate(requests, stopped, more)` returns one result for each request, in order. It looks at `stopped()`
+    between steps: true says that every caller of this batch has left. Until its first step it may ask
+    `more()` for requests that have come meanwhile and have room, whose results follow in that order: under
+    load, callers who were answered together ask again within milliseconds. `max_images(request)` is how many
     images a pass may hold at that request's size; a request alone always goes, even when it is bigger.
     A caller waits at most `deadline_s`; a batch that runs `grace_s` longer than that is held to be stuck.
     """
 
     def __init__(
         self,
-        generate: Callable[[Sequence[R], Callable[[], bool]], Sequence[T]],
+        generate: Callable[[Sequence[R], Callable[[], bool], Callable[[], Sequence[R]]], Sequence[T]],
         *,
         max_images: Callable[[R], int],
         deadline_s: float,
@@ -233,7 +235,9 @@ class Batcher(Generic[R, T]):
         try:
             self._add_mates(batch)
             results = self._generate(
-                [wish.request for wish in batch], lambda: all(wish.gone() for wish in batch)
+                [wish.request for wish in batch],
+                lambda: all(wish.gone() for wish in batch),
+                lambda: [wish.request for wish in self._add_mates(batch)],
             )
             if len(results) != len(batch):
                 raise RuntimeError(f"generate made {len(results)} results of {len(batch)} requests")
@@ -244,10 +248,10 @@ class Batcher(Generic[R, T]):
         finally:
             self._batch_since = None
 
-    def _add_mates(self, batch: list[_Wish[R, Any]]) -> None:
+    def _add_mates(self, batch: list[_Wish[R, Any]]) -> list[_Wish[R, Any]]:
         """Those of the head's shape, in order, until one does not fit; none from behind a call of `run`."""
-        (head,) = batch
-        room = self._max_images(head.request) - head.images
+        head, before = batch[0], len(batch)
+        room = self._max_images(head.request) - sum(wish.images for wish in batch)
         with self._changed:
             for work in tuple(self._queue):
                 if isinstance(work, _Call):
@@ -259,6 +263,7 @@ class Batcher(Generic[R, T]):
                 room -= work.images
                 batch.append(work)
                 self._queue.remove(work)
+        return batch[before:]
 
 
 def _fail_all(waiters: Sequence[_Waiter[Any]], error: BaseException) -> None:

@@ -23,6 +23,8 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from fewstep.adapters import NETWORKS, Adapters, Lora
+from fewstep.compiled_engine import FOLDER as COMPILED
+from fewstep.compiled_engine import CompiledEngine
 from fewstep.errors import (
     FewstepError,
     GenerationError,
@@ -46,6 +48,7 @@ from fewstep.weights import Manifest, check_hashes, verify_weights
 
 logger = logging.getLogger(__name__)
 
+OPENVINO = ("openvino", "openvino-int8")
 PIPELINES = {"sdxl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}
 SEAM_PX = 2  # over which what is repainted and what is kept run into each other
 
@@ -69,7 +72,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     device, dtype = device_and_dtype(settings)
     manifest = verify_weights(folder, remedy=spec.remedy, mode="size")
     # First, while nothing else takes memory.
-    place = converted(folder, settings, device, dtype) if settings.engine != "torch" else None
+    place = converted(folder, settings, device, dtype) if settings.engine in OPENVINO else None
     size = settings.openvino_size or (spec.native_size, spec.native_size)
     diffusion = _load_verified(folder, spec, manifest, settings.verify, device, dtype)
     for module in (part for part in diffusion.components.values() if isinstance(part, torch.nn.Module)):
@@ -87,7 +90,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     else:
         remedy = manifest.remedy(spec.remedy)
         checker = load_safety_checker(folder, settings.safety, device, dtype, remedy)
-    return Pipeline(
+    pipeline = Pipeline(
         spec,
         diffusion,
         adapters,
@@ -97,6 +100,10 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         allow_unsafe=settings.allow_unsafe,
         engine=OpenVinoEngine(diffusion, place, settings.engine, dtype, size) if place else None,
     )
+    if settings.engine == "compiled":
+        pipeline.engine = CompiledEngine(diffusion, folder.parent / COMPILED / spec.name)
+        pipeline.engine.compile_for(pipeline, settings.compiled)
+    return pipeline
 
 
 def _read_lcm_lora(adapters: Adapters, folder: Path, manifest: Manifest, remedy: str) -> Lora:
@@ -153,7 +160,7 @@ class Pipeline:
         revision: str = "",
         checker: SafetyChecker | None = None,
         allow_unsafe: bool = False,
-        engine: OpenVinoEngine | None = None,
+        engine: OpenVinoEngine | CompiledEngine | None = None,
     ) -> None:
         self.spec = spec
         self.revision = revision  # of the weights
@@ -186,20 +193,28 @@ class Pipeline:
 
     @torch.inference_mode()
     def generate(
-        self, requests: Sequence[Request], stopped: Callable[[], bool] = lambda: False
+        self,
+        requests: Sequence[Request],
+        stopped: Callable[[], bool] = lambda: False,
+        more: Callable[[], Sequence[Request]] = tuple,
     ) -> list[Painting | FewstepError]:
         """Paint `requests`, all of one shape key; an image that failed fails its own request only.
 
-        `stopped` is asked before every step. Raises Stopped when it says so, ValueError for keys that differ.
+        Whenever prompts are encoded, `more` is asked for requests to add, until it has none. `stopped` is
+        asked before every step. Raises Stopped when it says so, ValueError for keys that differ.
         """
         started = time.perf_counter()
-        requests = [self.counted(request) for request in requests]
-        if len({request.shape_key for request in requests}) > 1:
-            raise ValueError("requests of different shape keys cannot share a batch")
+        requests = self._of_one_shape(requests)
         self.adapters.apply(requests[0].mix)
         metrics: dict[str, int | float] = {"weights_ms": _ms_since(started)}
         started = time.perf_counter()
-        jobs = [job for i, request in enumerate(requests) for job in self._jobs(i, request)]
+        jobs: list[Job] = []
+        added = requests
+        while added:
+            first = len(requests) - len(added)
+            jobs += [job for i, one in enumerate(added, first) for job in self._jobs(i, one)]
+            added = self._of_one_shape([requests[0], *more()])[1:]
+            requests += added
         metrics["text_ms"] = _ms_since(started)
         engine = self.engine if self.engine and self.engine.serves(requests[0]) else None
         limit = self.max_images(requests[0])
@@ -222,6 +237,12 @@ class Pipeline:
             metrics["safety_ms"] = metrics.get("safety_ms", 0.0) + _ms_since(started)
         painted = groupby(zip(jobs, images, strict=True), key=lambda pair: pair[0].request)
         return [_painting(list(pairs), metrics) for _, pairs in painted]
+
+    def _of_one_shape(self, requests: Sequence[Request]) -> list[Request]:
+        counted = [self.counted(request) for request in requests]
+        if len({request.shape_key for request in counted}) > 1:
+            raise ValueError("requests of different shape keys cannot share a batch")
+        return counted
 
     def _checked(
         self, images: Sequence[Image.Image | FewstepError], requests: Sequence[Request]

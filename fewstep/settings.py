@@ -16,9 +16,10 @@ logger = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
-ENGINES = ("torch", "openvino", "openvino-int8")
+ENGINES = ("torch", "compiled", "openvino", "openvino-int8")
 VERIFY_MODES = ("sha256", "size")
 SAFETY = ("clip", "vit", "off")
+MAX_COMPILED = 8  # torch keeps as many versions of one module, and then gives up
 MAX_DEADLINE_S = 24 * 60 * 60
 MAX_BATCH_LIMIT = 64
 MAX_GIGABYTES = 10_000
@@ -57,6 +58,16 @@ def _outputs_in_temporary_folder() -> Path:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """Of a batch: so many pictures of `width` x `height` px, with classifier-free guidance or without."""
+
+    width: int
+    height: int
+    batch: int = 1
+    guided: bool = False
+
+
+@dataclass(frozen=True)
 class Settings:
     """How this server runs; "auto" is resolved when the model loads."""
 
@@ -79,6 +90,7 @@ class Settings:
     style_memory_bytes: int = 4 * GIGABYTE
     engine: str = "torch"
     openvino_size: tuple[int, int] | None = None  # of the pictures that OpenVINO paints; None: native
+    compiled: tuple["Shape", ...] = ()  # that the compiled engine is made for; none: one native picture
     recipes: bool = True  # whether files carry what they were painted from
     hf_endpoint: str = HUB
     hf_token: str | None = field(default=None, repr=False)
@@ -99,6 +111,7 @@ class Settings:
             dtype=read.choice("FEWSTEP_DTYPE", cls.dtype, DTYPES),
             engine=read.choice("FEWSTEP_ENGINE", cls.engine, ENGINES),
             openvino_size=read.size("FEWSTEP_OPENVINO_SIZE"),
+            compiled=read.shapes("FEWSTEP_COMPILED"),
             verify=read.choice("FEWSTEP_VERIFY", cls.verify, VERIFY_MODES),
             deadline_s=read.seconds("FEWSTEP_DEADLINE_S", cls.deadline_s, MAX_DEADLINE_S),
             max_batch=read.whole("FEWSTEP_MAX_BATCH", cls.max_batch, MAX_BATCH_LIMIT),
@@ -179,6 +192,22 @@ class _Reader:
         if width % 8 or height % 8:
             raise SettingsError(f"{name} must be of multiples of 8, since the VAE reduces by 8")
         return width, height
+
+    def shapes(self, name: str) -> tuple[Shape, ...]:
+        """Sizes as in 512x768, or 512x768x4 for batches of four, or 512x768x4g for those with guidance."""
+        written = self.text(name, "")
+        shapes = []
+        for word in written.split(",") if written else ():
+            found = re.fullmatch(r"(\d{2,4})x(\d{2,4})(?:x(\d{1,2}))?(g?)", word.strip())
+            if not found or int(found[1]) % 8 or int(found[2]) % 8 or found[3] == "0":
+                raise SettingsError(
+                    f"{name} must list sizes in multiples of 8 px, such as 1024x1024, or 1024x1024x4 for "
+                    "batches of 4, or 1024x1024x4g for those with guidance"
+                )
+            shapes.append(Shape(int(found[1]), int(found[2]), int(found[3] or 1), bool(found[4])))
+        if len(shapes) > MAX_COMPILED:
+            raise SettingsError(f"{name} lists more than {MAX_COMPILED} shapes; leave some out")
+        return tuple(shapes)
 
     def warn_of_the_rest(self) -> None:
         for name in sorted(self._environ):

@@ -36,7 +36,7 @@ class Model:
         self.saw_stopped = False
         self._inside = threading.Lock()
 
-    def generate(self, requests, stopped):
+    def generate(self, requests, stopped, more):
         assert self._inside.acquire(blocking=False), "two batches at once"
         try:
             self.batches.append([request.seed for request in requests])
@@ -260,6 +260,60 @@ def test_a_caller_that_leaves_a_running_batch_leaves_its_mates_unharmed():
     assert model.batches == [[0], [1, 2, 3]]
 
 
+def test_who_comes_before_the_first_step_joins_if_there_is_room():
+    batches, asked = [], threading.Semaphore(0)
+    gates = [threading.Event() for _ in range(3)]
+
+    def generate(requests, stopped, more):
+        requests = list(requests)
+        for gate in gates:
+            asked.release()
+            gate.wait(10)
+            requests += more()
+        batches.append([request.seed for request in requests])
+        return [Result(request.seed) for request in requests]
+
+    async def scene():
+        batcher = Batcher(generate, max_images=lambda request: 4, deadline_s=20)
+        tasks = await queued(batcher, wish(1))
+        comers = [[wish(2), wish(3, steps=2)], [wish(4)], [wish(5, num_outputs=2), wish(6)]]
+        for gate, late in zip(gates, comers, strict=True):
+            await asyncio.to_thread(asked.acquire)
+            tasks += await queued(batcher, *late)
+            gate.set()
+        return await seeds_of(tasks)
+
+    assert play(scene()) == [1, 2, 3, 4, 5, 6]  # each got its own
+    # Another shape waits, and so do two pictures where there is room for one, and what is behind them.
+    assert batches == [[1, 2, 4], [3], [5, 6]]
+
+
+def test_nobody_joins_from_behind_a_call_nor_once_gone():
+    batches, asked, gate = [], threading.Event(), threading.Event()
+
+    def generate(requests, stopped, more):
+        asked.set()
+        gate.wait(10)
+        batches.append([request.seed for request in [*requests, *more()]])
+        return [Result(seed) for seed in batches[-1]]
+
+    async def scene():
+        batcher = Batcher(generate, max_images=lambda request: 8, deadline_s=20)
+        tasks = await queued(batcher, wish(1))
+        await asyncio.to_thread(asked.wait)
+        gone, kept = await queued(batcher, wish(2), wish(3))
+        gone.cancel()
+        call = asyncio.create_task(batcher.run(lambda: list(batches)))
+        await asyncio.sleep(0)
+        behind = await queued(batcher, wish(4))
+        gate.set()
+        return await seeds_of([*tasks, kept, *behind]), await call
+
+    seeds, before_the_call = play(scene())
+    assert seeds == [1, 3, 4]
+    assert before_the_call == [[1, 3]] and batches == [[1, 3], [4]]
+
+
 def test_a_batch_is_stopped_once_everybody_has_left_and_the_next_is_served():
     model = Model()
 
@@ -352,7 +406,7 @@ def test_a_mate_whose_time_is_up_takes_nobody_along():
 
 
 def failing_with(error):
-    def generate(requests, stopped):
+    def generate(requests, stopped, more):
         if requests[0].seed == 666:
             raise error
         return [Result(request.seed) for request in requests]
@@ -395,8 +449,8 @@ def test_anything_unforeseen_becomes_an_internal_error_and_the_thread_lives_on(e
 def test_a_foreseen_error_reaches_every_mate_each_with_its_own_copy():
     model = Model()
 
-    def generate(requests, stopped):
-        model.generate(requests, stopped)
+    def generate(requests, stopped, more):
+        model.generate(requests, stopped, more)
         raise GenerationError("the picture is not finite")
 
     async def scene():
@@ -418,8 +472,8 @@ def test_a_foreseen_error_reaches_every_mate_each_with_its_own_copy():
 def test_a_wrong_number_of_results_is_an_error_for_all_and_never_a_mixup(results):
     model = Model()
 
-    def generate(requests, stopped):
-        model.generate(requests, stopped)
+    def generate(requests, stopped, more):
+        model.generate(requests, stopped, more)
         return results if len(requests) == 2 else [Result(request.seed) for request in requests]
 
     async def scene():
@@ -436,7 +490,7 @@ def test_a_wrong_number_of_results_is_an_error_for_all_and_never_a_mixup(results
 
 def test_a_failure_to_size_the_batch_is_told_to_its_head():
     async def scene():
-        batcher = Batcher(lambda requests, stopped: [1], max_images=lambda request: 1 // 0, deadline_s=20)
+        batcher = Batcher(lambda *_: [1], max_images=lambda request: 1 // 0, deadline_s=20)
         with pytest.raises(InternalError):
             await batcher.submit(wish(1))
         healthy = batcher.healthy()
@@ -476,8 +530,8 @@ def test_an_error_on_its_way_to_a_caller_that_leaves_is_not_reported_as_forgotte
     model = Model()
     reports = []
 
-    def generate(requests, stopped):
-        model.generate(requests, stopped)
+    def generate(requests, stopped, more):
+        model.generate(requests, stopped, more)
         raise GenerationError("the picture is not finite")
 
     async def scene():
@@ -553,7 +607,7 @@ def test_health_follows_the_model_thread():
         stubborn.set()
         await long_call
 
-        batcher._generate = lambda requests, stopped: stubborn.wait(10) and [1]  # does not look at stopped()
+        batcher._generate = lambda *_: stubborn.wait(10) and [1]  # does not look at stopped()
         stubborn.clear()
         task = asyncio.create_task(batcher.submit(wish(1)))
         await asyncio.sleep(0.05)
@@ -612,7 +666,7 @@ class Traffic:
         self.threads = set()
         self._inside = threading.Lock()
 
-    def generate(self, requests, stopped):
+    def generate(self, requests, stopped, more):
         if not self._inside.acquire(blocking=False):
             self.wrong.append("two batches at once")
         try:

@@ -69,6 +69,18 @@ def test_the_same_seed_paints_the_same_pixels_and_another_does_not(pipeline):
     assert np.abs(one - other).mean() > 1
 
 
+def test_who_joins_while_prompts_are_encoded_is_painted_as_if_there_from_the_start(pipeline):
+    first, *others = [wish(prompt, seed, num_outputs=2) for seed, prompt in enumerate(MATES[:3])]
+    comers = iter([[others[0]], [others[1]], []])
+    joined = pipeline.generate([first], more=lambda: next(comers))
+    together = pipeline.generate([first, *others])
+    assert [one.seeds for one in joined] == [[0, 1], [1, 2], [2, 3]]
+    for found, expected in zip(joined, together, strict=True):
+        assert all(map(np.array_equal, found.images, expected.images))
+    with pytest.raises(ValueError, match="different shape keys"):
+        pipeline.generate([first], more=lambda: [wish(steps=1)])
+
+
 def test_a_reloaded_model_paints_the_same_pixels(pipeline):
     [[expected]] = paint(pipeline, wish())
     [[found]] = paint(load_pipeline(MINIATURE, FP32), wish())

@@ -1,12 +1,13 @@
 import logging
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from fewstep.errors import SettingsError
-from fewstep.settings import Settings
+from fewstep.settings import Settings, Shape
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -30,6 +31,7 @@ def test_every_field_is_read_from_the_environment(tmp_path):
         "FEWSTEP_DTYPE": "bf16",
         "FEWSTEP_ENGINE": "openvino",
         "FEWSTEP_OPENVINO_SIZE": "512x768",
+        "FEWSTEP_COMPILED": "1024x768, 512x512x4,512x512x2g",
         "FEWSTEP_VERIFY": "size",
         "FEWSTEP_DEADLINE_S": "7.5",
         "FEWSTEP_MAX_BATCH": "3",
@@ -70,6 +72,7 @@ def test_every_field_is_read_from_the_environment(tmp_path):
         recipes=False,
         engine="openvino",
         openvino_size=(512, 768),
+        compiled=(Shape(1024, 768), Shape(512, 512, 4), Shape(512, 512, 2, guided=True)),
         hf_endpoint="https://mirror.example",
         hf_token="hf_secret",
     )
@@ -107,10 +110,15 @@ def test_a_relative_folder_is_fixed_when_it_is_read(tmp_path, monkeypatch):
         ("FEWSTEP_MODEL", "qqq", "miniature"),
         ("FEWSTEP_DEVICE", "qqq", "auto, cpu, cuda"),
         ("FEWSTEP_DTYPE", "fp8-qqq", "auto, fp32, bf16, fp16"),
-        ("FEWSTEP_ENGINE", "tensorrt", "torch, openvino, openvino-int8"),
+        ("FEWSTEP_ENGINE", "tensorrt", "torch, compiled, openvino, openvino-int8"),
         ("FEWSTEP_OPENVINO_SIZE", "512qqq", "such as 512x768"),
         ("FEWSTEP_OPENVINO_SIZE", "512x-8", "such as 512x768"),
         ("FEWSTEP_OPENVINO_SIZE", "516x512", "multiples of 8"),
+        ("FEWSTEP_COMPILED", "qqq", "such as 1024x1024"),
+        ("FEWSTEP_COMPILED", "512x512,", "such as 1024x1024"),
+        ("FEWSTEP_COMPILED", "512x516", "multiples of 8"),
+        ("FEWSTEP_COMPILED", "512x512x0", "such as 1024x1024"),
+        ("FEWSTEP_COMPILED", ",".join(f"512x512x{n}" for n in range(1, 10)), "more than 8"),
         ("FEWSTEP_VERIFY", "qqq", "sha256, size"),
         ("FEWSTEP_DEADLINE_S", "qqq", "above 0"),
         ("FEWSTEP_DEADLINE_S", "0", "above 0"),
@@ -151,3 +159,10 @@ def test_reading_settings_creates_nothing(tmp_path):
 def test_none_switches_fetching_of_styles_off():
     assert Settings.from_env({"FEWSTEP_STYLE_HOSTS": "none"}).style_hosts == ()
     assert "huggingface.co" in Settings.from_env({}).style_hosts
+
+
+def test_every_variable_has_a_line_in_the_documentation():
+    text = (REPOSITORY / "docs" / "settings.md").read_text()
+    written = set(re.findall(r"^\| `([A-Z_]+)`", text, re.MULTILINE))
+    source = (REPOSITORY / "fewstep" / "settings.py").read_text()
+    assert written == set(re.findall(r'read\.\w+\(\s*"([A-Z_]+)"', source))
