@@ -31,6 +31,7 @@ from fewstep.weights import MANIFEST
 ROOT = Path(__file__).resolve().parents[1]
 logger = logging.getLogger(__name__)
 
+STDERR = 2  # for all that libraries say: our own standard output belongs to results
 FOLDER = ".openvino"  # beside the models, whose own folders hold what their manifests list
 HINTS = {torch.bfloat16: "bf16", torch.float32: "f32"}
 INT8 = "openvino-int8"  # the engine whose linear layers multiply in 8 bits
@@ -58,7 +59,7 @@ def converted(folder: Path, settings: Settings, device: torch.device, dtype: tor
         # In a process of its own: what a conversion takes of memory, it does not give back.
         arguments = (settings.model, str(settings.weights_root), engine, HINTS[dtype])
         command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, *arguments]
-        done = subprocess.run(command, cwd=ROOT, check=False)
+        done = subprocess.run(command, cwd=ROOT, check=False, stdout=STDERR)
         if done.returncode or not _is_stamped(place, folder, engine):
             raise WeightsError(f"{folder.name} could not be converted for OpenVINO; the reason is in the log")
     return place
@@ -186,7 +187,7 @@ def _replace_group_norms(module: nn.Module) -> None:
 
 
 def write(network: nn.Module, given: tuple[Tensor, ...], path: Path, hint: str) -> None:
-    """Convert `network`, which is in fp32, to `path` and a .bin beside it: in 16 bits unless `hint` is f32."""
+    """Convert `network`, which is in fp32, to `path` and a .bin beside it; to 16 bits unless for f32."""
     import openvino  # optional, and takes a moment
 
     with torch.no_grad():

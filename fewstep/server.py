@@ -103,20 +103,25 @@ class Server:
 
 @contextmanager
 def running_server(
-    *, port: int, host: str = "127.0.0.1", log: IO[bytes] | None = None, environ: Mapping[str, str]
+    *,
+    port: int,
+    host: str = "127.0.0.1",
+    log: IO[bytes] | None = None,
+    environ: Mapping[str, str],
+    root: Path = ROOT,
 ) -> Iterator[Server]:
-    """Start coglet with our Predictor and stop it at the end; it logs to `log`, or to our own stderr.
+    """Start coglet with the Predictor of `root` and stop it at the end; it logs to `log`, or to our stderr.
 
     Raises ServerFailed when the port is taken. The server is not ready yet: see `Server.wait_ready`.
     """
     _require_free(host, port)
-    write_schema(ROOT / "predict.py", ROOT / ".cog" / "openapi_schema.json")
+    write_schema(root / "predict.py", root / ".cog" / "openapi_schema.json")
     server = None
     try:
         with _interrupts_held():
             process = subprocess.Popen(
                 [sys.executable, "-m", "cog.server.http", "--host", host],
-                cwd=ROOT,
+                cwd=root,
                 env=_environment(environ, port),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

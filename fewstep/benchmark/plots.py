@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +41,53 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def plot_costs(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Seconds against the picture's size and against steps, unguided, with the line of the FLOPs."""
+    single = [row for row in rows if row["batch"] == 1 and row["guidance"] <= 1]
+    steps = 4
+    size = max(row["size"] for row in single)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    _cost_lines(panels[0], [row for row in single if row["steps"] == steps], lambda row: row["size"] ** 2)
+    _cost_lines(panels[1], [row for row in single if row["size"] == size], lambda row: row["steps"])
+    panels[0].set_xlabel(f"pixels, {steps} steps")
+    panels[1].set_xlabel(f"steps, {size} px")
+    panels[0].set_ylabel(f"seconds a picture, {rows[0]['cpu']}, {rows[0]['cores']} cores")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_throughput(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Pictures a second against the number of callers, beside what a batch takes without a server."""
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    colours: dict[str, Any] = {}
+    for system in dict.fromkeys(row["system"] for row in rows if row.get("requests")):
+        points = [(row["clients"], row["images_per_s"]) for row in rows if row["system"] == system]
+        [line] = axes.plot(*zip(*points, strict=True), marker="o", label=system)
+        colours[system] = line.get_color()
+    for row in rows:
+        served = row["system"].removesuffix("-generate")
+        if served != row["system"]:
+            label = f"{served} without a server, batches of 8"
+            axes.axhline(row["images_per_s"], color=colours[served], linestyle="--", label=label)
+    axes.set_xlabel("callers at a time")
+    axes.set_ylabel(f"images a second, {rows[0]['cpu']}, {rows[0]['cores']} cores")
+    axes.set_ylim(bottom=0)
+    axes.set_xticks([row["clients"] for row in rows if row["system"] == "fewstep"])
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _cost_lines(panel: Any, rows: Sequence[dict[str, Any]], along: Callable[[dict[str, Any]], float]) -> None:
+    for system in dict.fromkeys(row["system"] for row in rows):
+        points = sorted((along(row), row["seconds"]) for row in rows if row["system"] == system)
+        if system == "floor":
+            panel.plot(*zip(*points, strict=True), "k--", label="FLOPs at the rate of matmul")
+        else:
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=system)
+    panel.set_ylim(bottom=0)
+    panel.spines[["top", "right"]].set_visible(False)

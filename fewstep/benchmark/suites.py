@@ -56,7 +56,7 @@ SUITES = {
         (
             *(
                 Wish(size, steps, guidance)
-                for size in (128, 256)
+                for size in (64, 128, 192, 256)
                 for steps in (1, 2, 4, 8)
                 for guidance in (1.0, 1.5)
             ),
@@ -81,14 +81,15 @@ def run(
             for system in suite.systems:
                 told(f"round {i + 1} of {rounds}: {system}")
                 pictures = Path(folder, str(i), system)
-                for wish, sample in _samples(system, suite, weights, pictures, 0 if i else suite.captions):
+                for wish, sample in samples_of(system, suite, weights, pictures, 0 if i else suite.captions):
                     found.setdefault((system, wish), []).append(sample)
         return found, _qualities(suite, weights, Path(folder, "0"))
 
 
-def _samples(
+def samples_of(
     system: str, suite: Suite, weights: Path, pictures: Path, captions: int
 ) -> Iterator[tuple[Wish, Sample]]:
+    """Start `system` anew and time it; what it paints is left in `pictures`."""
     if system == HTTP:
         yield from _served(suite, weights)
         return

@@ -18,6 +18,7 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionMo
 from PIL import Image
 from torch import Tensor, nn
 
+from fewstep.compiled_engine import CompiledEngine
 from fewstep.errors import FewstepError
 from fewstep.models import get_model
 from fewstep.openvino_conversion import Decoder, converted, examples, write
@@ -57,7 +58,7 @@ class System:
     dtype: str
     paint: Callable[[Wish, Sequence[str], Sequence[int]], list[Image.Image]]
     networks: dict[str, list[nn.Module]]
-    engine: OpenVinoEngine | None = None
+    engine: OpenVinoEngine | CompiledEngine | None = None
 
 
 Load: TypeAlias = Callable[[str, Path, int], System]  # a model, where its weights are, a size in px

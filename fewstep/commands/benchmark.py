@@ -1,17 +1,21 @@
 """Compare fewstep with what else there is, in one run: scripts/benchmark miniature
 
-`full` and `full-1024` are SDXL's real shapes with random weights, which scripts/full-size makes first. What
-was found is written to benchmarks/SUITE.csv, drawn in benchmarks/SUITE.png and printed.
+`full` and `full-1024` are SDXL's real shapes with random weights, which scripts/full-size makes first.
+`throughput` asks servers of the miniature, of 1 to 16 callers at a time; `encoding` writes files; `startup`
+starts the miniature's server. What was found is written to benchmarks/SUITE.csv, drawn beside it and printed.
 """
 
 import argparse
 import csv
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fewstep.commands.told import say, status_of
 from fewstep.server import ROOT
+
+REQUESTS = 100  # of each number of callers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,14 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("suite", choices=("miniature", "full", "full-1024"))
+    others = {"throughput": _load, "encoding": _encode, "startup": _start}
+    parser.add_argument("suite", choices=("miniature", "full", "full-1024", *others))
     parser.add_argument("--rounds", type=int, default=3, help="of starting every system (%(default)s)")
     chosen = parser.parse_args(arguments)
+    if chosen.suite in others:
+        return status_of(lambda: others[chosen.suite](chosen.rounds))
     return status_of(lambda: _compare(chosen.suite, chosen.rounds))
 
 
 def _compare(name: str, rounds: int) -> None:
-    from fewstep.benchmark.plots import plot  # imports torch and matplotlib, which takes seconds
+    from fewstep.benchmark.plots import plot, plot_costs  # imports torch and matplotlib, which takes seconds
     from fewstep.benchmark.suites import SUITES, run, summarised
     from fewstep.commands.full_size import make
     from fewstep.measuring import describe_machine
@@ -44,14 +51,63 @@ def _compare(name: str, rounds: int) -> None:
             {**machine, "suite": name, "system": system, **vars(wish), **summarised(samples), **worth}
         )
     rows += _floors(suite.model, machine, name, suite.wishes, rows)
-    path = ROOT / "benchmarks" / f"{name}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    path = _write(rows, name)
     plot(rows, path.with_suffix(".png"))
+    if len({wish.size for wish in suite.wishes}) > 1:
+        plot_costs(rows, path.with_stem(f"{name}-costs").with_suffix(".png"))
     for row in rows:
         say(_line(row))
+
+
+def _load(rounds: int) -> None:
+    from fewstep.benchmark.plots import plot_throughput
+    from fewstep.benchmark.throughput import lone_waits, rows_of, run
+    from fewstep.measuring import describe_machine
+    from fewstep.settings import Settings
+
+    weights, machine = Settings.from_env().weights_root, describe_machine()
+    found = run(weights, rounds, REQUESTS, say)
+    say("a caller who is alone")
+    rows = [{**machine, **row} for row in rows_of(*found, lone_waits(weights, REQUESTS))]
+    plot_throughput(rows, _write(rows, "throughput").with_suffix(".png"))
+    for row in rows:
+        rate = f"{row['images_per_s']:g} images/s" if "images_per_s" in row else ""
+        say(f"{row['system']:>26} {row['clients']!s:>2} {rate:>18} {row.get('wait_ms', ''):>8} ms")
+
+
+def _encode(rounds: int) -> None:
+    from fewstep.benchmark.encoding import SIDE, measure, tiled
+    from fewstep.benchmark.quality import paint_captions
+    from fewstep.benchmark.systems import fewstep
+    from fewstep.measuring import describe_machine
+    from fewstep.settings import Settings
+
+    system = fewstep("miniature", Settings.from_env().weights_root, 128)
+    rows = measure(tiled(paint_captions(system, (SIDE // 128) ** 2)), 5 * rounds)
+    _write([{**describe_machine(), **row} for row in rows], "encoding")
+    for row in rows:
+        say(f"{row['format']:>5} {row['options']:<45} {row['ms']:>6} ms {row['bytes']:>8} bytes")
+
+
+def _start(rounds: int) -> None:
+    from fewstep.benchmark.startup import measure
+    from fewstep.measuring import describe_machine
+    from fewstep.settings import Settings
+
+    rows = measure(Settings.from_env().weights_root, 3 * rounds)
+    _write([{**describe_machine(), **row} for row in rows], "startup")
+    for row in rows:
+        say(f"{row['what']}: {row['seconds']:.2f} s ({row['least']:.2f} to {row['most']:.2f})")
+
+
+def _write(rows: Sequence[dict[str, Any]], name: str) -> Path:
+    path = ROOT / "benchmarks" / f"{name}.csv"
+    with path.open("w", newline="") as file:
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 def _floors(

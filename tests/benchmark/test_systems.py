@@ -32,9 +32,8 @@ def test_all_systems_paint_the_same_pictures():
         system = SYSTEMS[name]("miniature", WEIGHTS, 128)
         for wish, one, images in zip(wishes, asked, expected, strict=True):
             for found, image in zip(system.paint(wish, *one), images, strict=True):
-                assert distance(found, image) < (0.02 if system.dtype == "fp32" else of_another_seed / 4), (
-                    name
-                )
+                near = 0.02 if system.dtype == "fp32" else of_another_seed / 4
+                assert distance(found, image) < near, name
 
 
 @pytest.mark.parametrize("name", ["fewstep", "fewstep-openvino", "openvino"])

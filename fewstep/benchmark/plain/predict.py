@@ -1,0 +1,49 @@
+"""Plain diffusers behind the same server, one picture at a time: what fewstep's throughput is compared with."""
+
+import asyncio
+import os
+import tempfile
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path as LocalPath
+
+import cog
+from cog import BasePredictor, Input, Path
+
+from fewstep.benchmark.systems import System, Wish, diffusers
+from fewstep.images import encode_image
+from fewstep.placement import DTYPES
+from fewstep.settings import Settings
+
+
+class Predictor(BasePredictor):
+    """Takes requests as they come, and paints one after the other."""
+
+    system: System
+    thread: ThreadPoolExecutor
+
+    async def setup(self) -> None:  # type: ignore[override]  # coglet awaits it
+        """Load the model and paint once."""
+        # All on one thread: torch is half as fast on a second one of the same process.
+        self.thread = ThreadPoolExecutor(1)
+        self.system = await asyncio.get_running_loop().run_in_executor(self.thread, _load)
+
+    @cog.concurrent(max=8)
+    async def predict(
+        self,
+        prompt: str = Input(description="What to paint."),
+        seed: int = Input(description="Of the noise.", default=0),
+    ) -> list[Path]:
+        """Paint in 4 steps, at 128 px."""
+        loop = asyncio.get_running_loop()
+        [image] = await loop.run_in_executor(self.thread, self.system.paint, Wish(128), [prompt], [seed])
+        file = LocalPath(tempfile.gettempdir()) / f"{uuid.uuid4()}-{os.getpid()}.webp"
+        file.write_bytes(encode_image(image, "webp", 90))
+        return [Path(file)]
+
+
+def _load() -> System:
+    settings = Settings.from_env()
+    system = diffusers(settings.model, settings.weights_root, 128, DTYPES[settings.dtype])
+    system.paint(Wish(128), ["warm up"], [0])
+    return system

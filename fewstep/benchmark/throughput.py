@@ -1,0 +1,194 @@
+"""Many callers of one server: pictures a second, and what a caller waits, of the miniature in 4 steps."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fewstep.benchmark.suites import SUITES, samples_of
+from fewstep.benchmark.systems import PROMPT, Wish
+from fewstep.server import ROOT, Server, free_port, running_server
+
+PLAIN = Path(__file__).parent / "plain"
+SLOTS = 8  # as many requests as the server takes at a time, and pictures in a batch
+CLIENTS = (1, 2, 4, 8, 16)
+RETRY_S = (0.005, 0.2)  # after the server said that it has no room: doubled from the one up to the other
+GENERATE = Wish(128, batch=SLOTS)
+
+# Each with the folder of its predict.py and its dtype.
+SERVERS: dict[str, tuple[Path, str]] = {
+    "fewstep": (ROOT, "auto"),
+    "fewstep-fp32": (ROOT, "fp32"),
+    "diffusers-bf16": (PLAIN, "bf16"),
+    "diffusers": (PLAIN, "fp32"),
+}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What callers got of whom each asks again as soon as it is answered."""
+
+    seconds: float
+    waited: list[float]  # of each answered request, in seconds
+    lost: int
+
+    @property
+    def images_per_s(self) -> float:
+        return len(self.waited) / self.seconds
+
+
+@contextmanager
+def serving(name: str, weights: Path, max_batch: int = SLOTS) -> Iterator[Server]:
+    """The server `name`, ready, and stopped at the end."""
+    root, dtype = SERVERS[name]
+    environ = os.environ | {
+        "FEWSTEP_WEIGHTS": str(weights),
+        "FEWSTEP_DTYPE": dtype,
+        "FEWSTEP_MAX_BATCH": str(max_batch),
+        "PYTHONPATH": str(ROOT),
+    }
+    with (
+        tempfile.TemporaryFile() as log,
+        running_server(port=free_port(), log=log, environ=environ, root=root) as server,
+    ):
+        server.wait_ready()
+        yield server
+
+
+def ask(server: Server, number: int, **more: Any) -> tuple[bytes | None, float]:
+    """The file that is painted for wish `number`, None when it was lost, and the seconds that it took."""
+    inputs = {"prompt": f"{PROMPT} {number}", "seed": number, **more}
+    started, (pause, longest) = time.perf_counter(), RETRY_S
+    while True:
+        status, answer = server.post("/predictions", {"input": inputs})
+        if status != 409:
+            break
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
+    seconds = time.perf_counter() - started
+    if status != 200 or answer["status"] != "succeeded":
+        return None, seconds
+    [url] = answer["output"]
+    return base64.b64decode(url.partition(",")[2]), seconds
+
+
+def put_load(server: Server, clients: int, requests: int) -> Load:
+    """Different wishes, `requests` in all, from `clients` callers."""
+    with ThreadPoolExecutor(clients) as callers:
+        started = time.perf_counter()
+        answers = list(callers.map(partial(ask, server), range(requests)))
+        seconds = time.perf_counter() - started
+    waited = [waited for file, waited in answers if file is not None]
+    return Load(seconds, waited, requests - len(waited))
+
+
+def differences(server: Server, requests: int) -> dict[str, float]:
+    """Of pictures that were painted beside others, to the same alone: the largest in any value, of 255, and
+    the share of the values that differ by more than 1, in percent."""
+    numbers, lossless = range(requests), partial(ask, server, output_format="png")
+    with ThreadPoolExecutor(SLOTS) as callers:
+        together = [_values(file) for file, _ in callers.map(lossless, numbers)]
+    far = np.abs(np.array(together) - np.array([_values(lossless(number)[0]) for number in numbers]))
+    return {"most_apart": int(far.max()), "percent_above_1": round(float(100 * (far > 1).mean()), 4)}
+
+
+def _values(file: bytes | None) -> Any:
+    if file is None:
+        raise ValueError("a picture was lost")
+    return np.asarray(Image.open(io.BytesIO(file)), dtype=int)
+
+
+def lone_waits(weights: Path, requests: int) -> dict[int, float]:
+    """The median wait of a caller who is alone, in seconds, by how many pictures the server would put into a
+    batch; the servers are asked in turns."""
+    waited: dict[int, list[float]] = {SLOTS: [], 1: []}
+    with ExitStack() as stack:
+        servers = {limit: stack.enter_context(serving("fewstep", weights, limit)) for limit in waited}
+        for number in range(-SLOTS, requests):  # the first few are not counted
+            for limit, server in servers.items():
+                seconds = ask(server, 10_000 + number)[1]
+                if number >= 0:
+                    waited[limit].append(seconds)
+    return {limit: statistics.median(seconds) for limit, seconds in waited.items()}
+
+
+def run(
+    weights: Path, rounds: int, requests: int, told: Callable[[str], None]
+) -> tuple[dict[tuple[str, int], list[Load]], dict[str, list[float]], dict[str, dict[str, float]]]:
+    """The loads by server and number of clients; of fewstep the seconds that `Pipeline.generate` takes for a
+    batch, and how far batched pictures are from lone ones."""
+    loads: dict[tuple[str, int], list[Load]] = {}
+    generated: dict[str, list[float]] = {}
+    far: dict[str, dict[str, float]] = {}
+    suite = replace(SUITES["miniature"], wishes=(GENERATE,))
+    for i in range(rounds):
+        for name, (root, _) in SERVERS.items():
+            told(f"round {i + 1} of {rounds}: {name}")
+            with serving(name, weights) as server:
+                put_load(server, SLOTS, 2 * SLOTS)
+                for clients in CLIENTS:
+                    loads.setdefault((name, clients), []).append(put_load(server, clients, requests))
+                if root == ROOT and i == 0:
+                    far[name] = differences(server, 4 * SLOTS)
+            if root == ROOT:
+                with tempfile.TemporaryDirectory() as pictures:
+                    samples = samples_of(name, suite, weights, Path(pictures), 0)
+                    generated.setdefault(name, []).extend(sample["seconds"] for _, sample in samples)
+    return loads, generated, far
+
+
+def rows_of(
+    loads: dict[tuple[str, int], list[Load]],
+    generated: dict[str, list[float]],
+    far: dict[str, dict[str, float]],
+    lone: dict[int, float],
+) -> list[dict[str, Any]]:
+    """One for each server and number of clients, the medians over the rounds."""
+    rows: list[dict[str, Any]] = []
+    for (name, clients), rounds in loads.items():
+        waits = [1000 * wait for load in rounds for wait in load.waited]
+        rates = [load.images_per_s for load in rounds]
+        rows.append(
+            {
+                "system": name,
+                "clients": clients,
+                **dict(zip(("images_per_s", "least", "most"), _spread(rates), strict=True)),
+                "wait_ms": round(statistics.median(waits), 1),
+                "wait_p95_ms": round(float(np.percentile(waits, 95)), 1),
+                "requests": sum(len(load.waited) + load.lost for load in rounds),
+                "lost": sum(load.lost for load in rounds),
+                **(far.get(name, {}) if clients == SLOTS else {}),
+            }
+        )
+    for name, seconds in generated.items():
+        rates = [SLOTS / one for one in seconds]
+        rows.append(
+            {
+                "system": f"{name}-generate",
+                "clients": "",
+                **dict(zip(("images_per_s", "least", "most"), _spread(rates), strict=True)),
+            }
+        )
+    for limit, wait in lone.items():
+        rows.append(
+            {"system": f"fewstep-lone-max-batch-{limit}", "clients": 1, "wait_ms": round(1000 * wait, 2)}
+        )
+    return rows
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    return round(statistics.median(values), 2), round(min(values), 2), round(max(values), 2)

@@ -1,0 +1,57 @@
+"""Load on real servers, small: what is counted is what was answered."""
+
+import pytest
+
+from fewstep.benchmark.plots import plot_throughput
+from fewstep.benchmark.throughput import Load, differences, put_load, rows_of, serving
+from fewstep.server import ServerFailed
+from fewstep.settings import Settings
+
+WEIGHTS = Settings().weights_root
+
+
+def test_nothing_is_lost_beyond_the_servers_slots_and_batched_pictures_are_the_lone_ones():
+    with serving("fewstep-fp32", WEIGHTS) as server:
+        load = put_load(server, clients=12, requests=24)  # four callers at a time are told to come again
+        assert (len(load.waited), load.lost) == (24, 0)
+        assert load.seconds >= max(load.waited)
+        assert differences(server, 6)["most_apart"] <= 1
+
+
+def test_plain_diffusers_is_served_by_the_same_server():
+    with serving("diffusers-bf16", WEIGHTS) as server:
+        load = put_load(server, clients=3, requests=6)
+    assert (len(load.waited), load.lost) == (6, 0)
+
+
+def test_what_fails_is_counted_as_lost(monkeypatch):
+    with serving("fewstep-fp32", WEIGHTS) as server:
+        monkeypatch.setattr("fewstep.benchmark.throughput.PROMPT", "(" + "x " * 3000)
+        assert put_load(server, clients=2, requests=3).lost == 3
+
+
+def test_a_server_that_does_not_start_is_told(tmp_path):
+    with pytest.raises(ServerFailed), serving("fewstep", tmp_path):
+        pass
+
+
+def test_rows_are_medians_over_rounds_and_are_drawn(tmp_path):
+    loads = {
+        ("fewstep", clients): [Load(2.0, [0.5] * 4, 0), Load(1.0, [0.1] * 8, 1), Load(1.0, [0.1] * 4, 0)]
+        for clients in (1, 8)
+    }
+    rows = rows_of(loads, {"fewstep": [0.5, 0.25, 1.0]}, {"fewstep": {"most_apart": 2}}, {8: 0.1, 1: 0.2})
+    assert [(row["system"], row["clients"]) for row in rows] == [
+        ("fewstep", 1),
+        ("fewstep", 8),
+        ("fewstep-generate", ""),
+        ("fewstep-lone-max-batch-8", 1),
+        ("fewstep-lone-max-batch-1", 1),
+    ]
+    first, second, generate, lone, _ = rows
+    assert (first["images_per_s"], first["least"], first["most"]) == (4, 2, 8)
+    assert (first["requests"], first["lost"], first["wait_ms"]) == (17, 1, 100)
+    assert "most_apart" not in first and second["most_apart"] == 2
+    assert (generate["images_per_s"], lone["wait_ms"]) == (16, 100)
+    plot_throughput([{"cpu": "any", "cores": 2, **row} for row in rows], tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
