@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,41 +51,36 @@ def converted(folder: Path, settings: Settings, device: torch.device, dtype: tor
         raise SettingsError(f"FEWSTEP_ENGINE is {engine}, which is for CPUs; set FEWSTEP_DEVICE to cpu")
     if dtype not in HINTS:
         raise SettingsError(f"FEWSTEP_ENGINE is {engine}, which takes bf16 or fp32; set FEWSTEP_DTYPE to one")
-    for package in _packages(engine):
-        if importlib.util.find_spec(package) is None:
-            raise SettingsError(f"FEWSTEP_ENGINE is {engine}, without {package}; run: pip install {package}")
+    if importlib.util.find_spec("openvino") is None:
+        raise SettingsError(f"FEWSTEP_ENGINE is {engine}, without openvino; run: pip install openvino")
     place = _place(folder, engine, HINTS[dtype])
-    if not _is_stamped(place, folder, engine):
+    if not _is_stamped(place, folder):
         logger.info("converting %s for OpenVINO, once", folder.name)
         # In a process of its own: what a conversion takes of memory, it does not give back.
         arguments = (settings.model, str(settings.weights_root), engine, HINTS[dtype])
         command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, *arguments]
         done = subprocess.run(command, cwd=ROOT, check=False, stdout=STDERR)
-        if done.returncode or not _is_stamped(place, folder, engine):
+        if done.returncode or not _is_stamped(place, folder):
             raise WeightsError(f"{folder.name} could not be converted for OpenVINO; the reason is in the log")
     return place
-
-
-def _packages(engine: str) -> tuple[str, ...]:
-    return ("openvino", "nncf") if engine == INT8 else ("openvino",)
 
 
 def _place(folder: Path, engine: str, hint: str) -> Path:
     return folder.parent / FOLDER / folder.name / (f"{hint}-int8" if engine == INT8 else hint)
 
 
-def _is_stamped(place: Path, folder: Path, engine: str) -> bool:
+def _is_stamped(place: Path, folder: Path) -> bool:
     try:
-        return bool(json.loads((place / _STAMP).read_text()) == _stamp(folder, engine))
+        return bool(json.loads((place / _STAMP).read_text()) == _stamp(folder))
     except (OSError, ValueError):
         return False
 
 
-def _stamp(folder: Path, engine: str) -> dict[str, str]:
+def _stamp(folder: Path) -> dict[str, str]:
     """What a conversion was made of and by; this file too, since another may convert otherwise."""
     made_of = {"manifest": folder / MANIFEST, "conversion": Path(__file__)}
     hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in made_of.items()}
-    return hashes | {package: version(package) for package in (*_packages(engine), "diffusers")}
+    return hashes | {package: version(package) for package in ("openvino", "diffusers")}
 
 
 class _UNet(nn.Module):
@@ -167,7 +163,7 @@ def convert(diffusion: Diffusion, folder: Path, engine: str, hint: str) -> None:
     decoder = Decoder(_exact(diffusion.vae))
     _replace_group_norms(decoder)
     write(decoder, given["vae"], unfinished / "vae.xml", hint)
-    (unfinished / _STAMP).write_text(json.dumps(_stamp(folder, engine)))
+    (unfinished / _STAMP).write_text(json.dumps(_stamp(folder)))
     shutil.rmtree(place, ignore_errors=True)
     unfinished.rename(place)
 
@@ -197,20 +193,27 @@ def write(network: nn.Module, given: tuple[Tensor, ...], path: Path, hint: str) 
 
 def _compress(path: Path, hint: str) -> None:
     """Weights of linear layers to 8 bits, symmetric, a scale for each output channel."""
-    import nncf
     import openvino
+    from openvino import opset13
 
-    plain = path.with_stem("plain")
+    plain = path.with_stem("plain")  # read back from disk, where it takes no memory
     for suffix in (".xml", ".bin"):
         path.with_suffix(suffix).rename(plain.with_suffix(suffix))
-    model = nncf.compress_weights(
-        openvino.Core().read_model(plain),
-        mode=nncf.CompressWeightsMode.INT8_SYM,
-        # OpenVINO multiplies activations in 8 bits for linear layers only.
-        ignored_scope=nncf.IgnoredScope(types=["Convolution"]),
-    )
+    model = openvino.Core().read_model(plain)
+    for node in model.get_ops():
+        if node.get_type_name() != "MatMul":
+            continue
+        weights = node.input_value(1).get_node()
+        if weights.get_type_name() == "Convert":  # from 16 bits
+            weights = weights.input_value(0).get_node()
+        if weights.get_type_name() != "Constant":  # attention's, of two activations
+            continue
+        values = weights.get_data().astype(np.float32)  # (out, in)
+        scales = np.maximum(np.abs(values).max(1, keepdims=True), np.finfo(np.float32).tiny) / 127
+        in_8_bits = opset13.convert(opset13.constant(np.rint(values / scales).astype(np.int8)), np.float32)
+        node.input(1).replace_source_output(opset13.multiply(in_8_bits, opset13.constant(scales)).output(0))
     openvino.save_model(model, path, compress_to_fp16=hint != "f32")
-    del model
+    del model, weights
     for suffix in (".xml", ".bin"):
         plain.with_suffix(suffix).unlink()
 

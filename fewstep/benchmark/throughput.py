@@ -26,7 +26,9 @@ from fewstep.server import ROOT, Server, free_port, running_server
 PLAIN = Path(__file__).parent / "plain"
 SLOTS = 8  # as many requests as the server takes at a time, and pictures in a batch
 CLIENTS = (1, 2, 4, 8, 16)
-RETRY_S = (0.005, 0.2)  # after the server said that it has no room: doubled from the one up to the other
+# After the server said that it has no room, doubled from the one up to the other. It has room for a caller
+# again a moment after the caller has its answer.
+RETRY_S = (0.001, 0.2)
 GENERATE = Wish(128, batch=SLOTS)
 
 # Each with the folder of its predict.py and its dtype.
