@@ -15,7 +15,7 @@ from typing import Any
 from fewstep.commands.told import say, status_of
 from fewstep.server import ROOT
 
-REQUESTS = 200  # of each number of callers
+REQUESTS = 96  # of each number of callers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
