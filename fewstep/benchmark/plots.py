@@ -68,7 +68,7 @@ def plot_costs(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def plot_throughput(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Pictures a second against the number of callers, beside what a batch takes without a server."""
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     colours: dict[str, Any] = {}
     for system in dict.fromkeys(row["system"] for row in rows if row.get("requests")):
         points = [(row["clients"], row["images_per_s"]) for row in rows if row["system"] == system]
@@ -83,7 +83,7 @@ def plot_throughput(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel(f"images a second, {rows[0]['cpu']}, {rows[0]['cores']} cores")
     axes.set_ylim(bottom=0)
     axes.set_xticks([row["clients"] for row in rows if row["system"] == "fewstep"])
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
