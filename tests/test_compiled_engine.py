@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from torch._dynamo.utils import counters
 
 from fewstep.compiled_engine import CompiledEngine
@@ -25,12 +26,13 @@ def plain() -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> Pipeline:
+def pipeline(tmp_path_factory):
     found = load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size"))
     cache = tmp_path_factory.mktemp("cache")
     found.engine = CompiledEngine(found.diffusion, cache, backend="eager")
     found.engine.compile_for(found, LISTED)
-    return found
+    yield found
+    torch._dynamo.reset()  # what it keeps of these networks must not outlive them
 
 
 def wish(shape: Shape, seed=7, **inputs) -> Request:
