@@ -120,6 +120,8 @@ def test_the_folder_is_what_design_says(shop):
         state = plain(getattr(loaded, part).state_dict())
         (file,) = (folder / part).glob("*.safetensors")
         for key, value in plain(load_file(file)).items():
+            if ".upsamplers." in key:  # folded, which tests/test_upsampling.py is about
+                continue
             assert torch.equal(state[key], value.float()), (part, key)
     manifest = {file.path: file for file in read_manifest(folder, remedy="").files}
     vae = manifest["vae/diffusion_pytorch_model.safetensors"]

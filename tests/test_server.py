@@ -46,6 +46,9 @@ class Painter:
 
     def paint(self, **inputs: object) -> list[bytes]:
         status, answer = self.ask(**inputs)
+        while status == 409:  # coglet has room for a caller again only a moment after its answer
+            time.sleep(0.01)
+            status, answer = self.ask(**inputs)
         assert (status, answer.get("status")) == (200, "succeeded"), answer
         return [base64.b64decode(url.partition(";base64,")[2], validate=True) for url in answer["output"]]
 

@@ -8,11 +8,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,17 @@ class Load:
 def serving(name: str, weights: Path, max_batch: int = SLOTS) -> Iterator[Server]:
     """The server `name`, ready, and stopped at the end."""
     root, dtype = SERVERS[name]
-    environ = os.environ | {
-        "FEWSTEP_WEIGHTS": str(weights),
-        "FEWSTEP_DTYPE": dtype,
-        "FEWSTEP_MAX_BATCH": str(max_batch),
-        "PYTHONPATH": str(ROOT),
-    }
-    with (
-        tempfile.TemporaryFile() as log,
-        running_server(port=free_port(), log=log, environ=environ, root=root) as server,
-    ):
-        server.wait_ready()
-        yield server
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
+        environ = os.environ | {
+            "FEWSTEP_WEIGHTS": str(weights),
+            "FEWSTEP_DTYPE": dtype,
+            "FEWSTEP_MAX_BATCH": str(max_batch),
+            "PYTHONPATH": str(ROOT),
+            "TMPDIR": folder,  # what the plain server paints is left there
+        }
+        with running_server(port=free_port(), log=log, environ=environ, root=root) as server:
+            server.wait_ready()
+            yield server
 
 
 def ask(server: Server, number: int, **more: Any) -> tuple[bytes | None, float]:
@@ -88,14 +88,14 @@ def ask(server: Server, number: int, **more: Any) -> tuple[bytes | None, float]:
     return base64.b64decode(url.partition(",")[2]), seconds
 
 
-def put_load(server: Server, clients: int, requests: int) -> Load:
-    """Different wishes, `requests` in all, from `clients` callers."""
+def put_load(server: Server, clients: int, numbers: Iterable[int]) -> Load:
+    """The wishes of these `numbers`, from `clients` callers; the server has seen none of them before."""
     with ThreadPoolExecutor(clients) as callers:
         started = time.perf_counter()
-        answers = list(callers.map(partial(ask, server), range(requests)))
+        answers = list(callers.map(partial(ask, server), numbers))
         seconds = time.perf_counter() - started
-    waited = [waited for file, waited in answers if file is not None]
-    return Load(seconds, waited, requests - len(waited))
+    waits = [wait for file, wait in answers if file is not None]
+    return Load(seconds, waits, len(answers) - len(waits))
 
 
 def differences(server: Server, requests: int) -> dict[str, float]:
@@ -141,9 +141,11 @@ def run(
         for name, (root, _) in SERVERS.items():
             told(f"round {i + 1} of {rounds}: {name}")
             with serving(name, weights) as server:
-                put_load(server, SLOTS, 2 * SLOTS)
+                numbers = count(10_000)  # words that are in no cache
+                put_load(server, SLOTS, islice(numbers, 2 * SLOTS))
                 for clients in CLIENTS:
-                    loads.setdefault((name, clients), []).append(put_load(server, clients, requests))
+                    load = put_load(server, clients, islice(numbers, requests))
+                    loads.setdefault((name, clients), []).append(load)
                 if root == ROOT and i == 0:
                     far[name] = differences(server, 4 * SLOTS)
             if root == ROOT:
@@ -168,7 +170,7 @@ def rows_of(
             {
                 "system": name,
                 "clients": clients,
-                **dict(zip(("images_per_s", "least", "most"), _spread(rates), strict=True)),
+                **_spread(rates),
                 "wait_ms": round(statistics.median(waits), 1),
                 "wait_p95_ms": round(float(np.percentile(waits, 95)), 1),
                 "requests": sum(len(load.waited) + load.lost for load in rounds),
@@ -178,13 +180,7 @@ def rows_of(
         )
     for name, seconds in generated.items():
         rates = [SLOTS / one for one in seconds]
-        rows.append(
-            {
-                "system": f"{name}-generate",
-                "clients": "",
-                **dict(zip(("images_per_s", "least", "most"), _spread(rates), strict=True)),
-            }
-        )
+        rows.append({"system": f"{name}-generate", "clients": "", **_spread(rates)})
     for limit, wait in lone.items():
         rows.append(
             {"system": f"fewstep-lone-max-batch-{limit}", "clients": 1, "wait_ms": round(1000 * wait, 2)}
@@ -192,5 +188,6 @@ def rows_of(
     return rows
 
 
-def _spread(values: list[float]) -> tuple[float, float, float]:
-    return round(statistics.median(values), 2), round(min(values), 2), round(max(values), 2)
+def _spread(rates: list[float]) -> dict[str, float]:
+    found = {"images_per_s": statistics.median(rates), "least": min(rates), "most": max(rates)}
+    return {name: round(rate, 2) for name, rate in found.items()}

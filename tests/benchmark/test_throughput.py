@@ -12,7 +12,7 @@ WEIGHTS = Settings().weights_root
 
 def test_nothing_is_lost_beyond_the_servers_slots_and_batched_pictures_are_the_lone_ones():
     with serving("fewstep-fp32", WEIGHTS) as server:
-        load = put_load(server, clients=12, requests=24)  # four callers at a time are told to come again
+        load = put_load(server, clients=12, numbers=range(24))  # four callers at a time are told to come again
         assert (len(load.waited), load.lost) == (24, 0)
         assert load.seconds >= max(load.waited)
         assert differences(server, 6)["most_apart"] <= 1
@@ -20,14 +20,14 @@ def test_nothing_is_lost_beyond_the_servers_slots_and_batched_pictures_are_the_l
 
 def test_plain_diffusers_is_served_by_the_same_server():
     with serving("diffusers-bf16", WEIGHTS) as server:
-        load = put_load(server, clients=3, requests=6)
+        load = put_load(server, clients=3, numbers=range(6))
     assert (len(load.waited), load.lost) == (6, 0)
 
 
 def test_what_fails_is_counted_as_lost(monkeypatch):
     with serving("fewstep-fp32", WEIGHTS) as server:
         monkeypatch.setattr("fewstep.benchmark.throughput.PROMPT", "(" + "x " * 3000)
-        assert put_load(server, clients=2, requests=3).lost == 3
+        assert put_load(server, clients=2, numbers=range(3)).lost == 3
 
 
 def test_a_server_that_does_not_start_is_told(tmp_path):

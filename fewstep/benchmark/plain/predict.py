@@ -1,11 +1,8 @@
 """Plain diffusers behind the same server, one picture at a time: what fewstep's throughput is compared with."""
 
 import asyncio
-import os
 import tempfile
-import uuid
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path as LocalPath
 
 import cog
 from cog import BasePredictor, Input, Path
@@ -37,9 +34,9 @@ class Predictor(BasePredictor):
         """Paint in 4 steps, at 128 px."""
         loop = asyncio.get_running_loop()
         [image] = await loop.run_in_executor(self.thread, self.system.paint, Wish(128), [prompt], [seed])
-        file = LocalPath(tempfile.gettempdir()) / f"{uuid.uuid4()}-{os.getpid()}.webp"
-        file.write_bytes(encode_image(image, "webp", 90))
-        return [Path(file)]
+        with tempfile.NamedTemporaryFile(suffix=".webp", delete=False) as file:  # coglet reads it later
+            file.write(encode_image(image, "webp", 90))
+        return [Path(file.name)]
 
 
 def _load() -> System:
