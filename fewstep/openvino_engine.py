@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,18 @@ logger = logging.getLogger(__name__)
 MAX_GROUP = 128  # larger ones were no faster
 
 
+@cache
+def shared_core() -> Any:
+    """The process's only `openvino.Core`, which is never let go.
+
+    Each brings a stack of its own for signals, and takes it away at its end: when several end in another
+    order than the reverse, the next signal with a handler, such as SIGTERM, is a segmentation fault.
+    """
+    from openvino import Core  # optional, and takes a moment
+
+    return Core()
+
+
 class OpenVinoEngine:
     """`unet` and `decode` for requests that it `serves`; pictures of a batch go through one by one, which on
     a CPU takes no longer, and gives each the same pixels in any batch."""
@@ -32,11 +44,9 @@ class OpenVinoEngine:
         self, diffusion: Diffusion, place: Path, engine: str, dtype: torch.dtype, size: tuple[int, int]
     ) -> None:
         """Compile what `converted` put into `place`, for pictures of `size`, width and height in px."""
-        import openvino  # optional, and takes a moment
-
         self.size = size
         width, height = size
-        core = openvino.Core()
+        core = shared_core()
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[dtype], "PERFORMANCE_HINT": "LATENCY"}
         if engine == INT8:
             config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_of(diffusion.unet.config)
@@ -46,7 +56,7 @@ class OpenVinoEngine:
             model.reshape(dict(zip(model.inputs, [list(one.shape) for one in given], strict=True)))
             request = core.compile_model(model, "CPU", config).create_infer_request()
             self._infer[name] = partial(infer, request)
-        logger.info("OpenVINO %s paints pictures of %dx%d px", openvino.__version__, width, height)
+        logger.info("OpenVINO paints pictures of %dx%d px", width, height)
 
     def serves(self, request: Request) -> bool:
         """Whether it was compiled for what `request` asks."""

@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fewstep.models import get_model
 from fewstep.pipeline import Painting, Pipeline, load_pipeline
 from fewstep.request import Request
 from fewstep.saving import save_model
+from fewstep.server import ROOT
 from fewstep.settings import Settings
 
 MINIATURE = get_model("miniature")
@@ -169,3 +171,28 @@ def test_without_it_or_for_fp16_the_start_says_so(settings, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match="without openvino; run: pip install openvino"):
         load_pipeline(MINIATURE, Settings(**settings))
+
+
+SEVERAL_ENGINES_END = """
+import gc, signal
+import numpy as np
+from openvino import Model, opset13
+from fewstep.openvino_engine import shared_core
+
+def compiled():
+    given = opset13.parameter([1], np.float32)
+    return shared_core().compile_model(Model([opset13.relu(given)], [given]), "CPU")
+
+first, second = compiled(), compiled()
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("ended as told"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_signal_is_handled_after_several_engines_have_ended():
+    done = subprocess.run([sys.executable, "-c", SEVERAL_ENGINES_END], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "ended as told\n"), done.stderr
