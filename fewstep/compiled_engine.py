@@ -20,7 +20,6 @@ from torch import Tensor
 from fewstep.errors import SettingsError
 from fewstep.request import Request
 from fewstep.settings import Shape
-from fewstep.text_encoding import Diffusion
 
 if TYPE_CHECKING:
     from fewstep.pipeline import Pipeline
@@ -34,15 +33,17 @@ class CompiledEngine:
     """`unet` and `decode` of the model itself: `compile_for` has them compiled,
     and nothing is after it."""
 
-    def __init__(self, diffusion: Diffusion, cache: Path, backend: str = "inductor") -> None:
+    decodes = True
+
+    def __init__(self, unet: Any, decoder: Any, cache: Path, backend: str = "inductor") -> None:
         self.cache = cache
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
         how: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": backend}
-        if diffusion.unet.device.type == "cuda":
+        if unet.device.type == "cuda":
             how["mode"] = "reduce-overhead"  # CUDA graphs
-        self._dtype = diffusion.unet.dtype
-        self._unet: Any = torch.compile(diffusion.unet, **how)
-        self._decode: Any = torch.compile(diffusion.vae.decode, **how)
+        self._dtype = unet.dtype
+        self._unet: Any = torch.compile(unet, **how)
+        self._decode: Any = torch.compile(decoder.decode, **how)
         self._stance = "default"
 
     def compile_for(self, pipeline: Pipeline, shapes: Sequence[Shape]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, EulerDiscreteScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -26,7 +26,7 @@ from fewstep.hub import Download, Expected
 from fewstep.models import ModelSpec, get_model
 from fewstep.saving import save_model
 from fewstep.settings import Settings
-from fewstep.sources import LCM_LORA
+from fewstep.sources import LCM_LORA, TINY_VAE
 from fewstep.training.distill import LORA_TARGETS
 
 # The published LCM-LoRAs: rank 64 with alpha 8, so that B A counts an eighth.
@@ -120,6 +120,9 @@ def _make_parts(name: str, spec: ModelSpec, tokenizer: Path, folder: Path) -> No
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE, scaling_factor=0.13025 if spec.family == "sdxl" else 0.18215)
     _save(vae, folder / "vae", "diffusion_pytorch_model", generator)
+    with torch.device("meta"):
+        tiny = AutoencoderTiny()  # the published ones have its usual shape
+    _save(tiny, folder / TINY_VAE, "diffusion_pytorch_model", generator)
     encoders: dict[str, tuple[type[Any], dict[str, Any]]] = {"text_encoder": (CLIPTextModel, CLIP_L)}
     if spec.family == "sdxl":
         encoders["text_encoder_2"] = (CLIPTextModelWithProjection, BIG_G)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import SettingsError, WeightsError
-from fewstep.settings import Settings
+from fewstep.settings import INT8, Settings
 from fewstep.text_encoding import Diffusion
 from fewstep.weights import MANIFEST
 
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 STDERR = 2  # for all that libraries say: our own standard output belongs to results
 FOLDER = ".openvino"  # beside the models, whose own folders hold what their manifests list
 HINTS = {torch.bfloat16: "bf16", torch.float32: "f32"}
-INT8 = "openvino-int8"  # the engine whose linear layers multiply in 8 bits
 _DTYPES = {"bf16": "bf16", "f32": "fp32"}
 _STAMP = "stamp.json"
 
@@ -43,8 +42,8 @@ _STAMP = "stamp.json"
 def converted(folder: Path, settings: Settings, device: torch.device, dtype: torch.dtype) -> Path:
     """Where the networks of the model in `folder` are, as OpenVINO reads them; converted now if need be.
 
-    Raises SettingsError without OpenVINO, on a GPU and for a dtype that it does not calculate in,
-    WeightsError when they cannot be converted.
+    Raises SettingsError without OpenVINO, on a GPU, for a dtype that it does not calculate in and for a size
+    that the UNet cannot halve evenly; WeightsError when they cannot be converted.
     """
     engine = settings.engine
     if device.type != "cpu":
@@ -53,6 +52,14 @@ def converted(folder: Path, settings: Settings, device: torch.device, dtype: tor
         raise SettingsError(f"FEWSTEP_ENGINE is {engine}, which takes bf16 or fp32; set FEWSTEP_DTYPE to one")
     if importlib.util.find_spec("openvino") is None:
         raise SettingsError(f"FEWSTEP_ENGINE is {engine}, without openvino; run: pip install openvino")
+    # A level of the UNet that halves an odd number is doubled again by other operations than were traced.
+    levels = len(json.loads((folder / "unet" / "config.json").read_text())["block_out_channels"])
+    step = 8 * 2 ** (levels - 1)
+    if settings.openvino_size and any(side % step for side in settings.openvino_size):
+        width, height = settings.openvino_size
+        raise SettingsError(
+            f"FEWSTEP_OPENVINO_SIZE is {width}x{height}; OpenVINO takes multiples of {step} of {folder.name}"
+        )
     place = _place(folder, engine, HINTS[dtype])
     if not _is_stamped(place, folder):
         logger.info("converting %s for OpenVINO, once", folder.name)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.openvino_conversion import HINTS, INT8, examples
+from fewstep.openvino_conversion import HINTS, examples
 from fewstep.request import Mix, Request
+from fewstep.settings import INT8, Settings
 from fewstep.text_encoding import Diffusion
 
 logger = logging.getLogger(__name__)
@@ -41,17 +42,20 @@ class OpenVinoEngine:
     a CPU takes no longer, and gives each the same pixels in any batch."""
 
     def __init__(
-        self, diffusion: Diffusion, place: Path, engine: str, dtype: torch.dtype, size: tuple[int, int]
+        self, diffusion: Diffusion, place: Path, settings: Settings, dtype: torch.dtype, size: tuple[int, int]
     ) -> None:
         """Compile what `converted` put into `place`, for pictures of `size`, width and height in px."""
+        self.decodes = settings.vae == "full"  # torch is quick at a tiny one
         self.size = size
         width, height = size
         core = shared_core()
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[dtype], "PERFORMANCE_HINT": "LATENCY"}
-        if engine == INT8:
+        if settings.engine == INT8:
             config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_of(diffusion.unet.config)
         self._infer: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {}
         for name, given in examples(diffusion, height // 8, width // 8).items():
+            if name == "vae" and not self.decodes:
+                continue
             model = core.read_model(place / f"{name}.xml")
             model.reshape(dict(zip(model.inputs, [list(one.shape) for one in given], strict=True)))
             request = core.compile_model(model, "CPU", config).create_infer_request()

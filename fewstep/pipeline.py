@@ -16,11 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image, ImageFilter
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.adapters import NETWORKS, Adapters, Lora
 from fewstep.compiled_engine import FOLDER as COMPILED
@@ -39,8 +40,8 @@ from fewstep.placement import device_and_dtype, order_channels_last
 from fewstep.request import Mix, Request
 from fewstep.safety import SafetyChecker, load_safety_checker
 from fewstep.sampler import Job, sample
-from fewstep.settings import Settings
-from fewstep.sources import LCM_LORA
+from fewstep.settings import OPENVINO, Settings
+from fewstep.sources import LCM_LORA, TINY_VAE
 from fewstep.styles import AdapterError
 from fewstep.text_encoding import Diffusion, TextEncoding
 from fewstep.upsampling import fold_upsamplers
@@ -48,7 +49,6 @@ from fewstep.weights import Manifest, check_hashes, verify_weights
 
 logger = logging.getLogger(__name__)
 
-OPENVINO = ("openvino", "openvino-int8")
 PIPELINES = {"sdxl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}
 SEAM_PX = 2  # over which what is repainted and what is kept run into each other
 
@@ -75,11 +75,14 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     place = converted(folder, settings, device, dtype) if settings.engine in OPENVINO else None
     size = settings.openvino_size or (spec.native_size, spec.native_size)
     diffusion = _load_verified(folder, spec, manifest, settings.verify, device, dtype)
-    for module in (part for part in diffusion.components.values() if isinstance(part, torch.nn.Module)):
+    tiny = _tiny_vae(folder, manifest, spec.remedy).to(device, dtype) if settings.vae == "tiny" else None
+    for module in (part for part in (*diffusion.components.values(), tiny) if isinstance(part, nn.Module)):
         module.eval().requires_grad_(False)
     if device.type == "cpu":
         fold_upsamplers(diffusion.vae)  # the decoder's; on a GPU it has not been measured
         order_channels_last(diffusion, spec)
+        if tiny:
+            tiny.to(memory_format=torch.channels_last)
     adapters = Adapters(folder, {name: diffusion.components[name] for name in NETWORKS[spec.family]})
     if spec.lcm_lora:
         adapters.lcm_lora = _read_lcm_lora(adapters, folder, manifest, spec.remedy)
@@ -98,12 +101,22 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         revision=manifest.revision,
         checker=checker,
         allow_unsafe=settings.allow_unsafe,
-        engine=OpenVinoEngine(diffusion, place, settings.engine, dtype, size) if place else None,
+        tiny_vae=tiny,
+        engine=OpenVinoEngine(diffusion, place, settings, dtype, size) if place else None,
     )
     if settings.engine == "compiled":
-        pipeline.engine = CompiledEngine(diffusion, folder.parent / COMPILED / spec.name)
+        pipeline.engine = CompiledEngine(
+            diffusion.unet, pipeline.decoder, folder.parent / COMPILED / spec.name
+        )
         pipeline.engine.compile_for(pipeline, settings.compiled)
     return pipeline
+
+
+def _tiny_vae(folder: Path, manifest: Manifest, remedy: str) -> AutoencoderTiny:
+    if not any(file.path.startswith(f"{TINY_VAE}/") for file in manifest.files):
+        # Saved by an earlier version.
+        raise WeightsError(f"weights/{folder.name}/{TINY_VAE} is missing; run: {manifest.remedy(remedy)}")
+    return AutoencoderTiny.from_pretrained(folder / TINY_VAE, use_safetensors=True, local_files_only=True)
 
 
 def _read_lcm_lora(adapters: Adapters, folder: Path, manifest: Manifest, remedy: str) -> Lora:
@@ -160,6 +173,7 @@ class Pipeline:
         revision: str = "",
         checker: SafetyChecker | None = None,
         allow_unsafe: bool = False,
+        tiny_vae: AutoencoderTiny | None = None,
         engine: OpenVinoEngine | CompiledEngine | None = None,
     ) -> None:
         self.spec = spec
@@ -171,6 +185,7 @@ class Pipeline:
         self.checker = checker
         self.allow_unsafe = allow_unsafe
         self.engine = engine
+        self.decoder: Any = tiny_vae or diffusion.vae  # its latents are scaled by its own factor
         self.device: torch.device = diffusion.unet.device
         self.dtype: torch.dtype = diffusion.unet.dtype
 
@@ -227,7 +242,9 @@ class Pipeline:
             latents = sample(self.diffusion, self.spec, group, requests[0], stopped, unet)
             metrics["steps_ms"] = metrics.get("steps_ms", 0.0) + _ms_since(started)
             started = time.perf_counter()
-            images_of_group = self._decode(latents, engine.decode if engine else self._own_decode)
+            images_of_group = self._decode(
+                latents, engine.decode if engine and engine.decodes else self._own_decode
+            )
             decoded = [
                 _with_kept_parts(image, job) for image, job in zip(images_of_group, group, strict=True)
             ]
@@ -279,7 +296,7 @@ class Pipeline:
         ]
 
     def _own_decode(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self.diffusion.vae.decode(latents.to(self.dtype)).sample
+        pixels: Tensor = self.decoder.decode(latents.to(self.dtype)).sample
         return pixels
 
     def _decode(
@@ -289,13 +306,12 @@ class Pipeline:
 
         What leaves the range of 16 bits is decoded once more in fp32.
         """
-        vae = self.diffusion.vae
-        latents = latents / vae.config.scaling_factor
+        latents = latents / self.decoder.config.scaling_factor
         pixels = decode(latents).float()
         again = _finite(latents) & ~_finite(pixels)
         if self.dtype != torch.float32 and again.any():
             logger.warning("%d of %d images are decoded again in fp32", again.sum(), len(again))
-            pixels[again] = copy.deepcopy(vae).float().decode(latents[again]).sample
+            pixels[again] = copy.deepcopy(self.decoder).float().decode(latents[again]).sample
         finite = _finite(pixels).tolist()
         rgb = (
             (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

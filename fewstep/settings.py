@@ -16,7 +16,10 @@ logger = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
-ENGINES = ("torch", "compiled", "openvino", "openvino-int8")
+INT8 = "openvino-int8"  # in which linear layers multiply in 8 bits
+OPENVINO = ("openvino", INT8)
+ENGINES = ("torch", "compiled", *OPENVINO)
+VAES = ("full", "tiny")
 VERIFY_MODES = ("sha256", "size")
 SAFETY = ("clip", "vit", "off")
 MAX_COMPILED = 8  # torch keeps as many versions of one module, and then gives up
@@ -90,6 +93,7 @@ class Settings:
     style_memory_bytes: int = 4 * GIGABYTE
     engine: str = "torch"
     openvino_size: tuple[int, int] | None = None  # of the pictures that OpenVINO paints; None: native
+    vae: str = "full"  # which decodes; "tiny" is coarser and takes a hundredth of the time
     compiled: tuple["Shape", ...] = ()  # that the compiled engine is made for; none: one native picture
     recipes: bool = True  # whether files carry what they were painted from
     hf_endpoint: str = HUB
@@ -111,6 +115,7 @@ class Settings:
             dtype=read.choice("FEWSTEP_DTYPE", cls.dtype, DTYPES),
             engine=read.choice("FEWSTEP_ENGINE", cls.engine, ENGINES),
             openvino_size=read.size("FEWSTEP_OPENVINO_SIZE"),
+            vae=read.choice("FEWSTEP_VAE", cls.vae, VAES),
             compiled=read.shapes("FEWSTEP_COMPILED"),
             verify=read.choice("FEWSTEP_VERIFY", cls.verify, VERIFY_MODES),
             deadline_s=read.seconds("FEWSTEP_DEADLINE_S", cls.deadline_s, MAX_DEADLINE_S),

@@ -29,7 +29,7 @@ def plain() -> Pipeline:
 def pipeline(tmp_path_factory):
     found = load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size"))
     cache = tmp_path_factory.mktemp("cache")
-    found.engine = CompiledEngine(found.diffusion, cache, backend="eager")
+    found.engine = CompiledEngine(found.diffusion.unet, found.decoder, cache, backend="eager")
     found.engine.compile_for(found, LISTED)
     yield found
     torch._dynamo.reset()  # what it keeps of these networks must not outlive them
@@ -77,7 +77,7 @@ def test_a_style_is_painted_by_the_compiled_networks_and_leaves_no_trace(pipelin
 
 
 def test_a_batch_that_never_comes_is_refused(pipeline):
-    engine = CompiledEngine(pipeline.diffusion, pipeline.engine.cache, backend="eager")
+    engine = CompiledEngine(pipeline.diffusion.unet, pipeline.decoder, pipeline.engine.cache, backend="eager")
     with pytest.raises(SettingsError, match="batches of 9; FEWSTEP_MAX_BATCH allows 8"):
         engine.compile_for(pipeline, (Shape(128, 128, batch=9),))
 

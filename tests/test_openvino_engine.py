@@ -165,12 +165,24 @@ def test_it_is_converted_once_and_anew_when_the_weights_are_others(pipeline, set
     assert len(calls) == 1
 
 
-def test_without_it_or_for_fp16_the_start_says_so(settings, monkeypatch):
+def test_without_it_for_fp16_or_a_size_that_cannot_be_the_start_says_so(settings, monkeypatch):
     with pytest.raises(SettingsError, match="takes bf16 or fp32"):
         load_pipeline(MINIATURE, Settings(**(settings | {"dtype": "fp16"})))
+    with pytest.raises(SettingsError, match="is 128x136; OpenVINO takes multiples of 32 of miniature"):
+        load_pipeline(MINIATURE, Settings(**settings, openvino_size=(128, 136)))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match="without openvino; run: pip install openvino"):
         load_pipeline(MINIATURE, Settings(**settings))
+
+
+def test_a_tiny_vae_stays_with_torch(settings):
+    pipeline, expected = (
+        load_pipeline(MINIATURE, Settings(**(settings | {"engine": engine}), vae="tiny"))
+        for engine in ("openvino", "torch")
+    )
+    [found], [one] = paint(pipeline, wish()), paint(expected, wish())
+    assert np.abs(found - one).max() <= 1
+    assert not pipeline.engine.decodes
 
 
 SEVERAL_ENGINES_END = """
@@ -194,5 +206,7 @@ signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_signal_is_handled_after_several_engines_have_ended():
-    done = subprocess.run([sys.executable, "-c", SEVERAL_ENGINES_END], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL_ENGINES_END], capture_output=True, text=True, cwd=ROOT
+    )
     assert (done.returncode, done.stdout) == (0, "ended as told\n"), done.stderr

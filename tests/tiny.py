@@ -6,7 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from hub import Hub
 from peft import get_peft_model_state_dict
@@ -80,7 +86,14 @@ def make_folder(spec: ModelSpec, folder: Path, dtype: torch.dtype = torch.float1
         "num_attention_heads": 2,
         "max_position_embeddings": 77,
     }
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    )
     unet.to(dtype).save_pretrained(folder / "unet")
+    tiny.save_pretrained(folder / "vae_tiny")  # published in fp32
     vae.to(dtype).save_pretrained(folder / "vae")
     EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1

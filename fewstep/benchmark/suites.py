@@ -43,6 +43,8 @@ COMPARED = (
     "fewstep",
     "fewstep-openvino",
     "fewstep-openvino-int8",
+    "fewstep-tiny-vae",
+    "fewstep-openvino-int8-tiny-vae",
     HTTP,
     "openvino",
     "diffusers-bf16",

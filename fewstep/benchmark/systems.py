@@ -22,7 +22,7 @@ from fewstep.compiled_engine import CompiledEngine
 from fewstep.errors import FewstepError
 from fewstep.models import get_model
 from fewstep.openvino_conversion import Decoder, converted, examples, write
-from fewstep.openvino_engine import OpenVinoEngine, infer
+from fewstep.openvino_engine import OpenVinoEngine, infer, shared_core
 from fewstep.pipeline import load_pipeline
 from fewstep.placement import name_of
 from fewstep.request import Request
@@ -64,7 +64,9 @@ class System:
 Load: TypeAlias = Callable[[str, Path, int], System]  # a model, where its weights are, a size in px
 
 
-def fewstep(model: str, weights: Path, size: int, dtype: str = "auto", engine: str = "torch") -> System:
+def fewstep(
+    model: str, weights: Path, size: int, dtype: str = "auto", engine: str = "torch", vae: str = "full"
+) -> System:
     """`Pipeline.generate`, as the container runs it but for the encoding of files."""
     spec = get_model(model)
     settings = Settings(
@@ -72,6 +74,7 @@ def fewstep(model: str, weights: Path, size: int, dtype: str = "auto", engine: s
         weights_root=weights,
         dtype=dtype,
         engine=engine,
+        vae=vae,
         openvino_size=(size, size),
         verify="size",
         safety="off",
@@ -99,7 +102,8 @@ def fewstep(model: str, weights: Path, size: int, dtype: str = "auto", engine: s
             images += painting.images
         return images
 
-    return System(name_of(pipeline.dtype), paint, _networks(pipeline.diffusion), pipeline.engine)
+    networks = _networks(pipeline.diffusion) | {"vae": [pipeline.decoder.decoder]}
+    return System(name_of(pipeline.dtype), paint, networks, pipeline.engine)
 
 
 def _networks(diffusion: Any) -> dict[str, list[nn.Module]]:
@@ -141,8 +145,6 @@ def reference(model: str, weights: Path, size: int) -> System:
 def openvino(model: str, weights: Path, size: int) -> System:
     """`StableDiffusionXLPipeline` with the UNet and the decoder as OpenVINO converts them, in bf16 and for
     one size: what optimum-intel does, which does not go with today's transformers."""
-    from openvino import Core  # optional, and takes a moment
-
     folder = weights / model
     settings = Settings(model=model, weights_root=weights, engine="openvino")
     place = converted(folder, settings, torch.device("cpu"), torch.bfloat16)  # with the LCM-LoRA fused
@@ -159,7 +161,7 @@ def openvino(model: str, weights: Path, size: int) -> System:
 
     @cache
     def compiled(name: str, side: int) -> Any:
-        given, core = examples(pipe, side, side)[name], Core()
+        given, core = examples(pipe, side, side)[name], shared_core()
         network = core.read_model({"unet": place / "unet.xml", "vae": plain}[name])
         network.reshape(dict(zip(network.inputs, [list(one.shape) for one in given], strict=True)))
         hints = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
@@ -214,6 +216,8 @@ SYSTEMS: dict[str, Load] = {
     "fewstep": fewstep,
     "fewstep-openvino": partial(fewstep, engine="openvino"),
     "fewstep-openvino-int8": partial(fewstep, engine="openvino-int8"),
+    "fewstep-tiny-vae": partial(fewstep, vae="tiny"),
+    "fewstep-openvino-int8-tiny-vae": partial(fewstep, engine="openvino-int8", vae="tiny"),
     "fewstep-fp32": partial(fewstep, dtype="fp32"),
     "openvino": openvino,
     "diffusers": diffusers,

@@ -34,6 +34,8 @@ from fewstep.miniature.pictures import Pixels, cached_pictures, pick_scenes
 from fewstep.miniature.restyling import STYLES, draw_restyled
 from fewstep.miniature.scenes import Scene, all_scenes, training_scenes
 from fewstep.miniature.scoring import score_all
+from fewstep.miniature.tiny_vae import train_tiny_vae
+from fewstep.sources import TINY_VAE
 from fewstep.training.distill import LoraStudent, add_lora, distill_lora
 from fewstep.training.loop import Schedule
 from fewstep.training.style import StyleStudent, add_style, train_style
@@ -63,6 +65,7 @@ class Sizes:
     style_pictures: int = 1_500  # of each
     style_steps: int = 250
     style_batch: int = 32
+    tiny_vae_steps: int = 2_000
     captions: int = 500
     seeds: int = 3
 
@@ -206,6 +209,13 @@ class Build:
             )
             _save_lora(unet, folder / f"{name}.safetensors")
 
+    def train_tiny_vae(self) -> None:
+        """Distil the VAE's decoder into weights/miniature/vae_tiny."""
+        latents = [one.latents for one in self.latents]
+        work = self.work / "tiny-vae.safetensors"
+        tiny = train_tiny_vae(self.vae, latents, self.sizes.tiny_vae_steps, work, self.device)
+        tiny.half().save_pretrained(self.weights / TINY_VAE)
+
     def _restyled(self, name: str, place: int) -> LatentSet:
         scenes = pick_scenes(training_scenes(), self.sizes.style_pictures, seed=20 + place)
 
@@ -255,6 +265,8 @@ def build_miniature(
         build.train_lora(STUDENT)
     if "styles" not in build.kept:
         build.train_styles(styles)
+    if "tiny-vae" not in build.kept:
+        build.train_tiny_vae()
     facts = build.facts(STUDENT)
     write_card(weights, facts, [])  # scoring loads the weights through their manifest
     write_card(weights, facts, score_all(weights, judge, facts.captions, facts.seeds))

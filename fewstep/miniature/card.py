@@ -30,8 +30,10 @@ model, for experiments that teach it something new.
 What differs from SDXL: size (UNet {unet:.1f} M parameters, {channels} channels, one layer a block), {tokens}
 tokens of text instead of 77, a VAE without mid attention, a network that predicts v instead of noise, as
 SDXL's v-prediction fine-tunes do, and a noise schedule that ends in pure noise (zero terminal SNR). The text
-encoders first learn to tell what captions say, without pictures, since SDXL's come trained, too. The sizes of
-the training: {sizes}. LCM-LoRA: rank {rank}, w drawn from {low:g} to {high:g}, k = {k}, pseudo-Huber loss
+encoders first learn to tell what captions say, without pictures, since SDXL's come trained, too. `vae_tiny`,
+for `FEWSTEP_VAE=tiny`, is a decoder of 32 channels (diffusers' `AutoencoderTiny`) that repeats what the VAE
+paints. The sizes of the training: {sizes}.
+LCM-LoRA: rank {rank}, w drawn from {low:g} to {high:g}, k = {k}, pseudo-Huber loss
 with c = {c:g} on answers divided by sigma. Licence: {licence}.
 
 ## How well it follows prompts

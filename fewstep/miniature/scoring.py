@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from fewstep.miniature.scenes import ATTRIBUTES, Scene, caption, unseen_scenes
 from fewstep.models import get_model
 from fewstep.pipeline import Pipeline, load_pipeline
 from fewstep.request import Request
-from fewstep.settings import Settings
+from fewstep.settings import VAES, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +143,8 @@ def load_base(folder: Path, device: torch.device) -> StableDiffusionXLPipeline:
 def score_all(weights: Path, judge: Judge, captions: int, seeds: int) -> list[Score]:
     """Every row of the model card's table."""
     examiner = Examiner(judge, *held_out_captions(captions), seeds)
-    pipeline = load_pipeline(
-        get_model("miniature"),
-        Settings(weights_root=weights.parent, max_batch=BATCH, verify="size", dtype="fp32"),
-    )
+    settings = Settings(weights_root=weights.parent, max_batch=BATCH, verify="size", dtype="fp32")
+    pipeline, tiny = (load_pipeline(get_model("miniature"), replace(settings, vae=vae)) for vae in VAES)
     base = load_base(weights, pipeline.device)
     drawn = draw_many(examiner.scenes, 10**9, 128, 128)
     scores = [
@@ -157,6 +155,7 @@ def score_all(weights: Path, judge: Judge, captions: int, seeds: int) -> list[Sc
         f"LCM-LoRA, {n} step{'s' if n > 1 else ''}, unguided": few_step_painter(pipeline, n)
         for n in (1, 2, 4, 8)
     }
+    painters["LCM-LoRA, 4 steps, unguided, tiny VAE"] = few_step_painter(tiny, 4)
     for n, spacing, guidance in product(
         (2, 4), ("leading", "trailing"), (TEACHER_GUIDANCE, PIPELINE_GUIDANCE, 1.0)
     ):

@@ -28,7 +28,8 @@ def test_all_systems_paint_the_same_pictures():
     [other] = exact.paint(wishes[0], *prompts_and_seeds(wishes[0], 1007))
     of_another_seed = distance(other, expected[0][0])
     assert [len(images) for images in expected] == [1, 1, 2]
-    for name in set(SYSTEMS) - {"fewstep-fp32"}:
+    coarser = {name for name in SYSTEMS if name.endswith("tiny-vae")}  # by intent: tests/test_tiny_vae.py
+    for name in set(SYSTEMS) - coarser - {"fewstep-fp32"}:
         system = SYSTEMS[name]("miniature", WEIGHTS, 128)
         for wish, one, images in zip(wishes, asked, expected, strict=True):
             for found, image in zip(system.paint(wish, *one), images, strict=True):
@@ -36,7 +37,9 @@ def test_all_systems_paint_the_same_pictures():
                 assert distance(found, image) < near, name
 
 
-@pytest.mark.parametrize("name", ["fewstep", "fewstep-openvino", "openvino"])
+@pytest.mark.parametrize(
+    "name", ["fewstep", "fewstep-openvino", "fewstep-openvino-int8-tiny-vae", "openvino"]
+)
 def test_the_parts_of_a_picture_are_less_than_the_whole(name, tmp_path, capsys):
     main([name, "miniature", str(WEIGHTS), "2", "0", str(tmp_path), json.dumps({"size": 128, "steps": 2})])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

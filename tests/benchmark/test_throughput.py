@@ -12,7 +12,9 @@ WEIGHTS = Settings().weights_root
 
 def test_nothing_is_lost_beyond_the_servers_slots_and_batched_pictures_are_the_lone_ones():
     with serving("fewstep-fp32", WEIGHTS) as server:
-        load = put_load(server, clients=12, numbers=range(24))  # four callers at a time are told to come again
+        load = put_load(
+            server, clients=12, numbers=range(24)
+        )  # four callers at a time are told to come again
         assert (len(load.waited), load.lost) == (24, 0)
         assert load.seconds >= max(load.waited)
         assert differences(server, 6)["most_apart"] <= 1

@@ -32,6 +32,7 @@ TINY = Sizes(
     style_pictures=6,
     style_steps=2,
     style_batch=4,
+    tiny_vae_steps=2,
 )
 STUDENT = LoraStudent(rank=32, guidance=(1.5, 3.0))
 
@@ -63,6 +64,12 @@ def test_all_stages_make_a_folder_that_paints(tmp_path):
         [styled] = pipeline.generate([request.with_styles([style])])
         assert isinstance(styled, Painting)
     assert len(list((tmp_path / "styles" / "miniature").iterdir())) == len(STYLES)
+
+    build.train_tiny_vae()
+    write_card(weights, build.facts(STUDENT), [])
+    tiny = load_pipeline(spec, Settings(weights_root=weights.parent, vae="tiny"))
+    [painting] = tiny.generate([Request.create(spec, prompt="a red house", seed=1)])
+    assert isinstance(painting, Painting)
 
     # From the LoRA on, with everything before it taken from the folder.
     again = Build(weights, tmp_path / "other-work", TINY, cpu, start="lora")
