@@ -120,9 +120,6 @@ def _make_parts(name: str, spec: ModelSpec, tokenizer: Path, folder: Path) -> No
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE, scaling_factor=0.13025 if spec.family == "sdxl" else 0.18215)
     _save(vae, folder / "vae", "diffusion_pytorch_model", generator)
-    with torch.device("meta"):
-        tiny = AutoencoderTiny()  # the published ones have its usual shape
-    _save(tiny, folder / TINY_VAE, "diffusion_pytorch_model", generator)
     encoders: dict[str, tuple[type[Any], dict[str, Any]]] = {"text_encoder": (CLIPTextModel, CLIP_L)}
     if spec.family == "sdxl":
         encoders["text_encoder_2"] = (CLIPTextModelWithProjection, BIG_G)
@@ -132,6 +129,9 @@ def _make_parts(name: str, spec: ModelSpec, tokenizer: Path, folder: Path) -> No
             encoder = kind(config)
         _save(encoder, folder / part, "model", generator)
         shutil.copytree(tokenizer, folder / part.replace("text_encoder", "tokenizer"))
+    with torch.device("meta"):
+        tiny = AutoencoderTiny()  # the published ones have its usual shape
+    _save(tiny, folder / TINY_VAE, "diffusion_pytorch_model", generator)
     EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     ).save_config(folder / "scheduler")
