@@ -43,7 +43,6 @@ COMPARED = (
     "fewstep",
     "fewstep-openvino",
     "fewstep-openvino-int8",
-    "fewstep-tiny-vae",
     "fewstep-openvino-int8-tiny-vae",
     HTTP,
     "openvino",

@@ -216,7 +216,6 @@ SYSTEMS: dict[str, Load] = {
     "fewstep": fewstep,
     "fewstep-openvino": partial(fewstep, engine="openvino"),
     "fewstep-openvino-int8": partial(fewstep, engine="openvino-int8"),
-    "fewstep-tiny-vae": partial(fewstep, vae="tiny"),
     "fewstep-openvino-int8-tiny-vae": partial(fewstep, engine="openvino-int8", vae="tiny"),
     "fewstep-fp32": partial(fewstep, dtype="fp32"),
     "openvino": openvino,
