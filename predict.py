@@ -57,7 +57,8 @@ class Predictor(BasePredictor):
             )
             self.pipeline = await self.batcher.run(lambda: _load(self.spec, settings))
             self.styles = Styles(settings, self.pipeline.adapters.read)
-            warm_up = Request.create(self.spec, prompt="warm up", steps=1, seed=0)
+            width, height = self.pipeline.usual_size
+            warm_up = Request.create(self.spec, prompt="warm up", steps=1, seed=0, aspect_ratio="custom", width=width, height=height)
             [first] = await self.batcher.run(lambda: self.pipeline.generate([warm_up]))
             if not isinstance(first, UnsafeImage):  # it was painted all the same
                 _unless_failed(first)

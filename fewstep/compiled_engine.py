@@ -34,6 +34,7 @@ class CompiledEngine:
     and nothing is after it."""
 
     decodes = True
+    one_by_one = False
 
     def __init__(self, unet: Any, decoder: Any, cache: Path, backend: str = "inductor") -> None:
         self.cache = cache

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -27,16 +28,16 @@ from torch import Tensor, nn
 from fewstep.errors import SettingsError, WeightsError
 from fewstep.settings import INT8, Settings
 from fewstep.text_encoding import Diffusion
-from fewstep.weights import MANIFEST
+from fewstep.weights import MANIFEST, Origin, check_hashes, check_sizes, read_manifest, write_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 logger = logging.getLogger(__name__)
 
 STDERR = 2  # for all that libraries say: our own standard output belongs to results
+PACKAGE = "openvino==2026.4.1"
 FOLDER = ".openvino"  # beside the models, whose own folders hold what their manifests list
 HINTS = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _DTYPES = {"bf16": "bf16", "f32": "fp32"}
-_STAMP = "stamp.json"
 
 
 def converted(folder: Path, settings: Settings, device: torch.device, dtype: torch.dtype) -> Path:
@@ -51,7 +52,7 @@ def converted(folder: Path, settings: Settings, device: torch.device, dtype: tor
     if dtype not in HINTS:
         raise SettingsError(f"FEWSTEP_ENGINE is {engine}, which takes bf16 or fp32; set FEWSTEP_DTYPE to one")
     if importlib.util.find_spec("openvino") is None:
-        raise SettingsError(f"FEWSTEP_ENGINE is {engine}, without openvino; run: pip install openvino")
+        raise SettingsError(f"FEWSTEP_ENGINE is {engine}, without openvino; run: pip install {PACKAGE}")
     # A level of the UNet that halves an odd number is doubled again by other operations than were traced.
     levels = len(json.loads((folder / "unet" / "config.json").read_text())["block_out_channels"])
     step = 8 * 2 ** (levels - 1)
@@ -61,13 +62,21 @@ def converted(folder: Path, settings: Settings, device: torch.device, dtype: tor
             f"FEWSTEP_OPENVINO_SIZE is {width}x{height}; OpenVINO takes multiples of {step} of {folder.name}"
         )
     place = _place(folder, engine, HINTS[dtype])
-    if not _is_stamped(place, folder):
+    if _is_sound(place, folder, settings.verify):
+        return place
+    from fewstep.hub import locked  # the hub's client takes a moment, and nothing is converted at most starts
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with locked(place.parent):
+        if _is_sound(place, folder, settings.verify):  # another server was quicker
+            return place
         logger.info("converting %s for OpenVINO, once", folder.name)
         # In a process of its own: what a conversion takes of memory, it does not give back.
-        arguments = (settings.model, str(settings.weights_root), engine, HINTS[dtype])
+        arguments = (folder.name, str(settings.weights_root), engine, HINTS[dtype])
         command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, *arguments]
-        done = subprocess.run(command, cwd=ROOT, check=False, stdout=STDERR)
-        if done.returncode or not _is_stamped(place, folder):
+        environ = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environ, check=False, stdout=STDERR)
+        if done.returncode or not _is_sound(place, folder, settings.verify):
             raise WeightsError(f"{folder.name} could not be converted for OpenVINO; the reason is in the log")
     return place
 
@@ -76,14 +85,22 @@ def _place(folder: Path, engine: str, hint: str) -> Path:
     return folder.parent / FOLDER / folder.name / (f"{hint}-int8" if engine == INT8 else hint)
 
 
-def _is_stamped(place: Path, folder: Path) -> bool:
-    try:
-        return bool(json.loads((place / _STAMP).read_text()) == _stamp(folder))
-    except (OSError, ValueError):
+def _is_sound(place: Path, folder: Path, verify: str) -> bool:
+    """Whether the conversion in `place` is whole and of what is in `folder`."""
+    if not (place / MANIFEST).exists():
         return False
+    try:
+        manifest = read_manifest(place, remedy="")
+        check_sizes(place, manifest, remedy="")
+        if verify == "sha256":
+            check_hashes(place, manifest, remedy="")
+    except WeightsError as error:
+        logger.warning("what was converted for OpenVINO is damaged: %s", error.sentence.partition(";")[0])
+        return False
+    return manifest.extra == _made_of(folder)
 
 
-def _stamp(folder: Path) -> dict[str, str]:
+def _made_of(folder: Path) -> dict[str, str]:
     """What a conversion was made of and by; this file too, since another may convert otherwise."""
     made_of = {"manifest": folder / MANIFEST, "conversion": Path(__file__)}
     hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in made_of.items()}
@@ -170,7 +187,7 @@ def convert(diffusion: Diffusion, folder: Path, engine: str, hint: str) -> None:
     decoder = Decoder(_exact(diffusion.vae))
     _replace_group_norms(decoder)
     write(decoder, given["vae"], unfinished / "vae.xml", hint)
-    (unfinished / _STAMP).write_text(json.dumps(_stamp(folder)))
+    write_manifest(unfinished, model=place.name, origin=Origin("fewstep", "", ""), extra=_made_of(folder))
     shutil.rmtree(place, ignore_errors=True)
     unfinished.rename(place)
 

@@ -41,6 +41,8 @@ class OpenVinoEngine:
     """`unet` and `decode` for requests that it `serves`; pictures of a batch go through one by one, which on
     a CPU takes no longer, and gives each the same pixels in any batch."""
 
+    one_by_one = True
+
     def __init__(
         self, diffusion: Diffusion, place: Path, settings: Settings, dtype: torch.dtype, size: tuple[int, int]
     ) -> None:

@@ -29,7 +29,9 @@ from fewstep.compiled_engine import CompiledEngine
 from fewstep.errors import (
     FewstepError,
     GenerationError,
+    InvalidRequest,
     SafetyError,
+    SettingsError,
     UnsafeImage,
     WeightsError,
 )
@@ -70,10 +72,10 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     """
     folder = settings.weights_root / spec.name
     device, dtype = device_and_dtype(settings)
+    size = _usual_size(spec, settings)
     manifest = verify_weights(folder, remedy=spec.remedy, mode="size")
     # First, while nothing else takes memory.
     place = converted(folder, settings, device, dtype) if settings.engine in OPENVINO else None
-    size = settings.openvino_size or (spec.native_size, spec.native_size)
     diffusion = _load_verified(folder, spec, manifest, settings.verify, device, dtype)
     tiny = _tiny_vae(folder, manifest, spec.remedy).to(device, dtype) if settings.vae == "tiny" else None
     for module in (part for part in (*diffusion.components.values(), tiny) if isinstance(part, nn.Module)):
@@ -102,6 +104,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         checker=checker,
         allow_unsafe=settings.allow_unsafe,
         tiny_vae=tiny,
+        usual_size=size,
         engine=OpenVinoEngine(diffusion, place, settings, dtype, size) if place else None,
     )
     if settings.engine == "compiled":
@@ -110,6 +113,23 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         )
         pipeline.engine.compile_for(pipeline, settings.compiled)
     return pipeline
+
+
+def _usual_size(spec: ModelSpec, settings: Settings) -> tuple[int, int]:
+    """Of the pictures that the engine is made for, in px. Raises SettingsError for what cannot be painted."""
+    native = (spec.native_size, spec.native_size)
+    if settings.engine == "compiled":
+        name, sizes = "FEWSTEP_COMPILED", [(shape.width, shape.height) for shape in settings.compiled]
+    elif settings.engine in OPENVINO and settings.openvino_size:
+        name, sizes = "FEWSTEP_OPENVINO_SIZE", [settings.openvino_size]
+    else:
+        return native
+    for width, height in sizes:
+        try:
+            Request.create(spec, prompt="any", aspect_ratio="custom", width=width, height=height)
+        except InvalidRequest as error:
+            raise SettingsError(f"{name} has a size that cannot be painted: {error.sentence}") from None
+    return sizes[0] if sizes else native
 
 
 def _tiny_vae(folder: Path, manifest: Manifest, remedy: str) -> AutoencoderTiny:
@@ -174,6 +194,7 @@ class Pipeline:
         checker: SafetyChecker | None = None,
         allow_unsafe: bool = False,
         tiny_vae: AutoencoderTiny | None = None,
+        usual_size: tuple[int, int] | None = None,
         engine: OpenVinoEngine | CompiledEngine | None = None,
     ) -> None:
         self.spec = spec
@@ -185,12 +206,17 @@ class Pipeline:
         self.checker = checker
         self.allow_unsafe = allow_unsafe
         self.engine = engine
+        # In px, of the pictures that the engine is made for.
+        self.usual_size = usual_size or (spec.native_size, spec.native_size)
         self.decoder: Any = tiny_vae or diffusion.vae  # its latents are scaled by its own factor
         self.device: torch.device = diffusion.unet.device
         self.dtype: torch.dtype = diffusion.unet.dtype
 
     def max_images(self, request: Request) -> int:
-        """How many images of this size go through the model at once; `max_batch` at the native size."""
+        """How many images of this size go through the model at once; `max_batch` at the native size, and one
+        where an engine takes them one by one: in a batch, all would wait for the last."""
+        if self.engine and self.engine.one_by_one and self.engine.serves(request):
+            return 1
         share = self.spec.native_size**2 / (request.width * request.height)
         return max(1, min(self.max_batch, int(self.max_batch * share)))
 

@@ -93,7 +93,7 @@ class Settings:
     style_memory_bytes: int = 4 * GIGABYTE
     engine: str = "torch"
     openvino_size: tuple[int, int] | None = None  # of the pictures that OpenVINO paints; None: native
-    vae: str = "full"  # which decodes; "tiny" is coarser and takes a hundredth of the time
+    vae: str = "full"  # which decodes; "tiny" is coarser, and takes a small part of the time
     compiled: tuple["Shape", ...] = ()  # that the compiled engine is made for; none: one native picture
     recipes: bool = True  # whether files carry what they were painted from
     hf_endpoint: str = HUB

@@ -142,7 +142,7 @@ _SDXL_VAE = HubRepo(
 )
 
 
-# Decodes the same latents in a hundredth of the time, and loses fine detail; taken with FEWSTEP_VAE=tiny.
+# Decodes the same latents in a small part of the time, and loses fine detail; taken with FEWSTEP_VAE=tiny.
 def _tiny_vae(name: str, revision: str, sha256: str) -> HubRepo:
     return HubRepo(
         f"madebyollin/{name}",

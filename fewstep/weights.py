@@ -117,12 +117,17 @@ def verify_weights(folder: Path, *, remedy: str, mode: Literal["sha256", "size"]
     """
     manifest = read_manifest(folder, remedy=remedy)
     remedy = manifest.remedy(remedy)
-    for file in manifest.files:
-        _check_size(folder, file, remedy)
+    check_sizes(folder, manifest, remedy=remedy)
     _check_strangers(folder, manifest, remedy)
     if mode == "sha256":
         check_hashes(folder, manifest, remedy=remedy)
     return manifest
+
+
+def check_sizes(folder: Path, manifest: Manifest, *, remedy: str) -> None:
+    """Raises WeightsError, as `verify_weights` does, for a file that is missing or of another size."""
+    for file in manifest.files:
+        _check_size(folder, file, manifest.remedy(remedy))
 
 
 def check_hashes(folder: Path, manifest: Manifest, *, remedy: str) -> None:

@@ -25,14 +25,29 @@ def plain() -> Pipeline:
     return load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def traces():
+    """Of dynamo and of the engine's cache, none may outlive these tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+        yield
+    torch._dynamo.reset()
+
+
+def compiled(cache, shapes, **settings) -> Pipeline:
+    """As `load_pipeline` does it, but for the compiler, which would take minutes."""
+    found = load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size", **settings))
+    found.engine = CompiledEngine(found.diffusion.unet, found.decoder, cache, backend="eager")
+    found.engine.compile_for(found, shapes)
+    return found
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    found = load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size"))
-    cache = tmp_path_factory.mktemp("cache")
-    found.engine = CompiledEngine(found.diffusion.unet, found.decoder, cache, backend="eager")
-    found.engine.compile_for(found, LISTED)
-    yield found
-    torch._dynamo.reset()  # what it keeps of these networks must not outlive them
+    before = graphs()
+    found = compiled(tmp_path_factory.mktemp("cache"), LISTED)
+    assert graphs() - before >= 2 * len(LISTED)  # UNet and decoder
+    return found
 
 
 def wish(shape: Shape, seed=7, **inputs) -> Request:
@@ -50,7 +65,6 @@ def paint(pipeline, *requests):
 @pytest.mark.parametrize("shape", LISTED)
 def test_what_is_listed_is_compiled_and_the_same_picture(pipeline, plain, shape):
     before = graphs()
-    assert before >= 2 * len(LISTED)  # UNet and decoder
     requests = [wish(shape, seed) for seed in range(shape.batch)]
     for found, expected in zip(paint(pipeline, *requests), paint(plain, *requests), strict=True):
         assert np.abs(found - expected).max() <= 1
@@ -76,15 +90,39 @@ def test_a_style_is_painted_by_the_compiled_networks_and_leaves_no_trace(pipelin
     assert graphs() == before
 
 
+def test_without_a_list_it_is_one_native_picture_also_with_a_tiny_vae(tmp_path):
+    tiny = load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size", vae="tiny"))
+    before = graphs()
+    pipeline = compiled(tmp_path, (), vae="tiny")
+    made = graphs()
+    assert made > before
+    native = Shape(128, 128)
+    [found], [expected] = paint(pipeline, wish(native)), paint(tiny, wish(native))
+    assert graphs() == made and np.abs(found - expected).max() <= 1
+    paint(pipeline, wish(Shape(128, 64)))
+    assert graphs() == made
+
+
 def test_a_batch_that_never_comes_is_refused(pipeline):
     engine = CompiledEngine(pipeline.diffusion.unet, pipeline.decoder, pipeline.engine.cache, backend="eager")
     with pytest.raises(SettingsError, match="batches of 9; FEWSTEP_MAX_BATCH allows 8"):
         engine.compile_for(pipeline, (Shape(128, 128, batch=9),))
 
 
-def test_a_pipeline_that_is_loaded_with_it_has_compiled_for_its_native_size(tmp_path, monkeypatch):
+def test_a_size_that_cannot_be_painted_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("fewstep.pipeline.verify_weights", None)
+    for settings, named in (
+        ({"engine": "compiled", "compiled": (Shape(64, 64), Shape(2048, 2048))}, "FEWSTEP_COMPILED"),
+        ({"engine": "openvino", "openvino_size": (32, 32)}, "FEWSTEP_OPENVINO_SIZE"),
+    ):
+        with pytest.raises(SettingsError, match=f"{named} has a size that cannot be painted: "):
+            load_pipeline(MINIATURE, Settings(**settings))
+
+
+def test_a_pipeline_that_is_loaded_with_it_has_compiled_what_is_listed_and_warms_that_up(monkeypatch):
     made = []
     monkeypatch.setattr(CompiledEngine, "compile_for", lambda self, pipeline, shapes: made.append(shapes))
     settings = Settings(verify="size", engine="compiled", compiled=(Shape(64, 64),))
-    assert isinstance(load_pipeline(MINIATURE, settings).engine, CompiledEngine)
-    assert made == [(Shape(64, 64),)]
+    pipeline = load_pipeline(MINIATURE, settings)
+    assert isinstance(pipeline.engine, CompiledEngine)
+    assert made == [(Shape(64, 64),)] and pipeline.usual_size == (64, 64)

@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -79,6 +80,12 @@ def test_it_paints_what_torch_paints(pipeline, torchs, used, inputs):
     assert np.abs(found - expected).max() <= 1
 
 
+def test_nobody_waits_for_the_pictures_of_others(pipeline):
+    """It takes them one by one: in a batch, all would be answered when the last is done."""
+    assert pipeline.max_images(pipeline.counted(wish())) == 1
+    assert pipeline.max_images(pipeline.counted(wish(lcm_scale=0.5))) == 8
+
+
 def test_a_picture_is_the_same_in_any_batch(pipeline):
     [alone] = paint(pipeline, wish())
     batched = paint(pipeline, wish(1), wish(), wish(2, num_outputs=2))
@@ -144,7 +151,9 @@ def test_a_full_lcm_of_another_size_is_served_too(tmp_path):
     assert np.abs(found - expected).max() <= 1
 
 
-def test_it_is_converted_once_and_anew_when_the_weights_are_others(pipeline, settings, weights, monkeypatch):
+def test_it_is_converted_once_and_anew_when_the_weights_are_others(
+    pipeline, settings, weights, monkeypatch, caplog
+):
     calls = []
 
     def failing(command, **_):
@@ -154,6 +163,16 @@ def test_it_is_converted_once_and_anew_when_the_weights_are_others(pipeline, set
     monkeypatch.setattr(subprocess, "run", failing)
     load_pipeline(MINIATURE, Settings(**settings))
     assert calls == []
+    decoder = weights / ".openvino" / "miniature" / "f32" / "vae.bin"
+    content = decoder.read_bytes()
+    flipped = bytes([content[0] ^ 1]) + content[1:]
+    for damaged, said in ((content[:-1], "vae.bin has"), (flipped, "vae.bin is damaged")):
+        decoder.write_bytes(damaged)
+        with pytest.raises(WeightsError, match="miniature could not be converted for OpenVINO"):
+            load_pipeline(MINIATURE, Settings(**settings))
+        assert said in caplog.text
+    decoder.write_bytes(content)
+    assert len(calls) == 2
     manifest = weights / "miniature" / "manifest.json"
     content = manifest.read_text()
     manifest.write_text(content + "\n")
@@ -162,7 +181,7 @@ def test_it_is_converted_once_and_anew_when_the_weights_are_others(pipeline, set
             load_pipeline(MINIATURE, Settings(**settings))
     finally:
         manifest.write_text(content)
-    assert len(calls) == 1
+    assert len(calls) == 3
 
 
 def test_without_it_for_fp16_or_a_size_that_cannot_be_the_start_says_so(settings, monkeypatch):
@@ -170,8 +189,10 @@ def test_without_it_for_fp16_or_a_size_that_cannot_be_the_start_says_so(settings
         load_pipeline(MINIATURE, Settings(**(settings | {"dtype": "fp16"})))
     with pytest.raises(SettingsError, match="is 128x136; OpenVINO takes multiples of 32 of miniature"):
         load_pipeline(MINIATURE, Settings(**settings, openvino_size=(128, 136)))
+    pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    [pin] = pins["openvino"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match="without openvino; run: pip install openvino"):
+    with pytest.raises(SettingsError, match=f"without openvino; run: pip install {pin}"):
         load_pipeline(MINIATURE, Settings(**settings))
 
 

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fewstep.benchmark.suites import serving
 from fewstep.benchmark.systems import PROMPT
-from fewstep.server import ROOT, ServerFailed, free_port, running_server
+from fewstep.server import ROOT, ServerFailed
 
 
 def measure(weights: Path, repeats: int) -> list[dict[str, Any]]:
@@ -29,7 +30,7 @@ def measure(weights: Path, repeats: int) -> list[dict[str, Any]]:
             if repeat:
                 seconds[what].append(round(spent, 2))
     return [
-        {"what": what, "seconds": statistics.median(one), "least": min(one), "most": max(one)}
+        {"what": what, "seconds": round(statistics.median(one), 2), "least": min(one), "most": max(one)}
         for what, one in seconds.items()
     ]
 
@@ -49,12 +50,9 @@ def predict_s() -> float:
 
 def ready_s(weights: Path) -> float:
     """Of the container's server, from its start to READY; the first picture has been painted then."""
-    environ = os.environ | {"FEWSTEP_WEIGHTS": str(weights)}
-    with tempfile.TemporaryFile() as log:
-        started = time.perf_counter()
-        with running_server(port=free_port(), log=log, environ=environ) as server:
-            server.wait_ready()
-            return time.perf_counter() - started
+    started = time.perf_counter()
+    with serving(weights, ROOT):
+        return time.perf_counter() - started
 
 
 def import_s() -> float:

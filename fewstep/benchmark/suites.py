@@ -11,13 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from fewstep.benchmark.quality import EXACT, all_right, load, psnr
 from fewstep.benchmark.systems import PROMPT, Wish
-from fewstep.server import ServerFailed, code_and_sentence, free_port, running_server
+from fewstep.server import ROOT, Server, ServerFailed, code_and_sentence, free_port, running_server
 
 HTTP = "fewstep-http"  # the container's server, from the request to the bytes of the image in hand
 Sample: TypeAlias = dict[str, Any]
@@ -36,6 +37,12 @@ class Suite:
     wishes: tuple[Wish, ...]
     repeats: int
     captions: int = 0
+
+    def of(self, system: str) -> Suite:
+        """With the wishes for `system`: fewstep's OpenVINO is compiled for one size; others are torch's."""
+        one_size = system.startswith("fewstep-openvino")
+        asked = (wish for wish in self.wishes if not one_size or wish.size == self.wishes[0].size)
+        return replace(self, wishes=tuple(asked))
 
 
 JUDGED = Wish(128)
@@ -82,7 +89,8 @@ def run(
             for system in suite.systems:
                 told(f"round {i + 1} of {rounds}: {system}")
                 pictures = Path(folder, str(i), system)
-                for wish, sample in samples_of(system, suite, weights, pictures, 0 if i else suite.captions):
+                captions = 0 if i else suite.captions
+                for wish, sample in samples_of(system, suite.of(system), weights, pictures, captions):
                     found.setdefault((system, wish), []).append(sample)
         return found, _qualities(suite, weights, Path(folder, "0"))
 
@@ -111,11 +119,15 @@ def _qualities(suite: Suite, weights: Path, pictures: Path) -> dict[tuple[str, W
     for system in suite.systems:
         if not (pictures / system).is_dir():
             continue
-        for place, wish in enumerate(suite.wishes):
+        for wish in suite.of(system).wishes:
             row = found.setdefault((system, wish), {})
             if system != EXACT and EXACT in suite.systems:
                 both = [
-                    [image for i in range(suite.repeats) for image in load(pictures / name, f"{place}-{i}")]
+                    [
+                        image
+                        for i in range(suite.repeats)
+                        for image in load(pictures / name, f"{wish.name}-{i}")
+                    ]
                     for name in (system, EXACT)
                 ]
                 row["psnr"] = round(psnr(*both), 1)
@@ -125,18 +137,8 @@ def _qualities(suite: Suite, weights: Path, pictures: Path) -> dict[tuple[str, W
 
 
 def _served(suite: Suite, weights: Path) -> Iterator[tuple[Wish, Sample]]:
-    environ = os.environ | {
-        "FEWSTEP_MODEL": suite.model,
-        "FEWSTEP_WEIGHTS": str(weights),
-        "FEWSTEP_VERIFY": "size",
-        "FEWSTEP_SAFETY": "off",
-        "FEWSTEP_DEADLINE_S": "3600",
-    }
-    with (
-        tempfile.TemporaryFile() as log,
-        running_server(port=free_port(), log=log, environ=environ) as server,
-    ):
-        server.wait_ready()
+    variables = {"MODEL": suite.model, "VERIFY": "size", "SAFETY": "off", "DEADLINE_S": "3600"}
+    with serving(weights, ROOT, **variables) as server:
         seed = 0
         for wish in suite.wishes:
             if wish.batch > 4:  # more than one request may ask for
@@ -161,6 +163,18 @@ def _served(suite: Suite, weights: Path) -> Iterator[tuple[Wish, Sample]]:
                 seconds = time.perf_counter() - started
                 if timed:
                     yield wish, {"seconds": seconds, **_stages(answer["metrics"])}
+
+
+@contextmanager
+def serving(weights: Path, root: Path, **variables: str) -> Iterator[Server]:
+    """The server of the predict.py in `root`, ready; of all FEWSTEP_ variables, it has these."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("FEWSTEP_")}
+        environ |= {f"FEWSTEP_{name}": value for name, value in variables.items()}
+        environ |= {"FEWSTEP_WEIGHTS": str(weights), "PYTHONPATH": str(ROOT), "TMPDIR": folder}
+        with running_server(port=free_port(), log=log, environ=environ, root=root) as server:
+            server.wait_ready()
+            yield server
 
 
 def _stages(metrics: Mapping[str, float]) -> Sample:

@@ -41,6 +41,11 @@ class Wish:
     guidance: float = 1.0
     batch: int = 1
 
+    @property
+    def name(self) -> str:
+        """Of its pictures' files."""
+        return f"{self.size}px-{self.steps}-{self.guidance:g}-{self.batch}"
+
 
 def prompts_and_seeds(wish: Wish, seed: int) -> tuple[list[str], list[int]]:
     """Of `wish`, with prompts that no cache has seen for another `seed`."""
@@ -177,6 +182,8 @@ def openvino(model: str, weights: Path, size: int) -> System:
         tensors = (latents, timestep.expand(len(latents)), states, added["text_embeds"], added["time_ids"])
         return (one_by_one("unet", tensors),)
 
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        encoder.to(torch.bfloat16)
     pipe.unet.forward = unet
     pipe.vae.decoder.forward = lambda latents: one_by_one("vae", (latents,))
     pipe.vae.post_quant_conv = nn.Identity()  # which is in the decoder that was converted

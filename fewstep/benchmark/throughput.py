@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
@@ -20,9 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fewstep.benchmark.suites import SUITES, samples_of
+from fewstep.benchmark.suites import SUITES, samples_of, serving
 from fewstep.benchmark.systems import PROMPT, Wish
-from fewstep.server import ROOT, Server, free_port, running_server
+from fewstep.server import ROOT, Server
 
 PLAIN = Path(__file__).parent / "plain"
 SLOTS = 8  # as many requests as the server takes at a time, and pictures in a batch
@@ -48,31 +47,30 @@ class Load:
     seconds: float
     waited: list[float]  # of each answered request, in seconds
     lost: int
+    together: float  # pictures in the batch of an answer, on average
 
     @property
     def images_per_s(self) -> float:
         return len(self.waited) / self.seconds
 
 
-@contextmanager
-def serving(name: str, weights: Path, max_batch: int = SLOTS) -> Iterator[Server]:
+def served(name: str, weights: Path, max_batch: int = SLOTS) -> AbstractContextManager[Server]:
     """The server `name`, ready, and stopped at the end."""
     root, dtype = SERVERS[name]
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
-        environ = os.environ | {
-            "FEWSTEP_WEIGHTS": str(weights),
-            "FEWSTEP_DTYPE": dtype,
-            "FEWSTEP_MAX_BATCH": str(max_batch),
-            "PYTHONPATH": str(ROOT),
-            "TMPDIR": folder,  # what the plain server paints is left there
-        }
-        with running_server(port=free_port(), log=log, environ=environ, root=root) as server:
-            server.wait_ready()
-            yield server
+    return serving(weights, root, DTYPE=dtype, MAX_BATCH=str(max_batch))
 
 
-def ask(server: Server, number: int, **more: Any) -> tuple[bytes | None, float]:
-    """The file that is painted for wish `number`, None when it was lost, and the seconds that it took."""
+@dataclass(frozen=True)
+class Answer:
+    """What a caller got."""
+
+    file: bytes | None  # None: it was lost
+    seconds: float
+    batch: int = 1  # how many pictures were painted together
+
+
+def ask(server: Server, number: int, **more: Any) -> Answer:
+    """Wish `number`, as often as the server has no room for it."""
     inputs = {"prompt": f"{PROMPT} {number}", "seed": number, **more}
     started, (pause, longest) = time.perf_counter(), RETRY_S
     while True:
@@ -83,9 +81,9 @@ def ask(server: Server, number: int, **more: Any) -> tuple[bytes | None, float]:
         pause = min(2 * pause, longest)
     seconds = time.perf_counter() - started
     if status != 200 or answer["status"] != "succeeded":
-        return None, seconds
+        return Answer(None, seconds)
     [url] = answer["output"]
-    return base64.b64decode(url.partition(",")[2]), seconds
+    return Answer(base64.b64decode(url.partition(",")[2]), seconds, answer["metrics"].get("batch_size", 1))
 
 
 def put_load(server: Server, clients: int, numbers: Iterable[int]) -> Load:
@@ -94,24 +92,26 @@ def put_load(server: Server, clients: int, numbers: Iterable[int]) -> Load:
         started = time.perf_counter()
         answers = list(callers.map(partial(ask, server), numbers))
         seconds = time.perf_counter() - started
-    waits = [wait for file, wait in answers if file is not None]
-    return Load(seconds, waits, len(answers) - len(waits))
+    painted = [one for one in answers if one.file is not None]
+    together = statistics.fmean(one.batch for one in painted) if painted else 0.0
+    return Load(seconds, [one.seconds for one in painted], len(answers) - len(painted), together)
 
 
 def differences(server: Server, requests: int) -> dict[str, float]:
     """Of pictures that were painted beside others, to the same alone: the largest in any value, of 255, and
     the share of the values that differ by more than 1, in percent."""
-    numbers, lossless = range(requests), partial(ask, server, output_format="png")
+    lossless = partial(ask, server, output_format="png")
     with ThreadPoolExecutor(SLOTS) as callers:
-        together = [_values(file) for file, _ in callers.map(lossless, numbers)]
-    far = np.abs(np.array(together) - np.array([_values(lossless(number)[0]) for number in numbers]))
+        answers = list(callers.map(lossless, range(requests)))
+    together = [i for i, one in enumerate(answers) if one.batch > 1]
+    far = np.abs(np.array([_values(answers[i]) - _values(lossless(i)) for i in together]))
     return {"most_apart": int(far.max()), "percent_above_1": round(float(100 * (far > 1).mean()), 4)}
 
 
-def _values(file: bytes | None) -> Any:
-    if file is None:
+def _values(answer: Answer) -> Any:
+    if answer.file is None:
         raise ValueError("a picture was lost")
-    return np.asarray(Image.open(io.BytesIO(file)), dtype=int)
+    return np.asarray(Image.open(io.BytesIO(answer.file)), dtype=int)
 
 
 def lone_waits(weights: Path, requests: int) -> dict[int, float]:
@@ -119,10 +119,10 @@ def lone_waits(weights: Path, requests: int) -> dict[int, float]:
     batch; the servers are asked in turns."""
     waited: dict[int, list[float]] = {SLOTS: [], 1: []}
     with ExitStack() as stack:
-        servers = {limit: stack.enter_context(serving("fewstep", weights, limit)) for limit in waited}
+        servers = {limit: stack.enter_context(served("fewstep", weights, limit)) for limit in waited}
         for number in range(-SLOTS, requests):  # the first few are not counted
             for limit, server in servers.items():
-                seconds = ask(server, 10_000 + number)[1]
+                seconds = ask(server, 10_000 + number).seconds
                 if number >= 0:
                     waited[limit].append(seconds)
     return {limit: statistics.median(seconds) for limit, seconds in waited.items()}
@@ -140,7 +140,7 @@ def run(
     for i in range(rounds):
         for name, (root, _) in SERVERS.items():
             told(f"round {i + 1} of {rounds}: {name}")
-            with serving(name, weights) as server:
+            with served(name, weights) as server:
                 numbers = count(10_000)  # words that are in no cache
                 put_load(server, SLOTS, islice(numbers, 2 * SLOTS))
                 for clients in CLIENTS:
@@ -175,6 +175,7 @@ def rows_of(
                 "wait_p95_ms": round(float(np.percentile(waits, 95)), 1),
                 "requests": sum(len(load.waited) + load.lost for load in rounds),
                 "lost": sum(load.lost for load in rounds),
+                "together": round(statistics.fmean(load.together for load in rounds), 1),
                 **(far.get(name, {}) if clients == SLOTS else {}),
             }
         )

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     asked = [Wish(**json.loads(text)) for text in wishes]
     system = SYSTEMS[name](model, Path(weights), asked[0].size)
     seed = 0
-    for place, wish in enumerate(asked):
+    for wish in asked:
         # The first of a size is slower.
         system.paint(Wish(wish.size, 1, wish.guidance, wish.batch), *prompts_and_seeds(wish, 10**6))
         for repeat in range(int(repeats)):
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
                 seconds = time.perf_counter() - started
             row = {"seconds": seconds, **spent, "dtype": system.dtype, "peak_gb": _peak_gb()}
             print(json.dumps(row), flush=True)
-            save(images, Path(pictures), f"{place}-{repeat}")
+            save(images, Path(pictures), f"{wish.name}-{repeat}")
     if int(captions):
         save(paint_captions(system, int(captions)), Path(pictures), "caption")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from fewstep.benchmark.plots import plot_throughput
-from fewstep.benchmark.throughput import Load, differences, put_load, rows_of, serving
+from fewstep.benchmark.throughput import Load, differences, put_load, rows_of, served
 from fewstep.server import ServerFailed
 from fewstep.settings import Settings
 
@@ -11,35 +11,39 @@ WEIGHTS = Settings().weights_root
 
 
 def test_nothing_is_lost_beyond_the_servers_slots_and_batched_pictures_are_the_lone_ones():
-    with serving("fewstep-fp32", WEIGHTS) as server:
+    with served("fewstep-fp32", WEIGHTS) as server:
         load = put_load(
             server, clients=12, numbers=range(24)
         )  # four callers at a time are told to come again
         assert (len(load.waited), load.lost) == (24, 0)
-        assert load.seconds >= max(load.waited)
+        assert load.seconds >= max(load.waited) and load.together > 4
         assert differences(server, 6)["most_apart"] <= 1
 
 
 def test_plain_diffusers_is_served_by_the_same_server():
-    with serving("diffusers-bf16", WEIGHTS) as server:
+    with served("diffusers-bf16", WEIGHTS) as server:
         load = put_load(server, clients=3, numbers=range(6))
-    assert (len(load.waited), load.lost) == (6, 0)
+    assert (len(load.waited), load.lost, load.together) == (6, 0, 1)
 
 
 def test_what_fails_is_counted_as_lost(monkeypatch):
-    with serving("fewstep-fp32", WEIGHTS) as server:
+    with served("fewstep-fp32", WEIGHTS) as server:
         monkeypatch.setattr("fewstep.benchmark.throughput.PROMPT", "(" + "x " * 3000)
         assert put_load(server, clients=2, numbers=range(3)).lost == 3
 
 
 def test_a_server_that_does_not_start_is_told(tmp_path):
-    with pytest.raises(ServerFailed), serving("fewstep", tmp_path):
+    with pytest.raises(ServerFailed), served("fewstep", tmp_path):
         pass
 
 
 def test_rows_are_medians_over_rounds_and_are_drawn(tmp_path):
     loads = {
-        ("fewstep", clients): [Load(2.0, [0.5] * 4, 0), Load(1.0, [0.1] * 8, 1), Load(1.0, [0.1] * 4, 0)]
+        ("fewstep", clients): [
+            Load(2.0, [0.5] * 4, 0, 1),
+            Load(1.0, [0.1] * 8, 1, 1),
+            Load(1.0, [0.1] * 4, 0, 4),
+        ]
         for clients in (1, 8)
     }
     rows = rows_of(loads, {"fewstep": [0.5, 0.25, 1.0]}, {"fewstep": {"most_apart": 2}}, {8: 0.1, 1: 0.2})
@@ -52,7 +56,7 @@ def test_rows_are_medians_over_rounds_and_are_drawn(tmp_path):
     ]
     first, second, generate, lone, _ = rows
     assert (first["images_per_s"], first["least"], first["most"]) == (4, 2, 8)
-    assert (first["requests"], first["lost"], first["wait_ms"]) == (17, 1, 100)
+    assert (first["requests"], first["lost"], first["wait_ms"], first["together"]) == (17, 1, 100, 2)
     assert "most_apart" not in first and second["most_apart"] == 2
     assert (generate["images_per_s"], lone["wait_ms"]) == (16, 100)
     plot_throughput([{"cpu": "any", "cores": 2, **row} for row in rows], tmp_path / "x.png")
