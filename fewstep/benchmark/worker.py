@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from torch import nn
 
@@ -28,13 +29,12 @@ def main(arguments: Sequence[str]) -> None:
     name, model, weights, repeats, captions, pictures, *wishes = arguments
     asked = [Wish(**json.loads(text)) for text in wishes]
     system = SYSTEMS[name](model, Path(weights), asked[0].size)
-    seed = 0
     for wish in asked:
         # The first of a size is slower.
         system.paint(Wish(wish.size, 1, wish.guidance, wish.batch), *prompts_and_seeds(wish, 10**6))
         for repeat in range(int(repeats)):
-            seed += 100
-            prompts, seeds = prompts_and_seeds(wish, seed)
+            # Another one for every picture, and the same for every system.
+            prompts, seeds = prompts_and_seeds(wish, crc32(f"{wish.name}-{repeat}".encode()) // 4)
             with stopwatches(system) as spent:
                 started = time.perf_counter()
                 images = system.paint(wish, prompts, seeds)
