@@ -5,6 +5,7 @@ FewstepError
 ├── WeightsError      weights             a model's files are missing, damaged or not its own
 ├── DownloadError     download            a file could not be had from the hub as it should be
 ├── SettingsError     settings            an environment variable holds something unknown
+├── DatasetError      dataset             what is to be trained on is missing or unreadable
 ├── GenerationError   generation_failed   the model ran, and what it made is not a picture
 ├── SafetyError       safety_check_failed a finished picture could not be checked, and is withheld
 ├── UnsafeImage       unsafe              every picture of the request was flagged
@@ -55,6 +56,12 @@ class SettingsError(FewstepError):
     """A setting holds a value that fewstep does not know."""
 
     code = "settings"
+
+
+class DatasetError(FewstepError):
+    """The pictures or captions of a training are missing, unreadable or too many."""
+
+    code = "dataset"
 
 
 class GenerationError(FewstepError):

@@ -325,5 +325,11 @@ def _size(
     return wide, high
 
 
+def native_sizes(spec: ModelSpec) -> list[tuple[int, int]]:
+    """Width and height in px of everything that `spec` paints at its native size."""
+    scale = spec.native_size / BUCKETS_AT
+    return [(_to_multiple_of_8(w * scale), _to_multiple_of_8(h * scale)) for w, h in ASPECT_RATIOS.values()]
+
+
 def _to_multiple_of_8(side: float) -> int:
     return math.floor(side / 8 + 0.5) * 8

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -234,8 +234,12 @@ def diffusion_loss(base: Base, batch: Batch, alphas_cumprod: Tensor, generator: 
     t = (u**0.8 * len(alphas_cumprod)).long().clamp(max=len(alphas_cumprod) - 1).to(device)
     noise = torch.randn(batch.latents.shape, generator=generator).to(device)
     kept = (torch.rand(count, generator=generator) >= UNPROMPTED_SHARE).to(device)
-    prompted = Batch(
-        batch.latents, batch.prompt_embeds * kept[:, None, None], batch.pooled * kept[:, None], batch.time_ids
+    nothing = batch.without_prompt()
+    assert batch.pooled is not None and nothing.pooled is not None  # SDXL's
+    prompted = replace(
+        batch,
+        prompt_embeds=torch.where(kept[:, None, None], batch.prompt_embeds, nothing.prompt_embeds),
+        pooled=torch.where(kept[:, None], batch.pooled, nothing.pooled),
     )
     alpha, sigma = (cm.spread(c, noise) for c in cm.signal_and_noise(alphas_cumprod, t))
     output = predict(base.unet, alpha * batch.latents + sigma * noise, t, prompted)

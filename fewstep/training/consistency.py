@@ -7,6 +7,7 @@ Symbols are those of Luo et al., "Latent Consistency Models" (arXiv 2310.04378, 
 from __future__ import annotations
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 SIGMA_DATA = 0.5
@@ -60,6 +61,13 @@ def guided_estimate(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Te
     return conditional + spread(w, conditional) * (conditional - unconditional)
 
 
+def guidance_embedding(w: Tensor, width: int) -> Tensor:
+    """The sines and cosines (N, `width`) of w (N,) that a full LCM's UNet takes as `timestep_cond` (LCM,
+    section 4.3; Meng et al., arXiv 2210.03142); those with which diffusers' LCM pipelines paint."""
+    embedded: Tensor = get_timestep_embedding(1000 * w, width, downscale_freq_shift=1)
+    return embedded
+
+
 def solver_timesteps(train_timesteps: int, solver_steps: int) -> Tensor:
     """The `solver_steps` timesteps between which the teacher's ODE is solved, ascending: k - 1, 2k - 1, ...,
     N - 1.
@@ -79,6 +87,11 @@ def ddim_step(x_0: Tensor, noise: Tensor, alpha_prev: Tensor, sigma_prev: Tensor
 def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
     """The mean of sqrt((a - b)^2 + c^2) - c: quadratic below c, linear above, so outliers weigh little."""
     return (((a - b) ** 2 + c**2).sqrt() - c).mean()
+
+
+def squared(a: Tensor, b: Tensor) -> Tensor:
+    """The mean of (a - b)^2, the plainer distance."""
+    return ((a - b) ** 2).mean()
 
 
 def signal_and_noise(alphas_cumprod: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,18 @@
-"""Distil a diffusion model into an LCM-LoRA: Algorithm 1 of "Latent Consistency Models" (arXiv 2310.04378)
-with the student's weights as a LoRA over the frozen teacher (arXiv 2311.05556)."""
+"""Distil a diffusion model into few steps: Algorithm 1 of "Latent Consistency Models" ("LCM", arXiv
+2310.04378).
+
+Two students: a LoRA over the frozen teacher (LCM-LoRA, arXiv 2311.05556), and a full LCM, a copy of the
+teacher's UNet that is told w and learns from its own slow average.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -21,48 +28,85 @@ LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
+# What a full LCM has and its teacher has not.
+GUIDANCE_LAYER = "time_embedding.cond_proj.weight"
 
 
 @dataclass(frozen=True)
 class Batch:
     """Clean latents and what they show; N images.
 
-    `latents` (N, C, H, W) are scaled to unit variance; `prompt_embeds` (N, T, D), `pooled` (N, P) and
-    `time_ids` (N, 6) are SDXL's conditioning.
+    `latents` (N, C, H, W) are scaled to unit variance; `prompt_embeds` is (N, T, D). SDXL is told `pooled`
+    (N, P) and `time_ids` (N, 6), too. `empty` (T, D) is the encoded empty prompt; without it, no prompt is
+    all zeros, as SDXL has it (`force_zeros_for_empty_prompt`).
     """
 
     latents: Tensor
     prompt_embeds: Tensor
-    pooled: Tensor
-    time_ids: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+    empty: Tensor | None = None
 
     def without_prompt(self) -> Batch:
-        """The unconditional batch: SDXL's zeroed embeddings (`force_zeros_for_empty_prompt`)."""
-        zeros = torch.zeros_like
-        return Batch(self.latents, zeros(self.prompt_embeds), zeros(self.pooled), self.time_ids)
+        """What the unconditional answer is given."""
+        nothing = torch.zeros_like(self.prompt_embeds[0]) if self.empty is None else self.empty
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        return replace(self, prompt_embeds=nothing.expand_as(self.prompt_embeds), pooled=pooled)
 
 
 @dataclass(frozen=True)
-class LoraStudent:
-    """What is distilled, and how: w is drawn uniformly from `guidance` = (low, high).
+class Distillation:
+    """How a teacher is distilled; w is drawn uniformly from `guidance` = (low, high).
 
     The teacher's ODE has `solver_steps` timesteps, and one consistency step goes back `skip` of them: LCM's k
     is skip * 1000 / solver_steps. A longer k carries what is known of clean pictures to pure noise in fewer
     links, each a coarser solution of the ODE. With `inverse_sigma`, answers are compared after a division by
     sigma at the noisier timestep: a network that predicts v has its say in x_0 times sigma, and would
     otherwise unlearn the last, least noisy part of the way, so that more steps paint worse pictures. There, a
-    larger `huber_c` pulls large errors back with more force than small ones.
+    larger `huber_c` pulls large errors back with more force than small ones; without one, errors are squared.
     """
 
-    rank: int = 64
-    guidance: tuple[float, float] = (
-        6.5,
-        6.5,
-    )  # w; the LCM-LoRA report's fixed guidance scale of 7.5 is 1 + w
+    guidance: tuple[float, float] = (6.5, 6.5)  # the LCM-LoRA report's guidance scale of 7.5 is 1 + w
     solver_steps: int = 50
     skip: int = 1
     inverse_sigma: bool = False
-    huber_c: float = 1e-3
+    huber_c: float | None = 1e-3
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """A scalar, 0 when both are equal."""
+        return cm.squared(a, b) if self.huber_c is None else cm.pseudo_huber(a, b, self.huber_c)
+
+
+@dataclass(frozen=True)
+class LoraStudent(Distillation):
+    """An LCM-LoRA; its alpha is its rank."""
+
+    rank: int = 64
+
+
+@dataclass(frozen=True)
+class FullStudent(Distillation):
+    """A full LCM, which is told any w of `guidance`, and whose target is its average over the last steps:
+    `Schedule.ema_decay` is LCM's mu."""
+
+    guidance: tuple[float, float] = (2.0, 14.0)  # the paper's range
+    width: int = 256  # of the embedding of w
+
+
+class Answer(Protocol):
+    """A network's output for z_t (N, C, H, W) at timesteps t (N,), fp32; w (N,) is for who wants to know."""
+
+    def __call__(self, z_t: Tensor, t: Tensor, batch: Batch, w: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Who answers in Algorithm 1; only the student's answers are differentiated. Without a teacher, its place
+    is taken by the picture and the noise themselves: Latent Consistency Fine-tuning (LCM, section 4.4)."""
+
+    student: Answer
+    target: Answer
+    teacher: Answer | None = None
 
 
 def add_lora(unet: UNet2DConditionModel, student: LoraStudent) -> None:
@@ -70,43 +114,76 @@ def add_lora(unet: UNet2DConditionModel, student: LoraStudent) -> None:
     unet.add_adapter(LoraConfig(r=student.rank, lora_alpha=student.rank, target_modules=list(LORA_TARGETS)))
 
 
-def predict(unet: UNet2DConditionModel, z_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
-    """The network's output for `z_t` at timesteps `t` (N,), fp32."""
-    added = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
+def lora_roles(unet: UNet2DConditionModel) -> Roles:
+    """One network in all roles: with its adapters student and target, without them the teacher."""
+    own = partial(predict, unet)
+
+    def teacher(z_t: Tensor, t: Tensor, batch: Batch, w: Tensor) -> Tensor:
+        unet.disable_adapters()
+        try:
+            return predict(unet, z_t, t, batch, w)
+        finally:
+            unet.enable_adapters()
+
+    return Roles(own, own, teacher)
+
+
+def make_full_student(teacher: UNet2DConditionModel, student: FullStudent) -> UNet2DConditionModel:
+    """A trainable copy of `teacher` that takes w, and at first does not heed it.
+
+    Raises ValueError for a teacher that takes w itself.
+    """
+    if teacher.config.time_cond_proj_dim:
+        raise ValueError("the teacher is a full LCM already")
+    unet: UNet2DConditionModel = UNet2DConditionModel.from_config(
+        teacher.config, time_cond_proj_dim=student.width
+    ).to(teacher.device, teacher.dtype)
+    unheeded = torch.zeros_like(unet.get_parameter(GUIDANCE_LAYER))
+    unet.load_state_dict({**teacher.state_dict(), GUIDANCE_LAYER: unheeded})
+    return unet
+
+
+def predict(
+    unet: UNet2DConditionModel, z_t: Tensor, t: Tensor, batch: Batch, w: Tensor | None = None
+) -> Tensor:
+    """The network's output for `z_t` at timesteps `t` (N,), fp32; w (N,) is for a network that takes it."""
+    given: dict[str, Any] = {"encoder_hidden_states": batch.prompt_embeds}
+    if batch.pooled is not None:
+        given["added_cond_kwargs"] = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
+    if unet.config.time_cond_proj_dim and w is not None:
+        given["timestep_cond"] = cm.guidance_embedding(w, unet.config.time_cond_proj_dim)
     with torch.autocast(z_t.device.type, dtype=torch.bfloat16):
-        output = unet(z_t, t, encoder_hidden_states=batch.prompt_embeds, added_cond_kwargs=added).sample
+        output = unet(z_t, t, **given).sample
     return output.float()  # type: ignore[no-any-return]
 
 
 def consistency_loss(
-    unet: UNet2DConditionModel,
+    roles: Roles,
     batch: Batch,
     alphas_cumprod: Tensor,
     prediction_type: str,
-    student: LoraStudent,
+    how: Distillation,
     generator: torch.Generator,
 ) -> Tensor:
-    """One step of Algorithm 1: the pseudo-Huber distance between the student at t_{n+k} and itself at t_n."""
+    """One step of Algorithm 1: the distance between the student at t_{n+k} and the target at t_n."""
     device, count = batch.latents.device, len(batch.latents)
 
     def original(output: Tensor, z: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = (cm.spread(c, z) for c in cm.signal_and_noise(alphas_cumprod, t))
         return cm.predicted_original(output, z, alpha, sigma, prediction_type)
 
-    def consistency_function(z: Tensor, t: Tensor) -> Tensor:
+    def consistency_function(network: Answer, z: Tensor, t: Tensor) -> Tensor:
         c_skip, c_out = (cm.spread(c, z) for c in cm.boundary_scalings(t))
-        return c_skip * z + c_out * original(predict(unet, z, t, batch), z, t)
+        return c_skip * z + c_out * original(network(z, t, batch, w), z, t)
 
     # 1. Draw n, the noise and w.
-    timesteps = cm.solver_timesteps(len(alphas_cumprod), student.solver_steps)
-    index = torch.randint(student.solver_steps, (count,), generator=generator)
+    timesteps = cm.solver_timesteps(len(alphas_cumprod), how.solver_steps)
+    index = torch.randint(how.solver_steps, (count,), generator=generator)
     t_next = timesteps[index].to(device)  # t_{n+k}
-    before = timesteps[(index - student.skip).clamp(min=0)]
-    t = torch.where(index >= student.skip, before, -torch.ones_like(index)).to(
-        device
-    )  # t_n; -1 is clean data
+    before = timesteps[(index - how.skip).clamp(min=0)]
+    t = torch.where(index >= how.skip, before, -torch.ones_like(index)).to(device)  # t_n; -1 is clean data
     noise = torch.randn(batch.latents.shape, generator=generator).to(device)
-    low, high = student.guidance
+    low, high = how.guidance
     w = (torch.rand(count, generator=generator) * (high - low) + low).to(device)
 
     # 2. z_{t_{n+k}}, the noisy latent.
@@ -114,27 +191,27 @@ def consistency_loss(
     z_next = alpha * batch.latents + sigma * noise
 
     # 3. The student's answer at t_{n+k}.
-    prediction = consistency_function(z_next, t_next)
+    prediction = consistency_function(roles.student, z_next, t_next)
 
     with torch.no_grad():
         # 4. The teacher's guided estimate of x_0 and of the noise.
-        unet.disable_adapters()
-        conditional = predict(unet, z_next, t_next, batch)
-        unconditional = predict(unet, z_next, t_next, batch.without_prompt())
-        unet.enable_adapters()
-        output = cm.guided_estimate(conditional, unconditional, w)
-        x_0 = original(output, z_next, t_next)
-        eps = cm.predicted_noise(output, z_next, alpha, sigma, prediction_type)
+        x_0, eps = batch.latents, noise
+        if roles.teacher:
+            conditional = roles.teacher(z_next, t_next, batch, w)
+            unconditional = roles.teacher(z_next, t_next, batch.without_prompt(), w)
+            output = cm.guided_estimate(conditional, unconditional, w)
+            x_0 = original(output, z_next, t_next)
+            eps = cm.predicted_noise(output, z_next, alpha, sigma, prediction_type)
 
-        # 5. One DDIM step back to t_n, and the student's own answer there.
+        # 5. One DDIM step back to t_n, and the target's answer there.
         alpha_prev, sigma_prev = (cm.spread(c, noise) for c in cm.signal_and_noise(alphas_cumprod, t))
         z = cm.ddim_step(x_0, eps, alpha_prev, sigma_prev)
-        target = consistency_function(z, t.clamp(min=0))
+        target = consistency_function(roles.target, z, t.clamp(min=0))
         target = torch.where(cm.spread(t < 0, z).bool(), z, target)  # the boundary condition: f(z, 0) = z
 
     # 6. Both must say the same.
-    weight = 1 / sigma if student.inverse_sigma else torch.ones_like(sigma)
-    return cm.pseudo_huber(weight * prediction, weight * target, student.huber_c)
+    weight = 1 / sigma if how.inverse_sigma else torch.ones_like(sigma)
+    return how.distance(weight * prediction, weight * target)
 
 
 def distill_lora(
@@ -148,9 +225,32 @@ def distill_lora(
 ) -> None:
     """Train the LoRA that `add_lora` gave to `unet`; `next_batch(step)` supplies data. Resumes from
     `checkpoint`."""
+    roles = lora_roles(unet)
 
     def loss(step: int) -> Tensor:
         generator = step_generator(5, step)
-        return consistency_loss(unet, next_batch(step), alphas_cumprod, prediction_type, student, generator)
+        return consistency_loss(roles, next_batch(step), alphas_cumprod, prediction_type, student, generator)
 
     optimise("LCM-LoRA", unet, loss, schedule, checkpoint)
+
+
+def distill_full(
+    teacher: UNet2DConditionModel,
+    next_batch: Callable[[int], Batch],
+    alphas_cumprod: Tensor,
+    prediction_type: str,
+    student: FullStudent,
+    schedule: Schedule,
+    checkpoint: Path,
+) -> UNet2DConditionModel:
+    """A full LCM of `teacher`, which stays as it is; the average of the training's weights is returned."""
+    unet = make_full_student(teacher, student)
+    target = copy.deepcopy(unet).requires_grad_(False)
+    roles = Roles(*(partial(predict, network) for network in (unet, target, teacher)))
+
+    def loss(step: int) -> Tensor:
+        generator = step_generator(7, step)
+        return consistency_loss(roles, next_batch(step), alphas_cumprod, prediction_type, student, generator)
+
+    optimise("LCM", unet, loss, schedule, checkpoint, average=target)
+    return target

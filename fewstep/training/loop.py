@@ -50,15 +50,16 @@ def optimise(
     loss: Callable[[int], Tensor],
     schedule: Schedule,
     checkpoint: Path,
+    average: nn.Module | None = None,
 ) -> None:
     """Train the parameters of `module` that require a gradient; leave their EMA in it.
 
     `loss(step)` returns a scalar. An interrupted run resumes from `checkpoint`; a finished one returns at
-    once.
+    once. `average`, a frozen copy of a `module` that is trained whole, holds the EMA of every step.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
-    ema = [p.detach().clone() for p in parameters]
+    ema = [p.detach() for p in average.parameters()] if average else [p.detach().clone() for p in parameters]
     start = _resume(checkpoint, parameters, ema, optimizer)
     saved_at = time.monotonic()
     progress = tqdm(range(start, schedule.steps), name, schedule.steps, initial=start, mininterval=5.0)
@@ -84,8 +85,8 @@ def optimise(
     if start < schedule.steps:
         _save(checkpoint, schedule.steps, parameters, ema, optimizer)
     with torch.no_grad():
-        for parameter, average in zip(parameters, ema, strict=True):
-            parameter.copy_(average)
+        for parameter, mean in zip(parameters, ema, strict=True):
+            parameter.copy_(mean)
 
 
 def _save(

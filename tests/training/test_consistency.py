@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler
 
 from fewstep.training import consistency as cm
 
@@ -39,6 +39,15 @@ def test_every_parameterization_gives_back_what_was_mixed(prediction_type):
 
     assert torch.allclose(cm.predicted_original(truth, z_t, alpha, sigma, prediction_type), x_0)
     assert torch.allclose(cm.predicted_noise(truth, z_t, alpha, sigma, prediction_type), noise)
+
+
+@pytest.mark.parametrize("width", [8, 256])
+def test_w_is_embedded_as_diffusers_pipelines_do(width):
+    w = torch.tensor([0.0, 0.5, 6.5, 13.0])
+    embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    torch.testing.assert_close(
+        cm.guidance_embedding(w, width), embed(None, w, width), rtol=0, atol=2e-3
+    )  # of angles up to 13,000
 
 
 def test_unknown_parameterization_is_refused():

@@ -5,8 +5,20 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from fewstep.training import distill
-from fewstep.training.consistency import solver_timesteps
-from fewstep.training.distill import Batch, LoraStudent, add_lora, consistency_loss, distill_lora, predict
+from fewstep.training.consistency import signal_and_noise, solver_timesteps, spread
+from fewstep.training.distill import (
+    Batch,
+    FullStudent,
+    LoraStudent,
+    Roles,
+    add_lora,
+    consistency_loss,
+    distill_full,
+    distill_lora,
+    lora_roles,
+    make_full_student,
+    predict,
+)
 from fewstep.training.loop import Schedule
 
 
@@ -52,7 +64,7 @@ def loss_of(
     seed: int = 0,
 ) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return consistency_loss(unet, batch, alphas, "v_prediction", student, generator)
+    return consistency_loss(lora_roles(unet), batch, alphas, "v_prediction", student, generator)
 
 
 def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(unet, batch):
@@ -142,3 +154,91 @@ def test_no_prompt_is_sdxls_zeroed_embedding(batch):
     empty = batch.without_prompt()
     assert not empty.prompt_embeds.any() and not empty.pooled.any()
     assert torch.equal(empty.time_ids, batch.time_ids)
+
+
+def test_without_a_huber_constant_errors_are_squared(batch):
+    a, b = batch.latents, batch.latents.flip(0)
+    assert torch.equal(LoraStudent(huber_c=None).distance(a, b), torch.nn.functional.mse_loss(a, b))
+
+
+def test_no_prompt_is_the_encoded_empty_one_where_there_is_one(batch):
+    plain = Batch(batch.latents, batch.prompt_embeds, empty=torch.ones(5, 12))
+    assert torch.equal(plain.without_prompt().prompt_embeds, torch.ones(4, 5, 12))
+    assert plain.without_prompt().pooled is None
+
+
+FULL = FullStudent(guidance=(2.0, 4.0), width=8)
+T = torch.tensor([19, 259, 499, 999])
+
+
+def test_a_fresh_full_student_is_its_teacher_whatever_w_is(unet, batch):
+    student = make_full_student(unet, FULL)
+    expected = predict(unet, batch.latents, T, batch)
+    for w in (torch.zeros(4), torch.full((4,), 9.0)):
+        assert torch.equal(predict(student, batch.latents, T, batch, w), expected)
+
+
+def test_a_teacher_that_is_told_w_itself_is_refused(unet):
+    with pytest.raises(ValueError, match="a full LCM already"):
+        make_full_student(make_full_student(unet, FULL), FULL)
+
+
+def test_a_full_student_learns_what_w_means_and_its_teacher_stays(unet, batch, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "step_generator", lambda seed, step: torch.Generator().manual_seed(0))
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    losses: list[float] = []
+    loss = distill.consistency_loss
+    monkeypatch.setattr(
+        distill, "consistency_loss", lambda *a: (found := loss(*a), losses.append(found.item()))[0]
+    )
+    schedule = Schedule(40, lr=3e-3, warmup=5, ema_decay=0.5)
+    path = tmp_path / "c.safetensors"
+    lcm = distill_full(unet, lambda step: batch, ALPHAS, "v_prediction", FULL, schedule, path)
+
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    little, much = (predict(lcm, batch.latents, T, batch, torch.full((4,), w)) for w in (2.0, 4.0))
+    assert not torch.allclose(little, much, atol=1e-3)
+    again = distill_full(unet, lambda step: batch, ALPHAS, "v_prediction", FULL, schedule, path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in lcm.state_dict().items())
+
+
+def test_a_full_students_target_is_its_average_and_not_itself(unet, batch, tmp_path, monkeypatch):
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    loss = distill.consistency_loss
+
+    def watched(roles, *rest):
+        weights = [roles.student.args[0], roles.target.args[0]]
+        seen.append(tuple(next(one.parameters()).detach().clone() for one in weights))
+        return loss(roles, *rest)
+
+    monkeypatch.setattr(distill, "consistency_loss", watched)
+    schedule = Schedule(4, lr=1e-2, warmup=1, ema_decay=0.5)
+    distill_full(unet, lambda step: batch, ALPHAS, "v_prediction", FULL, schedule, tmp_path / "c.safetensors")
+    target = seen[0][1]
+    for step, (own, average) in enumerate(seen):
+        if step:
+            decay = min(0.5, step / (step + 9))
+            target = target.lerp(own, 1 - decay)
+        torch.testing.assert_close(average, target)
+    assert not torch.equal(*seen[-1])
+
+
+def test_without_a_teacher_the_target_is_given_the_same_picture_with_the_same_noise(batch):
+    seen = []
+
+    def answer(z, t, batch, w):
+        seen.append((z, t))
+        return torch.zeros_like(z)
+
+    how = LoraStudent(skip=5)
+    generator = torch.Generator().manual_seed(3)
+    consistency_loss(Roles(answer, answer), batch, ALPHAS, "v_prediction", how, generator)
+
+    (noisy, t_next), (less, t) = seen
+    alpha, sigma = (spread(c, noisy) for c in signal_and_noise(ALPHAS, t_next))
+    noise = (noisy - alpha * batch.latents) / sigma
+    alpha, sigma = (spread(c, noisy) for c in signal_and_noise(ALPHAS, t))
+    later = t > 0  # 0 stands for clean data
+    assert later.any() and torch.equal(t, (t_next - 100).clamp(min=0))
+    torch.testing.assert_close(less[later], (alpha * batch.latents + sigma * noise)[later])
