@@ -6,6 +6,7 @@ FewstepError
 ├── DownloadError     download            a file could not be had from the hub as it should be
 ├── SettingsError     settings            an environment variable holds something unknown
 ├── DatasetError      dataset             what is to be trained on is missing or unreadable
+├── TrainingError     training            a training cannot begin as asked, or cannot go on
 ├── GenerationError   generation_failed   the model ran, and what it made is not a picture
 ├── SafetyError       safety_check_failed a finished picture could not be checked, and is withheld
 ├── UnsafeImage       unsafe              every picture of the request was flagged
@@ -62,6 +63,12 @@ class DatasetError(FewstepError):
     """The pictures or captions of a training are missing, unreadable or too many."""
 
     code = "dataset"
+
+
+class TrainingError(FewstepError):
+    """A run was asked for what it cannot do, its loss left the numbers, or its checkpoint cannot be kept."""
+
+    code = "training"
 
 
 class GenerationError(FewstepError):

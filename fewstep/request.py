@@ -325,9 +325,9 @@ def _size(
     return wide, high
 
 
-def native_sizes(spec: ModelSpec) -> list[tuple[int, int]]:
-    """Width and height in px of everything that `spec` paints at its native size."""
-    scale = spec.native_size / BUCKETS_AT
+def sizes_of(native_size: int) -> list[tuple[int, int]]:
+    """Width and height in px of every shape that a model of this native size paints; the square first."""
+    scale = native_size / BUCKETS_AT
     return [(_to_multiple_of_8(w * scale), _to_multiple_of_8(h * scale)) for w, h in ASPECT_RATIOS.values()]
 
 

@@ -43,18 +43,22 @@ PLAIN_STRING = re.compile(r"""(r?)(["'])(?!\2)(.*)\2|""\Z|''\Z""")
 PLAIN_NUMBER = re.compile(r"\d+(\.\d+)?([eE][+-]?\d+)?")
 
 
-def make_schema(path: Path) -> Json:
-    """The schema that Cog's static reader makes of the class in `path` that defines predict().
+def make_schema(path: Path, training: Path | None = None) -> Json:
+    """The schema that Cog's static reader makes of the class in `path` that defines predict(), and of the
+    function train() in `training`.
 
     Raises ValueError, with file and line, for whatever Cog would refuse, misread or drop.
     """
-    return _Reader(path).schema()
+    schema = _Reader(path).schema()
+    if training:
+        schema["components"]["schemas"] |= _Reader(training).training()
+    return schema
 
 
-def write_schema(source: Path, target: Path) -> None:
-    """Write the schema of `source` to `target` in one step, so that a server that starts meanwhile reads
+def write_schema(target: Path, path: Path, training: Path | None = None) -> None:
+    """Write what `make_schema` makes to `target` in one step, so that a server that starts meanwhile reads
     either the old file or the new one. Raises what `make_schema` and the disk raise."""
-    text = json.dumps(make_schema(source), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(make_schema(path, training), indent=2, sort_keys=True) + "\n"
     if target.exists() and target.read_text(encoding="utf-8") == text:
         return
     target.parent.mkdir(exist_ok=True)
@@ -78,12 +82,29 @@ class _Reader:
 
     def schema(self) -> Json:
         predict = self._predict()
-        arguments = predict.args
+        inputs, enumerations = self._inputs("Input", predict, predict.args.args[1:])
+        return _document(inputs, self._output(predict), enumerations)
+
+    def training(self) -> Json:
+        """What `train:` in cog.yaml adds, which the server holds trainings to."""
+        found = [
+            node for node in self._tree.body if isinstance(node, ast.FunctionDef) and node.name == "train"
+        ]
+        if len(found) != 1:
+            raise ValueError(f"{self._name}: one function must be train(), but {len(found)} are")
+        inputs, enumerations = self._inputs("TrainingInput", found[0], found[0].args.args)
+        output = _object("TrainingOutput", weights={"title": "Weights", **TYPES["Path"]})
+        return {"TrainingInput": inputs, "TrainingOutput": output, **enumerations}
+
+    def _inputs(
+        self, title: str, function: ast.FunctionDef | ast.AsyncFunctionDef, parameters: list[ast.arg]
+    ) -> tuple[Json, Json]:
+        """The inputs of a function, and what they may choose from."""
+        arguments, called = function.args, f"{function.name}()"
         if arguments.kwonlyargs or arguments.vararg or arguments.kwarg or arguments.posonlyargs:
-            raise self._error(predict, "predict() takes plain named inputs only")
-        parameters = arguments.args[1:]
+            raise self._error(function, f"{called} takes plain named inputs only")
         if len(arguments.defaults) != len(parameters):
-            raise self._error(predict, "every input of predict() needs '= Input(...)'")
+            raise self._error(function, f"every input of {called} needs '= Input(...)'")
         properties: Json = {}
         enumerations: Json = {}
         required: list[str] = []
@@ -93,10 +114,10 @@ class _Reader:
             properties[name] = entry | {"x-order": order}
             if "default" not in entry:
                 required.append(name)
-        inputs: Json = {"title": "Input", "type": "object", "properties": properties}
+        inputs: Json = {"title": title, "type": "object", "properties": properties}
         if required:
             inputs["required"] = required
-        return _document(inputs, self._output(predict), enumerations)
+        return inputs, enumerations
 
     def _predict(self) -> ast.FunctionDef | ast.AsyncFunctionDef:
         found = [

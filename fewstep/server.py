@@ -109,20 +109,27 @@ def running_server(
     log: IO[bytes] | None = None,
     environ: Mapping[str, str],
     root: Path = ROOT,
+    mode: str = "predict",
 ) -> Iterator[Server]:
-    """Start coglet with the Predictor of `root` and stop it at the end; it logs to `log`, or to our stderr.
+    """Start coglet with the Predictor of `root`, or with its train() where `mode` is "train", and stop it at
+    the end; it logs to `log`, or to our stderr.
 
     Raises ServerFailed when the port is taken. The server is not ready yet: see `Server.wait_ready`.
     """
     _require_free(host, port)
-    write_schema(root / "predict.py", root / ".cog" / "openapi_schema.json")
+    training = root / "train.py"
+    write_schema(
+        root / ".cog" / "openapi_schema.json",
+        root / "predict.py",
+        training if training.exists() else None,  # the benchmark's predictors have none
+    )
     server = None
     try:
         with _interrupts_held():
             process = subprocess.Popen(
-                [sys.executable, "-m", "cog.server.http", "--host", host],
+                [sys.executable, "-m", "cog.server.http", "--host", host, "--x-mode", mode],
                 cwd=root,
-                env=_environment(environ, port),
+                env=_environment(environ, port, CONCURRENCY if mode == "predict" else 1),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -189,7 +196,7 @@ def _require_free(host: str, port: int) -> None:
             ) from None
 
 
-def _environment(environ: Mapping[str, str], port: int) -> dict[str, str]:
+def _environment(environ: Mapping[str, str], port: int, concurrency: int) -> dict[str, str]:
     return {
         **OFFLINE,
         "FEWSTEP_COGLET_ROOT": str(COGLET_ROOT),
@@ -199,6 +206,7 @@ def _environment(environ: Mapping[str, str], port: int) -> dict[str, str]:
         # coglet starts its worker as plain `python`.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environ.get('PATH', os.defpath)}",
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
-        "COG_MAX_CONCURRENCY": str(CONCURRENCY),
+        "COG_TRAIN_TYPE_STUB": "train.py:train",
+        "COG_MAX_CONCURRENCY": str(concurrency),
         "PORT": str(port),
     }

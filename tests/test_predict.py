@@ -21,7 +21,7 @@ INPUTS: dict[str, Any] = SCHEMAS["Input"]["properties"]
 
 def test_the_schema_is_the_golden_file() -> None:
     golden = json.loads((ROOT / "tests" / "data" / "openapi_schema.json").read_text())
-    assert make_schema(ROOT / "predict.py") == golden, (
+    assert make_schema(ROOT / "predict.py", ROOT / "train.py") == golden, (
         "predict.py's inputs changed; if that is meant: cp .cog/openapi_schema.json tests/data/"
     )
 
@@ -80,7 +80,7 @@ def test_versions_are_pinned_once_and_alike() -> None:
 
 def test_cog_yaml_has_only_keys_that_cog_knows() -> None:
     cog_yaml = yaml.safe_load((ROOT / "cog.yaml").read_text())
-    assert set(cog_yaml) == {"build", "environment", "predict"}
+    assert set(cog_yaml) == {"build", "environment", "predict", "train"}
     assert set(cog_yaml["build"]) == {"gpu", "cuda", "python_version", "python_requirements", "sdk_version"}
     assert cog_yaml["predict"] == "predict.py:Predictor"
     assert "FEWSTEP_MODEL=sdxl" in cog_yaml["environment"]

@@ -81,6 +81,6 @@ def test_writing_replaces_an_old_schema_and_leaves_nothing_else(tmp_path: Path) 
     target = tmp_path / ".cog" / "openapi_schema.json"
     target.parent.mkdir()
     target.write_text("{}")
-    write_schema(DATA / "schema_sample.py", target)
+    write_schema(target, DATA / "schema_sample.py")
     assert json.loads(target.read_text()) == make_schema(DATA / "schema_sample.py")
     assert list(target.parent.iterdir()) == [target]

@@ -1,6 +1,7 @@
 """Every model of the table at toy size, with random weights, laid out as its repos on the hub are."""
 
 import hashlib
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,21 @@ def make_folder(spec: ModelSpec, folder: Path, dtype: torch.dtype = torch.float1
     if spec.lcm_lora:
         save_lora(unet.float(), folder)
     make_checkers(folder, flags=False)
+    return folder
+
+
+def make_diffusers_folder(spec: ModelSpec, folder: Path) -> Path:
+    """`make_folder` in fp32 as diffusers' own pipelines load it."""
+    make_folder(spec, folder, torch.float32)
+    parts = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    parts |= {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    for end, kind in (("", "CLIPTextModel"), ("_2", "CLIPTextModelWithProjection")):
+        if (folder / f"text_encoder{end}").exists():
+            parts[f"text_encoder{end}"] = ["transformers", kind]
+            parts[f"tokenizer{end}"] = ["transformers", "CLIPTokenizer"]
+    name = "StableDiffusionXLPipeline" if spec.family == "sdxl" else "StableDiffusionPipeline"
+    options = {"force_zeros_for_empty_prompt": True} if spec.family == "sdxl" else {}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": name, **options, **parts}))
     return folder
 
 

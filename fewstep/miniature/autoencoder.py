@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from fewstep.miniature.pictures import Pixels
-from fewstep.training.loop import Schedule, optimise, step_generator
+from fewstep.training.loop import Schedule, Share, optimise, step_generator
 
 CROP_PX = 64
 BATCH = 16
@@ -39,12 +39,12 @@ def reconstruction_loss(painted: Tensor, drawn: Tensor) -> Tensor:
     return total
 
 
-def train_vae(pictures: Pixels, steps: int, checkpoint: Path, device: torch.device) -> AutoencoderKL:
+def train_vae(pictures: Pixels, steps: int, checkpoints: Path, device: torch.device) -> AutoencoderKL:
     """Train on random crops of drawn `pictures`; `config.scaling_factor` then gives latents unit variance."""
     torch.manual_seed(2)
     vae = make_vae().to(device, memory_format=torch.channels_last)
 
-    def loss(step: int) -> Tensor:
+    def loss(step: int, share: Share) -> Tensor:
         x = _crops(pictures, step_generator(2, step), device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             posterior = vae.encode(x).latent_dist
@@ -52,7 +52,7 @@ def train_vae(pictures: Pixels, steps: int, checkpoint: Path, device: torch.devi
         kl: Tensor = posterior.kl().mean() / (CROP_PX // 8) ** 2  # per latent pixel
         return reconstruction_loss(painted.float(), x) + KL_WEIGHT * kl
 
-    optimise("VAE", vae, loss, Schedule(steps, lr=2e-3, weight_decay=1e-4), checkpoint)
+    optimise("VAE", vae, loss, Schedule(steps, lr=2e-3, batch=BATCH, weight_decay=1e-4), checkpoints)
     vae.eval().requires_grad_(False)
     vae.register_to_config(scaling_factor=float(1.0 / encode(vae, pictures[:1024]).std()))
     return vae

@@ -12,15 +12,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fewstep.miniature.scenes import ATTRIBUTES, Scene, all_scenes, caption, training_scenes
 from fewstep.training import consistency as cm
-from fewstep.training.distill import Batch, predict
-from fewstep.training.loop import Schedule, optimise, step_generator
+from fewstep.training.distill import Batch, order_for_training, predict
+from fewstep.training.loop import WHOLE, Draws, Schedule, Share, optimise, step_generator
 
 TOKENS = 48
 TEXT_WIDTH = 96
@@ -144,19 +143,19 @@ class Sampler:
     ) -> None:
         self.base, self.sets, self.batch, self.seed, self.square_share = base, sets, batch, seed, square_share
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int, share: Share = WHOLE) -> Batch:
         generator = step_generator(self.seed, step)
         rng = random.Random(f"{self.seed} {step}")
         square, *others = self.sets
         chosen = rng.choice(others) if others and rng.random() > self.square_share else square
         index = torch.randint(len(chosen.scenes), (self.batch,), generator=generator)
         device = self.base.unet.device
-        latents = chosen.latents[index].float().to(device, memory_format=torch.channels_last)
+        latents = chosen.latents[share.of(index)].float().to(device, memory_format=torch.channels_last)
         prompts = [_with_strange_words(caption(chosen.scenes[i], rng), rng) for i in index.tolist()]
-        prompt_embeds, pooled = self.base.encode_prompts(prompts)
+        prompt_embeds, pooled = self.base.encode_prompts(share.of(prompts))
         height, width = (8 * side for side in latents.shape[2:])
         time_ids = torch.tensor(
-            [[height, width, 0, 0, height, width]] * self.batch, dtype=torch.float32, device=device
+            [[height, width, 0, 0, height, width]] * len(latents), dtype=torch.float32, device=device
         )
         return Batch(latents, prompt_embeds, pooled, time_ids)
 
@@ -198,7 +197,7 @@ class Reader(nn.Module):
         return [part for row in logits for part in row.split(self.sizes, dim=1)]
 
 
-def train_text(base: Base, steps: int, checkpoint: Path) -> None:
+def train_text(base: Base, steps: int, checkpoints: Path) -> None:
     """Teach the text encoders of `base` to read, as SDXL's have learnt it before SDXL: by what captions say.
 
     From the diffusion loss alone they learn a word only as fast as it shows in noisy latents. After 200 such
@@ -207,7 +206,7 @@ def train_text(base: Base, steps: int, checkpoint: Path) -> None:
     scenes = training_scenes()
     reader = Reader(base)
 
-    def loss(step: int) -> Tensor:
+    def loss(step: int, share: Share) -> Tensor:
         rng = random.Random(f"text {step}")
         shown = rng.choices(scenes, k=TEXT_BATCH)
         labels = torch.tensor([scene.labels for scene in shown], device=base.unet.device)
@@ -216,24 +215,19 @@ def train_text(base: Base, steps: int, checkpoint: Path) -> None:
         losses = [F.cross_entropy(found, target) for found, target in zip(logits, targets, strict=True)]
         return torch.stack(losses).sum()
 
-    optimise("text", reader.to(base.unet.device), loss, Schedule(steps, lr=2e-3), checkpoint)
+    schedule = Schedule(steps, lr=2e-3, batch=TEXT_BATCH)
+    optimise("text", reader.to(base.unet.device), loss, schedule, checkpoints)
 
 
-def use_plain_attention(unet: UNet2DConditionModel) -> None:
-    """On a CPU, in bf16 and for these short sequences, the fused kernel's backward is a quarter of the whole
-    step."""
-    if unet.device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())
-
-
-def diffusion_loss(base: Base, batch: Batch, alphas_cumprod: Tensor, generator: torch.Generator) -> Tensor:
+def diffusion_loss(base: Base, batch: Batch, noise_schedule: cm.NoiseSchedule, draws: Draws) -> Tensor:
     """Mean squared error of v at stratified timesteps, one batch row in ten without its prompt."""
     count, device = len(batch.latents), batch.latents.device
     # Stratified, and leaning to noisy timesteps: there it is decided what the picture shows.
-    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    t = (u**0.8 * len(alphas_cumprod)).long().clamp(max=len(alphas_cumprod) - 1).to(device)
-    noise = torch.randn(batch.latents.shape, generator=generator).to(device)
-    kept = (torch.rand(count, generator=generator) >= UNPROMPTED_SHARE).to(device)
+    u = draws.stratified(count)
+    last = len(noise_schedule.alphas_cumprod) - 1
+    t = (u**0.8 * (last + 1)).long().clamp(max=last).to(device)
+    noise = draws.normal(*batch.latents.shape).to(device)
+    kept = (draws.uniform(count) >= UNPROMPTED_SHARE).to(device)
     nothing = batch.without_prompt()
     assert batch.pooled is not None and nothing.pooled is not None  # SDXL's
     prompted = replace(
@@ -241,17 +235,17 @@ def diffusion_loss(base: Base, batch: Batch, alphas_cumprod: Tensor, generator: 
         prompt_embeds=torch.where(kept[:, None, None], batch.prompt_embeds, nothing.prompt_embeds),
         pooled=torch.where(kept[:, None], batch.pooled, nothing.pooled),
     )
-    alpha, sigma = (cm.spread(c, noise) for c in cm.signal_and_noise(alphas_cumprod, t))
+    alpha, sigma = noise_schedule.signal_and_noise(t, noise)
     output = predict(base.unet, alpha * batch.latents + sigma * noise, t, prompted)
     return F.mse_loss(output, alpha * noise - sigma * batch.latents)
 
 
-def train_base(base: Base, sampler: Sampler, steps: int, checkpoint: Path) -> None:
+def train_base(base: Base, sampler: Sampler, steps: int, checkpoints: Path) -> None:
     """Train `base` in place; its text encoders learn from the same loss as its UNet."""
-    alphas_cumprod = make_scheduler().alphas_cumprod.to(base.unet.device)
-    use_plain_attention(base.unet)
+    noise_schedule = cm.NoiseSchedule.of(make_scheduler(), base.unet.device)
+    order_for_training(base.unet)
 
-    def loss(step: int) -> Tensor:
-        return diffusion_loss(base, sampler(step), alphas_cumprod, step_generator(4, step))
+    def loss(step: int, share: Share) -> Tensor:
+        return diffusion_loss(base, sampler(step, share), noise_schedule, Draws(4, step, share))
 
-    optimise("base", base, loss, Schedule(steps, lr=1e-3, warmup=100), checkpoint)
+    optimise("base", base, loss, Schedule(steps, lr=1e-3, warmup=100, batch=sampler.batch), checkpoints)

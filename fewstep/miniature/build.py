@@ -12,8 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from peft import get_peft_model_state_dict
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from fewstep.miniature import STAGES
@@ -26,7 +25,6 @@ from fewstep.miniature.base import (
     make_tokenizer,
     train_base,
     train_text,
-    use_plain_attention,
 )
 from fewstep.miniature.card import Facts, write_card
 from fewstep.miniature.judge import Judge, load_judge, train_judge
@@ -36,9 +34,17 @@ from fewstep.miniature.scenes import Scene, all_scenes, training_scenes
 from fewstep.miniature.scoring import score_all
 from fewstep.miniature.tiny_vae import train_tiny_vae
 from fewstep.sources import TINY_VAE
-from fewstep.training.distill import LoraStudent, add_lora, distill_lora
-from fewstep.training.loop import Schedule
-from fewstep.training.style import StyleStudent, add_style, train_style
+from fewstep.training.consistency import NoiseSchedule
+from fewstep.training.distill import (
+    LoraStudent,
+    add_lora,
+    consistency_training,
+    lora_roles,
+    order_for_training,
+)
+from fewstep.training.loop import Schedule, optimise
+from fewstep.training.lora_files import save_lora
+from fewstep.training.style import StyleStudent, add_style, style_training
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +100,7 @@ class Build:
         if "judge" not in self.kept:
             scenes = pick_scenes(all_scenes(), self.sizes.judge_pictures, seed=0)
             pictures = cached_pictures(self.work / "judge-pictures.npy", scenes, 0, *SQUARE)
-            judge = train_judge(
-                pictures, scenes, self.sizes.judge_steps, self.work / "judge.safetensors", self.device
-            )
+            judge = train_judge(pictures, scenes, self.sizes.judge_steps, self.work / "judge", self.device)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({key: value.half().contiguous() for key, value in judge.state_dict().items()}, path)
         return load_judge(path)
@@ -106,7 +110,7 @@ class Build:
         if "vae" not in self.kept:
             scenes = pick_scenes([s for s in all_scenes() if not s.reserved], self.sizes.vae_pictures, seed=1)
             pictures = cached_pictures(self.work / "vae-pictures.npy", scenes, 20_000_000, *SQUARE)
-            vae = train_vae(pictures, self.sizes.vae_steps, self.work / "vae.safetensors", self.device)
+            vae = train_vae(pictures, self.sizes.vae_steps, self.work / "vae", self.device)
             vae.half().save_pretrained(self.weights / "vae")
         vae = AutoencoderKL.from_pretrained(self.weights / "vae").to(self.device)
         return vae.eval().requires_grad_(False)
@@ -141,9 +145,8 @@ class Build:
         base = Base(tokenizer).to(self.device)
         if "base" not in self.kept:
             sampler = Sampler(base, self.latents, self.sizes.base_batch, seed=4)
-            base.unet.to(memory_format=torch.channels_last)
-            train_text(base, self.sizes.text_steps, self.work / "text.safetensors")
-            train_base(base, sampler, self.sizes.base_steps, self.work / "base.safetensors")
+            train_text(base, self.sizes.text_steps, self.work / "text")
+            train_base(base, sampler, self.sizes.base_steps, self.work / "base")
             self._save_base(base)
         folders = {"text_encoder": base.text_encoder, "text_encoder_2": base.text_encoder_2}
         for name, module in folders.items():
@@ -170,49 +173,53 @@ class Build:
             shutil.rmtree(self.weights / name)
             make_tokenizer(self.weights / name)
 
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.of(make_scheduler(), self.device)
+
     def train_lora(self, student: LoraStudent) -> None:
         """Distil the base into weights/miniature/lcm_lora.safetensors."""
         torch.manual_seed(6)
-        unet = self.base.unet.to(memory_format=torch.channels_last)
-        use_plain_attention(unet)
+        unet = self.base.unet
+        order_for_training(unet)
         add_lora(unet, student)
         sampler = Sampler(self.base, self.latents, self.sizes.lora_batch, seed=7)
-        scheduler = make_scheduler()
-        distill_lora(
+        optimise(
+            "LCM-LoRA",
             unet,
-            torch.no_grad()(sampler),
-            scheduler.alphas_cumprod.to(self.device),
-            scheduler.config.prediction_type,
-            student,
-            Schedule(self.sizes.lora_steps, lr=5e-4, weight_decay=0.0, ema_decay=0.98),
-            self.work / "lora.safetensors",
+            consistency_training(
+                lora_roles(unet), torch.no_grad()(sampler), self.noise_schedule, student, seed=5
+            ),
+            Schedule(self.sizes.lora_steps, lr=5e-4, batch=sampler.batch, weight_decay=0.0, ema_decay=0.98),
+            self.work / "lora",
         )
-        _save_lora(unet, self.weights / "lcm_lora.safetensors")
+        save_lora(unet, self.weights / "lcm_lora.safetensors")
+        unet.unload_lora()
 
     def train_styles(self, folder: Path) -> None:
         """One LoRA over the base for each style of the drawn world, into `folder`."""
-        alphas_cumprod = make_scheduler().alphas_cumprod.to(self.device)
         for i, name in enumerate(STYLES):
             torch.manual_seed(8)
-            unet = self.base.unet.to(memory_format=torch.channels_last)
-            use_plain_attention(unet)
+            unet = self.base.unet
+            order_for_training(unet)
             add_style(unet, StyleStudent())
             sampler = Sampler(self.base, [self._restyled(name, i)], self.sizes.style_batch, seed=9)
-            train_style(
+            optimise(
                 name,
                 unet,
-                torch.no_grad()(sampler),
-                alphas_cumprod,
-                make_scheduler().config.prediction_type,
-                Schedule(self.sizes.style_steps, lr=1e-3, weight_decay=0.0, ema_decay=0.98),
-                self.work / f"style-{name}.safetensors",
+                style_training(unet, torch.no_grad()(sampler), self.noise_schedule, seed=6),
+                Schedule(
+                    self.sizes.style_steps, lr=1e-3, batch=sampler.batch, weight_decay=0.0, ema_decay=0.98
+                ),
+                self.work / f"style-{name}",
             )
-            _save_lora(unet, folder / f"{name}.safetensors")
+            save_lora(unet, folder / f"{name}.safetensors")
+            unet.unload_lora()
 
     def train_tiny_vae(self) -> None:
         """Distil the VAE's decoder into weights/miniature/vae_tiny."""
         latents = [one.latents for one in self.latents]
-        work = self.work / "tiny-vae.safetensors"
+        work = self.work / "tiny-vae"
         tiny = train_tiny_vae(self.vae, latents, self.sizes.tiny_vae_steps, work, self.device)
         tiny.half().save_pretrained(self.weights / TINY_VAE)
 
@@ -235,19 +242,6 @@ class Build:
             captions=self.sizes.captions,
             seeds=self.sizes.seeds,
         )
-
-
-def _save_lora(unet: UNet2DConditionModel, path: Path) -> None:
-    """Write the LoRA of `unet` in fp16 with PEFT's keys, and take it off."""
-    layers = get_peft_model_state_dict(unet)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    StableDiffusionXLPipeline.save_lora_weights(
-        path.parent,
-        unet_lora_layers={key: value.half().contiguous() for key, value in layers.items()},
-        weight_name=path.name,
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
-    )
-    unet.unload_lora()
 
 
 def _load(module: torch.nn.Module, path: Path) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from fewstep.miniature.pictures import Pixels
 from fewstep.miniature.scenes import ATTRIBUTES, Scene
-from fewstep.training.loop import Schedule, optimise, step_generator
+from fewstep.training.loop import Schedule, Share, optimise, step_generator
 
+BATCH = 96
 INPUT_PX = 96  # pictures of any size and shape are judged at 96 x 96
 
 
@@ -132,16 +133,16 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_judge(
-    pictures: Pixels, scenes: list[Scene], steps: int, checkpoint: Path, device: torch.device
+    pictures: Pixels, scenes: list[Scene], steps: int, checkpoints: Path, device: torch.device
 ) -> Judge:
     """Train on drawn `pictures` of `scenes`, two thirds of each batch augmented."""
     torch.manual_seed(1)
     judge = Judge().to(device)
     labels = torch.tensor([scene.labels for scene in scenes], device=device)
 
-    def loss(step: int) -> Tensor:
+    def loss(step: int, share: Share) -> Tensor:
         generator = step_generator(1, step)
-        index = torch.randint(len(scenes), (96,), generator=generator).sort().values
+        index = torch.randint(len(scenes), (BATCH,), generator=generator).sort().values
         x = judge_input(pictures[index.numpy()])
         x = torch.cat([augment(x[:64], generator), x[64:]]).to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -154,6 +155,6 @@ def train_judge(
             torch.zeros((), device=device),
         )
 
-    optimise("judge", judge, loss, Schedule(steps, lr=2e-3, ema_decay=0.99), checkpoint)
+    optimise("judge", judge, loss, Schedule(steps, lr=2e-3, batch=BATCH, ema_decay=0.99), checkpoints)
     judge.float().cpu().eval().requires_grad_(False)
     return judge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from fewstep.miniature.drawing import draw
-from fewstep.miniature.scenes import Scene
+from fewstep.miniature.scenes import Scene, caption, training_scenes
 
 logger = logging.getLogger(__name__)
 
@@ -49,3 +51,16 @@ def cached_pictures(path: Path, scenes: list[Scene], seed: int, width: int, heig
         out.flush()
         part.replace(path)
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    """`count` drawings of the scenes that the base was trained on, as a folder with metadata.jsonl."""
+    scenes, rng = pick_scenes(training_scenes(), count, seed=31), random.Random(31)
+    pixels = cached_pictures(folder / "drawn.npy", scenes, 90_000_000, 128, 128)
+    rows = []
+    for i, scene in enumerate(scenes):
+        name = f"{i:05}.png"
+        rows.append(json.dumps({"file_name": name, "text": caption(scene, rng)}))
+        if not (folder / name).exists():
+            Image.fromarray(pixels[i]).save(folder / name)
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")

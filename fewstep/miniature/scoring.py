@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fewstep.errors import FewstepError
 from fewstep.miniature.autoencoder import decode, encode
-from fewstep.miniature.judge import Judge, describe, frechet_distance, score
+from fewstep.miniature.judge import Judge, describe, frechet_distance, load_judge, score
 from fewstep.miniature.pictures import Pixels, draw_many
 from fewstep.miniature.scenes import ATTRIBUTES, Scene, caption, unseen_scenes
 from fewstep.models import get_model
@@ -84,6 +84,20 @@ class Examiner:
             texts, numbers = zip(*wishes[start : start + BATCH], strict=True)
             pictures += paint(texts, numbers)
         return self.mark(system, pictures)
+
+
+class JudgeMeter:
+    """What the judge in a folder of the miniature's weights says of one picture of each of `scenes`."""
+
+    def __init__(self, weights: Path, scenes: Sequence[Scene]) -> None:
+        self._judge, self._scenes = load_judge(weights / "judge" / "judge.safetensors"), list(scenes)
+        self._drawn = describe(self._judge, draw_many(self._scenes, 2 * 10**9, 128, 128))
+
+    def measure(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
+        """Percent with all attributes right, and Fréchet's distance to drawings of the same scenes."""
+        right = score(self._judge, pictures, self._scenes).all(1).mean()
+        distance = frechet_distance(describe(self._judge, pictures), self._drawn)
+        return {"all_right": 100 * float(right), "distance": distance}
 
 
 def few_step_painter(pipeline: Pipeline, steps: int) -> Painter:

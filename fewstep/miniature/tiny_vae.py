@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from fewstep.miniature.autoencoder import reconstruction_loss
-from fewstep.training.loop import Schedule, optimise, step_generator
+from fewstep.training.loop import Schedule, Share, optimise, step_generator
 
 CROP = 8  # in latent pixels
 BATCH = 32
@@ -30,14 +30,14 @@ def make_tiny_vae() -> AutoencoderTiny:
 
 
 def train_tiny_vae(
-    vae: AutoencoderKL, latents: Sequence[Tensor], steps: int, checkpoint: Path, device: torch.device
+    vae: AutoencoderKL, latents: Sequence[Tensor], steps: int, checkpoints: Path, device: torch.device
 ) -> AutoencoderTiny:
     """Distil the decoder of `vae` on crops of scaled `latents`, each (N, 4, H / 8, W / 8)."""
     torch.manual_seed(10)
     tiny = make_tiny_vae().to(device, memory_format=torch.channels_last)
     tiny.encoder.requires_grad_(False)
 
-    def loss(step: int) -> Tensor:
+    def loss(step: int, share: Share) -> Tensor:
         x = _crops(latents, step_generator(10, step)).to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             with torch.no_grad():
@@ -45,7 +45,7 @@ def train_tiny_vae(
             painted = tiny.decode(x).sample
         return reconstruction_loss(painted.float(), expected.float())
 
-    optimise("tiny VAE", tiny, loss, Schedule(steps, lr=2e-3, weight_decay=0.0), checkpoint)
+    optimise("tiny VAE", tiny, loss, Schedule(steps, lr=2e-3, batch=BATCH, weight_decay=0.0), checkpoints)
     return tiny.eval().requires_grad_(False)
 
 

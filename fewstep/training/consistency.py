@@ -6,12 +6,36 @@ Symbols are those of Luo et al., "Latent Consistency Models" (arXiv 2310.04378, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """How a network was trained: `alphas_cumprod` (T,), and what it says of z_t, both in diffusers' names."""
+
+    alphas_cumprod: Tensor
+    prediction_type: str
+
+    @classmethod
+    def of(cls, scheduler: Any, device: torch.device) -> NoiseSchedule:
+        """That of a diffusers scheduler."""
+        return cls(scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type)
+
+    def signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha(t) and sigma(t) of t (N,), ready to multiply `like` (N, ...); t = -1 stands for clean data:
+        (1, 0)."""
+        product = torch.where(
+            t < 0, torch.ones_like(self.alphas_cumprod[0]), self.alphas_cumprod[t.clamp(min=0)]
+        )
+        return spread(product.sqrt(), like), spread((1.0 - product).sqrt(), like)
 
 
 def spread(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -92,10 +116,3 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
 def squared(a: Tensor, b: Tensor) -> Tensor:
     """The mean of (a - b)^2, the plainer distance."""
     return ((a - b) ** 2).mean()
-
-
-def signal_and_noise(alphas_cumprod: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha(t) and sigma(t), shape of `t`; t = -1 stands for clean data: (1, 0)."""
-    clean = t < 0
-    product = torch.where(clean, torch.ones_like(alphas_cumprod[0]), alphas_cumprod[t.clamp(min=0)])
-    return product.sqrt(), (1.0 - product).sqrt()

@@ -1,4 +1,4 @@
-"""A user's pictures and captions: found in a folder or a zip, encoded once, and given out in batches.
+"""Pictures and captions: found in a folder, a zip or webdataset shards, encoded once, given out in batches.
 
 A picture's caption is its line in `metadata.jsonl` ({"file_name": "a.jpg", "text": "..."}, as Hugging Face's
 ImageFolder has it) or the text file beside it (a.txt beside a.jpg).
@@ -6,6 +6,7 @@ ImageFolder has it) or the text file beside it (a.txt beside a.jpg).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -13,22 +14,25 @@ import stat
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.errors import DatasetError, InvalidRequest
 from fewstep.images import fit, open_image
-from fewstep.pipeline import Pipeline
-from fewstep.request import native_sizes
+from fewstep.request import SIDE, sizes_of
+from fewstep.text_encoding import Diffusion
 from fewstep.training.distill import Batch
-from fewstep.training.loop import step_generator
+from fewstep.training.loop import WHOLE, Share, step_generator
 
 logger = logging.getLogger(__name__)
 
@@ -41,20 +45,11 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Captioned:
-    """A picture's file, not opened yet, and what it shows."""
+    """A picture's file, not opened yet, what it shows, and what to call it."""
 
     path: Path
     caption: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """An encoded picture: scaled latents (C, H / 8, W / 8), and what the UNet is told, as in `Batch`."""
-
-    latents: Tensor
-    prompt_embeds: Tensor
-    pooled: Tensor | None
-    time_ids: Tensor | None
+    name: str
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -103,7 +98,7 @@ def find(folder: Path, caption: str | None = None) -> list[Captioned]:
         beside = path.with_suffix(".txt")
         text = listed.get(place.as_posix()) or (_text(beside) if beside.is_file() else "") or caption
         if text:
-            found.append(Captioned(path, text))
+            found.append(Captioned(path, text, place.as_posix()))
         else:
             bare.append(place)
     if not found and not bare:
@@ -138,69 +133,166 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8-sig", errors="replace").strip()
 
 
-@torch.inference_mode()
-def encode(pipeline: Pipeline, pictures: Sequence[Captioned]) -> list[Example]:
-    """What can be opened of `pictures`, each at that one of the model's native sizes that is nearest to its
-    shape; a broken file is named in the log and left out. Raises DatasetError when none is left."""
-    examples = []
-    for picture in pictures:
-        try:
-            image = open_image(picture.path, picture.path.name)
-        except InvalidRequest as error:
-            logger.warning("left out: %s", error.sentence)
-            continue
-        sizes = native_sizes(pipeline.spec)
-        width, height = min(
-            sizes, key=lambda size: abs(math.log(size[0] * image.height / size[1] / image.width))
+def read_shards(shards: str, caption: str | None = None) -> Iterator[Captioned]:
+    """The pictures of webdataset tars, local or at addresses, with braces for ranges: "set-{000..012}.tar".
+
+    A sample's caption is its .txt, or "caption" or "text" of its .json; one without any takes `caption`, or
+    is named and left out, and so is a shard that is not there or breaks off. Each picture's file lives until
+    the next is asked for.
+    """
+    import webdataset  # a library of the extra [train], which the container has not
+
+    def left_out(error: Exception) -> bool:
+        logger.warning("left out: a shard cannot be read: %s", error)
+        return True  # go on
+
+    # Nothing is decoded by it, which would unpickle some kinds of files.
+    samples = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False, handler=left_out)
+    with TemporaryDirectory() as folder:
+        for sample in samples:
+            name = PurePosixPath(sample["__key__"]).name
+            suffix = next((one for one in SUFFIXES if one[1:] in sample), None)
+            text = _caption_of(sample) or caption
+            if suffix is None or text is None:
+                logger.warning("left out: %s has no %s", name, "picture" if suffix is None else "caption")
+                continue
+            path = Path(folder, f"picture{suffix}")
+            path.write_bytes(sample[suffix[1:]])
+            yield Captioned(path, text, name)
+
+
+def _caption_of(sample: Mapping[str, bytes]) -> str | None:
+    if "txt" in sample:
+        return sample["txt"].decode(errors="replace").strip() or None
+    try:
+        told = json.loads(sample.get("json", b"{}"))
+    except ValueError:
+        return None
+    return next((str(told[key]).strip() for key in ("caption", "text") if told.get(key)), None)
+
+
+def native_size(diffusion: Diffusion) -> int:
+    """The side in px of the squares that a diffusers pipeline was made for."""
+    return int(diffusion.unet.config.sample_size * diffusion.vae_scale_factor)
+
+
+class Encoder:
+    """Encodes pictures into `folder`, one file each, where a later run finds them again.
+
+    `side` is of the squares to train on, in px; other shapes are SDXL's, of the same area. Raises
+    DatasetError for a side that the network cannot take.
+    """
+
+    def __init__(self, diffusion: Diffusion, folder: Path, side: int | None = None) -> None:
+        self.diffusion, self.folder = diffusion, folder
+        side = side or native_size(diffusion)
+        low, high = SIDE
+        if side % 8 or not low <= side <= high:
+            raise DatasetError(f"the resolution is {side}; it must be a multiple of 8 from {low} to {high}")
+        self._sizes = sizes_of(side)
+        self.captions: list[str] = []  # of what was encoded last
+        # Whoever trains another model into the same folder must not meet these latents.
+        parts = ("vae", "text_encoder", "text_encoder_2")
+        self._model = [_sum(getattr(diffusion, name)) for name in parts if hasattr(diffusion, name)]
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def encode_all(self, pictures: Iterable[Captioned], limit: int | None = None) -> list[Path]:
+        """The files of the first `limit` of `pictures` that can be opened; what is broken is named in the
+        log and left out. Raises DatasetError when none is left."""
+        encoded, count = [], 0
+        self.captions = []
+        for picture in islice(pictures, limit):
+            count += 1
+            try:
+                encoded.append(self._encoded(picture))
+                self.captions.append(picture.caption)
+            except InvalidRequest as error:
+                logger.warning("left out: %s", error.sentence)
+        if not encoded:
+            raise DatasetError(f"none of {count} pictures can be opened; their names are in the log")
+        return encoded
+
+    @torch.inference_mode()
+    def no_prompt(self) -> Tensor | None:
+        """The encoded empty prompt (T, D), where it is not all zeros: see `Batch`."""
+        if getattr(self.diffusion.config, "force_zeros_for_empty_prompt", False):
+            return None
+        states: Tensor = self._prompt("")[0]
+        return states[0].float()
+
+    def _prompt(self, text: str) -> list[Tensor]:
+        """States (1, T, D), and of SDXL pooled (1, P); what does not fit into one prompt is cut off."""
+        # SDXL: states, negative, pooled, negative; SD: states, negative.
+        found = self.diffusion.encode_prompt(
+            text, device=self.diffusion.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
+        return [one for one in found if one is not None]
+
+    @torch.inference_mode()
+    def _encoded(self, picture: Captioned) -> Path:
+        image = open_image(picture.path, picture.name)
+        key = repr((self._model, self._sizes[0], picture.caption, image.info["sha256"]))
+        path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+        if path.exists():
+            return path
+        wanted = image.width / image.height
+        width, height = min(self._sizes, key=lambda size: abs(math.log(size[0] / size[1] / wanted)))
         pixels = torch.from_numpy(np.array(fit(image, width, height))).permute(2, 0, 1)[None] / 127.5 - 1
-        vae = pipeline.diffusion.vae
+        vae = self.diffusion.vae
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
-        prompt = pipeline.text.encode(picture.caption)
-        pooled = None if prompt.pooled is None else prompt.pooled[0].clone()
         # SDXL is told the size of the original, what was cut off, and the size that is left.
         scale = max(width / image.width, height / image.height)
         left, top = (
             round((side * scale - kept) / 2) for side, kept in ((image.width, width), (image.height, height))
         )
-        told = torch.tensor([image.height, image.width, top, left, height, width], dtype=torch.float32)
-        examples.append(
-            Example(
-                latents[0].float().cpu(),
-                prompt.states[0].clone(),
-                pooled,
-                told if pooled is not None else None,
-            )
-        )
-    if not examples:
-        raise DatasetError(f"none of {len(pictures)} pictures can be opened; their names are in the log")
-    return examples
+        # SD's prompt has no second part.
+        prompt = zip(("prompt_embeds", "pooled"), self._prompt(picture.caption), strict=False)
+        example = {"latents": latents, **dict(prompt)}
+        tensors = {name: value[0].half().cpu().contiguous() for name, value in example.items()}
+        if "pooled" in tensors:
+            tensors["time_ids"] = torch.tensor([image.height, image.width, top, left, height, width]).float()
+        part = path.with_suffix(".part")
+        save_file(tensors, part)
+        part.replace(path)
+        return path
+
+
+def _sum(module: torch.nn.Module) -> float:
+    """Other weights have another one."""
+    return sum(float(parameter.detach().double().abs().sum()) for parameter in module.parameters())
 
 
 class Batches:
-    """`batches(step)`: of one shape each, every picture once an epoch; a last batch is filled up with others.
+    """`batches(step, share)`: of one shape each, every picture once an epoch; a last batch is filled up with
+    others.
 
-    The answer depends on the step and the seed only, so that a resumed run sees what it would have seen.
+    The answer depends on the step, the share and the seed only, so that a resumed run sees what it would
+    have seen. `encoded` are files of an `Encoder`, read when their turn comes; `empty` is its `no_prompt`.
     """
 
-    def __init__(self, examples: Sequence[Example], size: int, seed: int, device: torch.device) -> None:
-        self.examples, self.size, self.seed, self.device = examples, size, seed, device
+    def __init__(
+        self,
+        encoded: Sequence[Path],
+        size: int,
+        seed: int,
+        device: torch.device,
+        empty: Tensor | None = None,
+    ) -> None:
+        self.encoded, self.size, self.seed, self.device, self.empty = encoded, size, seed, device, empty
         by_shape = defaultdict(list)
-        for i, example in enumerate(examples):
-            by_shape[tuple(example.latents.shape)].append(i)
+        for i, path in enumerate(encoded):
+            with safe_open(path, framework="pt") as file:
+                by_shape[tuple(file.get_slice("latents").get_shape())].append(i)
         self._groups = list(by_shape.values())
         self._per_epoch = sum(math.ceil(len(group) / size) for group in self._groups)
         self._epoch = lru_cache(maxsize=1)(self._plan)
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int, share: Share = WHOLE) -> Batch:
         epoch, place = divmod(step, self._per_epoch)
-        rows = [self.examples[i] for i in self._epoch(epoch)[place]]
-
-        def stacked(name: str) -> Any:
-            values = [getattr(row, name) for row in rows]
-            return None if values[0] is None else torch.stack(values).float().to(self.device)
-
-        return Batch(*map(stacked, ("latents", "prompt_embeds", "pooled", "time_ids")))
+        rows = [load_file(self.encoded[i]) for i in share.of(self._epoch(epoch)[place])]
+        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        moved = {name: value.float().to(self.device) for name, value in stacked.items()}
+        return Batch(**moved, empty=self.empty)
 
     def _plan(self, epoch: int) -> list[list[int]]:
         generator = step_generator(self.seed, epoch)

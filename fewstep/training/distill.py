@@ -7,20 +7,19 @@ teacher's UNet that is told w and learns from its own slow average.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from torch import Tensor
 
 from fewstep.training import consistency as cm
-from fewstep.training.loop import Schedule, optimise, step_generator
+from fewstep.training.loop import Draws, Loss, Share
 
 # The modules of the published LCM-LoRAs: all attention and feed-forward layers, and the convolutions of every
 # block.
@@ -30,6 +29,7 @@ LORA_TARGETS = (
 )
 # What a full LCM has and its teacher has not.
 GUIDANCE_LAYER = "time_embedding.cond_proj.weight"
+SHORT = 32  # latents a side
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class Batch:
         nothing = torch.zeros_like(self.prompt_embeds[0]) if self.empty is None else self.empty
         pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
         return replace(self, prompt_embeds=nothing.expand_as(self.prompt_embeds), pooled=pooled)
+
+
+NextBatch: TypeAlias = Callable[[int, Share], Batch]  # the share of a step
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def add_lora(unet: UNet2DConditionModel, student: LoraStudent) -> None:
 
 
 def lora_roles(unet: UNet2DConditionModel) -> Roles:
-    """One network in all roles: with its adapters student and target, without them the teacher."""
+    """One network in all roles: with what `add_lora` gave it student and target, without it the teacher."""
     own = partial(predict, unet)
 
     def teacher(z_t: Tensor, t: Tensor, batch: Batch, w: Tensor) -> Tensor:
@@ -129,7 +132,7 @@ def lora_roles(unet: UNet2DConditionModel) -> Roles:
 
 
 def make_full_student(teacher: UNet2DConditionModel, student: FullStudent) -> UNet2DConditionModel:
-    """A trainable copy of `teacher` that takes w, and at first does not heed it.
+    """A trainable copy of `teacher` in fp32 that takes w, and at first does not heed it.
 
     Raises ValueError for a teacher that takes w itself.
     """
@@ -137,57 +140,79 @@ def make_full_student(teacher: UNet2DConditionModel, student: FullStudent) -> UN
         raise ValueError("the teacher is a full LCM already")
     unet: UNet2DConditionModel = UNet2DConditionModel.from_config(
         teacher.config, time_cond_proj_dim=student.width
-    ).to(teacher.device, teacher.dtype)
+    ).to(teacher.device)
     unheeded = torch.zeros_like(unet.get_parameter(GUIDANCE_LAYER))
     unet.load_state_dict({**teacher.state_dict(), GUIDANCE_LAYER: unheeded})
     return unet
 
 
+def finetuning_roles(unet: UNet2DConditionModel) -> Roles:
+    """`unet`, which paints in few steps and was given a LoRA by `add_lora`, learns from itself and from
+    pictures."""
+    own = partial(predict, unet)
+    return Roles(student=own, target=own)
+
+
+def full_roles(
+    student: UNet2DConditionModel, target: UNet2DConditionModel, teacher: UNet2DConditionModel
+) -> Roles:
+    """A full LCM that learns from `target`, its own average; see `make_full_student`."""
+    return Roles(*(partial(predict, network) for network in (student, target, teacher)))
+
+
+def order_for_training(unet: UNet2DConditionModel) -> None:
+    """Its memory as convolutions want it; and on a CPU, in bf16 and for sequences as short as the
+    miniature's, plain attention: the fused kernel's backward is a quarter of the whole step."""
+    unet.to(memory_format=torch.channels_last)
+    if unet.device.type == "cpu" and unet.config.sample_size <= SHORT:
+        unet.set_attn_processor(AttnProcessor())
+
+
 def predict(
     unet: UNet2DConditionModel, z_t: Tensor, t: Tensor, batch: Batch, w: Tensor | None = None
 ) -> Tensor:
-    """The network's output for `z_t` at timesteps `t` (N,), fp32; w (N,) is for a network that takes it."""
+    """The network's output for `z_t` at timesteps `t` (N,), fp32; w (N,) is for a network that takes it.
+
+    It runs in bf16, unless the caller has autocast on for another dtype.
+    """
     given: dict[str, Any] = {"encoder_hidden_states": batch.prompt_embeds}
     if batch.pooled is not None:
         given["added_cond_kwargs"] = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
     if unet.config.time_cond_proj_dim and w is not None:
         given["timestep_cond"] = cm.guidance_embedding(w, unet.config.time_cond_proj_dim)
-    with torch.autocast(z_t.device.type, dtype=torch.bfloat16):
+    kind = z_t.device.type
+    chosen = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.bfloat16
+    with torch.autocast(kind, dtype=chosen):
         output = unet(z_t, t, **given).sample
     return output.float()  # type: ignore[no-any-return]
 
 
 def consistency_loss(
-    roles: Roles,
-    batch: Batch,
-    alphas_cumprod: Tensor,
-    prediction_type: str,
-    how: Distillation,
-    generator: torch.Generator,
+    roles: Roles, batch: Batch, noise_schedule: cm.NoiseSchedule, how: Distillation, draws: Draws
 ) -> Tensor:
     """One step of Algorithm 1: the distance between the student at t_{n+k} and the target at t_n."""
     device, count = batch.latents.device, len(batch.latents)
+    kind = noise_schedule.prediction_type
 
     def original(output: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (cm.spread(c, z) for c in cm.signal_and_noise(alphas_cumprod, t))
-        return cm.predicted_original(output, z, alpha, sigma, prediction_type)
+        return cm.predicted_original(output, z, *noise_schedule.signal_and_noise(t, z), kind)
 
     def consistency_function(network: Answer, z: Tensor, t: Tensor) -> Tensor:
         c_skip, c_out = (cm.spread(c, z) for c in cm.boundary_scalings(t))
         return c_skip * z + c_out * original(network(z, t, batch, w), z, t)
 
     # 1. Draw n, the noise and w.
-    timesteps = cm.solver_timesteps(len(alphas_cumprod), how.solver_steps)
-    index = torch.randint(how.solver_steps, (count,), generator=generator)
+    timesteps = cm.solver_timesteps(len(noise_schedule.alphas_cumprod), how.solver_steps)
+    index = draws.below(how.solver_steps, count)
     t_next = timesteps[index].to(device)  # t_{n+k}
     before = timesteps[(index - how.skip).clamp(min=0)]
     t = torch.where(index >= how.skip, before, -torch.ones_like(index)).to(device)  # t_n; -1 is clean data
-    noise = torch.randn(batch.latents.shape, generator=generator).to(device)
+    noise = draws.normal(*batch.latents.shape).to(device)
     low, high = how.guidance
-    w = (torch.rand(count, generator=generator) * (high - low) + low).to(device)
+    w = (draws.uniform(count) * (high - low) + low).to(device)
 
     # 2. z_{t_{n+k}}, the noisy latent.
-    alpha, sigma = (cm.spread(c, noise) for c in cm.signal_and_noise(alphas_cumprod, t_next))
+    alpha, sigma = noise_schedule.signal_and_noise(t_next, noise)
     z_next = alpha * batch.latents + sigma * noise
 
     # 3. The student's answer at t_{n+k}.
@@ -201,11 +226,10 @@ def consistency_loss(
             unconditional = roles.teacher(z_next, t_next, batch.without_prompt(), w)
             output = cm.guided_estimate(conditional, unconditional, w)
             x_0 = original(output, z_next, t_next)
-            eps = cm.predicted_noise(output, z_next, alpha, sigma, prediction_type)
+            eps = cm.predicted_noise(output, z_next, alpha, sigma, kind)
 
         # 5. One DDIM step back to t_n, and the target's answer there.
-        alpha_prev, sigma_prev = (cm.spread(c, noise) for c in cm.signal_and_noise(alphas_cumprod, t))
-        z = cm.ddim_step(x_0, eps, alpha_prev, sigma_prev)
+        z = cm.ddim_step(x_0, eps, *noise_schedule.signal_and_noise(t, noise))
         target = consistency_function(roles.target, z, t.clamp(min=0))
         target = torch.where(cm.spread(t < 0, z).bool(), z, target)  # the boundary condition: f(z, 0) = z
 
@@ -214,43 +238,12 @@ def consistency_loss(
     return how.distance(weight * prediction, weight * target)
 
 
-def distill_lora(
-    unet: UNet2DConditionModel,
-    next_batch: Callable[[int], Batch],
-    alphas_cumprod: Tensor,
-    prediction_type: str,
-    student: LoraStudent,
-    schedule: Schedule,
-    checkpoint: Path,
-) -> None:
-    """Train the LoRA that `add_lora` gave to `unet`; `next_batch(step)` supplies data. Resumes from
-    `checkpoint`."""
-    roles = lora_roles(unet)
+def consistency_training(
+    roles: Roles, next_batch: NextBatch, noise_schedule: cm.NoiseSchedule, how: Distillation, seed: int
+) -> Loss:
+    """What `optimise` minimises: `consistency_loss` of each step's own batch and random numbers."""
 
-    def loss(step: int) -> Tensor:
-        generator = step_generator(5, step)
-        return consistency_loss(roles, next_batch(step), alphas_cumprod, prediction_type, student, generator)
+    def loss(step: int, share: Share) -> Tensor:
+        return consistency_loss(roles, next_batch(step, share), noise_schedule, how, Draws(seed, step, share))
 
-    optimise("LCM-LoRA", unet, loss, schedule, checkpoint)
-
-
-def distill_full(
-    teacher: UNet2DConditionModel,
-    next_batch: Callable[[int], Batch],
-    alphas_cumprod: Tensor,
-    prediction_type: str,
-    student: FullStudent,
-    schedule: Schedule,
-    checkpoint: Path,
-) -> UNet2DConditionModel:
-    """A full LCM of `teacher`, which stays as it is; the average of the training's weights is returned."""
-    unet = make_full_student(teacher, student)
-    target = copy.deepcopy(unet).requires_grad_(False)
-    roles = Roles(*(partial(predict, network) for network in (unet, target, teacher)))
-
-    def loss(step: int) -> Tensor:
-        generator = step_generator(7, step)
-        return consistency_loss(roles, next_batch(step), alphas_cumprod, prediction_type, student, generator)
-
-    optimise("LCM", unet, loss, schedule, checkpoint, average=target)
-    return target
+    return loss

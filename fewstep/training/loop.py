@@ -1,22 +1,28 @@
-"""One training loop: AdamW, warm-up then a linear fall to zero, EMA, and checkpoints that resume exactly.
+"""One training loop on accelerate: AdamW, warm-up then a linear fall to zero, EMA, checkpoints that resume
+exactly.
 
-A step's random numbers come from its own number (`step_generator`), so a run that was interrupted goes on
-with the very batches it would have seen. Checkpoints are safetensors: nothing is ever unpickled.
+A step's random numbers come from its own number (`Draws`), so a run that was interrupted goes on with the
+very batches it would have seen, and several processes see what one would. Checkpoints are safetensors:
+nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from fewstep.errors import TrainingError
+from fewstep.training.run_state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +33,14 @@ class Schedule:
 
     steps: int
     lr: float
+    batch: int = 1  # images a step; processes and accumulation take equal shares of them
+    accumulate: int = 1  # parts of a process's share that go through the network one after the other
     warmup: int = 50
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
-    checkpoint_every_s: float = 120.0
+    checkpoint_every: int = 100  # steps
+    checkpoints_kept: int = 2
 
     def lr_at(self, step: int) -> float:
         """Warm-up to `lr`, flat for the first 40 %, then linear to zero."""
@@ -39,87 +48,183 @@ class Schedule:
         return self.lr * min((step + 1) / self.warmup, 1.0, (self.steps - step) / fall)
 
 
+Rows = TypeVar("Rows", Tensor, list[Any])
+
+
+@dataclass(frozen=True)
+class Share:
+    """Part `index` of `count` equal parts of a step's batch."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, rows: Rows) -> Rows:
+        """This part of `rows`, which are as many as the step's whole batch."""
+        size = len(rows) // self.count
+        return rows[self.index * size : (self.index + 1) * size]
+
+
+WHOLE = Share()
+
+
+class Draws:
+    """The random numbers of one share of one step, on the CPU whatever the device.
+
+    All shares together draw the same numbers, however many they are.
+    """
+
+    def __init__(self, seed: int, step: int, share: Share = WHOLE) -> None:
+        self._generator = step_generator(seed, step)
+        self._share = share
+
+    def normal(self, *shape: int) -> Tensor:
+        """Noise of `shape`, whose first dimension is this share's images."""
+        first, *rest = shape
+        return self._share.of(torch.randn(first * self._share.count, *rest, generator=self._generator))
+
+    def uniform(self, count: int) -> Tensor:
+        """(count,) in [0, 1)."""
+        return self._share.of(torch.rand(count * self._share.count, generator=self._generator))
+
+    def below(self, high: int, count: int) -> Tensor:
+        """(count,) whole numbers in [0, high)."""
+        return self._share.of(torch.randint(high, (count * self._share.count,), generator=self._generator))
+
+    def stratified(self, count: int) -> Tensor:
+        """(count,) in [0, 1), one in each of as many equal parts of it as the whole batch has images."""
+        total = count * self._share.count
+        return self._share.of((torch.arange(total) + torch.rand(total, generator=self._generator)) / total)
+
+
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The random numbers of one step, on the CPU whatever the device: a resumed run draws the same ones."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Every `every` steps and at the end, `look(step)` finds the averaged weights in the module and returns a
+    validation loss; when it is the lowest so far, `keep(step)` may save them."""
+
+    every: int
+    look: Callable[[int], float]
+    keep: Callable[[int], None]
+
+
+Loss: TypeAlias = Callable[[int, Share], Tensor]
+
+
+class _StepLoss(nn.Module):
+    """The loss as the module whose forward pass accelerate wraps: its hooks then see every call of `module`,
+    whatever part the loss gives it."""
+
+    def __init__(self, module: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.module, self.loss = module, loss
+
+    def forward(self, step: int, share: Share) -> Tensor:
+        return self.loss(step, share)
+
+
 def optimise(
     name: str,
     module: nn.Module,
-    loss: Callable[[int], Tensor],
+    loss: Loss,
     schedule: Schedule,
-    checkpoint: Path,
+    checkpoints: Path,
     average: nn.Module | None = None,
+    *,
+    accelerator: Accelerator | None = None,
+    config: Mapping[str, object] | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Train the parameters of `module` that require a gradient; leave their EMA in it.
 
-    `loss(step)` returns a scalar. An interrupted run resumes from `checkpoint`; a finished one returns at
-    once. `average`, a frozen copy of a `module` that is trained whole, holds the EMA of every step.
+    `loss(step, share)` returns a scalar, the mean over its share of the step's batch. An interrupted run
+    resumes from the folder `checkpoints`, if it was started with the same `config`; a finished one returns
+    at once. `average`, a frozen copy of a `module` that is trained whole, holds the EMA of every step.
+
+    Raises TrainingError when the loss is no number, for a batch that cannot be shared evenly, for
+    checkpoints of another `config` and for a full disk; what was saved until then stays.
     """
+    accelerator = accelerator or Accelerator(device_placement=False)
+    parts = accelerator.num_processes * schedule.accumulate
+    if schedule.batch % parts and parts > 1:
+        raise TrainingError(f"a batch of {schedule.batch} cannot be shared evenly by {parts}")
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
     ema = [p.detach() for p in average.parameters()] if average else [p.detach().clone() for p in parameters]
-    start = _resume(checkpoint, parameters, ema, optimizer)
-    saved_at = time.monotonic()
-    progress = tqdm(range(start, schedule.steps), name, schedule.steps, initial=start, mininterval=5.0)
-    running: float | None = None
+    state = RunState(checkpoints, parameters, ema, optimizer, config or {}, kept=schedule.checkpoints_kept)
+    start = state.resume()
+    step_loss, prepared = accelerator.prepare(_StepLoss(module, loss), optimizer)
+    progress = tqdm(
+        range(start, schedule.steps),
+        name,
+        schedule.steps,
+        initial=start,
+        mininterval=5.0,
+        disable=not accelerator.is_main_process,
+    )
+    began, running = time.monotonic(), None
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr_at(step)
-        value = loss(step)
-        value.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        value = _backward(accelerator, step_loss, step, schedule.accumulate)
+        norm = accelerator.clip_grad_norm_(parameters, schedule.max_grad_norm)
+        # fp16 leaves out a step whose gradients overflow, and lowers its scale.
+        if not value.isfinite() or not (accelerator.scaler or norm.isfinite()):
+            raise TrainingError(
+                f"the loss of step {step + 1} is not a number; {state.told()}, a lower learning rate may help"
+            )
+        prepared.step()
+        prepared.zero_grad(set_to_none=True)
         # A short memory at first: the EMA of a young model must not hold its random start.
         decay = min(schedule.ema_decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1.0 - decay)
-        if step % 10 == 0:
-            now = float(value.detach())
-            running = now if running is None else 0.9 * running + 0.1 * now
-            progress.set_postfix(loss=f"{running:.4f}", refresh=False)
-        if time.monotonic() - saved_at > schedule.checkpoint_every_s:
-            _save(checkpoint, step + 1, parameters, ema, optimizer)
-            saved_at = time.monotonic()
-    if start < schedule.steps:
-        _save(checkpoint, schedule.steps, parameters, ema, optimizer)
+
+        running = value.item() if running is None else 0.9 * running + 0.1 * value.item()
+        rate = (step + 1 - start) * schedule.batch / (time.monotonic() - began)
+        progress.set_postfix({"loss": f"{running:.4f}", "images/s": f"{rate:.1f}"}, refresh=False)
+        figures = {"loss": value.item(), "lr": schedule.lr_at(step), "images_per_s": rate}
+        last = step + 1 == schedule.steps
+        if watch and accelerator.is_main_process and (last or (step + 1) % watch.every == 0):
+            with _averaged(parameters, ema):
+                figures["validation_loss"] = watch.look(step + 1)
+                if state.is_best(figures["validation_loss"]):
+                    watch.keep(step + 1)
+        accelerator.log(figures, step=step + 1)
+        if accelerator.is_main_process and (last or (step + 1) % schedule.checkpoint_every == 0):
+            state.save(step + 1)
+    accelerator.wait_for_everyone()
     with torch.no_grad():
         for parameter, mean in zip(parameters, ema, strict=True):
             parameter.copy_(mean)
 
 
-def _save(
-    path: Path, step: int, parameters: list[nn.Parameter], ema: list[Tensor], optimizer: torch.optim.AdamW
-) -> None:
-    tensors: dict[str, Tensor] = {}
-    for i, (parameter, average) in enumerate(zip(parameters, ema, strict=True)):
-        tensors[f"{i}.value"], tensors[f"{i}.ema"] = parameter.detach(), average
-        # A parameter that no gradient reached (SDXL never uses its first encoder's last layer) has no state.
-        state = optimizer.state.get(parameter, {})
-        tensors |= {f"{i}.{name}": state[name] for name in ("exp_avg", "exp_avg_sq") if name in state}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={"step": str(step)})
-    part.replace(path)  # a run killed while saving keeps its last whole checkpoint
+def _backward(accelerator: Accelerator, step_loss: nn.Module, step: int, accumulate: int) -> Tensor:
+    """Gradients of all parts of one step; returns the mean loss over all processes."""
+    total = torch.zeros((), device=accelerator.device)
+    count = accelerator.num_processes * accumulate
+    for part in range(accumulate):
+        waits = part + 1 < accumulate  # the processes exchange gradients once a step
+        with accelerator.no_sync(step_loss) if waits else nullcontext():
+            value = step_loss(step, Share(accelerator.process_index * accumulate + part, count)) / accumulate
+            accelerator.backward(value)
+        total += value.detach()
+    mean: Tensor = accelerator.reduce(total, "mean")
+    return mean
 
 
-def _resume(
-    path: Path, parameters: list[nn.Parameter], ema: list[Tensor], optimizer: torch.optim.AdamW
-) -> int:
-    if not path.exists():
-        return 0
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        step = int(file.metadata()["step"])
-        for i, (parameter, average) in enumerate(zip(parameters, ema, strict=True)):
-            parameter.copy_(file.get_tensor(f"{i}.value"))
-            average.copy_(file.get_tensor(f"{i}.ema"))
-            if f"{i}.exp_avg" not in file.keys():
-                continue
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)).to(parameter.device),
-                "exp_avg": file.get_tensor(f"{i}.exp_avg").to(parameter),
-                "exp_avg_sq": file.get_tensor(f"{i}.exp_avg_sq").to(parameter),
-            }
-    logger.info("%s: resuming at step %d", path.name, step)
-    return step
+@contextmanager
+def _averaged(parameters: list[nn.Parameter], ema: list[Tensor]) -> Iterator[None]:
+    """The average in the place of the parameters."""
+    own = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter, mean in zip(parameters, ema, strict=True):
+            parameter.copy_(mean)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, own, strict=True):
+                parameter.copy_(value)

@@ -6,19 +6,16 @@ the same (arXiv 2311.05556, section 3): tau' = lambda_1 * tau_style + lambda_2 *
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor
 
 from fewstep.training import consistency as cm
-from fewstep.training.distill import Batch, predict
-from fewstep.training.loop import Schedule, optimise, step_generator
+from fewstep.training.distill import Batch, NextBatch, predict
+from fewstep.training.loop import Draws, Loss, Share
 
 # The attention of the published style LoRAs, and half of the convolutions, which carry texture.
 STYLE_TARGETS = (
@@ -43,41 +40,28 @@ def add_style(unet: UNet2DConditionModel, student: StyleStudent) -> None:
 
 
 def style_loss(
-    unet: UNet2DConditionModel,
-    batch: Batch,
-    alphas_cumprod: Tensor,
-    prediction_type: str,
-    generator: torch.Generator,
+    unet: UNet2DConditionModel, batch: Batch, noise_schedule: cm.NoiseSchedule, draws: Draws
 ) -> Tensor:
     """Mean squared error of what the network predicts, noise or v, at timesteps spread evenly over the
     schedule."""
-    count, device = len(batch.latents), batch.latents.device
-    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    t = (u * len(alphas_cumprod)).long().to(device)
-    noise = torch.randn(batch.latents.shape, generator=generator).to(device)
-    alpha, sigma = (cm.spread(c, noise) for c in cm.signal_and_noise(alphas_cumprod, t))
+    device = batch.latents.device
+    t = (draws.stratified(len(batch.latents)) * len(noise_schedule.alphas_cumprod)).long().to(device)
+    noise = draws.normal(*batch.latents.shape).to(device)
+    alpha, sigma = noise_schedule.signal_and_noise(t, noise)
     output = predict(unet, alpha * batch.latents + sigma * noise, t, batch)
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f"a network that predicts {prediction_type} cannot be trained here")
-    target = noise if prediction_type == "epsilon" else alpha * noise - sigma * batch.latents
+    kind = noise_schedule.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"a network that predicts {kind} cannot be trained here")
+    target = noise if kind == "epsilon" else alpha * noise - sigma * batch.latents
     return F.mse_loss(output, target)
 
 
-def train_style(
-    name: str,
-    unet: UNet2DConditionModel,
-    next_batch: Callable[[int], Batch],
-    alphas_cumprod: Tensor,
-    prediction_type: str,
-    schedule: Schedule,
-    checkpoint: Path,
-) -> None:
-    """Train the LoRA that `add_style` gave to `unet`; `next_batch(step)` supplies pictures of the style.
+def style_training(
+    unet: UNet2DConditionModel, next_batch: NextBatch, noise_schedule: cm.NoiseSchedule, seed: int
+) -> Loss:
+    """What `optimise` minimises to train the LoRA that `add_style` gave to `unet`."""
 
-    Resumes from `checkpoint`.
-    """
+    def loss(step: int, share: Share) -> Tensor:
+        return style_loss(unet, next_batch(step, share), noise_schedule, Draws(seed, step, share))
 
-    def loss(step: int) -> Tensor:
-        return style_loss(unet, next_batch(step), alphas_cumprod, prediction_type, step_generator(6, step))
-
-    optimise(name, unet, loss, schedule, checkpoint)
+    return loss

@@ -11,7 +11,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 def coefficients(t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     alphas_cumprod = LCMScheduler(**BETAS).alphas_cumprod
-    alpha, sigma = cm.signal_and_noise(alphas_cumprod, t)
+    alpha, sigma = cm.NoiseSchedule(alphas_cumprod, "epsilon").signal_and_noise(t, t.float())
     return cm.spread(alpha, like), cm.spread(sigma, like)
 
 
@@ -96,7 +96,9 @@ def test_ddim_step_is_the_ddim_schedulers():
 
 
 def test_before_the_first_timestep_lies_clean_data():
-    alpha, sigma = cm.signal_and_noise(LCMScheduler(**BETAS).alphas_cumprod, torch.tensor([-1, 0]))
+    alpha, sigma = cm.NoiseSchedule.of(LCMScheduler(**BETAS), torch.device("cpu")).signal_and_noise(
+        torch.tensor([-1, 0]), torch.zeros(2)
+    )
     assert (alpha[0], sigma[0]) == (1.0, 0.0)
     assert alpha[1] < 1.0 and sigma[1] > 0.0
 

@@ -1,11 +1,13 @@
 """Distillation on a real, small SDXL UNet: the loss's parts, what is trained, and that it learns."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from fewstep.training import distill
-from fewstep.training.consistency import signal_and_noise, solver_timesteps, spread
+from fewstep.training.consistency import NoiseSchedule, solver_timesteps
 from fewstep.training.distill import (
     Batch,
     FullStudent,
@@ -13,13 +15,14 @@ from fewstep.training.distill import (
     Roles,
     add_lora,
     consistency_loss,
-    distill_full,
-    distill_lora,
+    consistency_training,
+    finetuning_roles,
+    full_roles,
     lora_roles,
     make_full_student,
     predict,
 )
-from fewstep.training.loop import Schedule
+from fewstep.training.loop import Draws, Schedule, optimise
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def batch() -> Batch:
     )
 
 
-ALPHAS = torch.linspace(0.9995, 0.005, 1000)
+NOISE = NoiseSchedule(torch.linspace(0.9995, 0.005, 1000), "v_prediction")
 STUDENT = LoraStudent(rank=4, guidance=(2.0, 4.0))
 
 
@@ -60,11 +63,10 @@ def loss_of(
     unet: UNet2DConditionModel,
     batch: Batch,
     student: LoraStudent = STUDENT,
-    alphas: torch.Tensor = ALPHAS,
+    noise: NoiseSchedule = NOISE,
     seed: int = 0,
 ) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return consistency_loss(lora_roles(unet), batch, alphas, "v_prediction", student, generator)
+    return consistency_loss(lora_roles(unet), batch, noise, student, Draws(seed, 0))
 
 
 def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(unet, batch):
@@ -83,7 +85,7 @@ def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(unet, batch):
 
 def test_the_student_learns_and_the_teacher_stays_as_it_is(unet, batch, tmp_path, monkeypatch):
     # The same draw at every step: on a network of random weights only that shows learning within seconds.
-    monkeypatch.setattr(distill, "step_generator", lambda seed, step: torch.Generator().manual_seed(0))
+    monkeypatch.setattr(distill, "Draws", lambda seed, step, share: Draws(0, 0, share))
     add_lora(unet, STUDENT)
     t = torch.tensor([19, 259, 499, 999])
     unet.disable_adapters()
@@ -92,9 +94,8 @@ def test_the_student_learns_and_the_teacher_stays_as_it_is(unet, batch, tmp_path
     before = loss_of(unet, batch).item()
 
     schedule = Schedule(25, lr=1e-2, warmup=5, ema_decay=0.5)
-    distill_lora(
-        unet, lambda step: batch, ALPHAS, "v_prediction", STUDENT, schedule, tmp_path / "c.safetensors"
-    )
+    loss = consistency_training(lora_roles(unet), lambda step, share: batch, NOISE, STUDENT, seed=5)
+    optimise("LCM-LoRA", unet, loss, schedule, tmp_path)
 
     after = loss_of(unet, batch).item()
     unet.disable_adapters()
@@ -144,7 +145,7 @@ def test_one_consistency_step_goes_back_over_skip_solver_steps(unet, batch, monk
 
 def test_inverse_sigma_weighs_an_image_by_its_noise(unet, batch):
     add_lora(unet, STUDENT)
-    half = torch.full((1000,), 0.75)  # sigma 0.5 at every timestep
+    half = NoiseSchedule(torch.full((1000,), 0.75), "v_prediction")  # sigma 0.5 at every timestep
     plain = loss_of(unet, batch, LoraStudent(rank=4, huber_c=0.05), half)
     weighted = loss_of(unet, batch, LoraStudent(rank=4, huber_c=0.1, inverse_sigma=True), half)
     assert torch.isclose(weighted, 2 * plain, rtol=1e-4)
@@ -183,8 +184,17 @@ def test_a_teacher_that_is_told_w_itself_is_refused(unet):
         make_full_student(make_full_student(unet, FULL), FULL)
 
 
+def distil_full(unet, batch, schedule, folder):
+    student = make_full_student(unet, FULL)
+    target = copy.deepcopy(student).requires_grad_(False)
+    roles = full_roles(student, target, unet)
+    loss = consistency_training(roles, lambda step, share: batch, NOISE, FULL, seed=7)
+    optimise("LCM", student, loss, schedule, folder, target)
+    return target
+
+
 def test_a_full_student_learns_what_w_means_and_its_teacher_stays(unet, batch, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "step_generator", lambda seed, step: torch.Generator().manual_seed(0))
+    monkeypatch.setattr(distill, "Draws", lambda seed, step, share: Draws(0, 0, share))
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     losses: list[float] = []
     loss = distill.consistency_loss
@@ -192,14 +202,13 @@ def test_a_full_student_learns_what_w_means_and_its_teacher_stays(unet, batch, t
         distill, "consistency_loss", lambda *a: (found := loss(*a), losses.append(found.item()))[0]
     )
     schedule = Schedule(40, lr=3e-3, warmup=5, ema_decay=0.5)
-    path = tmp_path / "c.safetensors"
-    lcm = distill_full(unet, lambda step: batch, ALPHAS, "v_prediction", FULL, schedule, path)
+    lcm = distil_full(unet, batch, schedule, tmp_path)
 
     assert losses[-1] < 0.7 * losses[0]
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     little, much = (predict(lcm, batch.latents, T, batch, torch.full((4,), w)) for w in (2.0, 4.0))
     assert not torch.allclose(little, much, atol=1e-3)
-    again = distill_full(unet, lambda step: batch, ALPHAS, "v_prediction", FULL, schedule, path)
+    again = distil_full(unet, batch, schedule, tmp_path)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in lcm.state_dict().items())
 
 
@@ -214,7 +223,7 @@ def test_a_full_students_target_is_its_average_and_not_itself(unet, batch, tmp_p
 
     monkeypatch.setattr(distill, "consistency_loss", watched)
     schedule = Schedule(4, lr=1e-2, warmup=1, ema_decay=0.5)
-    distill_full(unet, lambda step: batch, ALPHAS, "v_prediction", FULL, schedule, tmp_path / "c.safetensors")
+    distil_full(unet, batch, schedule, tmp_path)
     target = seen[0][1]
     for step, (own, average) in enumerate(seen):
         if step:
@@ -231,14 +240,25 @@ def test_without_a_teacher_the_target_is_given_the_same_picture_with_the_same_no
         seen.append((z, t))
         return torch.zeros_like(z)
 
-    how = LoraStudent(skip=5)
-    generator = torch.Generator().manual_seed(3)
-    consistency_loss(Roles(answer, answer), batch, ALPHAS, "v_prediction", how, generator)
+    consistency_loss(Roles(answer, answer), batch, NOISE, LoraStudent(skip=5), Draws(3, 0))
 
     (noisy, t_next), (less, t) = seen
-    alpha, sigma = (spread(c, noisy) for c in signal_and_noise(ALPHAS, t_next))
+    alpha, sigma = NOISE.signal_and_noise(t_next, noisy)
     noise = (noisy - alpha * batch.latents) / sigma
-    alpha, sigma = (spread(c, noisy) for c in signal_and_noise(ALPHAS, t))
+    alpha, sigma = NOISE.signal_and_noise(t, noisy)
     later = t > 0  # 0 stands for clean data
     assert later.any() and torch.equal(t, (t_next - 100).clamp(min=0))
     torch.testing.assert_close(less[later], (alpha * batch.latents + sigma * noise)[later])
+
+
+def test_fine_tuning_trains_the_lora_alone_and_lowers_its_loss(unet, batch, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "Draws", lambda seed, step, share: Draws(0, 0, share))
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    add_lora(unet, STUDENT)
+    roles = finetuning_roles(unet)
+    first = consistency_loss(roles, batch, NOISE, STUDENT, Draws(0, 0)).item()
+    loss = consistency_training(roles, lambda step, share: batch, NOISE, STUDENT, seed=11)
+    optimise("fine-tuning", unet, loss, Schedule(25, lr=1e-2, warmup=5, ema_decay=0.5), tmp_path)
+    assert consistency_loss(roles, batch, NOISE, STUDENT, Draws(0, 0)).item() < 0.7 * first
+    unet.unload_lora()
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())

@@ -1,0 +1,139 @@
+"""Where to begin: a plan for each kind of model, with a reason for what is not obvious.
+
+LCM is arXiv 2310.04378, the LCM-LoRA report 2311.05556.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fewstep.training.distill import FullStudent, LoraStudent
+from fewstep.training.loop import Schedule
+from fewstep.training.plan import Plan
+from fewstep.training.style import StyleStudent
+
+_REAL_LORA = Plan(
+    method="lora",
+    student=LoraStudent(
+        rank=64,  # of the published LCM-LoRAs: 67.5, 105 and 197 million parameters, as in the report's table
+        guidance=(6.5, 6.5),  # the report's guidance scale of 7.5 is 1 + w
+        solver_steps=50,
+        skip=1,  # of 50 among 1,000 timesteps: k = 20, as in LCM
+        huber_c=1e-3,  # of the LCM scripts in diffusers
+    ),
+    schedule=Schedule(
+        steps=4_000,  # LCM's figure, about 32 hours of an A100
+        lr=1e-4,  # of the LCM-LoRA scripts in diffusers
+        batch=12,  # of the same
+        warmup=100,  # AdamW's first steps are its wildest
+        weight_decay=0.0,  # a LoRA is small already
+        ema_decay=0.95,  # a short memory, which only calms the last steps
+        checkpoint_every=200,  # of some seconds each: minutes are lost at most
+    ),
+    watch_every=500,
+    gradient_checkpointing=True,  # without it, one picture of 1024 px fills 24 GB
+)
+
+_REAL_FULL = Plan(
+    method="full",
+    student=FullStudent(
+        guidance=(2.0, 14.0),  # LCM's range of w
+        solver_steps=50,
+        skip=1,
+        width=256,  # of LCM_Dreamshaper_v7
+    ),
+    schedule=replace(
+        _REAL_LORA.schedule,
+        lr=1e-6,  # of the LCM scripts in diffusers: all weights move
+        ema_decay=0.95,  # the target's; of the same scripts
+    ),
+    watch_every=500,
+    gradient_checkpointing=True,
+)
+
+# Fine-tuning of a few-step model: the LoRA of a user's pictures, some dozens of them.
+_REAL_LCF = Plan(
+    method="lcf",
+    student=LoraStudent(
+        rank=16,  # one subject needs less than all there is
+        guidance=(0.0, 0.0),  # there is no teacher to guide
+        solver_steps=50,
+        skip=1,
+        huber_c=1e-3,
+    ),
+    schedule=Schedule(
+        steps=1_000, lr=1e-4, batch=4, warmup=50, weight_decay=0.0, ema_decay=0.95, checkpoint_every=100
+    ),
+    watch_every=200,
+    gradient_checkpointing=True,
+)
+
+_REAL_STYLE = Plan(
+    method="style",
+    student=StyleStudent(rank=16),
+    schedule=_REAL_LCF.schedule,
+    watch_every=200,
+    gradient_checkpointing=True,
+)
+
+_MINIATURE_LORA = Plan(
+    method="lora",
+    student=LoraStudent(
+        rank=32,  # of a UNet whose widest layer has 192 channels
+        guidance=(0.8, 1.6),  # 1.8 to 2.6 for the teacher: from 3 on, colours burn
+        skip=5,  # k = 100: noise is reached in few links, so that 180 steps suffice
+        inverse_sigma=True,  # else more steps paint worse pictures, see Distillation
+        huber_c=0.3,
+    ),
+    schedule=Schedule(
+        steps=180,  # 10 minutes on two cores; 99 % all right by then
+        lr=5e-4,
+        batch=48,
+        weight_decay=0.0,
+        ema_decay=0.98,
+        checkpoint_every=20,
+    ),
+    watch_every=60,
+)
+
+_MINIATURE_FULL = replace(
+    _MINIATURE_LORA,
+    method="full",
+    student=FullStudent(
+        guidance=(0.5, 2.0),  # about those that this base is guided with
+        skip=5,
+        inverse_sigma=True,
+        huber_c=0.3,
+        width=64,  # as wide as the UNet's first block
+    ),
+    schedule=replace(_MINIATURE_LORA.schedule, steps=400, lr=3e-4),
+)
+
+_MINIATURE_LCF = Plan(
+    method="lcf",
+    student=LoraStudent(rank=16, guidance=(0.0, 0.0), skip=5, inverse_sigma=True, huber_c=0.3),
+    schedule=Schedule(
+        steps=200, lr=5e-4, batch=16, warmup=20, weight_decay=0.0, ema_decay=0.98, checkpoint_every=20
+    ),
+    watch_every=100,
+)
+
+_MINIATURE_STYLE = Plan(
+    method="style",
+    student=StyleStudent(),
+    schedule=replace(_MINIATURE_LCF.schedule, lr=1e-3),
+    watch_every=100,
+)
+
+REAL = {"lora": _REAL_LORA, "full": _REAL_FULL, "lcf": _REAL_LCF, "style": _REAL_STYLE}
+MINIATURE = {
+    "lora": _MINIATURE_LORA,
+    "full": _MINIATURE_FULL,
+    "lcf": _MINIATURE_LCF,
+    "style": _MINIATURE_STYLE,
+}
+
+
+def preset(model: str, method: str) -> Plan:
+    """Where to begin with `model`, by name; what is not the miniature is taken for one of SDXL's size."""
+    return (MINIATURE if model == "miniature" else REAL)[method]

@@ -1,0 +1,48 @@
+"""What a network paints while it is trained: one row of pictures, always of the same prompts and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+
+from fewstep.text_encoding import Diffusion
+
+STEPS = 4
+# For a LoRA on the base alone, which knows nothing of few steps.
+BASE_STEPS, BASE_GUIDANCE = 20, 5.0
+
+
+def paint_samples(
+    diffusion: Diffusion,
+    unet: UNet2DConditionModel,
+    prompts: Sequence[str],
+    *,
+    few_steps: bool = True,
+    guidance: float = 1.0,
+) -> Image.Image:
+    """One picture of each of `prompts` by `unet`, side by side, with what else `diffusion` has."""
+    kept: dict[str, Any] = diffusion.components | {"unet": unet}
+    options: dict[str, Any] = {"requires_safety_checker": False, "safety_checker": None}
+    if isinstance(diffusion, StableDiffusionXLPipeline):
+        zeros = diffusion.config.force_zeros_for_empty_prompt
+        options = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+    if few_steps:
+        kept["scheduler"] = LCMScheduler.from_config(diffusion.scheduler.config)
+    painter = type(diffusion)(**(kept | options))
+    painter.set_progress_bar_config(disable=True)
+    with torch.autocast(diffusion.device.type, dtype=torch.bfloat16):
+        images = painter(
+            list(prompts),
+            num_inference_steps=STEPS if few_steps else BASE_STEPS,
+            guidance_scale=guidance if few_steps else BASE_GUIDANCE,
+            generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+        ).images
+    width, height = images[0].size
+    row = Image.new("RGB", (width * len(images), height))
+    for i, image in enumerate(images):
+        row.paste(image, (i * width, 0))
+    return row

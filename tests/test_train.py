@@ -1,0 +1,105 @@
+"""train.py as Cog runs it: its schema, and trainings through the real server in its training mode."""
+
+import base64
+import io
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from fewstep.miniature.pictures import write_pictures
+from fewstep.schema import make_schema
+from fewstep.server import Server, code_and_sentence, free_port, running_server
+from fewstep.training.finetune import Wish
+
+ROOT = Path(__file__).resolve().parents[1]
+INPUTS = make_schema(ROOT / "predict.py", ROOT / "train.py")["components"]["schemas"]["TrainingInput"]
+
+
+def test_inputs_and_defaults_are_those_of_a_wish() -> None:
+    defaults = {name: entry["default"] for name, entry in INPUTS["properties"].items() if "default" in entry}
+    assert defaults == {**vars(Wish()), "caption": None, "seed": None}  # the door draws a seed
+    assert INPUTS["required"] == ["images"]
+    assert all(entry["description"] for entry in INPUTS["properties"].values())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("temporary")
+    environ = os.environ | {"TMPDIR": str(folder), "FEWSTEP_VERIFY": "size"}
+    with (
+        tempfile.TemporaryFile() as log,
+        running_server(port=free_port(), log=log, environ=environ, mode="train") as running,
+    ):
+        running.wait_ready()
+        running.folder = folder
+        yield running
+
+
+def as_zip(files: dict[str, bytes]) -> str:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, value in files.items():
+            archive.writestr(name, value)
+    return "data:application/zip;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("world")
+    write_pictures(folder, 4)
+    return as_zip({path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".npy"})
+
+
+@pytest.mark.parametrize("method", ["lcf", "style"])
+def test_a_zip_of_pictures_becomes_an_adapter(server, pictures, tmp_path, method) -> None:
+    inputs = {"images": pictures, "method": method, "steps": 2, "batch_size": 2, "rank": 4, "seed": 1}
+    status, answer = server.post("/trainings", {"input": inputs})
+    assert status == 200 and answer["status"] == "succeeded", answer.get("error")
+    url = answer["output"]["weights"]
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(base64.b64decode(url.partition(",")[2]))
+    with safe_open(path, framework="pt") as file:
+        assert f'"method": "{method}"' in file.metadata()["fewstep"]
+        assert sum(name.endswith("lora_A.weight") for name in file.keys()) > 50
+
+
+def png() -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(content, "png")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("images", "more", "told"),
+    [
+        (as_zip({"notes.txt": b"x"}), {}, "[dataset] there is no picture"),
+        (as_zip({"../a.png": b"x"}), {}, "[dataset] the zip holds a file whose path leads out of it"),
+        (as_zip({"a.png": png()}), {}, "[dataset] 1 of 1 pictures have no caption"),
+        (as_zip({"a.png": b"x"}), {"caption": "x"}, "[dataset] none of 1 pictures can be opened"),
+        ("data:application/zip;base64,AAAA", {}, "[dataset] the archive cannot be read"),
+        (as_zip({"a.png": png()}), {"caption": "x", "resolution": 100}, "[dataset] the resolution is 100"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_told_in_one_sentence(server, images, more, told) -> None:
+    status, answer = server.post("/trainings", {"input": {"images": images, "steps": 1, **more}})
+    assert status == 200 and answer["status"] == "failed"
+    assert code_and_sentence(answer["error"]).startswith(told)
+
+
+def test_what_the_schema_can_refuse_is_422(server, pictures) -> None:
+    for wrong in ({}, {"images": pictures, "steps": 0}, {"images": "file:///etc/passwd"}):
+        assert server.post("/trainings", {"input": wrong})[0] == 422
+
+
+def test_nothing_but_results_is_left(server, pictures) -> None:
+    server.post("/trainings", {"input": {"images": pictures, "steps": 1, "batch_size": 2, "rank": 4}})
+    server.post("/trainings", {"input": {"images": as_zip({}), "steps": 1}})
+    ours = [path for path in server.folder.iterdir() if not path.name.startswith("fewstep-outputs")]
+    assert ours and all(path.name.startswith("fewstep-training-") for path in ours)
+    assert {file.name for path in ours for file in path.iterdir()} == {"pytorch_lora_weights.safetensors"}

@@ -1,0 +1,202 @@
+"""Whole trainings of seconds: what they leave, that others load it, and that they can be taken up again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import make_diffusers_folder
+
+from fewstep.miniature.pictures import write_pictures
+from fewstep.models import get_model
+from fewstep.pipeline import load_pipeline
+from fewstep.request import Request
+from fewstep.settings import Settings
+from fewstep.training.datasets import native_size
+from fewstep.training.plan import METHODS
+from fewstep.training.presets import MINIATURE, REAL, preset
+from fewstep.training.samples import paint_samples
+from fewstep.training.sources import load_base
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = Settings(verify="size", dtype="fp32")
+PROMPT, SEED = "a red house in a meadow with mountains at sunset", 5
+
+
+HOW = ("--batch-size", 4, "--rank", 8, "--learning-rate", 0.005)
+
+
+def command(name: str, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", f"fewstep.commands.{name}", *map(str, arguments)],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "FEWSTEP_VERIFY": "size", **environ},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_pictures(folder, 6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distilled(world, tmp_path_factory) -> Path:
+    """Three bold steps towards an LCM-LoRA of the miniature."""
+    folder = tmp_path_factory.mktemp("distilled")
+    done = command("distill", "--data", world, "--out", folder, *HOW, "--steps", 3)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_a_run_leaves_what_a_user_needs(distilled):
+    names = {path.relative_to(distilled).as_posix() for path in distilled.rglob("*") if path.is_file()}
+    assert {
+        "README.md",
+        "kohya.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "best/pytorch_lora_weights.safetensors",
+        "checkpoints/step-000003.safetensors",
+        "samples/step-000003.webp",
+    } <= names
+    assert any(name.startswith("fewstep/events") for name in names), "TensorBoard's"
+    assert len(list((distilled / "encoded").iterdir())) == 6
+    with Image.open(distilled / "samples" / "step-000003.webp") as row:
+        assert row.size == (4 * 128, 128)
+    card = (distilled / "README.md").read_text()
+    assert "samples/step-000003.webp" in card and "| rank | 8 |" in card and "base_model: miniature" in card
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "kohya.safetensors"])
+def test_the_file_tells_how_it_was_made(distilled, name):
+    with safe_open(distilled / name, framework="pt") as file:
+        told = json.loads(file.metadata()["fewstep"])
+    assert told["method"] == "lora" and told["model"] == "miniature" and told["step"] == 3
+    assert (told["rank"], told["steps"], told["batch"], told["guidance"]) == (8, 3, 4, [0.8, 1.6])
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "kohya.safetensors"])
+def test_plain_diffusers_paints_with_it_what_fewstep_paints(distilled, name):
+    pipeline = load_pipeline(get_model("miniature"), SETTINGS)
+    request = Request.create(pipeline.spec, prompt=PROMPT, seed=SEED)
+    before = pipeline.generate([request])[0].images[0]
+    pipeline.adapters.lcm_lora = pipeline.adapters.read(distilled / name, "0" * 64)
+    ours = pipeline.generate([request])[0].images[0]
+
+    plain = StableDiffusionXLPipeline.from_pretrained(
+        SETTINGS.weights_root / "miniature", dtype=torch.float32, add_watermarker=False
+    )
+    plain.load_lora_weights(distilled, weight_name=name)
+    plain.fuse_lora()
+    plain.scheduler = LCMScheduler.from_config(plain.scheduler.config)
+    theirs = plain(
+        PROMPT, num_inference_steps=4, guidance_scale=1.0, generator=torch.Generator().manual_seed(SEED)
+    ).images[0]
+
+    assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
+    assert np.abs(pixels(ours) - pixels(before)).mean() > 1, "it is not the LCM-LoRA that was there"
+    pipeline.adapters.lcm_lora = None
+    without = pipeline.generate([request])[0].images[0]
+    assert np.abs(pixels(ours) - pixels(without)).mean() > 1, "it says something of its own"
+
+
+def test_a_trained_lora_is_a_style_of_the_server(distilled, tmp_path):
+    pipeline = load_pipeline(get_model("miniature"), SETTINGS)
+    path = distilled / "pytorch_lora_weights.safetensors"
+    style = pipeline.adapters.read(path, "0" * 64)
+    plain = Request.create(pipeline.spec, prompt=PROMPT, seed=SEED)
+    styled = Request.create(pipeline.spec, prompt=PROMPT, seed=SEED, style="x").with_styles([style])
+    one, other = (pipeline.generate([wish])[0].images[0] for wish in (plain, styled))
+    assert np.abs(pixels(one) - pixels(other)).mean() > 1
+
+
+def test_the_same_command_goes_on_where_it_stopped(distilled, world):
+    arguments = ("--data", world, "--out", distilled, *HOW)
+    written = load_file(distilled / "pytorch_lora_weights.safetensors")
+    again = command("distill", *arguments, "--steps", 3)
+    assert again.returncode == 0 and "resuming at step 3" in again.stderr, again.stderr[-2000:]
+    rewritten = load_file(distilled / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(value, rewritten[name]) for name, value in written.items())
+    other = command("distill", *arguments, "--steps", 4)
+    assert other.returncode == 1
+    assert "[training] the checkpoints are of a run with steps 3 instead of 4" in other.stderr
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_a_full_lcm_of_any_diffusers_folder_paints_in_diffusers(family, world, tmp_path):
+    teacher = make_diffusers_folder(get_model(family), tmp_path / "teacher")
+    out = tmp_path / "out"
+    arguments = ("--data", world, "--out", out, "--steps", 2, "--batch-size", 2, "--student", "full")
+    done = command("distill", *arguments, "--model", teacher)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for unet in (out / "unet", out / "best" / "unet"):
+        lcm = UNet2DConditionModel.from_pretrained(unet)
+        assert lcm.config.time_cond_proj_dim == 256
+    assert 'subfolder="unet"' in (out / "README.md").read_text()
+    diffusion = load_base(str(teacher), SETTINGS, torch.device("cpu"))
+    with torch.no_grad():  # two steps at 1e-6 say nothing yet
+        lcm.time_embedding.cond_proj.weight.normal_(generator=torch.Generator().manual_seed(0))
+    row, other = (paint_samples(diffusion, lcm, [PROMPT, "a tree"], guidance=w) for w in (9.0, 3.0))
+    side = native_size(diffusion)
+    assert row.size == (2 * side, side)
+    assert np.abs(pixels(row) - pixels(other)).max() > 0, "it is told w"
+
+
+@pytest.mark.parametrize("method", ["lcf", "style"])
+def test_pictures_are_taught_by_the_command(method, world, tmp_path):
+    arguments = (world, "--out", tmp_path, "--steps", 2, "--batch-size", 2, "--method", method)
+    done = command("train", *arguments, "--rank", 4)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["fewstep"])["method"] == method
+    pipeline = load_pipeline(get_model("miniature"), SETTINGS)
+    assert pipeline.adapters.read(tmp_path / "pytorch_lora_weights.safetensors", "0" * 64).modules
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ("train", "PICTURES", "--resolution", "100"),
+            "[dataset] the resolution is 100; it must be a multipl",
+        ),
+        (("train", "NOTHING"), "[dataset] there is no picture"),
+        (("train", "TEXT"), "[dataset] the archive cannot be read"),
+        (("train", "BARE"), "[dataset] 1 of 1 pictures have no caption"),
+        (("distill", "--data", "NOTHING"), "[dataset] there is no picture"),
+        (("distill", "--data", "PICTURES", "--model", "NOTHING"), "[settings] the model is neither one of"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_told_in_one_sentence(world, tmp_path, arguments, told):
+    places = {"PICTURES": world}
+    for name in ("NOTHING", "BARE"):
+        places[name] = tmp_path / name
+        places[name].mkdir()
+    Image.new("RGB", (64, 64)).save(places["BARE"] / "a.png")
+    places["TEXT"] = tmp_path / "text.zip"
+    places["TEXT"].write_text("no zip")
+    name, *rest = arguments
+    done = command(name, *(places.get(one, one) for one in rest), "--out", tmp_path / "out", "--steps", 1)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(told), done.stderr[-2000:]
+
+
+def test_every_preset_is_whole():
+    assert set(REAL) == set(MINIATURE) == set(METHODS)
+    for method in METHODS:
+        assert preset("miniature", method).method == preset("sdxl", method).method == method
+        assert preset("sdxl", method).told()["method"] == method

@@ -1,0 +1,50 @@
+"""The Cog training door: a zip of pictures becomes an adapter that predict() takes as `style`.
+
+`scripts/train` is the same as a plain command line. As in predict.py, everything within Input(...) is a
+literal; a test holds the limits to fewstep/training/finetune.py.
+"""
+
+import random
+import shutil
+import tempfile
+
+from cog import BaseModel, Input, Path
+
+from fewstep.door import check_cog, fetched_file, log_to_stderr, told_to_callers
+from fewstep.models import get_model
+from fewstep.settings import Settings
+
+
+class TrainingOutput(BaseModel):
+    weights: Path
+
+
+def train(
+    images: Path = Input(description="A zip of pictures (JPEG, PNG or WebP), each with a text file of the same name or a line in metadata.jsonl that says what it shows.", regex="^(https?://|data:)"),
+    caption: str | None = Input(description="What the pictures show that have no caption of their own.", default=None, max_length=2000),
+    method: str = Input(description="lcf trains on the few-step model itself, so that it stays one; style trains on its base, an ordinary LoRA.", default="lcf", choices=["lcf", "style"]),
+    steps: int = Input(description="How many training steps.", default=1000, ge=1, le=100000),
+    batch_size: int = Input(description="Pictures a step.", default=4, ge=1, le=256),
+    learning_rate: float = Input(description="Of AdamW; it falls to zero towards the end.", default=0.0001, ge=0.0000001, le=0.1),
+    rank: int = Input(description="Of the LoRA: the more, the more it can hold.", default=16, ge=1, le=256),
+    resolution: int | None = Input(description="Side in px of the squares to train on, or of other shapes of that area; a multiple of 8. Empty is the model's own.", default=None, ge=64, le=2048),
+    seed: int | None = Input(description="The same seed trains the same adapter; empty draws one, which is logged.", default=None, ge=0, le=2147483647),
+) -> TrainingOutput:
+    """Train; raises a FewstepError, which callers see as `[code] sentence`."""
+    log_to_stderr()
+    with told_to_callers():
+        check_cog()
+        settings = Settings.from_env()
+        # Imported here: torch takes seconds, and Cog reads this file without running it.
+        from fewstep.training.datasets import unpack
+        from fewstep.training.finetune import Wish, fine_tune
+
+        wish = Wish(method, steps, batch_size, learning_rate, rank, resolution, random.getrandbits(31) if seed is None else seed)
+        with tempfile.TemporaryDirectory() as folder:
+            pictures, run = Path(folder, "pictures"), Path(folder, "run")
+            unpack(fetched_file("images", images), pictures)
+            weights = fine_tune(get_model(settings.model), settings, wish, pictures, run, caption)
+            # It outlives this function, since Cog reads it afterwards.
+            kept = Path(tempfile.mkdtemp(prefix="fewstep-training-"), weights.name)
+            shutil.move(weights, kept)
+        return TrainingOutput(weights=kept)  # type: ignore[call-arg]  # cog makes its __init__
