@@ -16,8 +16,8 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
 from fewstep.errors import WeightsError
+from fewstep.loading import PIPELINES
 from fewstep.models import ModelSpec
-from fewstep.pipeline import PIPELINES
 
 logger = logging.getLogger(__name__)
 

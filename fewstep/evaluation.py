@@ -22,8 +22,10 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 from fewstep.images import open_image
 from fewstep.miniature.judge import frechet_distance
 from fewstep.text_encoding import Diffusion
+from fewstep.training.datasets import native_size
+from fewstep.training.sources import halve_if_large
 
-BATCH = 25
+BATCH, BATCH_SIDE = 25, 128  # pictures of so many px a side
 SEED = 1000
 
 
@@ -43,9 +45,11 @@ class Sampler:
 
     def paint(self, prompts: Sequence[str], steps: int) -> list[Image.Image]:
         """One picture of each, always with the same seeds."""
+        # As many pixels at once, whatever the size.
+        batch = max(1, round(BATCH * (BATCH_SIDE / native_size(self.diffusion)) ** 2))
         images: list[Image.Image] = []
-        for start in tqdm(range(0, len(prompts), BATCH), f"{self.name}, {steps}", mininterval=5.0):
-            part = list(prompts[start : start + BATCH])
+        for start in tqdm(range(0, len(prompts), batch), f"{self.name}, {steps}", mininterval=5.0):
+            part = list(prompts[start : start + batch])
             # Latents and scheduler stay in fp32; the networks run in bf16.
             with torch.autocast(self.diffusion.device.type, dtype=torch.bfloat16):
                 images += self.diffusion(
@@ -60,28 +64,36 @@ class Sampler:
 def samplers(
     load: Callable[[], Diffusion], guidance: float, lora: Path | None, lcm: Path | None
 ) -> Iterator[Sampler]:
-    """DDIM and DPM-Solver++ on the base, guided; with `lora` LCM-LoRA, with a UNet in `lcm` the full LCM.
+    """DDIM and DPM-Solver++ on the base, guided; with a UNet in `lcm` the full LCM, with `lora` LCM-LoRA.
 
-    Each is loaded when its turn comes and may be dropped after it; `guidance` is diffusers' scale, of the
-    full LCM too, where it is 1 + w.
+    The first two once with the timesteps of the base's own scheduler, which for SDXL start few steps far
+    below pure noise, and once from the last timestep on ("trailing", arXiv 2305.08891). Each is loaded when
+    its turn comes; `guidance` is diffusers' scale, of the full LCM too, where it is 1 + w.
     """
     base = load()
+    halve_if_large(base.unet)
     plain = base.scheduler.config
-    for name, kind, more in (
-        ("DDIM", DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
-        ("DPM-Solver++", DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    ):
-        base.scheduler = kind.from_config(plain, **more)
-        yield Sampler(name, base, guidance)
+    solvers: dict[str, tuple[Any, dict[str, Any]]] = {
+        "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+        "DPM-Solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    }
+    spacings: dict[str, dict[str, str]] = {"": {}, ", trailing": {"timestep_spacing": "trailing"}}
+    for more, spacing in spacings.items():
+        for name, (kind, options) in solvers.items():
+            base.scheduler = kind.from_config(plain, **options, **spacing)
+            yield Sampler(name + more, base, guidance)
+    base.scheduler = LCMScheduler.from_config(plain)
     if lcm:
         base.unet = UNet2DConditionModel.from_pretrained(lcm, use_safetensors=True).to(base.device)
-        base.scheduler = LCMScheduler.from_config(plain)
+        halve_if_large(base.unet)
         yield Sampler("LCM", base, guidance)
     if lora:
-        del base
+        del base  # its memory is needed
         fused = load()
         fused.load_lora_weights(lora.parent, weight_name=lora.name)
         fused.fuse_lora()
+        fused.unload_lora_weights()
+        halve_if_large(fused.unet)
         fused.scheduler = LCMScheduler.from_config(plain)
         yield Sampler("LCM-LoRA", fused, 1.0)
 
@@ -146,6 +158,7 @@ def evaluate(
             row: dict[str, Any] = {"sampler": sampler.name, "steps": count}
             rows.append(row | {name: round(value, 2) for one in figures for name, value in one.items()})
             pictures.append(painted[0])
+        del sampler  # before the next is loaded
     return rows, pictures
 
 

@@ -12,29 +12,25 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderTiny
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
-from fewstep.adapters import NETWORKS, Adapters, Lora
+from fewstep.adapters import NETWORKS, Adapters
 from fewstep.compiled_engine import FOLDER as COMPILED
 from fewstep.compiled_engine import CompiledEngine
 from fewstep.errors import (
     FewstepError,
     GenerationError,
-    InvalidRequest,
     SafetyError,
-    SettingsError,
     UnsafeImage,
-    WeightsError,
 )
+from fewstep.loading import load_tiny_vae, load_verified, read_lcm_lora, usual_size
 from fewstep.models import ModelSpec
 from fewstep.openvino_conversion import converted
 from fewstep.openvino_engine import OpenVinoEngine
@@ -43,15 +39,12 @@ from fewstep.request import Mix, Request
 from fewstep.safety import SafetyChecker, load_safety_checker
 from fewstep.sampler import Job, sample
 from fewstep.settings import OPENVINO, Settings
-from fewstep.sources import LCM_LORA, TINY_VAE
-from fewstep.styles import AdapterError
 from fewstep.text_encoding import Diffusion, TextEncoding
 from fewstep.upsampling import fold_upsamplers
-from fewstep.weights import Manifest, check_hashes, verify_weights
+from fewstep.weights import verify_weights
 
 logger = logging.getLogger(__name__)
 
-PIPELINES = {"sdxl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}
 SEAM_PX = 2  # over which what is repainted and what is kept run into each other
 
 
@@ -72,12 +65,12 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     """
     folder = settings.weights_root / spec.name
     device, dtype = device_and_dtype(settings)
-    size = _usual_size(spec, settings)
+    size = usual_size(spec, settings)
     manifest = verify_weights(folder, remedy=spec.remedy, mode="size")
     # First, while nothing else takes memory.
     place = converted(folder, settings, device, dtype) if settings.engine in OPENVINO else None
-    diffusion = _load_verified(folder, spec, manifest, settings.verify, device, dtype)
-    tiny = _tiny_vae(folder, manifest, spec.remedy).to(device, dtype) if settings.vae == "tiny" else None
+    diffusion = load_verified(folder, spec, manifest, settings.verify, device, dtype)
+    tiny = load_tiny_vae(folder, manifest, spec.remedy).to(device, dtype) if settings.vae == "tiny" else None
     for module in (part for part in (*diffusion.components.values(), tiny) if isinstance(part, nn.Module)):
         module.eval().requires_grad_(False)
     if device.type == "cpu":
@@ -87,7 +80,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
             tiny.to(memory_format=torch.channels_last)
     adapters = Adapters(folder, {name: diffusion.components[name] for name in NETWORKS[spec.family]})
     if spec.lcm_lora:
-        adapters.lcm_lora = _read_lcm_lora(adapters, folder, manifest, spec.remedy)
+        adapters.lcm_lora = read_lcm_lora(adapters, folder, manifest, spec.remedy)
         logger.info("fused the LCM-LoRA into %d layers", adapters.apply(Mix()))
     checker = None
     if settings.safety == "off" or not spec.checked:
@@ -113,71 +106,6 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         )
         pipeline.engine.compile_for(pipeline, settings.compiled)
     return pipeline
-
-
-def _usual_size(spec: ModelSpec, settings: Settings) -> tuple[int, int]:
-    """Of the pictures that the engine is made for, in px. Raises SettingsError for what cannot be painted."""
-    native = (spec.native_size, spec.native_size)
-    if settings.engine == "compiled":
-        name, sizes = "FEWSTEP_COMPILED", [(shape.width, shape.height) for shape in settings.compiled]
-    elif settings.engine in OPENVINO and settings.openvino_size:
-        name, sizes = "FEWSTEP_OPENVINO_SIZE", [settings.openvino_size]
-    else:
-        return native
-    for width, height in sizes:
-        try:
-            Request.create(spec, prompt="any", aspect_ratio="custom", width=width, height=height)
-        except InvalidRequest as error:
-            raise SettingsError(f"{name} has a size that cannot be painted: {error.sentence}") from None
-    return sizes[0] if sizes else native
-
-
-def _tiny_vae(folder: Path, manifest: Manifest, remedy: str) -> AutoencoderTiny:
-    if not any(file.path.startswith(f"{TINY_VAE}/") for file in manifest.files):
-        # Saved by an earlier version.
-        raise WeightsError(f"weights/{folder.name}/{TINY_VAE} is missing; run: {manifest.remedy(remedy)}")
-    return AutoencoderTiny.from_pretrained(folder / TINY_VAE, use_safetensors=True, local_files_only=True)
-
-
-def _read_lcm_lora(adapters: Adapters, folder: Path, manifest: Manifest, remedy: str) -> Lora:
-    (listed,) = (file for file in manifest.files if file.path == LCM_LORA)
-    try:
-        return adapters.read(folder / LCM_LORA, listed.sha256)
-    except AdapterError as error:
-        shown = f"weights/{folder.name}/{LCM_LORA}"
-        raise WeightsError(f"{shown} {error}; run: {manifest.remedy(remedy)}") from None
-
-
-def _load_verified(
-    folder: Path,
-    spec: ModelSpec,
-    manifest: Manifest,
-    verify: str,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Diffusion:
-    """Hash every file while it is loaded: both read the disk, and together no longer than either alone."""
-
-    def load() -> Diffusion:
-        return PIPELINES[spec.family].from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map=device.type,
-            use_safetensors=True,
-            local_files_only=True,
-            **({"add_watermarker": False} if spec.family == "sdxl" else {"safety_checker": None}),
-        )
-
-    if verify == "size":
-        logger.warning("FEWSTEP_VERIFY is size: a damaged file of the right length will not be noticed")
-        return load()
-    with ThreadPoolExecutor(1, "verify") as thread:
-        hashed = thread.submit(check_hashes, folder, manifest, remedy=spec.remedy)
-        try:
-            diffusion = load()
-        finally:
-            hashed.result()  # when loading failed because of damaged bytes, this says so, and which
-    return diffusion
 
 
 class Pipeline:

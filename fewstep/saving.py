@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from fewstep.checkpoints import check_checkpoint, save_component
 from fewstep.errors import WeightsError
 from fewstep.hub import Download, link_or_copy, locked
+from fewstep.loading import PIPELINES
 from fewstep.models import ModelSpec
-from fewstep.pipeline import PIPELINES
 from fewstep.sources import LCM_LORA
 from fewstep.weights import Origin, write_manifest
 

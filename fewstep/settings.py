@@ -134,6 +134,14 @@ class Settings:
             hf_token=read.text("HF_TOKEN", "") or None,
         )
         read.warn_of_the_rest()
+        for name, given, engines in (
+            ("FEWSTEP_OPENVINO_SIZE", settings.openvino_size, OPENVINO),
+            ("FEWSTEP_COMPILED", settings.compiled, ("compiled",)),
+        ):
+            if given and settings.engine not in engines:
+                logger.warning(
+                    "%s is set, but FEWSTEP_ENGINE is %s, which does not read it", name, settings.engine
+                )
         return settings
 
 

@@ -169,3 +169,14 @@ def test_every_variable_has_a_line_in_the_documentation():
     written = set(re.findall(r"^\| `([A-Z_]+)`", text, re.MULTILINE))
     source = (REPOSITORY / "fewstep" / "settings.py").read_text()
     assert written == set(re.findall(r'read\.\w+\(\s*"([A-Z_]+)"', source))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "engine"),
+    [("FEWSTEP_OPENVINO_SIZE", "512x512", "openvino"), ("FEWSTEP_COMPILED", "512x512", "compiled")],
+)
+def test_what_only_another_engine_reads_is_said(name, value, engine, caplog):
+    Settings.from_env({name: value, "FEWSTEP_ENGINE": engine})
+    assert not caplog.records
+    Settings.from_env({name: value})
+    assert f"{name} is set, but FEWSTEP_ENGINE is torch" in caplog.text

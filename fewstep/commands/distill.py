@@ -15,9 +15,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fewstep.commands.told import say, status_of
 
@@ -46,9 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, help="of an LCM-LoRA")
     parser.add_argument("--resolution", type=int, help="side of squares in px (the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--skip", type=int, help="LCM's k, in twentieths of the 1,000 timesteps: 1 is k = 20")
+    parser.add_argument("--skip", type=int, help="LCM's k, in 20 timesteps: 1 is k = 20")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--student", choices=("lora", "full"), default="lora", help="(%(default)s)")
+    parser.add_argument("--watch-every", type=int, help="steps between samples and validations; 0: none")
     chosen = parser.parse_args(arguments)
     for name in ("accumulate", "batch_size", "learning_rate", "limit", "rank", "skip", "steps"):
         if getattr(chosen, name) is not None and getattr(chosen, name) <= 0:
@@ -62,20 +64,21 @@ def _distil(chosen: argparse.Namespace) -> None:
     from fewstep.settings import Settings
     from fewstep.training.datasets import Encoder, find, read_shards
     from fewstep.training.run import Data, train
-    from fewstep.training.sources import load_base
+    from fewstep.training.sources import load_base, training_device
 
     settings = Settings.from_env()
     plan = _plan(chosen)
     folder: Path = chosen.out
     with tracked(folder) as accelerator:
-        diffusion = load_base(chosen.model, settings, accelerator.device)
+        diffusion = load_base(chosen.model, settings, training_device(settings, accelerator))
         with accelerator.main_process_first():
             encoder = Encoder(diffusion, folder / "encoded", chosen.resolution)
             if chosen.data == WORLD:
-                from fewstep.miniature.pictures import write_pictures
+                from fewstep.miniature.pictures import write_world
 
-                chosen.data = str(folder / WORLD)
-                write_pictures(Path(chosen.data), chosen.limit or 2_000)
+                count = chosen.limit or 2_000
+                chosen.data = str(folder / f"{WORLD}-{count}")
+                write_world(Path(chosen.data), count)
             place = Path(chosen.data)
             pictures = (
                 find(place, chosen.caption) if place.is_dir() else read_shards(chosen.data, chosen.caption)
@@ -89,17 +92,15 @@ def _distil(chosen: argparse.Namespace) -> None:
 def _plan(chosen: argparse.Namespace) -> "Plan":
     from dataclasses import replace
 
+    from fewstep.training.finetune import given
     from fewstep.training.presets import preset
 
     guidance = tuple(chosen.guidance) if chosen.guidance else None
     student = {"rank": chosen.rank, "guidance": guidance, "skip": chosen.skip}
     schedule = {"steps": chosen.steps, "batch": chosen.batch_size, "lr": chosen.learning_rate}
-    plan = preset(chosen.model, chosen.student).with_student(**_given(student))
-    return replace(plan.with_schedule(accumulate=chosen.accumulate, **_given(schedule)), seed=chosen.seed)
-
-
-def _given(asked: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in asked.items() if value is not None}
+    plan = preset(chosen.model, chosen.student).with_student(**given(student))
+    plan = plan.with_schedule(accumulate=chosen.accumulate, **given(schedule))
+    return replace(plan, seed=chosen.seed, **given({"watch_every": chosen.watch_every}))
 
 
 @contextmanager
@@ -107,16 +108,25 @@ def tracked(folder: Path) -> Iterator["Accelerator"]:
     """An accelerator, as `accelerate launch` configures it, that logs to TensorBoard, and to Weights & Biases
     where it is installed and has a key."""
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     trackers = ["tensorboard"]
     if find_spec("wandb") and os.environ.get("WANDB_API_KEY"):
         trackers.append("wandb")
-    accelerator = Accelerator(log_with=trackers, project_dir=folder, device_placement=False)
+    # The others wait while one process encodes, or paints samples: longer than the usual ten minutes.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    accelerator = Accelerator(
+        log_with=trackers, project_dir=folder, device_placement=False, kwargs_handlers=[patient]
+    )
     accelerator.init_trackers("fewstep")
     try:
         yield accelerator
-    finally:
-        accelerator.end_training()
+    except BaseException:
+        # Without a word to the other processes, who may wait for this one in the middle of a step.
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        raise
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Compare the ways to sample a model at few steps: scripts/evaluate --out FOLDER
 
-DDIM and DPM-Solver++ on the base, LCM-LoRA and a full LCM (--lcm), each at 1, 2, 4, 8, 16 and 32 steps, as in
-Table 1 of the LCM paper. FOLDER gets scores.csv, README.md with tables, plot.png and grid.webp, of the first
-prompt. The miniature's pictures are judged; those of other models need --prompts, and --features with --real,
-or --clip.
+DDIM and DPM-Solver++ on the base, once with its own timesteps and once with trailing ones, a full LCM (--lcm)
+and LCM-LoRA, each at 1, 2, 4, 8, 16 and 32 steps, as in Table 1 of the LCM paper. FOLDER gets scores.csv,
+README.md with tables, plot.png and grid.webp, of the first prompt. The miniature's pictures are judged; those
+of other models need --prompts, and --features with --real, or --clip.
 """
 
 import argparse
@@ -50,17 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(chosen: argparse.Namespace) -> None:
-    import torch
-
     from fewstep import evaluation
     from fewstep.miniature.showcase import grid
     from fewstep.models import MODELS
+    from fewstep.placement import device_and_dtype
     from fewstep.settings import Settings
     from fewstep.sources import LCM_LORA
     from fewstep.training.sources import load_base
 
     settings = Settings.from_env()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, _ = device_and_dtype(settings)
     meters: list[evaluation.Meter] = []
     if chosen.prompts:
         lines = chosen.prompts.read_text(encoding="utf-8").splitlines()

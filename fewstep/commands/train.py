@@ -5,7 +5,7 @@ metadata.jsonl ({"file_name": "a.jpg", "text": "..."}) that says what it shows. 
 card with samples, and checkpoints from which the same command goes on if it is interrupted. FEWSTEP_MODEL
 names the model; without it the miniature is taught.
 
-On several GPUs: accelerate launch -m fewstep.commands.train PICTURES --out FOLDER
+What is not given is the preset's, fewstep/training/presets.py. On several GPUs: accelerate launch -m fewstep.commands.train PICTURES --out FOLDER
 """
 
 import argparse
@@ -23,9 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="scripts/train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("pictures", type=Path, help="a folder or a zip")
-    parser.add_argument("--batch-size", type=int, default=4, help="pictures a step (%(default)s)")
+    parser.add_argument("--batch-size", type=int, help="pictures a step")
     parser.add_argument("--caption", help="for pictures that have none")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="(%(default)s)")
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument(
         "--method",
         choices=("lcf", "style"),
@@ -33,13 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="lcf: on the few-step model, which stays one; style: on its base (%(default)s)",
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--rank", type=int, default=16, help="of the LoRA (%(default)s)")
+    parser.add_argument("--rank", type=int, help="of the LoRA")
     parser.add_argument("--resolution", type=int, help="side of squares in px (the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="(%(default)s)")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--watch-every", type=int, help="steps between samples and validations; 0: none")
     chosen = parser.parse_args(arguments)
     for name in ("batch_size", "learning_rate", "rank", "steps"):
-        if getattr(chosen, name) <= 0:
+        if getattr(chosen, name) is not None and getattr(chosen, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
     if not chosen.pictures.exists():
         parser.error("there is nothing at the path of the pictures")
@@ -54,7 +55,7 @@ def _train(chosen: argparse.Namespace) -> None:
     from fewstep.training.finetune import Wish, fine_tune
 
     settings = Settings.from_env()
-    names = ("method", "steps", "batch_size", "learning_rate", "rank", "resolution", "seed")
+    names = ("method", "steps", "batch_size", "learning_rate", "rank", "resolution", "seed", "watch_every")
     wish = Wish(**{name: getattr(chosen, name) for name in names})
     with tempfile.TemporaryDirectory() as unpacked, tracked(chosen.out) as accelerator:
         pictures = chosen.pictures

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from fewstep.miniature.drawing import draw
 from fewstep.miniature.scenes import Scene, caption, training_scenes
@@ -53,14 +52,21 @@ def cached_pictures(path: Path, scenes: list[Scene], seed: int, width: int, heig
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
 
 
-def write_pictures(folder: Path, count: int) -> None:
-    """`count` drawings of the scenes that the base was trained on, as a folder with metadata.jsonl."""
-    scenes, rng = pick_scenes(training_scenes(), count, seed=31), random.Random(31)
-    pixels = cached_pictures(folder / "drawn.npy", scenes, 90_000_000, 128, 128)
+def write_pictures(folder: Path, scenes: list[Scene], seed: int) -> None:
+    """Drawings of `scenes` in `folder`, with captions in metadata.jsonl, which is written last."""
+    listed, rng = folder / "metadata.jsonl", random.Random(seed)
+    if listed.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i, scene in enumerate(scenes):
-        name = f"{i:05}.png"
-        rows.append(json.dumps({"file_name": name, "text": caption(scene, rng)}))
-        if not (folder / name).exists():
-            Image.fromarray(pixels[i]).save(folder / name)
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        draw(scene, seed + i).save(folder / f"{i:05}.png")
+        rows.append(json.dumps({"file_name": f"{i:05}.png", "text": caption(scene, rng)}))
+    part = listed.with_suffix(".part")
+    part.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    part.replace(listed)
+
+
+def write_world(folder: Path, count: int) -> None:
+    """`write_pictures` of what the base was trained on."""
+    write_pictures(folder, pick_scenes(training_scenes(), count, seed=31), 90_000_000)

@@ -52,7 +52,17 @@ class Scene:
     @property
     def new_to_base(self) -> bool:
         """Holds the object or the backdrop that the base model never saw."""
-        return self.object == HELD_OUT_OBJECT or self.backdrop == HELD_OUT_BACKDROP
+        return self.new_object or self.new_backdrop
+
+    @property
+    def new_object(self) -> bool:
+        """Holds the object that the base model never saw."""
+        return self.object == HELD_OUT_OBJECT
+
+    @property
+    def new_backdrop(self) -> bool:
+        """Stands before the backdrop that the base model never saw."""
+        return self.backdrop == HELD_OUT_BACKDROP
 
     @property
     def reserved(self) -> bool:

@@ -6,9 +6,11 @@ ImageFolder has it) or the text file beside it (a.txt beside a.jpg).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import lzma
 import math
 import stat
 import zipfile
@@ -24,7 +26,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.errors import DatasetError, InvalidRequest
@@ -33,6 +35,7 @@ from fewstep.request import SIDE, sizes_of
 from fewstep.text_encoding import Diffusion
 from fewstep.training.distill import Batch
 from fewstep.training.loop import WHOLE, Share, step_generator
+from fewstep.training.tensor_files import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 METADATA = "metadata.jsonl"
 MAX_ENTRIES = 2_000  # of a zip
 MAX_BYTES = 2_000_000_000  # of all that is in it
+MAX_CAPTION_BYTES = 20_000
+MAX_METADATA_BYTES = 20_000_000
 _CHUNK = 1 << 20
 
 
@@ -59,6 +64,7 @@ def unpack(archive: Path, folder: Path) -> None:
     while reading: what a zip says of itself may be false), or an entry that would be written elsewhere.
     """
     left = MAX_BYTES
+    unreadable = "the archive cannot be read; send an ordinary zip without a password"
     try:
         with zipfile.ZipFile(archive) as opened:
             entries = [one for one in opened.infolist() if not one.is_dir()]
@@ -66,7 +72,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 raise DatasetError(f"the zip holds {len(entries)} files; at most {MAX_ENTRIES} are taken")
             for entry in entries:
                 place = PurePosixPath(entry.filename.replace("\\", "/"))
-                if place.is_absolute() or ".." in place.parts or ":" in place.parts[0]:
+                if not place.parts or place.is_absolute() or ".." in place.parts or ":" in place.parts[0]:
                     raise DatasetError("the zip holds a file whose path leads out of it; pack it anew")
                 if stat.S_ISLNK(entry.external_attr >> 16):
                     raise DatasetError("the zip holds a link; put the file itself in its place")
@@ -80,8 +86,20 @@ def unpack(archive: Path, folder: Path) -> None:
                                 f"the zip holds more than {MAX_BYTES / 1e9:g} GB; send fewer pictures"
                             )
                         file.write(content)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, FileExistsError):
-        raise DatasetError("the archive cannot be read; send an ordinary zip without a password") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DatasetError(unreadable) from None
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+    ):
+        raise DatasetError(unreadable) from None
 
 
 def find(folder: Path, caption: str | None = None) -> list[Captioned]:
@@ -115,21 +133,24 @@ def find(folder: Path, caption: str | None = None) -> list[Captioned]:
 def _listed(folder: Path) -> dict[str, str]:
     captions = {}
     for path in folder.rglob(METADATA):
-        for number, line in enumerate(_text(path).splitlines(), 1):
+        for number, line in enumerate(_text(path, MAX_METADATA_BYTES).split("\n"), 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
                 name, text = row["file_name"], row["text"]
-                captions[(path.parent / name).relative_to(folder).as_posix()] = str(text).strip()
-            except (ValueError, TypeError, KeyError):
+                captions[(path.parent / name).relative_to(folder).as_posix()] = text.strip()
+            except (ValueError, TypeError, KeyError, AttributeError):
                 raise DatasetError(
                     f'line {number} of {METADATA} is not like {{"file_name": "a.jpg", "text": "..."}}'
                 ) from None
     return captions
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, limit: int = MAX_CAPTION_BYTES) -> str:
+    """Raises DatasetError for a file of more bytes than any caption has."""
+    if path.stat().st_size > limit:
+        raise DatasetError(f"a {path.suffix} file has more than {limit} bytes, so it holds no captions")
     return path.read_text(encoding="utf-8-sig", errors="replace").strip()
 
 
@@ -141,34 +162,41 @@ def read_shards(shards: str, caption: str | None = None) -> Iterator[Captioned]:
     the next is asked for.
     """
     import webdataset  # a library of the extra [train], which the container has not
+    from webdataset.shardlists import expand_urls
 
     def left_out(error: Exception) -> bool:
         logger.warning("left out: a shard cannot be read: %s", error)
         return True  # go on
 
-    # Nothing is decoded by it, which would unpickle some kinds of files.
-    samples = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False, handler=left_out)
     with TemporaryDirectory() as folder:
-        for sample in samples:
-            name = PurePosixPath(sample["__key__"]).name
-            suffix = next((one for one in SUFFIXES if one[1:] in sample), None)
-            text = _caption_of(sample) or caption
-            if suffix is None or text is None:
-                logger.warning("left out: %s has no %s", name, "picture" if suffix is None else "caption")
-                continue
-            path = Path(folder, f"picture{suffix}")
-            path.write_bytes(sample[suffix[1:]])
-            yield Captioned(path, text, name)
+        for url in expand_urls(shards):  # one by one, so that what breaks off does not run into the next
+            # Nothing is decoded by webdataset, which would unpickle some kinds of files; and every process
+            # reads all, of which it finds encoded what another has.
+            samples = webdataset.WebDataset(
+                url, shardshuffle=False, nodesplitter=None, empty_check=False, handler=left_out
+            )
+            for sample in samples:
+                name = PurePosixPath(sample["__key__"]).name
+                suffix = next((one for one in SUFFIXES if one[1:] in sample), None)
+                text = _caption_of(sample) or caption
+                if suffix is None or text is None:
+                    logger.warning("left out: %s has no %s", name, "caption" if suffix else "picture")
+                    continue
+                path = Path(folder, f"picture{suffix}")
+                path.write_bytes(sample[suffix[1:]])
+                yield Captioned(path, text, name)
 
 
 def _caption_of(sample: Mapping[str, bytes]) -> str | None:
-    if "txt" in sample:
-        return sample["txt"].decode(errors="replace").strip() or None
+    written = sample.get("txt", b"")[:MAX_CAPTION_BYTES].decode(errors="replace").strip()
+    if written:
+        return written
     try:
         told = json.loads(sample.get("json", b"{}"))
     except ValueError:
         return None
-    return next((str(told[key]).strip() for key in ("caption", "text") if told.get(key)), None)
+    texts = [told.get(key) for key in ("caption", "text")] if isinstance(told, dict) else []
+    return next((text.strip() for text in texts if isinstance(text, str) and text.strip()), None)
 
 
 def native_size(diffusion: Diffusion) -> int:
@@ -213,12 +241,11 @@ class Encoder:
         return encoded
 
     @torch.inference_mode()
-    def no_prompt(self) -> Tensor | None:
-        """The encoded empty prompt (T, D), where it is not all zeros: see `Batch`."""
+    def no_prompt(self) -> tuple[Tensor, ...] | None:
+        """The encoded empty prompt, where it is not all zeros: see `Batch`."""
         if getattr(self.diffusion.config, "force_zeros_for_empty_prompt", False):
             return None
-        states: Tensor = self._prompt("")[0]
-        return states[0].float()
+        return tuple(one[0].float() for one in self._prompt(""))
 
     def _prompt(self, text: str) -> list[Tensor]:
         """States (1, T, D), and of SDXL pooled (1, P); what does not fit into one prompt is cut off."""
@@ -248,12 +275,10 @@ class Encoder:
         # SD's prompt has no second part.
         prompt = zip(("prompt_embeds", "pooled"), self._prompt(picture.caption), strict=False)
         example = {"latents": latents, **dict(prompt)}
-        tensors = {name: value[0].half().cpu().contiguous() for name, value in example.items()}
+        tensors = {name: value[0].half() for name, value in example.items()}
         if "pooled" in tensors:
             tensors["time_ids"] = torch.tensor([image.height, image.width, top, left, height, width]).float()
-        part = path.with_suffix(".part")
-        save_file(tensors, part)
-        part.replace(path)
+        write_tensors(path, tensors, {})
         return path
 
 
@@ -264,7 +289,7 @@ def _sum(module: torch.nn.Module) -> float:
 
 class Batches:
     """`batches(step, share)`: of one shape each, every picture once an epoch; a last batch is filled up with
-    others.
+    others of its shape, and if there are fewer than a batch, with the same ones.
 
     The answer depends on the step, the share and the seed only, so that a resumed run sees what it would
     have seen. `encoded` are files of an `Encoder`, read when their turn comes; `empty` is its `no_prompt`.
@@ -276,7 +301,7 @@ class Batches:
         size: int,
         seed: int,
         device: torch.device,
-        empty: Tensor | None = None,
+        empty: tuple[Tensor, ...] | None = None,
     ) -> None:
         self.encoded, self.size, self.seed, self.device, self.empty = encoded, size, seed, device, empty
         by_shape = defaultdict(list)

@@ -37,21 +37,22 @@ class Batch:
     """Clean latents and what they show; N images.
 
     `latents` (N, C, H, W) are scaled to unit variance; `prompt_embeds` is (N, T, D). SDXL is told `pooled`
-    (N, P) and `time_ids` (N, 6), too. `empty` (T, D) is the encoded empty prompt; without it, no prompt is
-    all zeros, as SDXL has it (`force_zeros_for_empty_prompt`).
+    (N, P) and `time_ids` (N, 6), too. `empty` is the encoded empty prompt, (T, D) and for SDXL (P,); without
+    it, no prompt is all zeros, as SDXL has it (`force_zeros_for_empty_prompt`).
     """
 
     latents: Tensor
     prompt_embeds: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
-    empty: Tensor | None = None
+    empty: tuple[Tensor, ...] | None = None
 
     def without_prompt(self) -> Batch:
         """What the unconditional answer is given."""
-        nothing = torch.zeros_like(self.prompt_embeds[0]) if self.empty is None else self.empty
-        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
-        return replace(self, prompt_embeds=nothing.expand_as(self.prompt_embeds), pooled=pooled)
+        told = [one for one in (self.prompt_embeds, self.pooled) if one is not None]
+        nothing = self.empty or [torch.zeros_like(one[0]) for one in told]
+        states, *pooled = (one.expand_as(like) for one, like in zip(nothing, told, strict=True))
+        return replace(self, prompt_embeds=states, pooled=pooled[0] if pooled else None)
 
 
 NextBatch: TypeAlias = Callable[[int, Share], Batch]  # the share of a step

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from fewstep.models import ModelSpec
@@ -20,7 +20,7 @@ from fewstep.training.datasets import Encoder, find
 from fewstep.training.plan import Plan
 from fewstep.training.presets import preset
 from fewstep.training.run import DIFFUSERS_FILE, Data, train
-from fewstep.training.sources import load_base, load_few_step
+from fewstep.training.sources import load_base, load_few_step, training_device
 
 logger = logging.getLogger(__name__)
 
@@ -29,28 +29,28 @@ SAMPLES = 4
 
 @dataclass(frozen=True)
 class Wish:
-    """What a caller may choose; `resolution` is of squares in px, None the model's own."""
+    """What a caller may choose; None is the preset's, of `resolution`, in px of squares, the model's own."""
 
     method: str = "lcf"
-    steps: int = 1000
-    batch_size: int = 4
-    learning_rate: float = 1e-4
-    rank: int = 16
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    rank: int | None = None
     resolution: int | None = None
     seed: int = 0
+    watch_every: int | None = None
 
     def plan(self, model: str) -> Plan:
         """The preset of `model`, with what was chosen."""
-        chosen = (
-            preset(model, self.method)
-            .with_student(rank=self.rank)
-            .with_schedule(
-                steps=self.steps,
-                batch=self.batch_size,
-                lr=self.learning_rate,
-            )
-        )
-        return replace(chosen, seed=self.seed)
+        schedule = {"steps": self.steps, "batch": self.batch_size, "lr": self.learning_rate}
+        plan = preset(model, self.method).with_schedule(**given(schedule))
+        plan = plan.with_student(**given({"rank": self.rank}))
+        return replace(plan, seed=self.seed, **given({"watch_every": self.watch_every}))
+
+
+def given(wished: dict[str, Any]) -> dict[str, Any]:
+    """What is not None of it."""
+    return {name: value for name, value in wished.items() if value is not None}
 
 
 def fine_tune(
@@ -69,7 +69,7 @@ def fine_tune(
     """
     found = find(pictures, caption)
     accelerator = accelerator or Accelerator(device_placement=False)
-    device = torch.device(settings.device) if settings.device != "auto" else accelerator.device
+    device = training_device(settings, accelerator)
     logger.info("training %s on %d pictures, seed %d", wish.method, len(found), wish.seed)
     if wish.method == "lcf":
         diffusion = load_few_step(spec, settings, device)

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -103,8 +104,8 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Watch:
-    """Every `every` steps and at the end, `look(step)` finds the averaged weights in the module and returns a
-    validation loss; when it is the lowest so far, `keep(step)` may save them."""
+    """Every `every` steps and at the end, `look(step)` finds the averaged weights in the module, or in
+    `average`, and returns a validation loss; when it is the lowest so far, `keep(step)` may save them."""
 
     every: int
     look: Callable[[int], float]
@@ -148,14 +149,27 @@ def optimise(
     checkpoints of another `config` and for a full disk; what was saved until then stays.
     """
     accelerator = accelerator or Accelerator(device_placement=False)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise TrainingError("weights that are shared out (FSDP, DeepSpeed) cannot be trained; configure DDP")
     parts = accelerator.num_processes * schedule.accumulate
     if schedule.batch % parts and parts > 1:
         raise TrainingError(f"a batch of {schedule.batch} cannot be shared evenly by {parts}")
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
     ema = [p.detach() for p in average.parameters()] if average else [p.detach().clone() for p in parameters]
-    state = RunState(checkpoints, parameters, ema, optimizer, config or {}, kept=schedule.checkpoints_kept)
+    state = RunState(
+        checkpoints,
+        parameters,
+        ema,
+        optimizer,
+        config or {},
+        kept=schedule.checkpoints_kept,
+        scaler=accelerator.scaler,
+    )
     start = state.resume()
+    starts = accelerator.gather(torch.tensor([start], device=accelerator.device))
+    if (starts != start).any():
+        raise TrainingError("the processes see different checkpoints; name a folder that all of them share")
     step_loss, prepared = accelerator.prepare(_StepLoss(module, loss), optimizer)
     progress = tqdm(
         range(start, schedule.steps),
@@ -188,7 +202,7 @@ def optimise(
         figures = {"loss": value.item(), "lr": schedule.lr_at(step), "images_per_s": rate}
         last = step + 1 == schedule.steps
         if watch and accelerator.is_main_process and (last or (step + 1) % watch.every == 0):
-            with _averaged(parameters, ema):
+            with nullcontext() if average else _averaged(parameters, ema):
                 figures["validation_loss"] = watch.look(step + 1)
                 if state.is_best(figures["validation_loss"]):
                     watch.keep(step + 1)

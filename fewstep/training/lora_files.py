@@ -10,8 +10,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor
+
+from fewstep.training.tensor_files import write_tensors
 
 TOLD = "fewstep"  # the key of our metadata
 
@@ -21,8 +22,8 @@ def save_lora(
 ) -> None:
     """Write the LoRA of `unet` in fp16 to `path`, with `told` as JSON in its metadata.
 
-    Its keys are diffusers' own, which `load_lora_weights` and ComfyUI take, or with `kohya` those of the
-    published LCM-LoRAs, which A1111 takes, too.
+    Its keys are diffusers' own, or with `kohya` those of the published LCM-LoRAs, which ComfyUI and A1111
+    take. Raises TrainingError when it cannot be written.
     """
     layers = get_peft_model_state_dict(unet)
     tensors: dict[str, Tensor] = {f"unet.{name}": value.half() for name, value in layers.items()}
@@ -40,7 +41,4 @@ def save_lora(
         metadata["lora_adapter_metadata"] = json.dumps(adapter, sort_keys=True, default=sorted)
     if told is not None:
         metadata[TOLD] = json.dumps(told, sort_keys=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, part, metadata=metadata)
-    part.replace(path)
+    write_tensors(path, tensors, metadata)

@@ -27,7 +27,7 @@ class Plan:
     student: Student
     schedule: Schedule
     seed: int = 0
-    watch_every: int = 200  # steps between two validations, each with a row of samples
+    watch_every: int = 200  # steps between two validations, each with a row of samples; 0: none
     gradient_checkpointing: bool = False  # a third more time, a fraction of the memory
 
     def with_student(self, **figures: Any) -> Plan:

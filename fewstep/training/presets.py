@@ -56,7 +56,7 @@ _REAL_LCF = Plan(
     method="lcf",
     student=LoraStudent(
         rank=16,  # one subject needs less than all there is
-        guidance=(0.0, 0.0),  # there is no teacher to guide
+        guidance=(2.0, 14.0),  # a full LCM is told w; otherwise nobody is
         solver_steps=50,
         skip=1,
         huber_c=1e-3,
@@ -120,7 +120,7 @@ _MINIATURE_LCF = Plan(
 
 _MINIATURE_STYLE = Plan(
     method="style",
-    student=StyleStudent(),
+    student=StyleStudent(rank=16),
     schedule=replace(_MINIATURE_LCF.schedule, lr=1e-3),
     watch_every=100,
 )

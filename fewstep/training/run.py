@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +15,16 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
+from safetensors import SafetensorError
 from torch import Tensor
 
+from fewstep.errors import TrainingError
 from fewstep.text_encoding import Diffusion
 from fewstep.training.card import write_card
 from fewstep.training.consistency import NoiseSchedule
 from fewstep.training.datasets import Batches
 from fewstep.training.distill import (
+    Distillation,
     FullStudent,
     NextBatch,
     add_lora,
@@ -33,7 +39,10 @@ from fewstep.training.loop import WHOLE, Loss, Watch, optimise
 from fewstep.training.lora_files import save_lora
 from fewstep.training.plan import Plan
 from fewstep.training.samples import paint_samples
+from fewstep.training.sources import halve_if_large
 from fewstep.training.style import StyleStudent, add_style, style_training
+
+logger = logging.getLogger(__name__)
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya.safetensors"
@@ -50,7 +59,7 @@ class Data:
 
     encoded: Sequence[Path]
     prompts: Sequence[str]
-    empty: Tensor | None = None
+    empty: tuple[Tensor, ...] | None = None
 
     def split(self) -> tuple[Sequence[Path], Sequence[Path]]:
         """For training and for validation."""
@@ -79,22 +88,19 @@ def train(
     encoded, held_out = data.split()
     device, size = unet.device, plan.schedule.batch
     batches = Batches(encoded, size, plan.seed, device, data.empty)
+    at_once = max(1, size // (accelerator.num_processes * plan.schedule.accumulate))
     validate = loss_of(
-        Batches(held_out, min(size, len(held_out)), plan.seed, device, data.empty), VALIDATION_SEED
+        Batches(held_out, min(at_once, len(held_out)), plan.seed, device, data.empty), VALIDATION_SEED
     )
     told = {"model": model, **plan.told()}
+    # A file's name is a hash of what was encoded.
+    pictures = hashlib.sha256(" ".join(path.name for path in encoded).encode()).hexdigest()
     result = average or own  # with a LoRA, the loop leaves the average in its place
 
     def look(step: int) -> float:
-        row = paint_samples(
-            diffusion, result, data.prompts, few_steps=plan.method != "style", guidance=_guidance(plan)
+        _paint(
+            diffusion, result, plan, data.prompts, folder / "samples" / f"step-{step:06}.webp", accelerator
         )
-        path = folder / "samples" / f"step-{step:06}.webp"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        row.save(path, quality=90)
-        for tracker in accelerator.trackers:
-            order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": np.asarray(row)[None]}, step=step, **order)
         with torch.no_grad():
             losses = [validate(i, WHOLE) for i in range(VALIDATION_BATCHES)]
         return float(torch.stack(losses).mean())
@@ -102,6 +108,7 @@ def train(
     def save(place: Path, step: int) -> None:
         _save(result, place, {**told, "step": step})
 
+    watch = Watch(plan.watch_every, look, lambda step: save(folder / "best", step))
     optimise(
         plan.method,
         own,
@@ -110,12 +117,12 @@ def train(
         folder / "checkpoints",
         average,
         accelerator=accelerator,
-        config={**told, "pictures": len(encoded)},
-        watch=Watch(plan.watch_every, look, lambda step: save(folder / "best", step)),
+        config={**told, "pictures": pictures},
+        watch=watch if plan.watch_every else None,
     )
     if accelerator.is_main_process:
         save(folder, plan.schedule.steps)
-        write_card(folder, told, _guidance(plan))
+        write_card(folder, told, _guidance(result, plan))
     accelerator.wait_for_everyone()
 
 
@@ -126,17 +133,20 @@ def _trained(
     minimised, of batches and a seed."""
     student = plan.student
     if isinstance(student, StyleStudent):
+        halve_if_large(unet)
         add_style(unet, student)
         cast_training_params(unet)
         return unet, None, lambda batches, seed: style_training(unet, batches, schedule, seed)
     own, average = unet, None
     if isinstance(student, FullStudent):
-        own = make_full_student(unet, student)
+        own = make_full_student(unet, student)  # in fp32, before the teacher is rounded
+        halve_if_large(unet)
         average = copy.deepcopy(own).requires_grad_(False)
         roles = full_roles(own, average, unet)
     else:
+        halve_if_large(unet)
         add_lora(unet, student)
-        cast_training_params(unet)  # the frozen weights may be of 16 bits
+        cast_training_params(unet)
         roles = lora_roles(unet) if plan.method == "lora" else finetuning_roles(unet)
     return (
         own,
@@ -145,14 +155,45 @@ def _trained(
     )
 
 
-def _guidance(plan: Plan) -> float:
+def _paint(
+    diffusion: Diffusion,
+    unet: UNet2DConditionModel,
+    plan: Plan,
+    prompts: Sequence[str],
+    path: Path,
+    accelerator: Accelerator,
+) -> None:
+    """A row of samples, to `path` and to whoever tracks the run."""
+    few_steps = plan.method != "style"
+    row = paint_samples(diffusion, unet, prompts, few_steps=few_steps, guidance=_guidance(unet, plan))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row.save(path, quality=90)
+    step = int(path.stem.removeprefix("step-"))
+    for tracker in accelerator.trackers:
+        order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": np.asarray(row)[None]}, step=step, **order)
+
+
+def _guidance(unet: UNet2DConditionModel, plan: Plan) -> float:
     """What samples are painted with: of a full LCM, which is told w, the middle of what it was told."""
-    return 1.0 + sum(plan.student.guidance) / 2 if isinstance(plan.student, FullStudent) else 1.0
+    student = plan.student
+    if unet.config.time_cond_proj_dim and isinstance(student, Distillation):
+        return 1.0 + sum(student.guidance) / 2
+    return 1.0
 
 
 def _save(network: UNet2DConditionModel, folder: Path, told: Mapping[str, object]) -> None:
-    if not hasattr(network, "peft_config"):
-        network.save_pretrained(folder / "unet")
+    if hasattr(network, "peft_config"):
+        save_lora(network, folder / DIFFUSERS_FILE, told)
+        save_lora(network, folder / KOHYA_FILE, told, kohya=True)
         return
-    save_lora(network, folder / DIFFUSERS_FILE, told)
-    save_lora(network, folder / KOHYA_FILE, told, kohya=True)
+    target, part = folder / "unet", folder / "unet.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        network.save_pretrained(part)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        logger.error("the UNet could not be written", exc_info=error)
+        raise TrainingError("the UNet could not be written; is the disk full?") from None
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)

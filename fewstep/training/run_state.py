@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.errors import TrainingError
+from fewstep.training.tensor_files import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,9 @@ class RunState:
         config: Mapping[str, object],
         *,
         kept: int,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.folder, self.kept = folder, kept
+        self.folder, self.kept, self._scaler = folder, kept, scaler
         self._parameters, self._ema, self._optimizer = parameters, ema, optimizer
         self._config = json.dumps(config, sort_keys=True, default=str)
         self._best: float | None = None
@@ -52,7 +53,12 @@ class RunState:
             # state.
             state = self._optimizer.state.get(parameter, {})
             tensors |= {f"{i}.{name}": state[name] for name in MOMENTS if name in state}
-        self._write(self.folder / f"step-{step:06}.safetensors", tensors, step)
+        scaler = self._scaler.state_dict() if self._scaler else None
+        run = json.dumps({"step": step, "best": self._best, "config": self._config, "scaler": scaler})
+        try:
+            write_tensors(self.folder / f"step-{step:06}.safetensors", tensors, {"run": run})
+        except TrainingError as error:
+            raise TrainingError(f"{error.sentence} {self.told()}") from None
         for old in self._saved()[: -self.kept]:
             old.unlink()
 
@@ -64,14 +70,22 @@ class RunState:
         return True
 
     def resume(self) -> int:
-        """Take up the newest checkpoint and return its step; 0 without one.
+        """Take up the newest sound checkpoint and return its step; 0 without one.
 
         Raises TrainingError for one of another configuration.
         """
-        saved = self._saved()
-        if not saved:
-            return 0
-        with safe_open(saved[-1], framework="pt") as file, torch.no_grad():
+        for path in reversed(self._saved()):
+            try:
+                step = self._take_up(path)
+            except SafetensorError:  # a machine that lost its power while it wrote
+                logger.warning("%s is damaged; the one before it is taken", path.name)
+                continue
+            logger.info("%s: resuming at step %d", self.folder.name, step)
+            return step
+        return 0
+
+    def _take_up(self, path: Path) -> int:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
             told = json.loads(file.metadata()["run"])
             if told["config"] != self._config:
                 raise TrainingError(
@@ -83,31 +97,18 @@ class RunState:
                 parameter.copy_(file.get_tensor(f"{i}.value"))
                 average.copy_(file.get_tensor(f"{i}.ema"))
                 if f"{i}.exp_avg" in names:
-                    self._optimizer.state[parameter] = {
-                        name: file.get_tensor(f"{i}.{name}").to(parameter.device) for name in MOMENTS
-                    }
+                    state = {name: file.get_tensor(f"{i}.{name}").to(parameter.device) for name in MOMENTS}
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        # In the parameter's own order of memory: the fused AdamW reads both side by side.
+                        state[name] = torch.empty_like(parameter).copy_(state[name])
+                    self._optimizer.state[parameter] = state
         self._best = told["best"]
-        logger.info("%s: resuming at step %d", self.folder.name, told["step"])
+        if self._scaler and told["scaler"]:
+            self._scaler.load_state_dict(told["scaler"])
         return int(told["step"])
 
     def _saved(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors"))
-
-    def _write(self, path: Path, tensors: Mapping[str, Tensor], step: int) -> None:
-        run = json.dumps({"step": step, "best": self._best, "config": self._config})
-        part = path.with_suffix(".part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {name: value.contiguous() for name, value in tensors.items()}, part, metadata={"run": run}
-            )
-            part.replace(path)  # a run killed while saving keeps its last whole checkpoint
-        except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            logger.error("the checkpoint of step %d could not be written", step, exc_info=error)
-            raise TrainingError(
-                f"the checkpoint of step {step} could not be written, is the disk full? {self.told()}"
-            ) from None
 
 
 def _step_of(path: Path) -> int:

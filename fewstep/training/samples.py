@@ -35,12 +35,16 @@ def paint_samples(
     painter = type(diffusion)(**(kept | options))
     painter.set_progress_bar_config(disable=True)
     with torch.autocast(diffusion.device.type, dtype=torch.bfloat16):
-        images = painter(
-            list(prompts),
-            num_inference_steps=STEPS if few_steps else BASE_STEPS,
-            guidance_scale=guidance if few_steps else BASE_GUIDANCE,
-            generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
-        ).images
+        # One by one: a training leaves little memory.
+        images = [
+            painter(
+                prompt,
+                num_inference_steps=STEPS if few_steps else BASE_STEPS,
+                guidance_scale=guidance if few_steps else BASE_GUIDANCE,
+                generator=torch.Generator().manual_seed(i),
+            ).images[0]
+            for i, prompt in enumerate(prompts)
+        ]
     width, height = images[0].size
     row = Image.new("RGB", (width * len(images), height))
     for i, image in enumerate(images):

@@ -8,52 +8,66 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
 from fewstep.errors import SettingsError
-from fewstep.models import MODELS, ModelSpec
-from fewstep.pipeline import PIPELINES, load_pipeline
+from fewstep.loading import PIPELINES
+from fewstep.models import ModelSpec, get_model
+from fewstep.pipeline import load_pipeline
+from fewstep.placement import device_and_dtype
 from fewstep.settings import Settings
 from fewstep.text_encoding import Diffusion
 from fewstep.weights import check_hashes, verify_weights
 
-# SDXL's UNet does not fit into a usual GPU's memory in 32 bits beside what its training needs.
-LARGE_NETWORK = 2 * 10**9
+# Parameters. SDXL's UNet has 2.6 billion, 10 GB in fp32: no room beside it for what a training needs.
+LARGE_NETWORK = 10**9
+
+
+def training_device(settings: Settings, accelerator: Accelerator) -> torch.device:
+    """Where accelerate puts this process, or what FEWSTEP_DEVICE says. Raises SettingsError for a device that
+    is not there."""
+    return accelerator.device if settings.device == "auto" else device_and_dtype(settings)[0]
 
 
 def load_base(name: str, settings: Settings, device: torch.device) -> Diffusion:
-    """The base without its LCM-LoRA, to distil it or to teach it a style: one of our models by its name, or
-    any diffusers folder of an SDXL or SD model.
+    """The base in fp32 without its LCM-LoRA, to distil it or to teach it a style: one of our models by its
+    name, or any diffusers folder of an SDXL or SD model.
 
-    Raises WeightsError for damaged files, SettingsError for what is no such folder.
+    Raises WeightsError for damaged files, SettingsError for what is no such folder or a full LCM, which has
+    no base any more.
     """
-    if name in MODELS:
-        spec, folder = MODELS[name], settings.weights_root / name
+    folder = Path(name)
+    if folder.is_dir():
+        kind = _kind_of(folder)
+    else:
+        spec, folder = get_model(name), settings.weights_root / name
         manifest = verify_weights(folder, remedy=spec.remedy, mode="size")
         if settings.verify != "size":
             check_hashes(folder, manifest, remedy=spec.remedy)
         kind = PIPELINES[spec.family]
-    else:
-        folder = Path(name)
-        kind = _kind_of(folder)
     options = {"add_watermarker": False} if kind is StableDiffusionXLPipeline else {"safety_checker": None}
     diffusion: Diffusion = kind.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, **options
     )
+    if diffusion.unet.config.time_cond_proj_dim:
+        raise SettingsError("the model is a full LCM; its base cannot be had from it, so name the base")
     return _placed(diffusion, device)
 
 
 def load_few_step(spec: ModelSpec, settings: Settings, device: torch.device) -> Diffusion:
-    """A model that paints in few steps, its LCM-LoRA fused. Raises as `load_pipeline` does."""
+    """A model that paints in few steps, its LCM-LoRA fused, in fp32. Raises as `load_pipeline` does."""
     plain = replace(settings, device=device.type, dtype="fp32", engine="torch", vae="full", safety="off")
     return _placed(load_pipeline(spec, plain).diffusion, device)
 
 
-def _placed(diffusion: Diffusion, device: torch.device) -> Diffusion:
-    """On the device, without gradients; a large UNet in bf16, which a training's arithmetic is done in."""
-    unet = diffusion.unet
+def halve_if_large(unet: UNet2DConditionModel) -> None:
+    """A frozen UNet of SDXL's size in bf16, in which it is used anyway; a smaller one stays in fp32."""
     if sum(parameter.numel() for parameter in unet.parameters()) > LARGE_NETWORK:
         unet.to(torch.bfloat16)
+
+
+def _placed(diffusion: Diffusion, device: torch.device) -> Diffusion:
     diffusion.to(device)
     diffusion.set_progress_bar_config(disable=True)
     for module in diffusion.components.values():
@@ -69,7 +83,5 @@ def _kind_of(folder: Path) -> type[Diffusion]:
     except (OSError, ValueError, KeyError, AttributeError):
         kind = None
     if kind not in (StableDiffusionXLPipeline, StableDiffusionPipeline):
-        raise SettingsError(
-            f"the model is neither one of {', '.join(MODELS)} nor a diffusers folder of SDXL or SD"
-        )
+        raise SettingsError("the folder of the model is no diffusers folder of SDXL or SD")
     return kind  # type: ignore[no-any-return]

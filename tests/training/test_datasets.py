@@ -62,12 +62,29 @@ def test_captions_are_read_from_a_list_or_from_beside(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", '{"file_name": "a.png"}', '"x"', '{"file_name": 3, "text": "x"}']
+    "line",
+    ["{", "[]", '{"file_name": "a.png"}', '"x"', '{"file_name": 3, "text": "x"}']
+    + ['{"file_name": "a.png", "text": null}'],
 )
 def test_a_list_that_is_none_is_refused_by_its_line(tmp_path, line):
     (tmp_path / "a.png").write_bytes(picture())
     (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "x"}}\n{line}\n')
     with pytest.raises(DatasetError, match="line 2 of metadata.jsonl is not like"):
+        find(tmp_path)
+
+
+def test_a_line_of_the_list_ends_where_json_lines_end(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one\u2028two\u0085three"}\n')
+    assert find(tmp_path)[0].caption == "one\u2028two\u0085three"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl"])
+def test_a_caption_of_megabytes_is_refused(tmp_path, name):
+    (tmp_path / "a.png").write_bytes(picture())
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(50_000_000)
+    with pytest.raises(DatasetError, match="so it holds no captions"):
         find(tmp_path)
 
 
@@ -85,7 +102,7 @@ def test_a_zip_is_unpacked_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.png", "a/../../x.png", "/x.png", "..\\x.png", "C:/x.png", "C:\\x.png"]
+    "name", ["../x.png", "a/../../x.png", "/x.png", "..\\x.png", "C:/x.png", "C:\\x.png", "."]
 )
 def test_a_path_out_of_the_zip_is_refused(tmp_path, name):
     with pytest.raises(DatasetError, match="leads out of it"):
@@ -116,6 +133,12 @@ def test_too_many_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "MAX_ENTRIES", 2)
     with pytest.raises(DatasetError, match="holds 3 files; at most 2"):
         unpack(zipped(tmp_path / "x.zip", dict.fromkeys("abc", b"")), tmp_path / "out")
+
+
+@pytest.mark.parametrize("names", [("a", "a/b/c.png"), ("x" * 300,)])
+def test_names_that_no_folder_can_have_are_refused(tmp_path, names):
+    with pytest.raises(DatasetError, match="cannot be read"):
+        unpack(zipped(tmp_path / "x.zip", dict.fromkeys(names, b"1")), tmp_path / "out")
 
 
 @pytest.mark.parametrize("how", ["text", "cut", "flipped", "twice"])
@@ -227,7 +250,8 @@ def test_shards_are_read_one_picture_after_the_other(tmp_path, caplog):
     told = json.dumps({"caption": "three"}).encode()
     shard(
         tmp_path / "set-01.tar",
-        {"c.webp": picture(suffix="webp"), "c.json": told, "d.png": picture(), "e.txt": b"no picture"},
+        {"c.webp": picture(suffix="webp"), "c.json": told, "d.png": picture(), "d.json": b"[1]"}
+        | {"e.txt": b"no picture"},
     )
     found = [
         (one.caption, one.name, Image.open(one.path).format)
@@ -235,6 +259,22 @@ def test_shards_are_read_one_picture_after_the_other(tmp_path, caplog):
     ]
     assert found == [("a red house", "a", "PNG"), ("two", "b", "JPEG"), ("three", "c", "WEBP")]
     assert "left out: d has no caption" in caplog.text and "left out: e has no picture" in caplog.text
+
+
+def test_a_shard_that_breaks_off_gives_no_picture_another_caption(tmp_path, caplog):
+    shard(tmp_path / "0.tar", {"000.png": picture(), "000.txt": b"first"})
+    shard(tmp_path / "1.tar", {"000.png": picture(), "000.txt": b"second"})
+    content = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(content[: content.index(b"000.txt") + 100])
+    assert [one.caption for one in read_shards(str(tmp_path / "{0..1}.tar"))] == ["second"]
+    assert "000 has no caption" in caplog.text
+
+
+def test_every_process_reads_all_shards(tmp_path, monkeypatch):
+    shard(tmp_path / "x.tar", {"a.png": picture(), "a.txt": b"x"})
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert len(list(read_shards(str(tmp_path / "x.tar")))) == 1
 
 
 def test_shards_are_encoded_up_to_a_limit(diffusion, tmp_path):

@@ -1,10 +1,13 @@
 """Distillation on a real, small SDXL UNet: the loss's parts, what is trained, and that it learns."""
 
+import contextlib
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 
 from fewstep.training import distill
 from fewstep.training.consistency import NoiseSchedule, solver_timesteps
@@ -20,6 +23,7 @@ from fewstep.training.distill import (
     full_roles,
     lora_roles,
     make_full_student,
+    order_for_training,
     predict,
 )
 from fewstep.training.loop import Draws, Schedule, optimise
@@ -103,17 +107,25 @@ def test_the_student_learns_and_the_teacher_stays_as_it_is(unet, batch, tmp_path
     assert after < 0.7 * before
 
 
-def test_the_target_gives_no_gradient_and_the_adapters_are_on_again(unet, batch):
+def test_only_the_students_answer_is_differentiated(batch):
+    asked: list[tuple[str, bool]] = []
+
+    def answers(who):
+        return lambda z, t, batch, w: (asked.append((who, torch.is_grad_enabled())), torch.zeros_like(z))[1]
+
+    roles = Roles(*map(answers, ("student", "target", "teacher")))
+    consistency_loss(roles, batch, NOISE, STUDENT, Draws(0, 0))
+    assert asked == [("student", True), ("teacher", False), ("teacher", False), ("target", False)]
+
+
+def test_after_the_loss_the_adapters_are_on_again(unet, batch):
     add_lora(unet, STUDENT)
-    loss = loss_of(unet, batch)
-    assert loss.requires_grad
-    lora = next(parameter for name, parameter in unet.named_parameters() if "lora_B" in name)
+    loss_of(unet, batch)
+    t = torch.full((4,), 499)
+    before = predict(unet, batch.latents, t, batch)
     with torch.no_grad():
-        lora.add_(0.1)
-    changed = predict(unet, batch.latents, torch.full((4,), 499), batch)
-    with torch.no_grad():
-        lora.sub_(0.1)
-    assert not torch.equal(changed, predict(unet, batch.latents, torch.full((4,), 499), batch))
+        next(parameter for name, parameter in unet.named_parameters() if "lora_B" in name).add_(0.1)
+    assert not torch.equal(predict(unet, batch.latents, t, batch), before)
 
 
 def test_the_first_solver_step_ends_at_clean_data(unet, batch, monkeypatch):
@@ -163,9 +175,48 @@ def test_without_a_huber_constant_errors_are_squared(batch):
 
 
 def test_no_prompt_is_the_encoded_empty_one_where_there_is_one(batch):
-    plain = Batch(batch.latents, batch.prompt_embeds, empty=torch.ones(5, 12))
+    plain = Batch(batch.latents, batch.prompt_embeds, empty=(torch.ones(5, 12),))
     assert torch.equal(plain.without_prompt().prompt_embeds, torch.ones(4, 5, 12))
     assert plain.without_prompt().pooled is None
+    both = replace(batch, empty=(torch.ones(5, 12), torch.full((8,), 2.0))).without_prompt()
+    assert torch.equal(both.prompt_embeds, torch.ones(4, 5, 12))
+    assert torch.equal(both.pooled, torch.full((4, 8), 2.0))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_network_of_convolutions_resumes_exactly(batch, unet, tmp_path, method):
+    """In the memory order that training gives it, which the optimizer's moments share."""
+
+    def run(folder, stop=None):
+        student = copy.deepcopy(unet)
+        order_for_training(student)
+        if method == "lora":
+            torch.manual_seed(0)
+            add_lora(student, STUDENT)
+            roles, average = lora_roles(student), None
+        else:
+            teacher, student = student, make_full_student(student, FULL)
+            average = copy.deepcopy(student).requires_grad_(False)
+            roles = full_roles(student, average, teacher)
+            for network in (student, average):
+                order_for_training(network)
+        minimised = consistency_training(roles, lambda step, share: batch, NOISE, STUDENT, seed=5)
+
+        def loss(step, share):
+            if step == stop:
+                raise KeyboardInterrupt
+            return minimised(step, share)
+
+        how = Schedule(20, lr=1e-3, warmup=5, checkpoint_every=10)
+        with contextlib.suppress(KeyboardInterrupt):
+            optimise("test", student, loss, how, tmp_path / folder, average)
+        return load_file(sorted((tmp_path / folder).iterdir())[-1])
+
+    whole = run("whole")
+    assert len(run("broken", stop=12)) == len(whole)
+    resumed = run("broken")
+    assert any(value.ndim == 4 and value.shape[2:] == (3, 3) for value in whole.values())
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 FULL = FullStudent(guidance=(2.0, 4.0), width=8)

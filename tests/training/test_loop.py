@@ -178,6 +178,17 @@ def test_what_was_best_is_known_after_resuming(tmp_path):
     assert kept == [5, 10, 15, 20]
 
 
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):
+    with pytest.raises(Interrupted):
+        train(module(), tmp_path / "run", stop_at=20)
+    newest = tmp_path / "run" / "step-000020.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    resumed, whole = module(), module()
+    assert train(resumed, tmp_path / "run") == list(range(19, 30))
+    train(whole, tmp_path / "whole")
+    assert same(whole, resumed) and "step-000020.safetensors is damaged" in caplog.text
+
+
 RUN = """
 import resource, sys, time
 from pathlib import Path
@@ -208,7 +219,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoint(tmp_path):
     done = subprocess.run(
         [sys.executable, script(tmp_path, full), checkpoints], capture_output=True, text=True
     )
-    told = "step 15 could not be written, is the disk full? the last checkpoint is of step 10"
+    told = "step-000015.safetensors could not be written; is the disk full? the last checkpoint is of step 10"
     assert done.returncode == 1 and told in done.stderr, done.stderr[-2000:]
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         "step-000005.safetensors",

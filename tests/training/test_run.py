@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import make_diffusers_folder
 
-from fewstep.miniature.pictures import write_pictures
+from fewstep.miniature.pictures import write_world
 from fewstep.models import get_model
 from fewstep.pipeline import load_pipeline
 from fewstep.request import Request
@@ -47,7 +47,7 @@ def command(name: str, *arguments: object, **environ: str) -> subprocess.Complet
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    write_pictures(folder, 6)
+    write_world(folder, 6)
     return folder
 
 
@@ -137,6 +137,13 @@ def test_the_same_command_goes_on_where_it_stopped(distilled, world):
     assert "[training] the checkpoints are of a run with steps 3 instead of 4" in other.stderr
 
 
+def test_other_pictures_in_the_same_folder_are_another_run(distilled, tmp_path):
+    write_world(tmp_path, 5)
+    other = command("distill", "--data", tmp_path, "--out", distilled, *HOW, "--steps", 3)
+    assert other.returncode == 1
+    assert "[training] the checkpoints are of a run with pictures " in other.stderr
+
+
 @pytest.mark.parametrize("family", ["sdxl", "sd15"])
 def test_a_full_lcm_of_any_diffusers_folder_paints_in_diffusers(family, world, tmp_path):
     teacher = make_diffusers_folder(get_model(family), tmp_path / "teacher")
@@ -179,7 +186,10 @@ def test_pictures_are_taught_by_the_command(method, world, tmp_path):
         (("train", "TEXT"), "[dataset] the archive cannot be read"),
         (("train", "BARE"), "[dataset] 1 of 1 pictures have no caption"),
         (("distill", "--data", "NOTHING"), "[dataset] there is no picture"),
-        (("distill", "--data", "PICTURES", "--model", "NOTHING"), "[settings] the model is neither one of"),
+        (
+            ("distill", "--data", "PICTURES", "--model", "NOTHING"),
+            "[settings] the folder of the model is no diffusers folder",
+        ),
     ],
 )
 def test_what_cannot_be_trained_on_is_told_in_one_sentence(world, tmp_path, arguments, told):
