@@ -19,6 +19,8 @@ def test_codes_are_the_published_ones():
         "weights",
         "download",
         "settings",
+        "dataset",
+        "training",
         "generation_failed",
         "safety_check_failed",
         "unsafe",
