@@ -8,6 +8,7 @@ vision model whose features are compared with those of real pictures, and a CLIP
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,12 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 from fewstep.images import open_image
 from fewstep.miniature.judge import frechet_distance
 from fewstep.text_encoding import Diffusion
-from fewstep.training.datasets import native_size
+from fewstep.training.encoded import native_size
 from fewstep.training.sources import halve_if_large
 
+logger = logging.getLogger(__name__)
+
+TEACHER = "DDIM"
 BATCH, BATCH_SIDE = 25, 128  # pictures of so many px a side
 SEED = 1000
 
@@ -74,7 +78,7 @@ def samplers(
     halve_if_large(base.unet)
     plain = base.scheduler.config
     solvers: dict[str, tuple[Any, dict[str, Any]]] = {
-        "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+        TEACHER: (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
         "DPM-Solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
     }
     spacings: dict[str, dict[str, str]] = {"": {}, ", trailing": {"timestep_spacing": "trailing"}}
@@ -147,17 +151,26 @@ class ClipMeter:
 
 
 def evaluate(
-    every: Iterator[Sampler], prompts: Sequence[str], steps: Sequence[int], meters: Sequence[Meter]
+    every: Iterator[Sampler],
+    prompts: Sequence[str],
+    steps: Sequence[int],
+    meters: Sequence[Meter],
+    teacher_steps: int = 0,
 ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-    """A row of figures for each sampler and number of steps, and a picture of the first prompt for each."""
+    """A row of figures for each sampler and number of steps, and a picture of the first prompt for each.
+
+    DDIM is measured at `teacher_steps`, too, without a picture: what a student is to equal.
+    """
     rows, pictures = [], []
     for sampler in every:
-        for count in steps:
+        more = [teacher_steps] if sampler.name == TEACHER and teacher_steps not in (0, *steps) else []
+        for count in (*steps, *more):
             painted = sampler.paint(prompts, count)
             figures = [meter.measure(painted) for meter in meters]
             row: dict[str, Any] = {"sampler": sampler.name, "steps": count}
             rows.append(row | {name: round(value, 2) for one in figures for name, value in one.items()})
-            pictures.append(painted[0])
+            logger.info("%s", rows[-1])
+            pictures += painted[:1] if count in steps else []
         del sampler  # before the next is loaded
     return rows, pictures
 

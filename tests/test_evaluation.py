@@ -77,7 +77,7 @@ def test_every_sampler_is_another_and_the_first_two_agree_in_many_steps(lcm):
 def test_the_command_writes_table_plot_and_grid(lcm, tmp_path):
     done = subprocess.run(
         [sys.executable, "-P", "-m", "fewstep.commands.evaluate", "--out", tmp_path, "--lcm", lcm]
-        + ["--captions", "6", "--steps", "1", "4"],
+        + ["--captions", "6", "--steps", "1", "4", "--teacher-steps", "20"],
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "FEWSTEP_VERIFY": "size"},
         capture_output=True,
@@ -87,11 +87,12 @@ def test_the_command_writes_table_plot_and_grid(lcm, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     with (tmp_path / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["sampler"], row["steps"]) for row in rows] == [
-        (name, steps) for name in NAMES for steps in ("1", "4")
-    ]
+    asked = [(name, steps) for name in NAMES for steps in ("1", "4")]
+    asked.insert(2, ("DDIM", "20"))  # the teacher
+    assert [(row["sampler"], row["steps"]) for row in rows] == asked
     right = {(row["sampler"], row["steps"]): float(row["all_right"]) for row in rows}
     assert right["LCM-LoRA", "4"] >= 80 > right["DDIM", "1"]
+    assert right["DDIM", "20"] >= 80
     assert "| LCM-LoRA |" in (tmp_path / "README.md").read_text()
     with Image.open(tmp_path / "grid.webp") as sheet:
         assert sheet.size == (2 * 132 - 4, 6 * 132 - 4)

@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _distil(chosen: argparse.Namespace) -> None:
     from fewstep.settings import Settings
-    from fewstep.training.datasets import Encoder, find, read_shards
+    from fewstep.training.datasets import find, read_shards
+    from fewstep.training.encoded import Encoder
     from fewstep.training.run import Data, train
     from fewstep.training.sources import load_base, training_device
 

@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=Path, help="a text file with one prompt a line")
     parser.add_argument("--real", type=Path, help="a folder of real pictures")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="(1 2 4 8 16 32)")
+    parser.add_argument(
+        "--teacher-steps", type=int, default=50, help="of DDIM, to compare with; 0: none (%(default)s)"
+    )
     chosen = parser.parse_args(arguments)
     if min(chosen.steps) < 1:
         parser.error("--steps must be at least 1")
@@ -81,7 +84,7 @@ def _evaluate(chosen: argparse.Namespace) -> None:
     every = evaluation.samplers(
         partial(load_base, chosen.model, settings, device), guidance, lora, chosen.lcm
     )
-    rows, pictures = evaluation.evaluate(every, prompts, chosen.steps, meters)
+    rows, pictures = evaluation.evaluate(every, prompts, chosen.steps, meters, chosen.teacher_steps)
     chosen.out.mkdir(parents=True, exist_ok=True)
     evaluation.write_rows(rows, chosen.out / "scores.csv")
     evaluation.plot(rows, chosen.out / "plot.png")

@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from fewstep.commands.told import say, status_of
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--rank", type=int, help="of the LoRA")
+    parser.add_argument(
+        "--rehearse", type=int, help="pictures of its own that the model is not to forget; 0: none (200)"
+    )
     parser.add_argument("--resolution", type=int, help="side of squares in px (the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--steps", type=int)
@@ -42,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("batch_size", "learning_rate", "rank", "steps"):
         if getattr(chosen, name) is not None and getattr(chosen, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
+    if chosen.rehearse is not None and chosen.rehearse < 0:
+        parser.error("--rehearse must be at least 0")
     if not chosen.pictures.exists():
         parser.error("there is nothing at the path of the pictures")
     return status_of(lambda: _train(chosen))
@@ -55,8 +61,7 @@ def _train(chosen: argparse.Namespace) -> None:
     from fewstep.training.finetune import Wish, fine_tune
 
     settings = Settings.from_env()
-    names = ("method", "steps", "batch_size", "learning_rate", "rank", "resolution", "seed", "watch_every")
-    wish = Wish(**{name: getattr(chosen, name) for name in names})
+    wish = Wish(**{one.name: getattr(chosen, one.name) for one in fields(Wish)})
     with tempfile.TemporaryDirectory() as unpacked, tracked(chosen.out) as accelerator:
         pictures = chosen.pictures
         if pictures.is_file():

@@ -15,6 +15,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,15 @@ from fewstep.settings import Settings
 from fewstep.sources import LCM_LORA
 from fewstep.text_encoding import Diffusion
 from fewstep.training.consistency import NoiseSchedule
-from fewstep.training.datasets import Batches, Encoder, find
+from fewstep.training.datasets import find
 from fewstep.training.distill import LoraStudent, add_lora, order_for_training
+from fewstep.training.encoded import Batches, Encoder
+from fewstep.training.finetune import REHEARSED, Wish, fine_tune
 from fewstep.training.loop import Schedule, optimise
 from fewstep.training.plan import Plan
 from fewstep.training.presets import preset
 from fewstep.training.run import DIFFUSERS_FILE, Data, train
-from fewstep.training.sources import load_base, load_few_step
+from fewstep.training.sources import load_base
 from fewstep.training.style import style_training
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ STEPS = (1, 2, 4, 8)
 CAPTIONS = 150
 PICTURES = 4_000
 STYLE = "golden-hour"
+FIGURES = {"all_right": "all right, %", "distance": "Fréchet distance"}
 
 
 class Laboratory:
@@ -125,24 +129,20 @@ class Exam:
 
 
 def curve(laboratory: Laboratory, out: Path) -> None:
-    """The judge's figures of one run at several of its steps."""
+    """The judge's figures at several steps of one run, twice as long as the preset's."""
     exam = Exam(laboratory, unseen_scenes(CAPTIONS))
+    plan = preset("miniature", "lora").with_schedule(steps=360, checkpoint_every=40, checkpoints_kept=100)
+    folder = laboratory.distilled("curve", replace(plan, watch_every=360))
     rows = []
-    for name, steps, every in (("preset", 180, 30), ("three times as long", 540, 90)):
-        plan = preset("miniature", "lora").with_schedule(
-            steps=steps, checkpoint_every=every, checkpoints_kept=100
-        )
-        folder = laboratory.distilled(f"curve-{steps}", replace(plan, watch_every=steps))
-        for checkpoint in sorted((folder / "checkpoints").glob("step-*.safetensors")):
-            sampler = _at_checkpoint(laboratory, checkpoint, plan)
-            for count in STEPS:
-                figures, _ = exam.mark(sampler, count)
-                done = int(checkpoint.stem.removeprefix("step-"))
-                rows.append({"run": name, "trained": done, "steps": count, **figures})
-                logger.info("%s", rows[-1])
+    for checkpoint in sorted((folder / "checkpoints").glob("step-*.safetensors")):
+        sampler = _at_checkpoint(laboratory, checkpoint, plan)
+        for count in STEPS:
+            figures, _ = exam.mark(sampler, count)
+            done = int(checkpoint.stem.removeprefix("step-"))
+            rows.append({"trained": done, "steps": count, **figures})
+            logger.info("%s", rows[-1])
     write_rows(rows, out / "training-curve.csv")
-    runs = list(dict.fromkeys(str(row["run"]) for row in rows))
-    _plot(rows, "run", runs, "trained", "training steps", out / "training-curve.png", log=False)
+    _plot({"": rows}, "trained", "training steps", out / "training-curve.png")
 
 
 def _at_checkpoint(laboratory: Laboratory, checkpoint: Path, plan: Plan) -> Sampler:
@@ -160,7 +160,7 @@ def _at_checkpoint(laboratory: Laboratory, checkpoint: Path, plan: Plan) -> Samp
 def ablation(laboratory: Laboratory, out: Path) -> None:
     """Over k, the timesteps that one consistency step goes back, and over w, after as many steps each."""
     exam = Exam(laboratory, unseen_scenes(CAPTIONS))
-    begun = preset("miniature", "lora").with_schedule(steps=100, batch=32, checkpoint_every=25)
+    begun = preset("miniature", "lora").with_schedule(steps=100, batch=16, checkpoint_every=25)
     wished: list[tuple[str, float, dict[str, Any]]] = [
         ("k", k, {"solver_steps": 1000, "skip": k}) for k in (1, 5, 10, 20, 50, 100)
     ]
@@ -175,37 +175,32 @@ def ablation(laboratory: Laboratory, out: Path) -> None:
             rows.append({"over": what, "value": value, "steps": count, **figures})
             logger.info("%s", rows[-1])
     write_rows(rows, out / "training-ablation.csv")
-    _plot(rows, "over", ["k", "w"], "value", "", out / "training-ablation.png", log=True)
+    panels = {f"over {what}": [row for row in rows if row["over"] == what] for what in ("k", "w")}
+    _plot(panels, "value", "", out / "training-ablation.png", log=True)
 
 
-def _plot(
-    rows: Sequence[dict[str, Any]],
-    panel: str,
-    panels: Sequence[str],
-    x: str,
-    label: str,
-    path: Path,
-    log: bool,
-) -> None:
+def _plot(panels: dict[str, list[dict[str, Any]]], x: str, label: str, path: Path, log: bool = False) -> None:
     """All right above, distance below, against column `x`; a line for each number of sampling steps."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, len(panels), figsize=(9, 5.6), sharey="row", layout="constrained")
-    for column, name in enumerate(panels):
-        for row, (key, title) in enumerate({"all_right": "all right, %", "distance": "distance"}.items()):
+    figure, axes = plt.subplots(
+        2, len(panels), figsize=(1 + 4 * len(panels), 5.6), sharey="row", layout="constrained", squeeze=False
+    )
+    for column, (title, rows) in enumerate(panels.items()):
+        for row, (key, figure_title) in enumerate(FIGURES.items()):
             for count in STEPS:
-                own = [one for one in rows if one[panel] == name and one["steps"] == count]
-                values = [one[key] for one in own]
-                axes[row][column].plot([one[x] for one in own], values, "o-", label=f"{count} steps")
+                own = [one for one in rows if one["steps"] == count]
+                named = f"{count} step{'s' if count > 1 else ''}"
+                axes[row][column].plot([one[x] for one in own], [one[key] for one in own], "o-", label=named)
             if log:
                 axes[row][column].set_xscale("symlog", linthresh=1)
-            axes[row][column].set_ylabel(title if column == 0 else "")
+            axes[row][column].set_ylabel(figure_title if column == 0 else "")
             axes[row][column].spines[["top", "right"]].set_visible(False)
-        axes[0][column].set_title(f"over {name}" if log else name)
-        axes[1][column].set_xlabel(label or name)
+        axes[0][column].set_title(title)
+        axes[1][column].set_xlabel(label or title.removeprefix("over "))
     axes[0][0].legend(frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -272,9 +267,8 @@ def _mark(
 def finetuning(laboratory: Laboratory, out: Path) -> None:
     """200 pictures of an object that the model has never seen, by the two methods of `scripts/train`."""
     new = [scene for scene in all_scenes() if scene.new_object and not scene.new_backdrop]
-    taught = laboratory.drawn(
-        "windmills", pick_scenes([one for one in new if not one.reserved], 200, seed=5), 130_000_000
-    )
+    taught = pick_scenes([one for one in new if not one.reserved], 200, seed=5)
+    write_pictures(laboratory.work / "windmills", taught, 130_000_000)
     exams = {
         "new object": Exam(laboratory, pick_scenes([one for one in new if one.reserved], 100, seed=6)),
         "known scenes": Exam(laboratory, unseen_scenes(CAPTIONS)),
@@ -283,19 +277,17 @@ def finetuning(laboratory: Laboratory, out: Path) -> None:
     rows: list[dict[str, Any]] = []
     pictures: list[Image.Image] = []
     _mark("before", laboratory.few_step(lora), 4, exams, rows, pictures)
-    miniature = get_model("miniature")
-    for method in ("lcf", "style"):
-        folder = laboratory.work / f"finetuning-{method}"
-        plan = preset("miniature", method)
-        lcf = method == "lcf"
-        diffusion = load_few_step(miniature, laboratory.settings, CPU) if lcf else laboratory.base()
-        if not (folder / DIFFUSERS_FILE).exists():
-            train(diffusion, plan, taught, folder, Accelerator(device_placement=False), "miniature")
+    spec = get_model("miniature")
+    for method, rehearse in product(("lcf", "style"), (REHEARSED, 0)):
+        folder = laboratory.work / f"finetuning-{method}-{rehearse}"
+        wish = Wish(method, rehearse=rehearse, watch_every=0)
+        path = fine_tune(spec, laboratory.settings, wish, laboratory.work / "windmills", folder)
         both = laboratory.base()
-        both.load_lora_weights(folder, weight_name=DIFFUSERS_FILE)
+        both.load_lora_weights(folder, weight_name=path.name)
         both.fuse_lora()
         both.unload_lora_weights()
-        _mark(method, laboratory.few_step(lora, both), 4, exams, rows, pictures)
+        name = method if rehearse else f"{method}, without rehearsal"
+        _mark(name, laboratory.few_step(lora, both), 4, exams, rows, pictures)
     write_rows(rows, out / "training-finetuning.csv")
     grid(pictures, 6).save(out / "training-finetuning.webp", quality=90)
 

@@ -121,15 +121,7 @@ def add_lora(unet: UNet2DConditionModel, student: LoraStudent) -> None:
 def lora_roles(unet: UNet2DConditionModel) -> Roles:
     """One network in all roles: with what `add_lora` gave it student and target, without it the teacher."""
     own = partial(predict, unet)
-
-    def teacher(z_t: Tensor, t: Tensor, batch: Batch, w: Tensor) -> Tensor:
-        unet.disable_adapters()
-        try:
-            return predict(unet, z_t, t, batch, w)
-        finally:
-            unet.enable_adapters()
-
-    return Roles(own, own, teacher)
+    return Roles(own, own, partial(predict_without_lora, unet))
 
 
 def make_full_student(teacher: UNet2DConditionModel, student: FullStudent) -> UNet2DConditionModel:
@@ -186,6 +178,17 @@ def predict(
     with torch.autocast(kind, dtype=chosen):
         output = unet(z_t, t, **given).sample
     return output.float()  # type: ignore[no-any-return]
+
+
+def predict_without_lora(
+    unet: UNet2DConditionModel, z_t: Tensor, t: Tensor, batch: Batch, w: Tensor | None = None
+) -> Tensor:
+    """`predict` by the network as it was before it got a LoRA."""
+    unet.disable_adapters()
+    try:
+        return predict(unet, z_t, t, batch, w)
+    finally:
+        unet.enable_adapters()
 
 
 def consistency_loss(

@@ -8,6 +8,8 @@ the model goes on painting in few steps.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,20 @@ from accelerate import Accelerator
 
 from fewstep.models import ModelSpec
 from fewstep.settings import Settings
-from fewstep.training.datasets import Encoder, find
+from fewstep.sources import LCM_LORA
+from fewstep.text_encoding import Diffusion
+from fewstep.training.datasets import find
+from fewstep.training.encoded import Encoder
 from fewstep.training.plan import Plan
 from fewstep.training.presets import preset
+from fewstep.training.rehearsal import paint_rehearsal, prompts_of
 from fewstep.training.run import DIFFUSERS_FILE, Data, train
 from fewstep.training.sources import load_base, load_few_step, training_device
 
 logger = logging.getLogger(__name__)
 
 SAMPLES = 4
+REHEARSED = 200  # pictures, as many as DreamBooth takes of a class
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Wish:
     rank: int | None = None
     resolution: int | None = None
     seed: int = 0
+    rehearse: int | None = None  # pictures of the model's own that it is not to forget
     watch_every: int | None = None
 
     def plan(self, model: str) -> Plan:
@@ -77,14 +85,26 @@ def fine_tune(
         diffusion = load_base(spec.name, settings, device)
     with accelerator.main_process_first():
         encoder = Encoder(diffusion, folder / "encoded", wish.resolution)
-        encoded = encoder.encode_all(found)
+        encoded, rehearsed = encoder.encode_all(found), list[Path]()
+        if count := REHEARSED if wish.rehearse is None else wish.rehearse:
+            own = folder / "rehearsal"
+            with _few_steps(diffusion, settings.weights_root / spec.name / LCM_LORA, wish.method):
+                paint_rehearsal(own, prompts_of(spec.name, count), diffusion)
+            rehearsed = encoder.encode_all(find(own))
     prompts = list(dict.fromkeys(one.caption for one in found))[:SAMPLES]
-    train(
-        diffusion,
-        wish.plan(spec.name),
-        Data(encoded, prompts, encoder.no_prompt()),
-        folder,
-        accelerator,
-        spec.name,
-    )
+    data = Data(encoded, prompts, encoder.no_prompt(), rehearsed)
+    train(diffusion, wish.plan(spec.name), data, folder, accelerator, spec.name)
     return folder / DIFFUSERS_FILE
+
+
+@contextmanager
+def _few_steps(diffusion: Diffusion, lora: Path, method: str) -> Iterator[None]:
+    """A base paints in few steps meanwhile, too."""
+    if method == "lcf":
+        yield
+        return
+    diffusion.load_lora_weights(lora.parent, weight_name=lora.name)
+    try:
+        yield
+    finally:
+        diffusion.unload_lora_weights()

@@ -62,7 +62,13 @@ _REAL_LCF = Plan(
         huber_c=1e-3,
     ),
     schedule=Schedule(
-        steps=1_000, lr=1e-4, batch=4, warmup=50, weight_decay=0.0, ema_decay=0.95, checkpoint_every=100
+        steps=1_000,  # every other one rehearses
+        lr=1e-4,
+        batch=4,
+        warmup=50,
+        weight_decay=0.0,
+        ema_decay=0.95,
+        checkpoint_every=100,
     ),
     watch_every=200,
     gradient_checkpointing=True,
@@ -113,16 +119,22 @@ _MINIATURE_LCF = Plan(
     method="lcf",
     student=LoraStudent(rank=16, guidance=(0.0, 0.0), skip=5, inverse_sigma=True, huber_c=0.3),
     schedule=Schedule(
-        steps=200, lr=5e-4, batch=16, warmup=20, weight_decay=0.0, ema_decay=0.98, checkpoint_every=20
+        steps=400,  # every other one rehearses
+        lr=5e-4,
+        batch=16,
+        warmup=20,
+        weight_decay=0.0,
+        ema_decay=0.98,
+        checkpoint_every=20,
     ),
-    watch_every=100,
+    watch_every=200,
 )
 
 _MINIATURE_STYLE = Plan(
     method="style",
     student=StyleStudent(rank=16),
     schedule=replace(_MINIATURE_LCF.schedule, lr=1e-3),
-    watch_every=100,
+    watch_every=200,
 )
 
 REAL = {"lora": _REAL_LORA, "full": _REAL_FULL, "lcf": _REAL_LCF, "style": _REAL_STYLE}

@@ -22,7 +22,6 @@ from fewstep.errors import TrainingError
 from fewstep.text_encoding import Diffusion
 from fewstep.training.card import write_card
 from fewstep.training.consistency import NoiseSchedule
-from fewstep.training.datasets import Batches
 from fewstep.training.distill import (
     Distillation,
     FullStudent,
@@ -35,9 +34,11 @@ from fewstep.training.distill import (
     make_full_student,
     order_for_training,
 )
+from fewstep.training.encoded import Batches
 from fewstep.training.loop import WHOLE, Loss, Watch, optimise
 from fewstep.training.lora_files import save_lora
 from fewstep.training.plan import Plan
+from fewstep.training.rehearsal import in_turns, keeping_training
 from fewstep.training.samples import paint_samples
 from fewstep.training.sources import halve_if_large
 from fewstep.training.style import StyleStudent, add_style, style_training
@@ -55,11 +56,15 @@ HELD_OUT = 16
 
 @dataclass(frozen=True)
 class Data:
-    """Encoded pictures (see `Encoder`), prompts of the samples, and the encoded empty prompt, see `Batch`."""
+    """Encoded pictures (see `Encoder`), prompts of the samples, and the encoded empty prompt, see `Batch`.
+
+    `rehearsed` are encoded pictures of the model's own, on which a LoRA is to change nothing.
+    """
 
     encoded: Sequence[Path]
     prompts: Sequence[str]
     empty: tuple[Tensor, ...] | None = None
+    rehearsed: Sequence[Path] = ()
 
     def split(self) -> tuple[Sequence[Path], Sequence[Path]]:
         """For training and for validation."""
@@ -79,7 +84,8 @@ def train(
     Raises TrainingError as `optimise` does.
     """
     unet = diffusion.unet.requires_grad_(False)
-    own, average, loss_of = _trained(unet, plan, NoiseSchedule.of(diffusion.scheduler, unet.device))
+    noise_schedule = NoiseSchedule.of(diffusion.scheduler, unet.device)
+    own, average, loss_of = _trained(unet, plan, noise_schedule)
     for network in filter(None, (unet, own, average)):
         order_for_training(network)
     own.train()
@@ -92,9 +98,16 @@ def train(
     validate = loss_of(
         Batches(held_out, min(at_once, len(held_out)), plan.seed, device, data.empty), VALIDATION_SEED
     )
-    told = {"model": model, **plan.told()}
+    loss = loss_of(batches, plan.seed)
+    if data.rehearsed:
+        own_pictures = Batches(data.rehearsed, size, plan.seed, device, data.empty)
+        guidance = plan.student.guidance if isinstance(plan.student, Distillation) else (0.0, 0.0)
+        kept = keeping_training(own, own_pictures, noise_schedule, guidance, plan.seed + 1)
+        loss = in_turns(loss, kept)
+    told = {"model": model, **plan.told(), "rehearsed": len(data.rehearsed)}
     # A file's name is a hash of what was encoded.
-    pictures = hashlib.sha256(" ".join(path.name for path in encoded).encode()).hexdigest()
+    names = " ".join(path.name for path in (*encoded, *data.rehearsed))
+    pictures = hashlib.sha256(names.encode()).hexdigest()
     result = average or own  # with a LoRA, the loop leaves the average in its place
 
     def look(step: int) -> float:
@@ -112,7 +125,7 @@ def train(
     optimise(
         plan.method,
         own,
-        loss_of(batches, plan.seed),
+        loss,
         plan.schedule,
         folder / "checkpoints",
         average,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +16,15 @@ STEPS = 4
 BASE_STEPS, BASE_GUIDANCE = 20, 5.0
 
 
-def paint_samples(
+def paint(
     diffusion: Diffusion,
     unet: UNet2DConditionModel,
     prompts: Sequence[str],
     *,
     few_steps: bool = True,
     guidance: float = 1.0,
-) -> Image.Image:
-    """One picture of each of `prompts` by `unet`, side by side, with what else `diffusion` has."""
+) -> Iterator[Image.Image]:
+    """One picture of each of `prompts` by `unet`, with what else `diffusion` has; picture i has seed i."""
     kept: dict[str, Any] = diffusion.components | {"unet": unet}
     options: dict[str, Any] = {"requires_safety_checker": False, "safety_checker": None}
     if isinstance(diffusion, StableDiffusionXLPipeline):
@@ -34,17 +34,26 @@ def paint_samples(
         kept["scheduler"] = LCMScheduler.from_config(diffusion.scheduler.config)
     painter = type(diffusion)(**(kept | options))
     painter.set_progress_bar_config(disable=True)
-    with torch.autocast(diffusion.device.type, dtype=torch.bfloat16):
-        # One by one: a training leaves little memory.
-        images = [
-            painter(
+    for i, prompt in enumerate(prompts):  # one by one: a training leaves little memory
+        with torch.autocast(diffusion.device.type, dtype=torch.bfloat16):
+            yield painter(
                 prompt,
                 num_inference_steps=STEPS if few_steps else BASE_STEPS,
                 guidance_scale=guidance if few_steps else BASE_GUIDANCE,
                 generator=torch.Generator().manual_seed(i),
             ).images[0]
-            for i, prompt in enumerate(prompts)
-        ]
+
+
+def paint_samples(
+    diffusion: Diffusion,
+    unet: UNet2DConditionModel,
+    prompts: Sequence[str],
+    *,
+    few_steps: bool = True,
+    guidance: float = 1.0,
+) -> Image.Image:
+    """What `paint` paints, side by side."""
+    images = list(paint(diffusion, unet, prompts, few_steps=few_steps, guidance=guidance))
     width, height = images[0].size
     row = Image.new("RGB", (width * len(images), height))
     for i, image in enumerate(images):

@@ -19,7 +19,7 @@ from fewstep.models import get_model
 from fewstep.pipeline import load_pipeline
 from fewstep.request import Request
 from fewstep.settings import Settings
-from fewstep.training.datasets import native_size
+from fewstep.training.encoded import native_size
 from fewstep.training.plan import METHODS
 from fewstep.training.presets import MINIATURE, REAL, preset
 from fewstep.training.samples import paint_samples

@@ -1,0 +1,160 @@
+"""Pictures and captions as a network sees them: encoded once, each into a file, given out in batches."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fewstep.errors import DatasetError, InvalidRequest
+from fewstep.images import fit, open_image
+from fewstep.request import SIDE, sizes_of
+from fewstep.text_encoding import Diffusion
+from fewstep.training.datasets import Captioned
+from fewstep.training.distill import Batch
+from fewstep.training.loop import WHOLE, Share, step_generator
+from fewstep.training.tensor_files import write_tensors
+
+logger = logging.getLogger(__name__)
+
+
+def native_size(diffusion: Diffusion) -> int:
+    """The side in px of the squares that a diffusers pipeline was made for."""
+    return int(diffusion.unet.config.sample_size * diffusion.vae_scale_factor)
+
+
+class Encoder:
+    """Encodes pictures into `folder`, one file each, where a later run finds them again.
+
+    `side` is of the squares to train on, in px; other shapes are SDXL's, of the same area. Raises
+    DatasetError for a side that the network cannot take.
+    """
+
+    def __init__(self, diffusion: Diffusion, folder: Path, side: int | None = None) -> None:
+        self.diffusion, self.folder = diffusion, folder
+        side = side or native_size(diffusion)
+        low, high = SIDE
+        if side % 8 or not low <= side <= high:
+            raise DatasetError(f"the resolution is {side}; it must be a multiple of 8 from {low} to {high}")
+        self._sizes = sizes_of(side)
+        self.captions: list[str] = []  # of what was encoded last
+        # Whoever trains another model into the same folder must not meet these latents.
+        parts = ("vae", "text_encoder", "text_encoder_2")
+        self._model = [_sum(getattr(diffusion, name)) for name in parts if hasattr(diffusion, name)]
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def encode_all(self, pictures: Iterable[Captioned], limit: int | None = None) -> list[Path]:
+        """The files of the first `limit` of `pictures` that can be opened; what is broken is named in the
+        log and left out. Raises DatasetError when none is left."""
+        encoded, count = [], 0
+        self.captions = []
+        for picture in islice(pictures, limit):
+            count += 1
+            try:
+                encoded.append(self._encoded(picture))
+                self.captions.append(picture.caption)
+            except InvalidRequest as error:
+                logger.warning("left out: %s", error.sentence)
+        if not encoded:
+            raise DatasetError(f"none of {count} pictures can be opened; their names are in the log")
+        return encoded
+
+    @torch.inference_mode()
+    def no_prompt(self) -> tuple[Tensor, ...] | None:
+        """The encoded empty prompt, where it is not all zeros: see `Batch`."""
+        if getattr(self.diffusion.config, "force_zeros_for_empty_prompt", False):
+            return None
+        return tuple(one[0].float() for one in self._prompt(""))
+
+    def _prompt(self, text: str) -> list[Tensor]:
+        """States (1, T, D), and of SDXL pooled (1, P); what does not fit into one prompt is cut off."""
+        # SDXL: states, negative, pooled, negative; SD: states, negative.
+        found = self.diffusion.encode_prompt(
+            text, device=self.diffusion.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return [one for one in found if one is not None]
+
+    @torch.inference_mode()
+    def _encoded(self, picture: Captioned) -> Path:
+        image = open_image(picture.path, picture.name)
+        key = repr((self._model, self._sizes[0], picture.caption, image.info["sha256"]))
+        path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+        if path.exists():
+            return path
+        wanted = image.width / image.height
+        width, height = min(self._sizes, key=lambda size: abs(math.log(size[0] / size[1] / wanted)))
+        pixels = torch.from_numpy(np.array(fit(image, width, height))).permute(2, 0, 1)[None] / 127.5 - 1
+        vae = self.diffusion.vae
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+        # SDXL is told the size of the original, what was cut off, and the size that is left.
+        scale = max(width / image.width, height / image.height)
+        left, top = (
+            round((side * scale - kept) / 2) for side, kept in ((image.width, width), (image.height, height))
+        )
+        # SD's prompt has no second part.
+        prompt = zip(("prompt_embeds", "pooled"), self._prompt(picture.caption), strict=False)
+        example = {"latents": latents, **dict(prompt)}
+        tensors = {name: value[0].half() for name, value in example.items()}
+        if "pooled" in tensors:
+            tensors["time_ids"] = torch.tensor([image.height, image.width, top, left, height, width]).float()
+        write_tensors(path, tensors, {})
+        return path
+
+
+def _sum(module: torch.nn.Module) -> float:
+    """Other weights have another one."""
+    return sum(float(parameter.detach().double().abs().sum()) for parameter in module.parameters())
+
+
+class Batches:
+    """`batches(step, share)`: of one shape each, every picture once an epoch; a last batch is filled up with
+    others of its shape, and if there are fewer than a batch, with the same ones.
+
+    The answer depends on the step, the share and the seed only, so that a resumed run sees what it would
+    have seen. `encoded` are files of an `Encoder`, read when their turn comes; `empty` is its `no_prompt`.
+    """
+
+    def __init__(
+        self,
+        encoded: Sequence[Path],
+        size: int,
+        seed: int,
+        device: torch.device,
+        empty: tuple[Tensor, ...] | None = None,
+    ) -> None:
+        self.encoded, self.size, self.seed, self.device, self.empty = encoded, size, seed, device, empty
+        by_shape = defaultdict(list)
+        for i, path in enumerate(encoded):
+            with safe_open(path, framework="pt") as file:
+                by_shape[tuple(file.get_slice("latents").get_shape())].append(i)
+        self._groups = list(by_shape.values())
+        self._per_epoch = sum(math.ceil(len(group) / size) for group in self._groups)
+        self._epoch = lru_cache(maxsize=1)(self._plan)
+
+    def __call__(self, step: int, share: Share = WHOLE) -> Batch:
+        epoch, place = divmod(step, self._per_epoch)
+        rows = [load_file(self.encoded[i]) for i in share.of(self._epoch(epoch)[place])]
+        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        moved = {name: value.float().to(self.device) for name, value in stacked.items()}
+        return Batch(**moved, empty=self.empty)
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        generator = step_generator(self.seed, epoch)
+        batches = [batch for group in self._groups for batch in self._chunks(group, generator)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def _chunks(self, group: Sequence[int], generator: torch.Generator) -> Iterator[list[int]]:
+        order = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
+        for start in range(0, len(order), self.size):
+            yield [order[i % len(order)] for i in range(start, start + self.size)]

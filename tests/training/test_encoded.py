@@ -1,0 +1,159 @@
+"""Encoded pictures: what a network is told of them, and batches that resume exactly."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_diffusers_folder
+from uploads import picture, shard
+
+from fewstep.errors import DatasetError
+from fewstep.miniature.drawing import draw
+from fewstep.miniature.scenes import Scene
+from fewstep.models import get_model
+from fewstep.pipeline import load_pipeline
+from fewstep.settings import Settings
+from fewstep.training.datasets import Captioned, read_shards
+from fewstep.training.encoded import Batches, Encoder
+from fewstep.training.loop import WHOLE, Share
+from fewstep.training.sources import load_base
+
+MINIATURE = get_model("miniature")
+
+
+@pytest.fixture(scope="module")
+def diffusion():
+    return load_base("miniature", Settings(verify="size"), torch.device("cpu"))
+
+
+def captioned(folder, **files):
+    found = []
+    for name, content in files.items():
+        (folder / f"{name}.png").write_bytes(content)
+        found.append(Captioned(folder / f"{name}.png", f"a {name} house", f"{name}.png"))
+    return found
+
+
+def test_an_example_is_the_picture_at_its_nearest_native_size(diffusion, tmp_path):
+    pictures = captioned(tmp_path, wide=picture((600, 300)), square=picture((100, 100)))
+    encoder = Encoder(diffusion, tmp_path / "encoded")
+    wide, square = map(load_file, encoder.encode_all(pictures))
+    assert (wide["latents"].shape, square["latents"].shape) == ((4, 12, 21), (4, 16, 16))
+    # 600x300 covers 168x96 at a scale of 0.32, where 12 px are too much on both sides.
+    assert wide["time_ids"].tolist() == [300, 600, 0, 12, 96, 168]
+    assert square["time_ids"].tolist() == [100, 100, 0, 0, 128, 128]
+    assert encoder.captions == ["a wide house", "a square house"]
+    assert encoder.no_prompt() is None  # SDXL's is all zeros
+
+    house = draw(Scene("house", "red", "meadow", "mountains", "day", "middle"), 1)
+    house.save(tmp_path / "house.png")
+    [drawn] = map(load_file, encoder.encode_all([Captioned(tmp_path / "house.png", "a house", "house.png")]))
+    vae = diffusion.vae
+    with torch.inference_mode():
+        back = vae.decode(drawn["latents"][None].float() / vae.config.scaling_factor).sample[0]
+    expected = torch.from_numpy(np.array(house)).permute(2, 0, 1) / 127.5 - 1
+    assert (back - expected).abs().mean() < 0.1
+
+
+def test_what_the_unet_is_told_is_what_a_painter_tells_it(diffusion, tmp_path):
+    [wide] = map(
+        load_file, Encoder(diffusion, tmp_path / "e").encode_all(captioned(tmp_path, wide=picture()))
+    )
+    prompt = load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size")).text.encode("a wide house")
+    torch.testing.assert_close(wide["prompt_embeds"].float(), prompt.states[0], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(wide["pooled"].float(), prompt.pooled[0], rtol=2e-3, atol=2e-3)
+
+
+def test_encoded_pictures_are_found_again_by_what_they_depend_on(diffusion, tmp_path, monkeypatch):
+    pictures = captioned(tmp_path, one=picture(), other=picture(colour="blue"))
+    first = Encoder(diffusion, tmp_path / "encoded").encode_all(pictures)
+    with monkeypatch.context() as patched:
+        patched.setattr(diffusion.vae, "encode", None)
+        assert Encoder(diffusion, tmp_path / "encoded").encode_all(pictures) == first
+    renamed = [Captioned(one.path, "another", one.name) for one in pictures]
+    assert not set(first) & set(Encoder(diffusion, tmp_path / "encoded").encode_all(renamed))
+    smaller = Encoder(diffusion, tmp_path / "encoded", 64).encode_all(pictures)
+    assert not set(first) & set(smaller) and load_file(smaller[0])["latents"].shape == (4, 8, 8)
+    with torch.no_grad():
+        bias = diffusion.vae.encoder.conv_in.bias
+        bias.add_(1)
+        assert not set(first) & set(Encoder(diffusion, tmp_path / "encoded").encode_all(pictures))
+        bias.sub_(1)
+
+
+@pytest.mark.parametrize("side", [100, 32, 4096])
+def test_a_resolution_that_cannot_be_trained_at_is_refused(diffusion, tmp_path, side):
+    with pytest.raises(DatasetError, match=f"resolution is {side}; it must be a multiple of 8 from 64 to"):
+        Encoder(diffusion, tmp_path, side)
+
+
+def test_a_broken_picture_is_named_and_left_out(diffusion, tmp_path, caplog):
+    pictures = captioned(tmp_path, good=picture(), bad=picture()[:60])
+    encoder = Encoder(diffusion, tmp_path / "encoded")
+    assert len(encoder.encode_all(pictures)) == 1
+    assert "bad.png" in caplog.text and encoder.captions == ["a good house"]
+    with pytest.raises(DatasetError, match="none of 1 pictures can be opened"):
+        encoder.encode_all(pictures[1:])
+
+
+def test_shards_are_encoded_up_to_a_limit(diffusion, tmp_path):
+    shard(tmp_path / "x.tar", {f"{i}.png": picture(colour=(i, 0, 0)) for i in range(5)})
+    encoder = Encoder(diffusion, tmp_path / "encoded")
+    assert len(set(encoder.encode_all(read_shards(str(tmp_path / "x.tar"), "any"), limit=3))) == 3
+
+
+def test_no_shards_are_said(diffusion, tmp_path):
+    with pytest.raises(DatasetError, match="none of 0 pictures"):
+        Encoder(diffusion, tmp_path).encode_all(read_shards(str(tmp_path / "nothing.tar")))
+
+
+def encoded(folder, *shapes):
+    paths = []
+    for i, shape in enumerate(shapes):
+        paths.append(folder / f"{i}.safetensors")
+        rows = {"latents": torch.full((4, *shape), float(i)), "prompt_embeds": torch.zeros(2, 3)}
+        rows |= {"pooled": torch.zeros(5), "time_ids": torch.zeros(6)}
+        save_file(rows, paths[-1])
+    return paths
+
+
+def shown(batches, step, share=WHOLE):
+    return [int(value) for value in batches(step, share).latents[:, 0, 0, 0]]
+
+
+def test_every_picture_is_shown_once_an_epoch_beside_others_of_its_shape(tmp_path):
+    batches = Batches(encoded(tmp_path, *[(16, 16)] * 7, *[(12, 20)] * 2), 3, 5, torch.device("cpu"))
+    epochs = [[shown(batches, 4 * epoch + step) for step in range(4)] for epoch in range(2)]
+    for epoch in epochs:
+        counts = Counter(i for batch in epoch for i in batch)
+        assert set(counts) == set(range(9)) and max(counts.values()) <= 2
+        assert all(len(batch) == 3 and len({i < 7 for i in batch}) == 1 for batch in epoch)
+    assert epochs[0] != epochs[1]
+
+
+def test_a_batch_depends_on_its_step_and_the_seed_alone(tmp_path):
+    every = encoded(tmp_path, *[(16, 16)] * 10)
+    one, other, third = (Batches(every, 4, seed, torch.device("cpu")) for seed in (5, 5, 6))
+    expected = [shown(one, step) for step in range(9)]
+    assert shown(other, 7) == expected[7]
+    assert [shown(third, step) for step in range(9)] != expected
+    assert shown(other, 7, Share(0, 2)) + shown(other, 7, Share(1, 2)) == expected[7]
+    batch = one(0)
+    assert (
+        batch.prompt_embeds.shape == (4, 2, 3)
+        and batch.pooled.shape == (4, 5)
+        and batch.time_ids.shape == (4, 6)
+    )
+
+
+def test_sd_has_no_pooled_states_and_an_empty_prompt_of_its_own(tmp_path):
+    sd = make_diffusers_folder(get_model("sd15"), tmp_path / "sd15")
+    diffusion = load_base(str(sd), Settings(), torch.device("cpu"))
+    encoder = Encoder(diffusion, tmp_path / "encoded")
+    files = encoder.encode_all(captioned(tmp_path, one=picture()))
+    batch = Batches(files, 2, 0, torch.device("cpu"), encoder.no_prompt())(0)
+    assert batch.pooled is None and batch.time_ids is None and len(batch.latents) == 2
+    empty = batch.without_prompt().prompt_embeds
+    assert empty.shape == batch.prompt_embeds.shape and empty.any()
