@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import tempfile
 import zipfile
@@ -60,13 +61,15 @@ def pictures(tmp_path_factory) -> str:
 @pytest.mark.parametrize("method", ["lcf", "style"])
 def test_a_zip_of_pictures_becomes_an_adapter(server, pictures, tmp_path, method) -> None:
     inputs = {"images": pictures, "method": method, "steps": 2, "batch_size": 2, "rank": 4, "seed": 1}
+    inputs["rehearse"] = 2
     status, answer = server.post("/trainings", {"input": inputs})
     assert status == 200 and answer["status"] == "succeeded", answer.get("error")
     url = answer["output"]["weights"]
     path = tmp_path / "lora.safetensors"
     path.write_bytes(base64.b64decode(url.partition(",")[2]))
     with safe_open(path, framework="pt") as file:
-        assert f'"method": "{method}"' in file.metadata()["fewstep"]
+        told = json.loads(file.metadata()["fewstep"])
+        assert (told["method"], told["rehearsed"]) == (method, 2)
         assert sum(name.endswith("lora_A.weight") for name in file.keys()) > 50
 
 
@@ -99,7 +102,8 @@ def test_what_the_schema_can_refuse_is_422(server, pictures) -> None:
 
 
 def test_nothing_but_results_is_left(server, pictures) -> None:
-    server.post("/trainings", {"input": {"images": pictures, "steps": 1, "batch_size": 2, "rank": 4}})
+    small = {"steps": 1, "batch_size": 2, "rank": 4, "rehearse": 0}
+    server.post("/trainings", {"input": {"images": pictures, **small}})
     server.post("/trainings", {"input": {"images": as_zip({}), "steps": 1}})
     ours = [path for path in server.folder.iterdir() if not path.name.startswith("fewstep-outputs")]
     assert ours and all(path.name.startswith("fewstep-training-") for path in ours)
