@@ -28,7 +28,7 @@ def train(
     learning_rate: float | None = Input(description="Of AdamW; it falls to zero towards the end. Empty is 0.0001 for the real models.", default=None, ge=0.0000001, le=0.1),
     rank: int | None = Input(description="Of the LoRA: the more, the more it can hold. Empty is 16.", default=None, ge=1, le=256),
     resolution: int | None = Input(description="Side in px of the squares to train on, or of other shapes of that area; a multiple of 8. Empty is the model's own.", default=None, ge=64, le=2048),
-    rehearse: int | None = Input(description="How many pictures of its own the model paints at first and is not to forget; empty is 200, 0 is none, and it forgets.", default=None, ge=0, le=2000),
+    rehearse: int | None = Input(description="How many pictures of its own the model paints at first, not to forget them; empty is 200 for the real models, 0 is none.", default=None, ge=0, le=2000),
     seed: int | None = Input(description="The same seed trains the same adapter; empty draws one, which is logged.", default=None, ge=0, le=2147483647),
 ) -> TrainingOutput:
     """Train; raises a FewstepError, which callers see as `[code] sentence`."""

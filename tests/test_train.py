@@ -69,7 +69,7 @@ def test_a_zip_of_pictures_becomes_an_adapter(server, pictures, tmp_path, method
     path.write_bytes(base64.b64decode(url.partition(",")[2]))
     with safe_open(path, framework="pt") as file:
         told = json.loads(file.metadata()["fewstep"])
-        assert (told["method"], told["rehearsed"]) == (method, 2)
+        assert (told["method"], told["rehearse"]) == (method, 2)
         assert sum(name.endswith("lora_A.weight") for name in file.keys()) > 50
 
 

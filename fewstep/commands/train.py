@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--rank", type=int, help="of the LoRA")
     parser.add_argument(
-        "--rehearse", type=int, help="pictures of its own that the model is not to forget; 0: none (200)"
+        "--rehearse", type=int, help="pictures of its own that the model is not to forget; 0: none"
     )
     parser.add_argument("--resolution", type=int, help="side of squares in px (the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")

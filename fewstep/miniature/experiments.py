@@ -44,7 +44,7 @@ from fewstep.training.consistency import NoiseSchedule
 from fewstep.training.datasets import find
 from fewstep.training.distill import LoraStudent, add_lora, order_for_training
 from fewstep.training.encoded import Batches, Encoder
-from fewstep.training.finetune import REHEARSED, Wish, fine_tune
+from fewstep.training.finetune import Wish, fine_tune
 from fewstep.training.loop import Schedule, optimise
 from fewstep.training.plan import Plan
 from fewstep.training.presets import preset
@@ -278,15 +278,15 @@ def finetuning(laboratory: Laboratory, out: Path) -> None:
     pictures: list[Image.Image] = []
     _mark("before", laboratory.few_step(lora), 4, exams, rows, pictures)
     spec = get_model("miniature")
-    for method, rehearse in product(("lcf", "style"), (REHEARSED, 0)):
-        folder = laboratory.work / f"finetuning-{method}-{rehearse}"
+    for method, rehearse in product(("lcf", "style"), (None, 0)):
+        name = method if rehearse is None else f"{method}, without rehearsal"
+        folder = laboratory.work / f"finetuning-{name}"
         wish = Wish(method, rehearse=rehearse, watch_every=0)
         path = fine_tune(spec, laboratory.settings, wish, laboratory.work / "windmills", folder)
         both = laboratory.base()
         both.load_lora_weights(folder, weight_name=path.name)
         both.fuse_lora()
         both.unload_lora_weights()
-        name = method if rehearse else f"{method}, without rehearsal"
         _mark(name, laboratory.few_step(lora, both), 4, exams, rows, pictures)
     write_rows(rows, out / "training-finetuning.csv")
     grid(pictures, 6).save(out / "training-finetuning.webp", quality=90)

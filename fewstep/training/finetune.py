@@ -31,7 +31,6 @@ from fewstep.training.sources import load_base, load_few_step, training_device
 logger = logging.getLogger(__name__)
 
 SAMPLES = 4
-REHEARSED = 200  # pictures, as many as DreamBooth takes of a class
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Wish:
     rank: int | None = None
     resolution: int | None = None
     seed: int = 0
-    rehearse: int | None = None  # pictures of the model's own that it is not to forget
+    rehearse: int | None = None
     watch_every: int | None = None
 
     def plan(self, model: str) -> Plan:
@@ -53,7 +52,8 @@ class Wish:
         schedule = {"steps": self.steps, "batch": self.batch_size, "lr": self.learning_rate}
         plan = preset(model, self.method).with_schedule(**given(schedule))
         plan = plan.with_student(**given({"rank": self.rank}))
-        return replace(plan, seed=self.seed, **given({"watch_every": self.watch_every}))
+        more = {"watch_every": self.watch_every, "rehearse": self.rehearse}
+        return replace(plan, seed=self.seed, **given(more))
 
 
 def given(wished: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def fine_tune(
     `caption` is for pictures that have none. Raises DatasetError for pictures, WeightsError for weights and
     SettingsError for a device that cannot be used, and TrainingError.
     """
-    found = find(pictures, caption)
+    found, plan = find(pictures, caption), wish.plan(spec.name)
     accelerator = accelerator or Accelerator(device_placement=False)
     device = training_device(settings, accelerator)
     logger.info("training %s on %d pictures, seed %d", wish.method, len(found), wish.seed)
@@ -86,14 +86,14 @@ def fine_tune(
     with accelerator.main_process_first():
         encoder = Encoder(diffusion, folder / "encoded", wish.resolution)
         encoded, rehearsed = encoder.encode_all(found), list[Path]()
-        if count := REHEARSED if wish.rehearse is None else wish.rehearse:
+        if plan.rehearse:
             own = folder / "rehearsal"
             with _few_steps(diffusion, settings.weights_root / spec.name / LCM_LORA, wish.method):
-                paint_rehearsal(own, prompts_of(spec.name, count), diffusion)
+                paint_rehearsal(own, prompts_of(spec.name, plan.rehearse), diffusion)
             rehearsed = encoder.encode_all(find(own))
     prompts = list(dict.fromkeys(one.caption for one in found))[:SAMPLES]
     data = Data(encoded, prompts, encoder.no_prompt(), rehearsed)
-    train(diffusion, wish.plan(spec.name), data, folder, accelerator, spec.name)
+    train(diffusion, plan, data, folder, accelerator, spec.name)
     return folder / DIFFUSERS_FILE
 
 

@@ -170,6 +170,9 @@ def optimise(
     starts = accelerator.gather(torch.tensor([start], device=accelerator.device))
     if (starts != start).any():
         raise TrainingError("the processes see different checkpoints; name a folder that all of them share")
+    count = accelerator.num_processes
+    plural = "" if count == 1 else "es"
+    logger.info("%s: %d steps of %d on %d process%s", name, schedule.steps, schedule.batch, count, plural)
     step_loss, prepared = accelerator.prepare(_StepLoss(module, loss), optimizer)
     progress = tqdm(
         range(start, schedule.steps),

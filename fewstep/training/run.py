@@ -83,6 +83,7 @@ def train(
     `checkpoints/`, from which a run that is started again goes on. `model` is what the card calls the base.
     Raises TrainingError as `optimise` does.
     """
+    torch.manual_seed(plan.seed)  # of a fresh LoRA's first weights
     unet = diffusion.unet.requires_grad_(False)
     noise_schedule = NoiseSchedule.of(diffusion.scheduler, unet.device)
     own, average, loss_of = _trained(unet, plan, noise_schedule)
@@ -104,7 +105,7 @@ def train(
         guidance = plan.student.guidance if isinstance(plan.student, Distillation) else (0.0, 0.0)
         kept = keeping_training(own, own_pictures, noise_schedule, guidance, plan.seed + 1)
         loss = in_turns(loss, kept)
-    told = {"model": model, **plan.told(), "rehearsed": len(data.rehearsed)}
+    told = {"model": model, **plan.told()}
     # A file's name is a hash of what was encoded.
     names = " ".join(path.name for path in (*encoded, *data.rehearsed))
     pictures = hashlib.sha256(names.encode()).hexdigest()

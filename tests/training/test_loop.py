@@ -194,14 +194,18 @@ import resource, sys, time
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
+from accelerate import Accelerator
 torch.set_num_threads(1)
 import test_loop as t
+accelerator = Accelerator(device_placement=False)
+print(accelerator.num_processes, flush=True)
 network = t.module()
 loss, _ = t.losses(network)
 def watched(step, share):
     {before}
     return loss(step, share)
-t.optimise("test", network, watched, t.schedule(30, checkpoint_every=5), Path(sys.argv[1]))
+t.optimise("test", network, watched, t.schedule(30, checkpoint_every=5), Path(sys.argv[1]), accelerator=accelerator)
+accelerator.end_training()
 """
 
 
@@ -251,11 +255,19 @@ def test_kill_9_loses_at_most_one_interval_between_checkpoints(tmp_path):
 
 
 def test_two_processes_train_what_one_does(tmp_path):
-    """DDP on the CPU by gloo, as `accelerate launch` starts it; the sums differ in their order alone."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    """DDP on the CPU by gloo; the sums differ in their order alone. (`accelerate launch` starts one process
+    only where it has no GPU, whatever --num_processes says.)"""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     folder = tmp_path / "two"
-    done = subprocess.run([*launch, script(tmp_path), folder], capture_output=True, text=True, timeout=110)
+    done = subprocess.run(
+        [*launch, script(tmp_path), folder],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(done.stdout.replace("22", "2 2").split()) == ["2", "2"], "both knew of each other"
     train(module(), tmp_path / "one", schedule(checkpoint_every=5))
 
     one, two = (load_file(tmp_path / run / "step-000030.safetensors") for run in ("one", "two"))
