@@ -199,6 +199,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     figures = [name for name in rows[0] if name not in ("sampler", "steps")]
     titles = {"all_right": "all right, %", "distance": "Fréchet distance", "clip_score": "CLIP score"}
@@ -212,6 +213,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_xscale("log", base=2)
         steps = sorted({row["steps"] for row in rows})
         axes.set_xticks(steps, [str(count) for count in steps])
+        if figure == "distance":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.set_xlabel("steps")
         axes.set_title(titles[figure])
         axes.spines[["top", "right"]].set_visible(False)
