@@ -110,16 +110,20 @@ class FeatureMeter:
     def __init__(self, folder: Path, real: Sequence[Path]) -> None:
         self._processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         self._model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-        self._real = self._features([open_image(path, path.name) for path in real])
+        self._real = self._features(real)
 
     def measure(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
-        return {"distance": frechet_distance(self._features(pictures), self._real)}
+        return {"feature_distance": frechet_distance(self._features(pictures), self._real)}
 
     @torch.inference_mode()
-    def _features(self, pictures: Sequence[Image.Image]) -> Any:
+    def _features(self, pictures: Sequence[Image.Image] | Sequence[Path]) -> Any:
         rows = []
         for start in range(0, len(pictures), BATCH):
-            given = self._processor(images=list(pictures[start : start + BATCH]), return_tensors="pt")
+            part = [
+                open_image(one, one.name) if isinstance(one, Path) else one
+                for one in pictures[start : start + BATCH]
+            ]
+            given = self._processor(images=part, return_tensors="pt")
             rows.append(self._model(**given).pooler_output)
         return torch.cat(rows).double().numpy()
 
@@ -156,12 +160,15 @@ def evaluate(
     steps: Sequence[int],
     meters: Sequence[Meter],
     teacher_steps: int = 0,
+    keep: Callable[[Sequence[dict[str, Any]]], None] = lambda rows: None,
 ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
     """A row of figures for each sampler and number of steps, and a picture of the first prompt for each.
 
-    DDIM is measured at `teacher_steps`, too, without a picture: what a student is to equal.
+    DDIM is measured at `teacher_steps`, too, without a picture: what a student is to equal. `keep` is called
+    with the rows so far after each.
     """
-    rows, pictures = [], []
+    rows: list[dict[str, Any]] = []
+    pictures: list[Image.Image] = []
     for sampler in every:
         more = [teacher_steps] if sampler.name == TEACHER and teacher_steps not in (0, *steps) else []
         for count in (*steps, *more):
@@ -170,6 +177,7 @@ def evaluate(
             row: dict[str, Any] = {"sampler": sampler.name, "steps": count}
             rows.append(row | {name: round(value, 2) for one in figures for name, value in one.items()})
             logger.info("%s", rows[-1])
+            keep(rows)
             pictures += painted[:1] if count in steps else []
         del sampler  # before the next is loaded
     return rows, pictures
@@ -202,7 +210,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import ticker
 
     figures = [name for name in rows[0] if name not in ("sampler", "steps")]
-    titles = {"all_right": "all right, %", "distance": "Fréchet distance", "clip_score": "CLIP score"}
+    titles = {"all_right": "all right, %", "clip_score": "CLIP score"}
+    titles |= {"distance": "Fréchet distance", "feature_distance": "Fréchet distance of features"}
     sheet, panels = plt.subplots(
         1, len(figures), figsize=(4.5 * len(figures), 3.6), layout="constrained", squeeze=False
     )
@@ -213,7 +222,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_xscale("log", base=2)
         steps = sorted({row["steps"] for row in rows})
         axes.set_xticks(steps, [str(count) for count in steps])
-        if figure == "distance":
+        if figure.endswith("distance"):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(ticker.ScalarFormatter())

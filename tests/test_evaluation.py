@@ -104,8 +104,11 @@ def test_the_command_writes_table_plot_and_grid(lcm, tmp_path):
     [
         (["--steps", "0"], "--steps must be at least 1"),
         (["--model", "sdxl"], "--prompts is needed"),
-        (["--model", "sdxl", "--prompts", "x"], "nothing measures this model"),
+        (["--model", "sdxl", "--prompts", "x"], "nothing measures these pictures"),
+        (["--prompts", "x"], "nothing measures these pictures"),
         (["--features", "x"], "--features and --real go together"),
+        (["--lcm", "nowhere"], "there is nothing at the path of --lcm"),
+        (["--lora", "nowhere"], "there is nothing at the path of --lora"),
     ],
 )
 def test_what_cannot_be_measured_is_told_at_once(arguments, told, capsys, tmp_path):
@@ -136,7 +139,8 @@ def test_features_tell_like_sets_from_unlike_ones(tmp_path):
         drawing.save(real[-1])
     meter = FeatureMeter(tmp_path / "vit", real)
     same, like, other = (
-        meter.measure(one)["distance"] for one in (drawings(40), drawings(80)[40:], drawings(40, "blue"))
+        meter.measure(one)["feature_distance"]
+        for one in (drawings(40), drawings(80)[40:], drawings(40, "blue"))
     )
     assert abs(same) < 1e-4 and same < like < other
 

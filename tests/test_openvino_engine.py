@@ -109,6 +109,7 @@ def test_what_it_was_not_compiled_for_is_torchs_to_the_last_bit(pipeline, torchs
 
 def test_bf16_is_finite_and_near(settings, torchs, caplog):
     half = load_pipeline(MINIATURE, Settings(**(settings | {"dtype": "bf16"})))
+    assert half.engine.serves(half.counted(wish()))
     [found], [expected] = paint(half, wish()), paint(torchs, wish())
     assert np.abs(found - expected).mean() < 1
     assert "decoded again" not in caplog.text

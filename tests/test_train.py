@@ -103,8 +103,12 @@ def test_what_the_schema_can_refuse_is_422(server, pictures) -> None:
 
 def test_nothing_but_results_is_left(server, pictures) -> None:
     small = {"steps": 1, "batch_size": 2, "rank": 4, "rehearse": 0}
-    server.post("/trainings", {"input": {"images": pictures, **small}})
-    server.post("/trainings", {"input": {"images": as_zip({}), "steps": 1}})
+    before = set(server.folder.iterdir())
+    status, answer = server.post("/trainings", {"input": {"images": pictures, **small}})
+    assert (status, answer["status"]) == (200, "succeeded")
+    status, answer = server.post("/trainings", {"input": {"images": as_zip({}), "steps": 1}})
+    assert (status, answer["status"]) == (200, "failed")
+    assert len(set(server.folder.iterdir()) - before) == 1
     ours = [path for path in server.folder.iterdir() if not path.name.startswith("fewstep-outputs")]
     assert ours and all(path.name.startswith("fewstep-training-") for path in ours)
     assert {file.name for path in ours for file in path.iterdir()} == {"pytorch_lora_weights.safetensors"}

@@ -50,13 +50,16 @@ def main(arguments: Sequence[str]) -> None:
 def stopwatches(system: System) -> Iterator[dict[str, float]]:
     """The seconds that are spent within each network; what is left is everybody's own overhead."""
     spent = dict.fromkeys(system.networks, 0.0)
+    engine: Any = system.engine
+    # What an engine does is not timed on torch as well, so that nobody takes the one for the other.
+    engines = ("unet", *(["vae"] if engine.decodes else [])) if engine else ()
     handles = [
         handle
         for name, parts in system.networks.items()
+        if name not in engines
         for part in parts
         for handle in _time(part, name, spent)
     ]
-    engine: Any = system.engine
     if engine:
         engine.unet = _timed(engine.unet, "unet", spent)
         engine.decode = _timed(engine.decode, "vae", spent)

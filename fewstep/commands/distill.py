@@ -13,7 +13,7 @@ TensorBoard shows the run: tensorboard --logdir FOLDER
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ from fewstep.commands.told import say, status_of
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from fewstep.training.datasets import Captioned
     from fewstep.training.plan import Plan
 
 WORLD = "world"
@@ -62,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _distil(chosen: argparse.Namespace) -> None:
     from fewstep.settings import Settings
-    from fewstep.training.datasets import find, read_shards
-    from fewstep.training.encoded import Encoder
+    from fewstep.training.encoded import Encoder, check_side
+    from fewstep.training.loop import check_shares
     from fewstep.training.run import Data, train
     from fewstep.training.sources import load_base, training_device
 
@@ -71,35 +72,48 @@ def _distil(chosen: argparse.Namespace) -> None:
     plan = _plan(chosen)
     folder: Path = chosen.out
     with tracked(folder) as accelerator:
-        diffusion = load_base(chosen.model, settings, training_device(settings, accelerator))
+        device = training_device(settings, accelerator)
+        check_shares(plan.schedule, accelerator)
+        check_side(chosen.resolution)
+        with accelerator.main_process_first():
+            pictures = _pictures(chosen)
+        diffusion = load_base(chosen.model, settings, device)
         with accelerator.main_process_first():
             encoder = Encoder(diffusion, folder / "encoded", chosen.resolution)
-            if chosen.data == WORLD:
-                from fewstep.miniature.pictures import write_world
-
-                count = chosen.limit or 2_000
-                chosen.data = str(folder / f"{WORLD}-{count}")
-                write_world(Path(chosen.data), count)
-            place = Path(chosen.data)
-            pictures = (
-                find(place, chosen.caption) if place.is_dir() else read_shards(chosen.data, chosen.caption)
-            )
             encoded = encoder.encode_all(pictures, chosen.limit)
         data = Data(encoded, encoder.captions[:4], encoder.no_prompt())
         train(diffusion, plan, data, folder, accelerator, chosen.model)
     say("done; README.md in the folder that --out names tells how to use it")
 
 
+def _pictures(chosen: argparse.Namespace) -> "Iterable[Captioned]":
+    from fewstep.training.datasets import find, read_shards
+
+    place = Path(chosen.data)
+    if chosen.data == WORLD:
+        from fewstep.miniature.pictures import write_world
+
+        count = chosen.limit or 2_000
+        place = chosen.out / f"{WORLD}-{count}"
+        write_world(place, count)
+    return find(place, chosen.caption) if place.is_dir() else read_shards(chosen.data, chosen.caption)
+
+
 def _plan(chosen: argparse.Namespace) -> "Plan":
     from dataclasses import replace
 
+    from fewstep.errors import TrainingError
     from fewstep.training.finetune import given
     from fewstep.training.presets import preset
+    from fewstep.training.style import StyleStudent
 
     guidance = tuple(chosen.guidance) if chosen.guidance else None
     student = {"rank": chosen.rank, "guidance": guidance, "skip": chosen.skip}
     schedule = {"steps": chosen.steps, "batch": chosen.batch_size, "lr": chosen.learning_rate}
     plan = preset(chosen.model, chosen.student).with_student(**given(student))
+    assert not isinstance(plan.student, StyleStudent)
+    if plan.student.skip >= plan.student.solver_steps:
+        raise TrainingError(f"--skip must be less than {plan.student.solver_steps}, the steps of the solver")
     plan = plan.with_schedule(accumulate=chosen.accumulate, **given(schedule))
     return replace(plan, seed=chosen.seed, **given({"watch_every": chosen.watch_every}))
 
@@ -109,15 +123,16 @@ def tracked(folder: Path) -> Iterator["Accelerator"]:
     """An accelerator, as `accelerate launch` configures it, that logs to TensorBoard, and to Weights & Biases
     where it is installed and has a key."""
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     trackers = ["tensorboard"]
     if find_spec("wandb") and os.environ.get("WANDB_API_KEY"):
         trackers.append("wandb")
     # The others wait while one process encodes, or paints samples: longer than the usual ten minutes.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    lean = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of all gradients
     accelerator = Accelerator(
-        log_with=trackers, project_dir=folder, device_placement=False, kwargs_handlers=[patient]
+        log_with=trackers, project_dir=folder, device_placement=False, kwargs_handlers=[patient, lean]
     )
     accelerator.init_trackers("fewstep")
     try:

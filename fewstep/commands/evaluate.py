@@ -47,18 +47,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--prompts is needed for a model that cannot be judged")
     if bool(chosen.features) != bool(chosen.real):
         parser.error("--features and --real go together")
-    if chosen.model != "miniature" and not (chosen.features or chosen.clip):
-        parser.error("nothing measures this model: give --features and --real, or --clip")
+    if (chosen.model != "miniature" or chosen.prompts) and not (chosen.features or chosen.clip):
+        parser.error("nothing measures these pictures: give --features and --real, or --clip")
+    for name in ("clip", "features", "lcm", "lora", "prompts", "real"):
+        if getattr(chosen, name) and not getattr(chosen, name).exists():
+            parser.error(f"there is nothing at the path of --{name}")
     return status_of(lambda: _evaluate(chosen))
 
 
 def _evaluate(chosen: argparse.Namespace) -> None:
     from fewstep import evaluation
+    from fewstep.errors import DatasetError
     from fewstep.miniature.showcase import grid
     from fewstep.models import MODELS
     from fewstep.placement import device_and_dtype
     from fewstep.settings import Settings
     from fewstep.sources import LCM_LORA
+    from fewstep.training.datasets import SUFFIXES
     from fewstep.training.sources import load_base
 
     settings = Settings.from_env()
@@ -73,20 +78,29 @@ def _evaluate(chosen: argparse.Namespace) -> None:
         scenes, prompts = held_out_captions(chosen.captions)
         meters.append(JudgeMeter(settings.weights_root / "miniature", scenes))
     if chosen.features:
-        real = sorted(path for path in chosen.real.rglob("*") if path.suffix in (".jpg", ".png", ".webp"))
+        real = sorted(path for path in chosen.real.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not real:
+            raise DatasetError(f"there is no picture ({', '.join(SUFFIXES)}) below --real")
         meters.append(evaluation.FeatureMeter(chosen.features, real))
     if chosen.clip:
         meters.append(evaluation.ClipMeter(chosen.clip, prompts))
     lora = chosen.lora
     if lora is None and chosen.model in MODELS and MODELS[chosen.model].lcm_lora:
         lora = settings.weights_root / chosen.model / LCM_LORA
-    guidance = chosen.guidance or (2.0 if chosen.model == "miniature" else 8.0)
+    usual = 2.0 if chosen.model == "miniature" else 8.0
+    guidance = usual if chosen.guidance is None else chosen.guidance
     every = evaluation.samplers(
         partial(load_base, chosen.model, settings, device), guidance, lora, chosen.lcm
     )
-    rows, pictures = evaluation.evaluate(every, prompts, chosen.steps, meters, chosen.teacher_steps)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    evaluation.write_rows(rows, chosen.out / "scores.csv")
+    rows, pictures = evaluation.evaluate(
+        every,
+        prompts,
+        chosen.steps,
+        meters,
+        chosen.teacher_steps,
+        partial(evaluation.write_rows, path=chosen.out / "scores.csv"),
+    )
     evaluation.plot(rows, chosen.out / "plot.png")
     grid(pictures, len(chosen.steps)).save(chosen.out / "grid.webp", quality=90)
     names = [name for name in rows[0] if name not in ("sampler", "steps")]

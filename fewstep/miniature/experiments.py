@@ -13,7 +13,7 @@ import argparse
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -92,8 +92,7 @@ class Laboratory:
     def distilled(self, name: str, plan: Plan) -> Path:
         """The folder of an LCM-LoRA that was trained as `plan` says."""
         folder = self.work / name
-        if not (folder / DIFFUSERS_FILE).exists():
-            train(self.base(), plan, self.world, folder, Accelerator(device_placement=False), "miniature")
+        train(self.base(), plan, self.world, folder, Accelerator(device_placement=False), "miniature")
         return folder
 
     def few_step(self, lora: Path, base: Diffusion | None = None) -> Sampler:
@@ -219,7 +218,8 @@ def universal(laboratory: Laboratory, out: Path) -> None:
     batches = Batches([*learnt.encoded, *kept.encoded], 32, 3, CPU)
     schedule = Schedule(300, lr=3e-4, batch=32, weight_decay=0.0, ema_decay=0.98, checkpoint_every=50)
     loss = style_training(tuned.unet, batches, noise, seed=13)
-    optimise("a new backdrop", tuned.unet, loss, schedule, laboratory.work / "universal")
+    config = {**asdict(schedule), "pictures": [path.name for path in batches.encoded]}
+    optimise("a new backdrop", tuned.unet, loss, schedule, laboratory.work / "universal", config=config)
     tuned.unet.requires_grad_(False)
 
     exams = {
@@ -281,7 +281,9 @@ def finetuning(laboratory: Laboratory, out: Path) -> None:
     for method, rehearse in product(("lcf", "style"), (None, 0)):
         name = method if rehearse is None else f"{method}, without rehearsal"
         folder = laboratory.work / f"finetuning-{name}"
-        wish = Wish(method, rehearse=rehearse, watch_every=0)
+        steps = preset("miniature", method).schedule.steps
+        # As many steps for the new pictures in both.
+        wish = Wish(method, steps if rehearse is None else steps // 2, rehearse=rehearse, watch_every=0)
         path = fine_tune(spec, laboratory.settings, wish, laboratory.work / "windmills", folder)
         both = laboratory.base()
         both.load_lora_weights(folder, weight_name=path.name)

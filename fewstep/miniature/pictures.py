@@ -55,15 +55,15 @@ def cached_pictures(path: Path, scenes: list[Scene], seed: int, width: int, heig
 def write_pictures(folder: Path, scenes: list[Scene], seed: int) -> None:
     """Drawings of `scenes` in `folder`, with captions in metadata.jsonl, which is written last."""
     listed, rng = folder / "metadata.jsonl", random.Random(seed)
-    if listed.exists():
+    rows = [{"file_name": f"{i:05}.png", "text": caption(scene, rng)} for i, scene in enumerate(scenes)]
+    wanted = "".join(f"{json.dumps(row)}\n" for row in rows)
+    if listed.exists() and listed.read_text(encoding="utf-8") == wanted:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
     for i, scene in enumerate(scenes):
         draw(scene, seed + i).save(folder / f"{i:05}.png")
-        rows.append(json.dumps({"file_name": f"{i:05}.png", "text": caption(scene, rng)}))
     part = listed.with_suffix(".part")
-    part.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    part.write_text(wanted, encoding="utf-8")
     part.replace(listed)
 
 

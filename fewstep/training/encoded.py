@@ -34,24 +34,29 @@ def native_size(diffusion: Diffusion) -> int:
     return int(diffusion.unet.config.sample_size * diffusion.vae_scale_factor)
 
 
+def check_side(side: int | None) -> None:
+    """Raises DatasetError for a side, in px, that no network takes; None is the model's own."""
+    low, high = SIDE
+    if side is not None and (side % 8 or not low <= side <= high):
+        raise DatasetError(f"the resolution is {side}; it must be a multiple of 8 from {low} to {high}")
+
+
 class Encoder:
     """Encodes pictures into `folder`, one file each, where a later run finds them again.
 
     `side` is of the squares to train on, in px; other shapes are SDXL's, of the same area. Raises
-    DatasetError for a side that the network cannot take.
+    DatasetError as `check_side` does.
     """
 
     def __init__(self, diffusion: Diffusion, folder: Path, side: int | None = None) -> None:
         self.diffusion, self.folder = diffusion, folder
-        side = side or native_size(diffusion)
-        low, high = SIDE
-        if side % 8 or not low <= side <= high:
-            raise DatasetError(f"the resolution is {side}; it must be a multiple of 8 from {low} to {high}")
-        self._sizes = sizes_of(side)
+        check_side(side)
+        self._sizes = sizes_of(side or native_size(diffusion))
         self.captions: list[str] = []  # of what was encoded last
         # Whoever trains another model into the same folder must not meet these latents.
-        parts = ("vae", "text_encoder", "text_encoder_2")
-        self._model = [_sum(getattr(diffusion, name)) for name in parts if hasattr(diffusion, name)]
+        vae, names = diffusion.vae, ("text_encoder", "text_encoder_2")
+        parts = [vae.encoder, vae.quant_conv, *(getattr(diffusion, name, None) for name in names)]
+        self._model = _digest(part for part in parts if part is not None)
         folder.mkdir(parents=True, exist_ok=True)
 
     def encode_all(self, pictures: Iterable[Captioned], limit: int | None = None) -> list[Path]:
@@ -112,9 +117,13 @@ class Encoder:
         return path
 
 
-def _sum(module: torch.nn.Module) -> float:
-    """Other weights have another one."""
-    return sum(float(parameter.detach().double().abs().sum()) for parameter in module.parameters())
+def _digest(modules: Iterable[torch.nn.Module]) -> str:
+    """Of the weights' bytes: the same on every device, another for other weights."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for parameter in module.parameters():
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class Batches:
@@ -139,11 +148,11 @@ class Batches:
             with safe_open(path, framework="pt") as file:
                 by_shape[tuple(file.get_slice("latents").get_shape())].append(i)
         self._groups = list(by_shape.values())
-        self._per_epoch = sum(math.ceil(len(group) / size) for group in self._groups)
+        self.per_epoch = sum(math.ceil(len(group) / size) for group in self._groups)
         self._epoch = lru_cache(maxsize=1)(self._plan)
 
     def __call__(self, step: int, share: Share = WHOLE) -> Batch:
-        epoch, place = divmod(step, self._per_epoch)
+        epoch, place = divmod(step, self.per_epoch)
         rows = [load_file(self.encoded[i]) for i in share.of(self._epoch(epoch)[place])]
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         moved = {name: value.float().to(self.device) for name, value in stacked.items()}

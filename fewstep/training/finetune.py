@@ -7,6 +7,7 @@ the model goes on painting in few steps.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,17 +17,20 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from fewstep.errors import SettingsError
 from fewstep.models import ModelSpec
 from fewstep.settings import Settings
 from fewstep.sources import LCM_LORA
 from fewstep.text_encoding import Diffusion
 from fewstep.training.datasets import find
-from fewstep.training.encoded import Encoder
+from fewstep.training.encoded import Encoder, check_side
+from fewstep.training.loop import check_shares
 from fewstep.training.plan import Plan
 from fewstep.training.presets import preset
 from fewstep.training.rehearsal import paint_rehearsal, prompts_of
 from fewstep.training.run import DIFFUSERS_FILE, Data, train
 from fewstep.training.sources import load_base, load_few_step, training_device
+from fewstep.weights import MANIFEST
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +76,17 @@ def fine_tune(
 ) -> Path:
     """Train on the folder `pictures` and return the LoRA, in `folder`; see `train` for what else is there.
 
-    `caption` is for pictures that have none. Raises DatasetError for pictures, WeightsError for weights and
-    SettingsError for a device that cannot be used, and TrainingError.
+    `caption` is for pictures that have none. Raises DatasetError for pictures, WeightsError for weights,
+    SettingsError for a device that cannot be used or a style of a full LCM, and TrainingError.
     """
-    found, plan = find(pictures, caption), wish.plan(spec.name)
     accelerator = accelerator or Accelerator(device_placement=False)
     device = training_device(settings, accelerator)
+    plan = wish.plan(spec.name)
+    check_shares(plan.schedule, accelerator)
+    check_side(wish.resolution)
+    if wish.method == "style" and not spec.lcm_lora:
+        raise SettingsError("the model is a full LCM and has no base for a style; train it with lcf")
+    found = find(pictures, caption)
     logger.info("training %s on %d pictures, seed %d", wish.method, len(found), wish.seed)
     if wish.method == "lcf":
         diffusion = load_few_step(spec, settings, device)
@@ -87,7 +96,7 @@ def fine_tune(
         encoder = Encoder(diffusion, folder / "encoded", wish.resolution)
         encoded, rehearsed = encoder.encode_all(found), list[Path]()
         if plan.rehearse:
-            own = folder / "rehearsal"
+            own = folder / "rehearsal" / _fingerprint(settings.weights_root / spec.name, plan.rehearse)
             with _few_steps(diffusion, settings.weights_root / spec.name / LCM_LORA, wish.method):
                 paint_rehearsal(own, prompts_of(spec.name, plan.rehearse), diffusion)
             rehearsed = encoder.encode_all(find(own))
@@ -95,6 +104,11 @@ def fine_tune(
     data = Data(encoded, prompts, encoder.no_prompt(), rehearsed)
     train(diffusion, plan, data, folder, accelerator, spec.name)
     return folder / DIFFUSERS_FILE
+
+
+def _fingerprint(weights: Path, count: int) -> str:
+    """Of the pictures that a model paints to rehearse."""
+    return hashlib.sha256(f"{count} {(weights / MANIFEST).read_text()}".encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -66,6 +66,7 @@ class Share:
 
 
 WHOLE = Share()
+BELOW_ONE = 1.0 - 2.0**-24
 
 
 class Draws:
@@ -94,7 +95,8 @@ class Draws:
     def stratified(self, count: int) -> Tensor:
         """(count,) in [0, 1), one in each of as many equal parts of it as the whole batch has images."""
         total = count * self._share.count
-        return self._share.of((torch.arange(total) + torch.rand(total, generator=self._generator)) / total)
+        drawn = (torch.arange(total) + torch.rand(total, generator=self._generator)) / total
+        return self._share.of(drawn.clamp(max=BELOW_ONE))  # the last may be rounded up
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -151,9 +153,7 @@ def optimise(
     accelerator = accelerator or Accelerator(device_placement=False)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise TrainingError("weights that are shared out (FSDP, DeepSpeed) cannot be trained; configure DDP")
-    parts = accelerator.num_processes * schedule.accumulate
-    if schedule.batch % parts and parts > 1:
-        raise TrainingError(f"a batch of {schedule.batch} cannot be shared evenly by {parts}")
+    check_shares(schedule, accelerator)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
     ema = [p.detach() for p in average.parameters()] if average else [p.detach().clone() for p in parameters]
@@ -216,6 +216,15 @@ def optimise(
     with torch.no_grad():
         for parameter, mean in zip(parameters, ema, strict=True):
             parameter.copy_(mean)
+
+
+def check_shares(schedule: Schedule, accelerator: Accelerator) -> None:
+    """Raises TrainingError for a batch that cannot be shared evenly."""
+    parts = accelerator.num_processes * schedule.accumulate
+    if schedule.batch % parts and parts > 1:
+        raise TrainingError(
+            f"a batch of {schedule.batch} cannot be shared evenly by {parts}; choose a multiple of that"
+        )
 
 
 def _backward(accelerator: Accelerator, step_loss: nn.Module, step: int, accumulate: int) -> Tensor:

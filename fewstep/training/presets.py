@@ -46,6 +46,7 @@ _REAL_FULL = Plan(
         _REAL_LORA.schedule,
         lr=1e-6,  # of the LCM scripts in diffusers: all weights move
         ema_decay=0.95,  # the target's; of the same scripts
+        checkpoint_every=500,  # of 41 GB each
     ),
     watch_every=500,
     gradient_checkpointing=True,

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya.safetensors"
-VALIDATION_BATCHES = 4
+VALIDATION_BATCH = 4  # whatever the training's is, and however many processes share it
 VALIDATION_SEED = 999
 # Pictures are held out for validation when there are that many; else it uses those of the training.
 ENOUGH_TO_HOLD_OUT = 100
@@ -67,10 +67,12 @@ class Data:
     rehearsed: Sequence[Path] = ()
 
     def split(self) -> tuple[Sequence[Path], Sequence[Path]]:
-        """For training and for validation."""
+        """For training and for validation, here and there one of the whole."""
+        apart = max(1, len(self.encoded) // HELD_OUT)
+        held_out = list(self.encoded[::apart][:HELD_OUT])
         if len(self.encoded) < ENOUGH_TO_HOLD_OUT:
-            return self.encoded, self.encoded[:HELD_OUT]
-        return self.encoded[HELD_OUT:], self.encoded[:HELD_OUT]
+            return self.encoded, held_out
+        return [one for one in self.encoded if one not in held_out], held_out
 
 
 def train(
@@ -95,10 +97,8 @@ def train(
     encoded, held_out = data.split()
     device, size = unet.device, plan.schedule.batch
     batches = Batches(encoded, size, plan.seed, device, data.empty)
-    at_once = max(1, size // (accelerator.num_processes * plan.schedule.accumulate))
-    validate = loss_of(
-        Batches(held_out, min(at_once, len(held_out)), plan.seed, device, data.empty), VALIDATION_SEED
-    )
+    watched = Batches(held_out, min(VALIDATION_BATCH, len(held_out)), plan.seed, device, data.empty)
+    validate = loss_of(watched, VALIDATION_SEED)
     loss = loss_of(batches, plan.seed)
     if data.rehearsed:
         own_pictures = Batches(data.rehearsed, size, plan.seed, device, data.empty)
@@ -109,6 +109,7 @@ def train(
     # A file's name is a hash of what was encoded.
     names = " ".join(path.name for path in (*encoded, *data.rehearsed))
     pictures = hashlib.sha256(names.encode()).hexdigest()
+    _check_same(pictures, accelerator)
     result = average or own  # with a LoRA, the loop leaves the average in its place
 
     def look(step: int) -> float:
@@ -116,7 +117,7 @@ def train(
             diffusion, result, plan, data.prompts, folder / "samples" / f"step-{step:06}.webp", accelerator
         )
         with torch.no_grad():
-            losses = [validate(i, WHOLE) for i in range(VALIDATION_BATCHES)]
+            losses = [validate(i, WHOLE) for i in range(watched.per_epoch)]
         return float(torch.stack(losses).mean())
 
     def save(place: Path, step: int) -> None:
@@ -131,13 +132,20 @@ def train(
         folder / "checkpoints",
         average,
         accelerator=accelerator,
-        config={**told, "pictures": pictures},
+        config={**told, "pictures": pictures, "fp16": accelerator.mixed_precision == "fp16"},
         watch=watch if plan.watch_every else None,
     )
     if accelerator.is_main_process:
         save(folder, plan.schedule.steps)
         write_card(folder, told, _guidance(result, plan))
     accelerator.wait_for_everyone()
+
+
+def _check_same(pictures: str, accelerator: Accelerator) -> None:
+    """Raises TrainingError when a process sees other pictures, as after a download that failed there."""
+    own = torch.tensor([int(pictures[:15], 16)], device=accelerator.device)
+    if (accelerator.gather(own) != own).any():
+        raise TrainingError("the processes see different pictures; run it again")
 
 
 def _trained(

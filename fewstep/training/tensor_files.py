@@ -28,6 +28,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             os.fsync(file.fileno())
         part.replace(path)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         logger.error("%s could not be written", path.name, exc_info=error)
         raise TrainingError(f"{path.name} could not be written; is the disk full?") from None
+    finally:
+        part.unlink(missing_ok=True)

@@ -118,6 +118,34 @@ def test_only_the_students_answer_is_differentiated(batch):
     assert asked == [("student", True), ("teacher", False), ("teacher", False), ("target", False)]
 
 
+def test_the_target_is_given_the_teachers_guided_ddim_step(batch):
+    """Steps 4 and 5 of Algorithm 1 by hand, for a teacher that predicts x_0."""
+    conditional, unconditional = torch.full_like(batch.latents, 2.0), torch.full_like(batch.latents, -1.0)
+    seen = []
+
+    def teacher(z, t, shown, w):
+        seen.append((z, t, w))
+        return conditional if shown.prompt_embeds.any() else unconditional
+
+    def target(z, t, shown, w):
+        seen.append((z, t, w))
+        return torch.zeros_like(z)
+
+    noise = NoiseSchedule(NOISE.alphas_cumprod, "sample")
+    student = LoraStudent(guidance=(2.0, 4.0), skip=5)
+    for seed in range(6):  # some go back to clean data
+        seen.clear()
+        roles = Roles(lambda z, t, shown, w: torch.zeros_like(z), target, teacher)
+        consistency_loss(roles, batch, noise, student, Draws(seed, 0))
+        (z_next, t_next, w), _, (z, t, _) = seen
+        assert 2.0 <= w.min() and w.max() <= 4.0
+        x_0 = conditional + w.reshape(-1, 1, 1, 1) * (conditional - unconditional)
+        alpha, sigma = noise.signal_and_noise(t_next, z_next)
+        eps = (z_next - alpha * x_0) / sigma
+        alpha, sigma = noise.signal_and_noise(torch.where(t_next >= 100, t_next - 100, -1), z_next)
+        torch.testing.assert_close(z, alpha * x_0 + sigma * eps, rtol=1e-4, atol=1e-4)
+
+
 def test_after_the_loss_the_adapters_are_on_again(unet, batch):
     add_lora(unet, STUDENT)
     loss_of(unet, batch)
@@ -187,7 +215,10 @@ def test_no_prompt_is_the_encoded_empty_one_where_there_is_one(batch):
 def test_a_network_of_convolutions_resumes_exactly(batch, unet, tmp_path, method):
     """In the memory order that training gives it, which the optimizer's moments share."""
 
+    seen = []
+
     def run(folder, stop=None):
+        seen.clear()
         student = copy.deepcopy(unet)
         if method == "lora":
             torch.manual_seed(0)
@@ -205,6 +236,7 @@ def test_a_network_of_convolutions_resumes_exactly(batch, unet, tmp_path, method
         def loss(step, share):
             if step == stop:
                 raise KeyboardInterrupt
+            seen.append(step)
             return minimised(step, share)
 
         how = Schedule(20, lr=1e-3, warmup=5, checkpoint_every=10)
@@ -215,6 +247,7 @@ def test_a_network_of_convolutions_resumes_exactly(batch, unet, tmp_path, method
     whole = run("whole")
     assert len(run("broken", stop=12)) == len(whole)
     resumed = run("broken")
+    assert seen == list(range(10, 20))
     assert any(value.ndim == 4 and value.shape[2:] == (3, 3) for value in whole.values())
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 

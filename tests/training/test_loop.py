@@ -126,12 +126,19 @@ def test_all_shares_together_draw_what_one_draws(count):
     assert not torch.equal(whole[1], Draws(3, 8).normal(12, 4, 2, 2))
 
 
+def test_no_draw_is_rounded_up_to_one(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda count, generator: torch.full((count,), 1 - 2**-24))
+    assert Draws(3, 7).stratified(16).max() < 1
+
+
 def test_accumulated_parts_are_the_whole_batch(tmp_path):
     whole, parts = module(), module()
-    train(whole, tmp_path / "whole")
-    assert len(train(parts, tmp_path / "parts", schedule(accumulate=4))) == 120
-    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    unclipped = {"max_grad_norm": 1e9}  # AdamW alone would not notice gradients of another size
+    train(whole, tmp_path / "whole", schedule(**unclipped))
+    assert len(train(parts, tmp_path / "parts", schedule(accumulate=4, **unclipped))) == 120
+    one, other = (load_file(tmp_path / run / "step-000030.safetensors") for run in ("whole", "parts"))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path):
@@ -204,15 +211,16 @@ loss, _ = t.losses(network)
 def watched(step, share):
     {before}
     return loss(step, share)
-t.optimise("test", network, watched, t.schedule(30, checkpoint_every=5), Path(sys.argv[1]), accelerator=accelerator)
+how = t.schedule(30, checkpoint_every=5, **{more})
+t.optimise("test", network, watched, how, Path(sys.argv[1]), accelerator=accelerator)
 accelerator.end_training()
 """
 
 
-def script(folder: Path, before: str = "pass") -> Path:
+def script(folder: Path, before: str = "pass", **more: int) -> Path:
     """A run that does what `before` says before every step."""
     path = folder / "run.py"
-    path.write_text(RUN.format(root=str(ROOT), tests=str(Path(__file__).parent), before=before))
+    path.write_text(RUN.format(root=str(ROOT), tests=str(Path(__file__).parent), before=before, more=more))
     return path
 
 
@@ -260,7 +268,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     folder = tmp_path / "two"
     done = subprocess.run(
-        [*launch, script(tmp_path), folder],
+        [*launch, script(tmp_path, accumulate=2, max_grad_norm=10**9), folder],
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
@@ -268,7 +276,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(done.stdout.replace("22", "2 2").split()) == ["2", "2"], "both knew of each other"
-    train(module(), tmp_path / "one", schedule(checkpoint_every=5))
+    train(module(), tmp_path / "one", schedule(checkpoint_every=5, max_grad_norm=1e9))
 
     one, two = (load_file(tmp_path / run / "step-000030.safetensors") for run in ("one", "two"))
     assert one.keys() == two.keys()
