@@ -130,29 +130,31 @@ class Exam:
 def curve(laboratory: Laboratory, out: Path) -> None:
     """The judge's figures at several steps of one run, twice as long as the preset's."""
     exam = Exam(laboratory, unseen_scenes(CAPTIONS))
-    plan = preset("miniature", "lora").with_schedule(steps=360, checkpoint_every=40, checkpoints_kept=100)
+    plan = preset("miniature", "lora").with_schedule(steps=360, checkpoint_every=10, checkpoints_kept=100)
     folder = laboratory.distilled("curve", replace(plan, watch_every=360))
     rows = []
-    for checkpoint in sorted((folder / "checkpoints").glob("step-*.safetensors")):
-        sampler = _at_checkpoint(laboratory, checkpoint, plan)
+    for trained in (0, 10, 20, 30, *range(40, 361, 40)):
+        sampler = _at_step(laboratory, folder / "checkpoints", trained, plan)
         for count in STEPS:
             figures, _ = exam.mark(sampler, count)
-            done = int(checkpoint.stem.removeprefix("step-"))
-            rows.append({"trained": done, "steps": count, **figures})
+            rows.append({"trained": trained, "steps": count, **figures})
             logger.info("%s", rows[-1])
     write_rows(rows, out / "training-curve.csv")
     _plot({"": rows}, "trained", "training steps", out / "training-curve.png")
 
 
-def _at_checkpoint(laboratory: Laboratory, checkpoint: Path, plan: Plan) -> Sampler:
+def _at_step(laboratory: Laboratory, checkpoints: Path, step: int, plan: Plan) -> Sampler:
+    """The base with the LoRA as it was at a checkpoint; at 0 it is the base alone."""
     diffusion = laboratory.base()
+    diffusion.scheduler = LCMScheduler.from_config(diffusion.scheduler.config)
+    if step == 0:
+        return Sampler("LCM-LoRA", diffusion, 1.0)
     assert isinstance(plan.student, LoraStudent)
     add_lora(diffusion.unet, plan.student)
     trained = [parameter for parameter in diffusion.unet.parameters() if parameter.requires_grad]
-    with safe_open(checkpoint, framework="pt") as file, torch.no_grad():
+    with safe_open(checkpoints / f"step-{step:06}.safetensors", framework="pt") as file, torch.no_grad():
         for i, parameter in enumerate(trained):
             parameter.copy_(file.get_tensor(f"{i}.ema"))
-    diffusion.scheduler = LCMScheduler.from_config(diffusion.scheduler.config)
     return Sampler("LCM-LoRA", diffusion, 1.0)
 
 
@@ -195,10 +197,13 @@ def _plot(panels: dict[str, list[dict[str, Any]]], x: str, label: str, path: Pat
                 named = f"{count} step{'s' if count > 1 else ''}"
                 axes[row][column].plot([one[x] for one in own], [one[key] for one in own], "o-", label=named)
             if log:
+                values = sorted({one[x] for one in rows})
                 axes[row][column].set_xscale("symlog", linthresh=1)
+                axes[row][column].set_xticks(values, [f"{value:g}" for value in values])
             axes[row][column].set_ylabel(figure_title if column == 0 else "")
             axes[row][column].spines[["top", "right"]].set_visible(False)
         axes[0][column].set_title(title)
+        axes[0][column].set_ylim(0, 103)
         axes[1][column].set_xlabel(label or title.removeprefix("over "))
     axes[0][0].legend(frameon=False)
     figure.savefig(path, dpi=110)

@@ -189,7 +189,7 @@ def test_pictures_are_taught_by_the_command(method, world, tmp_path):
     arguments = (world, "--out", tmp_path, "--steps", 2, "--batch-size", 2, "--method", method)
     done = command("train", *arguments, "--rank", 4, "--rehearse", 3)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(list((tmp_path / "rehearsal").glob("*.png"))) == 3
+    assert len(list(tmp_path.glob("rehearsal/*/*.png"))) == 3
     assert len(list((tmp_path / "encoded").iterdir())) == 6 + 3
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["fewstep"])["method"] == method
