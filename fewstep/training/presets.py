@@ -122,7 +122,7 @@ _MINIATURE_LCF = Plan(
     method="lcf",
     student=LoraStudent(rank=16, guidance=(0.0, 0.0), skip=5, inverse_sigma=True, huber_c=0.3),
     schedule=Schedule(
-        steps=800,  # every other one rehearses; 7 minutes on two cores
+        steps=800,  # every other one rehearses; 10 minutes on one core
         lr=1e-3,  # at half of it, the new object stays blurred
         batch=16,
         warmup=20,
