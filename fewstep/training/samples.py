@@ -36,12 +36,13 @@ def paint(
     painter.set_progress_bar_config(disable=True)
     for i, prompt in enumerate(prompts):  # one by one: a training leaves little memory
         with torch.autocast(diffusion.device.type, dtype=torch.bfloat16):
-            yield painter(
+            image = painter(
                 prompt,
                 num_inference_steps=STEPS if few_steps else BASE_STEPS,
                 guidance_scale=guidance if few_steps else BASE_GUIDANCE,
                 generator=torch.Generator().manual_seed(i),
             ).images[0]
+        yield image  # with autocast off again, which is not the caller's
 
 
 def paint_samples(
