@@ -7,7 +7,6 @@ converts with the LCM-LoRA fused; `converted` runs it when it is needed.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
 import json
@@ -19,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 import numpy as np
@@ -77,8 +77,13 @@ def converted(folder: Path, settings: Settings, device: torch.device, dtype: tor
         environ = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=ROOT, env=environ, check=False, stdout=STDERR)
         if done.returncode or not _is_sound(place, folder, settings.verify):
-            raise WeightsError(f"{folder.name} could not be converted for OpenVINO; the reason is in the log")
+            raise WeightsError(f"{folder.name} could not be converted for OpenVINO; {_why(done.returncode)}")
     return place
+
+
+def _why(returncode: int) -> str:
+    # The kernel's way to get memory back, which leaves nothing in a log.
+    return "it was killed, as for lack of memory" if returncode == -SIGKILL else "the reason is in the log"
 
 
 def _place(folder: Path, engine: str, hint: str) -> Path:
@@ -174,28 +179,30 @@ def examples(diffusion: Diffusion, rows: int, columns: int) -> dict[str, tuple[T
     return {"unet": tuple(given), "vae": (latents,)}
 
 
-def convert(diffusion: Diffusion, folder: Path, engine: str, hint: str) -> None:
-    """Write the UNet and the VAE's decoder of `diffusion`, which is the model in `folder`."""
+def convert(
+    networks: dict[str, nn.Module],
+    given: dict[str, tuple[Tensor, ...]],
+    folder: Path,
+    engine: str,
+    hint: str,
+) -> None:
+    """Write the UNet and the decoder of the model in `folder`, taken out of `networks` one after the other,
+    since SDXL's together need more memory than many a machine has."""
     place = _place(folder, engine, hint)
     unfinished = place.with_suffix(".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    given = examples(diffusion, 8, 8)
-    write(_UNet(_exact(diffusion.unet)), given["unet"], unfinished / "unet.xml", hint)
+    # In fp32, since what is bf16 in the conversion has NaNs after every GroupNorm; OpenVINO itself takes 16
+    # bits where it can.
+    write(networks.pop("unet").float(), given["unet"], unfinished / "unet.xml", hint)
     if engine == INT8:
         _compress(unfinished / "unet.xml", hint)
-    decoder = Decoder(_exact(diffusion.vae))
+    decoder = networks.pop("vae").float()
     _replace_group_norms(decoder)
     write(decoder, given["vae"], unfinished / "vae.xml", hint)
     write_manifest(unfinished, model=place.name, origin=Origin("fewstep", "", ""), extra=_made_of(folder))
     shutil.rmtree(place, ignore_errors=True)
     unfinished.rename(place)
-
-
-def _exact(module: nn.Module) -> nn.Module:
-    """A copy in fp32: what is bf16 in the conversion has NaNs after every GroupNorm, while OpenVINO itself
-    takes 16 bits where it can."""
-    return copy.deepcopy(module).float()
 
 
 def _replace_group_norms(module: nn.Module) -> None:
@@ -251,8 +258,11 @@ def main(arguments: Sequence[str]) -> None:
     settings = Settings(
         model=model, weights_root=Path(weights), dtype=_DTYPES[hint], safety="off", device="cpu"
     )
-    pipeline = load_pipeline(get_model(model), settings)
-    convert(pipeline.diffusion, Path(weights) / model, engine, hint)
+    diffusion = load_pipeline(get_model(model), settings).diffusion
+    given = examples(diffusion, 8, 8)
+    networks = {"unet": _UNet(diffusion.unet), "vae": Decoder(diffusion.vae)}
+    del diffusion  # with the text encoders
+    convert(networks, given, Path(weights) / model, engine, hint)
 
 
 if __name__ == "__main__":

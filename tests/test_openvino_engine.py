@@ -155,11 +155,11 @@ def test_a_full_lcm_of_another_size_is_served_too(tmp_path):
 def test_it_is_converted_once_and_anew_when_the_weights_are_others(
     pipeline, settings, weights, monkeypatch, caplog
 ):
-    calls = []
+    calls, codes = [], iter((1, -9, 1))
 
     def failing(command, **_):
         calls.append(command)
-        return subprocess.CompletedProcess(command, 1)
+        return subprocess.CompletedProcess(command, next(codes))
 
     monkeypatch.setattr(subprocess, "run", failing)
     load_pipeline(MINIATURE, Settings(**settings))
@@ -167,9 +167,13 @@ def test_it_is_converted_once_and_anew_when_the_weights_are_others(
     decoder = weights / ".openvino" / "miniature" / "f32" / "vae.bin"
     content = decoder.read_bytes()
     flipped = bytes([content[0] ^ 1]) + content[1:]
-    for damaged, said in ((content[:-1], "vae.bin has"), (flipped, "vae.bin is damaged")):
+    log, memory = "the reason is in the log", "it was killed, as for lack of memory"
+    for damaged, said, why in (
+        (content[:-1], "vae.bin has", log),
+        (flipped, "vae.bin is damaged", memory),
+    ):
         decoder.write_bytes(damaged)
-        with pytest.raises(WeightsError, match="miniature could not be converted for OpenVINO"):
+        with pytest.raises(WeightsError, match=f"miniature could not be converted for OpenVINO; {why}"):
             load_pipeline(MINIATURE, Settings(**settings))
         assert said in caplog.text
     decoder.write_bytes(content)
