@@ -327,8 +327,16 @@ def _size(
 
 def sizes_of(native_size: int) -> list[tuple[int, int]]:
     """Width and height in px of every shape that a model of this native size paints; the square first."""
+    return list(named_sizes_of(native_size).values())
+
+
+def named_sizes_of(native_size: int) -> dict[str, tuple[int, int]]:
+    """The same by the names that people know."""
     scale = native_size / BUCKETS_AT
-    return [(_to_multiple_of_8(w * scale), _to_multiple_of_8(h * scale)) for w, h in ASPECT_RATIOS.values()]
+    return {
+        name: (_to_multiple_of_8(wide * scale), _to_multiple_of_8(high * scale))
+        for name, (wide, high) in ASPECT_RATIOS.items()
+    }
 
 
 def _to_multiple_of_8(side: float) -> int:

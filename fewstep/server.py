@@ -49,12 +49,20 @@ class Server:
                 raise ServerFailed(
                     f"the server ended with status {self.process.returncode} before it was ready"
                 )
-            health = self._health()
+            health = self.health()
             if health.get("status") == "READY":
                 return
             if health.get("status") == "SETUP_FAILED":
                 raise ServerFailed(code_and_sentence(health["setup"]["logs"]))
             time.sleep(POLL_S)
+
+    def health(self) -> dict[str, Any]:
+        """What coglet says of itself; empty when nobody listens, or nothing comes within 12 s."""
+        try:
+            health: dict[str, Any] = self._ask("GET", "/health-check", None, HEALTH_TIMEOUT_S)[1]
+        except OSError:  # not listening yet
+            return {}
+        return health
 
     def post(self, path: str, body: object, timeout_s: float | None = None) -> tuple[int, Any]:
         """The status and the answer: parsed when it is JSON, otherwise text."""
@@ -81,13 +89,6 @@ class Server:
         except ProcessLookupError:
             return False
         return True
-
-    def _health(self) -> dict[str, Any]:
-        try:
-            health: dict[str, Any] = self._ask("GET", "/health-check", None, HEALTH_TIMEOUT_S)[1]
-        except OSError:  # not listening yet
-            return {}
-        return health
 
     def _ask(self, method: str, path: str, body: str | None, timeout_s: float | None) -> tuple[int, Any]:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
@@ -116,7 +117,7 @@ def running_server(
 
     Raises ServerFailed when the port is taken. The server is not ready yet: see `Server.wait_ready`.
     """
-    _require_free(host, port)
+    require_free(host, port, "set PORT to another")
     training = root / "train.py"
     write_schema(
         root / ".cog" / "openapi_schema.json",
@@ -184,16 +185,15 @@ def code_and_sentence(text: str) -> str:
     return found.group() if found else text
 
 
-def _require_free(host: str, port: int) -> None:
+def require_free(host: str, port: int, remedy: str) -> None:
+    """Raise ServerFailed when the port is taken, or not to be had."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
         except OSError as error:
             reason = error.strerror
-            raise ServerFailed(
-                f"port {port} of {host} cannot be had ({reason}); set PORT to another"
-            ) from None
+            raise ServerFailed(f"port {port} of {host} cannot be had ({reason}); {remedy}") from None
 
 
 def _environment(environ: Mapping[str, str], port: int, concurrency: int) -> dict[str, str]:

@@ -40,8 +40,14 @@ STYLE_HOSTS = (
     "*.replicate.delivery",
 )
 
-# Variables of the same family that scripts read, not Settings.
-_OF_SCRIPTS = {"FEWSTEP_TORCH_INDEX"}
+# Variables of the same family that others read: scripts/python, and fewstep.web.settings.
+_OF_OTHERS = {
+    "FEWSTEP_TORCH_INDEX",
+    "FEWSTEP_WEB_DATA",
+    "FEWSTEP_API_KEY",
+    "FEWSTEP_OPERATOR_KEY",
+    "FEWSTEP_CHAT_MODEL",
+}
 
 
 def _weights_of_repository() -> Path:
@@ -150,7 +156,7 @@ class _Reader:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
-        self._known = set(_OF_SCRIPTS)
+        self._known = set(_OF_OTHERS)
 
     def text(self, name: str, default: str) -> str:
         self._known.add(name)

@@ -26,6 +26,8 @@ LIGHT = [
         "fetching",
         "styles",
         "recipes",
+        "web.app",
+        "commands.web",
     )
     if importlib.util.find_spec(f"fewstep.{name}") is not None
 ]

@@ -2,7 +2,8 @@
 
 `full` and `full-1024` are SDXL's real shapes with random weights, which scripts/full-size makes first.
 `throughput` asks servers of the miniature, of 1 to 16 callers at a time; `encoding` writes files; `startup`
-starts the miniature's server. What was found is written to benchmarks/SUITE.csv, drawn beside it and printed.
+starts the miniature's server; `page` types in a browser, `visitors` are 32 who type at once. What was found
+is written to benchmarks/SUITE.csv, drawn beside it where that helps, and printed.
 """
 
 import argparse
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    others = {"throughput": _load, "encoding": _encode, "startup": _start}
+    others = {"throughput": _load, "encoding": _encode, "startup": _start, "page": _type, "visitors": _visit}
     parser.add_argument("suite", choices=("miniature", "full", "full-1024", *others))
     parser.add_argument("--rounds", type=int, default=3, help="of starting every system (%(default)s)")
     chosen = parser.parse_args(arguments)
@@ -98,6 +99,30 @@ def _start(rounds: int) -> None:
     _write([{**describe_machine(), **row} for row in rows], "startup")
     for row in rows:
         say(f"{row['what']}: {row['seconds']:.2f} s ({row['least']:.2f} to {row['most']:.2f})")
+
+
+def _type(rounds: int) -> None:
+    from fewstep.benchmark.page import measure
+    from fewstep.benchmark.suites import serving
+    from fewstep.measuring import describe_machine
+    from fewstep.settings import Settings
+
+    with serving(Settings.from_env().weights_root, ROOT) as server:
+        rows = measure(server, 4 * rounds)
+    _write([{**describe_machine(), **row} for row in rows], "page")
+    for row in rows:
+        times = f"median {row['median_ms']:g} ms, 95 % below {row['p95_ms']:g} ms"
+        say(f"{row['page']:>20}: {times} beyond painting")
+
+
+def _visit(rounds: int) -> None:
+    from fewstep.benchmark.visitors import measure
+    from fewstep.measuring import describe_machine
+
+    rows = [{**describe_machine(), **measure(visitors=32, seconds=20.0 * rounds)}]
+    _write(rows, "visitors")
+    for name, value in rows[0].items():
+        say(f"{name:>20}: {value}")
 
 
 def _write(rows: Sequence[dict[str, Any]], name: str) -> Path:

@@ -1,0 +1,119 @@
+"""What every request passes before anything of ours sees it, and what every answer says.
+
+A page of another site can have a visitor's browser ask here, with the visitor's cookie, and a name that its
+owner points at 127.0.0.1 makes that page one of our own. So the Host must be one of ours, and whatever
+changes something, or opens a socket, must come from the same origin if a browser sent it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+ANY_HOST = "*"
+MAX_BODY = 64 * 1024
+MAX_UPLOAD = 64 * 10**6  # multipart: up to two pictures
+SAFE = ("GET", "HEAD", "OPTIONS")
+HEADERS = {
+    b"content-security-policy": (
+        b"default-src 'self'; img-src 'self' blob: data:; script-src 'self'; style-src 'self'; "
+        b"connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    b"x-content-type-options": b"nosniff",
+    b"x-frame-options": b"DENY",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-opener-policy": b"same-origin",
+    b"cross-origin-resource-policy": b"same-origin",
+}
+
+
+class TooLong(Exception):
+    """The body is longer than its limit."""
+
+
+class Guard:
+    """ASGI middleware before all others."""
+
+    def __init__(self, app: App, hosts: Collection[str] = LOOPBACK) -> None:
+        self._app = app
+        self._hosts = frozenset(host.lower() for host in hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self._app(scope, receive, send)
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        refusal = self._refusal(scope, headers)
+        if scope["type"] == "websocket":
+            if refusal:
+                return await send({"type": "websocket.close", "code": 1008})  # 403, before it is accepted
+            return await self._app(scope, receive, send)
+        guarded = _with_headers(send)
+        if refusal:
+            return await _answer(guarded, *refusal)
+        multipart = headers.get(b"content-type", "").startswith("multipart/form-data")
+        limit = MAX_UPLOAD if multipart else MAX_BODY
+        length = headers.get(b"content-length", "0")
+        too_long = 413, "too_long", f"the body has more than {limit} bytes; send less"
+        if not length.isdecimal() or int(length) > limit:
+            return await _answer(guarded, *too_long)
+        try:
+            await self._app(scope, _limited(receive, limit), guarded)
+        except TooLong:
+            await _answer(guarded, *too_long)
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, str]) -> tuple[int, str, str] | None:
+        host = headers.get(b"host", "").lower()
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+        if ANY_HOST not in self._hosts and name not in self._hosts:
+            return (
+                421,
+                "unknown_host",
+                "this server has another name; start it with --allow-host for this one",
+            )
+        if scope["type"] == "http" and scope["method"] in SAFE:
+            return None
+        origin = headers.get(b"origin")
+        foreign = origin is not None and origin.lower().partition("://")[2] != host
+        if foreign or headers.get(b"sec-fetch-site", "none") not in ("same-origin", "none"):
+            return 403, "other_site", "this may only be asked from the page of this server"
+        return None
+
+
+def _limited(receive: Receive, limit: int) -> Receive:
+    read = 0
+
+    async def limited() -> Message:
+        nonlocal read
+        message = await receive()
+        read += len(message.get("body", b""))
+        if read > limit:
+            raise TooLong
+        return message
+
+    return limited
+
+
+def _with_headers(send: Send) -> Send:
+    async def guarded(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            known = {name.lower() for name, _ in message.get("headers", ())}
+            extra = [(name, value) for name, value in HEADERS.items() if name not in known]
+            message = {**message, "headers": [*message.get("headers", ()), *extra]}
+        await send(message)
+
+    return guarded
+
+
+async def _answer(send: Send, status: int, code: str, sentence: str) -> None:
+    content = json.dumps({"code": code, "message": sentence}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

@@ -1,0 +1,259 @@
+"""Painting while one types: one WebSocket per visitor, of whose wishes only the latest counts.
+
+The visitor's messages are JSON, {"type": "paint", "n": 7, "quick": true, "wish": {...}}, and pictures are
+binary frames after a "painted" message that announces them. A wish that waits is replaced by a newer one and
+keeps its place. One that is being painted is given up for a newer one only when that costs little to look at:
+when it has not begun, or when a picture was shown a moment ago; else it is finished and shown, so that
+pictures keep coming while somebody types on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from fewstep.errors import FewstepError, InvalidRequest, Stopped
+from fewstep.images import INPUT_MAX_BYTES
+from fewstep.models import ModelSpec
+from fewstep.web.painters import Painted
+from fewstep.web.queueing import PaintQueue, Ticket
+from fewstep.web.recent import RecentPictures
+from fewstep.web.wishes import PAGE_FIELDS, Wish, make_wish, read_mask, read_picture
+
+logger = logging.getLogger(__name__)
+
+JUST_SHOWN_S = 0.3
+UNSUPPORTED = 1003
+MAX_MESSAGE = 16_384  # characters of JSON
+MAX_INPUT = 8 * 10**6  # bytes of a picture; the page scales larger ones down
+SLOTS = {"image": read_picture, "mask": read_mask}
+assert MAX_INPUT <= INPUT_MAX_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    n: int
+    quick: bool
+    wish: Wish
+    came: float
+
+
+class LiveSession:
+    """One connection, from accept to its end. `gone` ends it when the server does."""
+
+    def __init__(
+        self,
+        socket: WebSocket,
+        visitor: str,
+        *,
+        spec: ModelSpec,
+        styles: Callable[[], Collection[str]],
+        queue: PaintQueue,
+        recent: RecentPictures,
+    ) -> None:
+        self._socket = socket
+        self._visitor = visitor
+        self._spec = spec
+        self._styles = styles
+        self._queue = queue
+        self._recent = recent
+        self._pictures: dict[str, Image.Image] = {}
+        self._asked: _Asked | None = None  # the latest that nothing was done for yet
+        self._current: _Asked | None = None  # which `_ticket` is for
+        self._ticket: Ticket | None = None
+        self._came = asyncio.Event()
+        self._shown = 0.0  # when the last picture was sent
+        self._sending = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Until the visitor leaves."""
+        await self.tell_state()
+        tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._paint())}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except (WebSocketDisconnect, RuntimeError):  # the latter: of a socket that has just been closed
+            pass
+        except _OutOfTurn:
+            await self.close(UNSUPPORTED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            if self._ticket:
+                self._queue.cancel(self._ticket)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def tell_state(self) -> None:
+        """Whether there is a model to paint; at the beginning, and whenever that changes."""
+        await self._send({"type": "state", "ready": self._queue.ready})
+
+    async def close(self, code: int) -> None:
+        """From our side: the page comes again."""
+        if self._socket.client_state is WebSocketState.CONNECTED:
+            await self._socket.close(code)
+
+    async def _read(self) -> None:
+        while True:
+            message = await self._socket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            text = message.get("text")
+            if text is None:
+                raise _OutOfTurn
+            n = None
+            try:
+                kind, fields = _parsed(text)
+                n = fields.get("n") if isinstance(fields.get("n"), int) else None
+                await self._take(kind, fields)
+            except FewstepError as error:
+                await self._fail(n, error)
+
+    async def _take(self, kind: str, fields: Mapping[str, Any]) -> None:
+        if kind == "paint":
+            await self._take_wish(fields)
+        elif kind == "input":
+            await self._take_picture(_slot(fields))
+        elif kind == "clear":
+            self._pictures.pop(_slot(fields), None)
+        elif kind == "stop":
+            self._asked = None
+            if self._ticket:
+                self._queue.cancel(self._ticket)
+        else:
+            raise InvalidRequest("type is unknown; it must be paint, input, clear or stop")
+
+    async def _take_picture(self, slot: str) -> None:
+        message = await self._socket.receive()
+        content = message.get("bytes")
+        if content is None:
+            raise InvalidRequest(f"the {slot} did not come; send its bytes right after the message")
+        self._pictures.pop(slot, None)
+        if len(content) > MAX_INPUT:
+            raise InvalidRequest(
+                f"{slot} has {len(content) / 1e6:.1f} MB; at most {MAX_INPUT / 1e6:g} MB are taken"
+            )
+        self._pictures[slot] = await asyncio.to_thread(SLOTS[slot], content, slot)
+
+    async def _take_wish(self, fields: Mapping[str, Any]) -> None:
+        n, quick, given = fields.get("n"), fields.get("quick"), fields.get("wish")
+        if not isinstance(n, int) or not isinstance(quick, bool) or not isinstance(given, dict):
+            raise InvalidRequest("a paint message has n, a whole number, quick, true or false, and a wish")
+        came = time.monotonic()
+        given = dict(given)
+        pictures = {
+            slot: self._pictures.get(slot) if given.pop(f"use_{slot}", False) is True else None
+            for slot in SLOTS
+        }
+
+        def make() -> Wish:
+            return make_wish(
+                self._spec, given, known=PAGE_FIELDS, styles=self._styles(), quick=quick, **pictures
+            )
+
+        # Pictures are scaled to size, which takes milliseconds.
+        wish = await asyncio.to_thread(make) if any(pictures.values()) else make()
+        self._ask(_Asked(n, quick, wish, came))
+
+    def _ask(self, asked: _Asked) -> None:
+        ticket = self._ticket
+        if ticket and ticket.waiting:
+            self._current = asked
+            ticket.inputs = asked.wish.inputs
+            if ticket.place >= 0:
+                ticket.tell(ticket.place)
+            return
+        self._asked = asked
+        self._came.set()
+        if ticket and (not ticket.begun or time.monotonic() - self._shown < JUST_SHOWN_S):
+            self._queue.cancel(ticket)
+
+    async def _paint(self) -> None:
+        while True:
+            while self._asked is None:
+                self._came.clear()
+                await self._came.wait()
+            self._current, self._asked = self._asked, None
+            try:
+                self._ticket = self._queue.submit(self._visitor, self._current.wish.inputs, self._tell_place)
+                painted = await self._queue.result(self._ticket)
+                await self._show(self._current, self._ticket, painted)
+            except Stopped:
+                pass  # for a newer one, or because the visitor said so
+            except FewstepError as error:
+                await self._fail(self._current.n, error)
+            finally:
+                self._ticket = None
+
+    def _tell_place(self, place: int) -> None:
+        assert self._current
+        message = {"type": "waiting", "n": self._current.n, "place": place}
+        task = asyncio.create_task(self._send(message))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def _show(self, asked: _Asked, ticket: Ticket, painted: Painted) -> None:
+        assert ticket.sent
+        wish = asked.wish
+        width, height = wish.size
+        ids = []
+        for content, seed in zip(painted.files, wish.seeds, strict=False):
+            recipe = {**wish.recipe, "seed": seed, "num_outputs": 1}
+            ids.append(self._recent.add(self._visitor, content, recipe))
+        message = {
+            "type": "painted",
+            "n": asked.n,
+            "quick": asked.quick,
+            "seed": wish.inputs["seed"],
+            "width": width,
+            "height": height,
+            "paint_ms": round(painted.paint_ms, 1),
+            "wait_ms": round((ticket.sent - asked.came) * 1000, 1),
+            "images": ids,
+        }
+        self._shown = time.monotonic()
+        await self._send(message, painted.files)
+
+    async def _fail(self, n: int | None, error: FewstepError) -> None:
+        message = {"type": "failed", "n": n, "code": error.code, "message": error.sentence}
+        if retry := getattr(error, "retry_after_s", None):
+            message["retry_after"] = retry
+        await self._send(message)
+
+    async def _send(self, message: Mapping[str, Any], pictures: Collection[bytes] = ()) -> None:
+        async with self._sending:  # so that nothing comes between a message and its pictures
+            await self._socket.send_text(json.dumps(message))
+            for picture in pictures:
+                await self._socket.send_bytes(picture)
+
+
+class _OutOfTurn(Exception):
+    """Bytes that nothing announced: what follows cannot be told apart either."""
+
+
+def _parsed(text: str) -> tuple[str, dict[str, Any]]:
+    if len(text) > MAX_MESSAGE:
+        raise InvalidRequest(f"the message has {len(text)} characters; at most {MAX_MESSAGE} are allowed")
+    try:
+        fields = json.loads(text, parse_constant=_refuse)
+        return str(fields.pop("type")), fields
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        raise InvalidRequest("the message is not a JSON object with a type") from None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _slot(fields: Mapping[str, Any]) -> str:
+    slot = fields.get("slot")
+    if slot not in SLOTS:
+        raise InvalidRequest("slot must be image or mask")
+    return str(slot)

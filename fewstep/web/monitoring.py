@@ -1,0 +1,52 @@
+"""What Prometheus reads at /metrics."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100)
+
+
+class Metrics:
+    """A registry of its own, so that two apps in one process count apart; a queueing.Watcher."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._wait = self._histogram("fewstep_wait_seconds", "From a wish's arrival until a server got it.")
+        self._paint = self._histogram("fewstep_paint_seconds", "What the model took, encoding included.")
+        self._rejections = Counter(
+            "fewstep_rejections", "Wishes that were turned away.", ["code"], registry=self.registry
+        )
+        self._restarts = Counter(
+            "fewstep_restarts", "Cog servers that were replaced.", registry=self.registry
+        )
+        self.waiting = self._gauge("fewstep_queue_length", "Wishes that wait.")
+        self.running = self._gauge("fewstep_running", "Wishes that are at a server.")
+        self.visitors = self._gauge("fewstep_visitors", "Open pages.")
+        self.workers = self._gauge("fewstep_workers_ready", "Cog servers that paint.")
+
+    def waited(self, seconds: float) -> None:
+        """A wish was sent to a server."""
+        self._wait.observe(seconds)
+
+    def painted(self, milliseconds: float) -> None:
+        """A picture came."""
+        self._paint.observe(milliseconds / 1000)
+
+    def rejected(self, code: str) -> None:
+        """A wish was turned away."""
+        self._rejections.labels(code).inc()
+
+    def restarted(self) -> None:
+        """A server is replaced."""
+        self._restarts.inc()
+
+    def text(self) -> bytes:
+        """In Prometheus' format."""
+        return generate_latest(self.registry)
+
+    def _histogram(self, name: str, meaning: str) -> Histogram:
+        return Histogram(name, meaning, buckets=SECONDS, registry=self.registry)
+
+    def _gauge(self, name: str, meaning: str) -> Gauge:
+        return Gauge(name, meaning, registry=self.registry)

@@ -1,0 +1,67 @@
+"""The last pictures of each visitor, in memory: what a visitor may keep, and nobody else can."""
+
+from __future__ import annotations
+
+import uuid
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import Any
+
+MAX_PICTURES = 32  # of one visitor
+MAX_BYTES = 256 * 10**6  # of all
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """A picture as it was sent."""
+
+    id: str
+    visitor: str
+    content: bytes  # of a webp, jpg or png
+    recipe: dict[str, Any]
+
+
+class RecentPictures:
+    """Forgets the oldest of a visitor who has many, and the oldest of all when memory is full."""
+
+    def __init__(self, max_pictures: int = MAX_PICTURES, max_bytes: int = MAX_BYTES) -> None:
+        self._max_pictures = max_pictures
+        self._max_bytes = max_bytes
+        self._pictures: OrderedDict[str, Recent] = OrderedDict()
+        self._of: dict[str, deque[str]] = {}  # ids of each visitor, in order
+        self._bytes = 0
+
+    def add(self, visitor: str, content: bytes, recipe: dict[str, Any]) -> str:
+        """Remember a picture; its id cannot be guessed."""
+        picture = Recent(uuid.uuid4().hex, visitor, content, recipe)
+        self._pictures[picture.id] = picture
+        self._bytes += len(content)
+        own = self._of.setdefault(visitor, deque())
+        own.append(picture.id)
+        if len(own) > self._max_pictures:
+            self._drop(own[0])
+        while self._bytes > self._max_bytes:
+            self._drop(next(iter(self._pictures)))
+        return picture.id
+
+    def of(self, visitor: str, picture: str) -> Recent | None:
+        """The visitor's own picture of that id."""
+        found = self._pictures.get(picture)
+        return found if found and found.visitor == visitor else None
+
+    def any(self, picture: str) -> Recent | None:
+        """For whoever was given its address."""
+        return self._pictures.get(picture)
+
+    def forget(self, visitor: str) -> None:
+        """Everything of this visitor's."""
+        while own := self._of.get(visitor):
+            self._drop(own[0])
+
+    def _drop(self, picture: str) -> None:
+        gone = self._pictures.pop(picture)
+        self._bytes -= len(gone.content)
+        own = self._of[gone.visitor]
+        own.popleft()  # the oldest of all is the oldest of its visitor's, too
+        if not own:
+            del self._of[gone.visitor]

@@ -1,0 +1,141 @@
+"""The front door, served by uvicorn on a port of its own: before painters of ours, or the real coglet."""
+
+import asyncio
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+from PIL import Image
+
+from fewstep.models import get_model
+from fewstep.server import free_port
+from fewstep.settings import Settings
+from fewstep.web.app import create_app
+from fewstep.web.crew import OwnServers
+from fewstep.web.front import Front
+from fewstep.web.painters import Painted
+from fewstep.web.queueing import Worker
+from fewstep.web.settings import WebSettings
+
+MINIATURE = get_model("miniature")
+
+
+def webp(colour: str = "red") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), colour).save(file, "WEBP")
+    return file.getvalue()
+
+
+class Easel:
+    """A painter of ours: paints for `seconds`, writes down what it was asked and what was given up."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.begun: list[str] = []
+        self.done: list[str] = []
+        self.left: list[str] = []
+        self.inputs: list[Mapping[str, Any]] = []
+        self.fails: list[Exception] = []
+
+    async def paint(self, inputs: Mapping[str, Any]) -> Painted:
+        self.begun.append(inputs["prompt"])
+        self.inputs.append(inputs)
+        try:
+            await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.left.append(inputs["prompt"])
+            raise
+        if self.fails:
+            raise self.fails.pop(0)
+        self.done.append(inputs["prompt"])
+        return Painted([webp()] * inputs.get("num_outputs", 1), self.seconds * 1000)
+
+
+class Studio:
+    """A crew of easels, which are always there unless a test says otherwise."""
+
+    live = True
+    failure = ""
+
+    def __init__(self, *easels: Easel, slots: int = 1) -> None:
+        self.workers = [
+            Worker(name=f"easel {i}", slots=slots, painter=one, ready=True) for i, one in enumerate(easels)
+        ]
+        self.on_change: Callable[[], None] = lambda: None
+
+    def start(self, on_change: Callable[[], None], on_restart: Callable[[], None]) -> None:
+        self.on_change = on_change
+
+    async def stop(self) -> None:
+        pass
+
+
+class House:
+    """A running front door."""
+
+    def __init__(self, url: str, app: Any, server: uvicorn.Server) -> None:
+        self.url = url
+        self.app = app
+        self.server = server
+
+    @property
+    def front(self) -> Front:
+        front: Front = self.app.state.front
+        return front
+
+    @property
+    def live(self) -> str:
+        return self.url.replace("http://", "ws://") + "/live"
+
+    @contextmanager
+    def client(self, **options: Any) -> Iterator[httpx2.Client]:
+        """A browser, as far as cookies go."""
+        with httpx2.Client(base_url=self.url, trust_env=False, timeout=60, **options) as client:
+            client.get("/")
+            yield client
+
+    def wait_ready(self, seconds: float = 90) -> float:
+        began = time.monotonic()
+        while httpx2.get(f"{self.url}/readyz", trust_env=False).status_code != 200:
+            assert time.monotonic() - began < seconds
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+
+@contextmanager
+def open_house(folder: Path, crew: Any, **settings: Any) -> Iterator[House]:
+    web = replace(WebSettings.from_env(folder, {}), data=folder / "data", **settings)
+    app = create_app(MINIATURE, web, crew)
+    port = free_port()
+    config = uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=10)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield House(f"http://127.0.0.1:{port}", app, server)
+    finally:
+        server.should_exit = True
+        thread.join(40)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """The real thing: coglet with the miniature, as scripts/web starts it, one for all tests of a run."""
+    folder = tmp_path_factory.mktemp("web")
+    environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder)}
+    crew = OwnServers([environ], 180, log=folder / "painters.log")
+    with open_house(folder, crew, styles=Settings().styles_root / "miniature") as house:
+        house.wait_ready()
+        yield house

@@ -1,0 +1,258 @@
+"""The page's API as a browser asks it, before easels; what paints is in test_live.py."""
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import Easel, Studio, open_house, webp
+from prometheus_client.parser import text_string_to_metric_families
+from test_live import visit
+
+from fewstep.server import free_port
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    with open_house(tmp_path_factory.mktemp("app"), Studio(Easel()), operator_key="open sesame") as house:
+        yield house
+
+
+def painted(house, client, prompt="a red house", **wish):
+    """A picture of the client's, painted through its socket."""
+    cookie = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
+    with visit(house, additional_headers={"Cookie": cookie}) as visitor:
+        visitor.type(prompt, **wish)
+        return visitor.read("painted")[0]["images"][0]
+
+
+def test_the_page_and_its_facts(house):
+    with house.client() as client:
+        page = client.get("/")
+        facts = client.get("/api/config").json()
+    assert (
+        page.headers["content-type"].startswith("text/html") and page.headers["cache-control"] == "no-cache"
+    )
+    assert (facts["model"], facts["live"], facts["quick"], facts["improve"]) == (
+        "miniature",
+        True,
+        False,
+        False,
+    )
+    assert facts["sizes"][0] == {"name": "1:1", "width": 128, "height": 128} and len(facts["sizes"]) == 9
+    assert facts["guidance"] == [0, 4] and facts["negative_prompt_above"] == 1
+
+
+def test_a_picture_is_kept_by_whom_it_was_painted_for_and_by_nobody_else(house):
+    with house.client() as ann, house.client() as bob:
+        picture = painted(house, ann, seed=5)
+        assert bob.post("/api/pictures", json={"id": picture}).status_code == 404
+        kept = ann.post("/api/pictures", json={"id": picture})
+        assert kept.status_code == 201
+        assert (kept.json()["recipe"]["prompt"], kept.json()["recipe"]["seed"]) == ("a red house", 5)
+        shown = bob.get("/api/pictures").json()["pictures"][0]
+        assert shown == {**kept.json(), "mine": False}
+        file = bob.get(shown["url"])
+        assert (file.content, file.headers["content-type"]) == (webp(), "image/webp")
+        assert bob.delete(f"/api/pictures/{shown['id']}").status_code == 404
+        assert ann.delete(f"/api/pictures/{shown['id']}").status_code == 204
+        assert bob.get(shown["url"]).status_code == 404
+
+
+def test_names_reviews_and_forgetting(house):
+    with house.client() as ann, house.client() as bob:
+        assert ann.put("/api/me", json={"nickname": "Ann"}).json()["nickname"] == "Ann"
+        taken = bob.put("/api/me", json={"nickname": "ANN"})
+        assert (taken.status_code, taken.json()["code"]) == (409, "taken")
+        ann.put("/api/review", json={"rating": 5, "text": "<script>alert(1)</script>"})
+        found = bob.get("/api/reviews").json()
+        assert (found["count"], found["reviews"][0]["nickname"], found["reviews"][0]["mine"]) == (
+            1,
+            "Ann",
+            False,
+        )
+        ann.post("/api/pictures", json={"id": painted(house, ann)})
+        assert ann.delete("/api/me").status_code == 204
+        assert bob.get("/api/reviews").json()["count"] == 0
+        assert bob.get("/api/pictures").json()["pictures"] == []
+        assert bob.put("/api/me", json={"nickname": "Ann"}).status_code == 200
+        bob.delete("/api/me")
+
+
+def test_a_cookie_is_signed_and_kept_from_scripts(house):
+    with house.client() as client:
+        client.cookies.clear()
+        cookie = client.get("/").headers["set-cookie"]
+        assert "HttpOnly" in cookie and "SameSite=lax" in cookie
+        value = cookie.partition("=")[2].partition(";")[0]
+        forged = f'"{"a" * 32}"{value[34:]}'
+        for bad in ("", "x", forged):
+            client.cookies.clear()
+            refused = client.put(
+                "/api/me", json={"nickname": "x"}, headers={"Cookie": f"fewstep_visitor={bad}"}
+            )
+            assert refused.status_code == 422, bad
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PUT", "/api/me", b""),
+        ("PUT", "/api/me", b"[]"),
+        ("PUT", "/api/me", b'{"nickname": NaN}'),
+        ("PUT", "/api/me", b"[" * 5000),
+        ("PUT", "/api/me", b'{"nickname": "x", "id": "other"}'),
+        ("PUT", "/api/me", b'\xff\xfe{"nickname": "x"}'),
+        ("POST", "/api/pictures", b'{"id": "../../etc/passwd"}'),
+        ("POST", "/api/pictures", b'{"id": {"a": 1}}'),
+        ("PUT", "/api/review", b'{"rating": 1e999, "text": ""}'),
+        ("PUT", "/api/review", b'{"rating": 5, "text": {}}'),
+        ("POST", "/api/improve", b'{"prompt": "a"}'),
+        ("DELETE", "/api/pictures/..%2f..%2fcookie-key", b""),
+        ("DELETE", "/api/pictures/" + "a" * 300, b""),
+    ],
+)
+def test_bad_input_is_a_short_sentence_and_changes_nothing(house, method, path, body):
+    with house.client() as client:
+        before = house.front.store.summary()
+        answer = client.request(method, path, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (404, 422), answer.text
+        assert set(answer.json()) == {"code", "message"} and len(answer.content) < 1000
+        assert house.front.store.summary() == before
+
+
+def test_a_form_of_another_site_cannot_be_sent(house):
+    with house.client() as client:
+        plain = client.put("/api/me", content=b'{"nickname": "x"}', headers={"Content-Type": "text/plain"})
+        foreign = client.put("/api/me", json={"nickname": "x"}, headers={"Origin": "http://evil.example"})
+        assert (plain.status_code, foreign.status_code) == (422, 403)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/static/..%2f..%2fapp.py", "/static/../app.py", "/static/%2e%2e/app.py", "/static//etc/passwd",
+        "/..%2f", "/static/",
+        "/pictures/..%2fcookie-key", "/pictures/..%2f..%2fdata%2fcookie-key", "/pictures/cookie-key",
+        "/pictures/%00.webp",
+        "/predictions", "/shutdown", "/trainings", "/health-check", "/docs", "/openapi.json",
+        "/v1/images/files/x",
+    ],
+)  # fmt: skip
+def test_nothing_else_is_served(house, path):
+    with house.client() as client:
+        assert client.get(path).status_code == 404
+        for method in ("POST", "PUT"):
+            answer = client.request(method, path, json={"id": "../../x", "webhook": "http://127.0.0.1:9"})
+            assert answer.status_code in (404, 405)
+
+
+def test_what_a_client_adds_never_reaches_the_server_that_paints(house):
+    """No id, no webhook, no header of a client's: the inputs are the whole of it."""
+    easel = house.front.queue.workers[0].painter
+    with house.client(headers={"Authorization": "Bearer x", "Prefer": "respond-async"}) as client:
+        painted(house, client, steps=2)
+    assert set(easel.inputs[-1]) == {
+        "prompt", "steps", "guidance", "seed", "num_outputs", "aspect_ratio", "width", "height",
+        "output_format", "output_quality",
+    }  # fmt: skip
+
+
+def test_the_operator_alone_sees_the_summary(house, tmp_path):
+    with house.client() as client:
+        assert client.get("/operator").status_code == 401
+        assert client.get("/operator", auth=("any", "wrong")).status_code == 401
+        assert client.get("/operator", headers={"Authorization": b"Basic \xff"}).status_code == 401
+        summary = client.get("/operator", auth=("any", "open sesame")).text
+    assert re.search(r"^pictures: \d+$", summary, re.MULTILINE) and "model: miniature" in summary
+    with open_house(tmp_path, Studio(Easel())) as other, other.client() as client:
+        assert client.get("/operator").status_code == 404
+
+
+def test_metrics_and_health_tell_the_truth(tmp_path):
+    studio = Studio(Easel())
+    with open_house(tmp_path, studio) as house, house.client() as client:
+        with visit(house) as visitor:
+            visitor.type("any")
+            visitor.read("painted")
+            found = {
+                sample.name: sample.value
+                for family in text_string_to_metric_families(client.get("/metrics").text)
+                for sample in family.samples
+                if "le" not in sample.labels
+            }
+            assert found["fewstep_paint_seconds_count"] == found["fewstep_wait_seconds_count"] == 1
+            assert found["fewstep_visitors"] == found["fewstep_workers_ready"] == 1
+            assert (
+                found["fewstep_queue_length"]
+                == found["fewstep_running"]
+                == found["fewstep_restarts_total"]
+                == 0
+            )
+        assert (client.get("/healthz").status_code, client.get("/readyz").status_code) == (200, 200)
+        studio.workers[0].ready = False
+        assert (client.get("/healthz").status_code, client.get("/readyz").status_code) == (200, 503)
+
+
+def test_prompts_are_improved_by_any_endpoint_that_speaks_openais_api(tmp_path):
+    """A chat endpoint of our own, which the official client asks over HTTP."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+
+    seen, answers = [], ['  "a red house, golden light" \n', "", None]
+
+    class Chat(BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append(
+                (
+                    self.path,
+                    self.headers["Authorization"],
+                    json.loads(self.rfile.read(int(self.headers["Content-Length"]))),
+                )
+            )
+            text = answers.pop(0)
+            message = {"role": "assistant", "content": text}
+            content = json.dumps(
+                {
+                    "id": "x",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": "m",
+                    "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+                }
+            ).encode()
+            self.send_response(400 if text is None else 200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", free_port()), Chat)
+    Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    with (
+        open_house(tmp_path, Studio(Easel()), chat_key="secret", chat_url=url, chat_model="any") as house,
+        house.client() as client,
+    ):
+        assert client.get("/api/config").json()["improve"] is True
+        better = client.post("/api/improve", json={"prompt": "a red house"})
+        assert better.json() == {"prompt": "a red house, golden light"}
+        path, key, body = seen[0]
+        assert (path, key, body["messages"][-1]) == (
+            "/v1/chat/completions",
+            "Bearer secret",
+            {"role": "user", "content": "a red house"},
+        )
+        for _ in range(2):  # nothing to say, and an error
+            failed = client.post("/api/improve", json={"prompt": "a red house"})
+            assert (failed.status_code, failed.json()["code"]) == (502, "help_failed")
+        assert client.post("/api/improve", json={"prompt": " "}).status_code == 422
+    server.shutdown()
+
+
+def test_visitors_who_come_at_once_all_get_their_page(house):
+    with house.client() as client, ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(lambda _: client.get("/").status_code, range(200))) == {200}

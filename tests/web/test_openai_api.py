@@ -1,0 +1,169 @@
+"""OpenAI's images API: by the official client, and as Open WebUI and LibreChat send it."""
+
+import base64
+import io
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from conftest import Easel, Studio, open_house
+from PIL import Image
+from test_live import read
+
+PROMPT = "a red house in the snow at night"
+
+
+def opened(b64):
+    return Image.open(io.BytesIO(base64.b64decode(b64)))
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory):
+    with open_house(tmp_path_factory.mktemp("api"), Studio(Easel()), api_key="right") as house:
+        yield house
+
+
+@pytest.fixture
+def easel(studio):
+    return studio.front.queue.workers[0].painter
+
+
+def ask(studio, key="right", **fields):
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    url = f"{studio.url}/v1/images/generations"
+    return httpx2.post(url, json={"prompt": "a", **fields}, headers=headers, trust_env=False)
+
+
+def test_the_official_client_paints(house):
+    client = openai.OpenAI(base_url=f"{house.url}/v1", api_key="any", max_retries=0)
+    answer = client.images.generate(
+        model="gpt-image-1", prompt=PROMPT, n=2, size="auto", extra_body={"seed": 3}
+    )
+    images = [opened(one.b64_json) for one in answer.data]
+    assert [image.format for image in images] == ["PNG", "PNG"]
+    assert read(images[0]) >= {"red", "house", "snow", "night"}
+    assert (np.asarray(images[0]) != np.asarray(images[1])).any()
+    again = client.images.generate(model="any", prompt=PROMPT, extra_body={"seed": 3}, output_format="png")
+    assert abs(np.asarray(opened(again.data[0].b64_json), int) - np.asarray(images[0], int)).max() <= 2
+    assert client.models.list().data[0].id == "miniature"
+
+
+def test_the_official_client_edits_where_the_mask_is_transparent(house):
+    client = openai.OpenAI(base_url=f"{house.url}/v1", api_key="any", max_retries=0)
+    plain = client.images.generate(prompt=PROMPT, extra_body={"seed": 3}).data[0].b64_json
+    alpha = np.full((128, 128), 255, np.uint8)
+    alpha[:, :64] = 0
+    mask = io.BytesIO()
+    Image.fromarray(np.dstack([np.zeros((128, 128, 3), np.uint8), alpha]), "RGBA").save(mask, "PNG")
+    edited = client.images.edit(
+        image=("a.png", base64.b64decode(plain)),
+        mask=("m.png", mask.getvalue()),
+        prompt="a blue sailboat on a lake at sunset",
+        extra_body={"seed": 9, "strength": 1},
+    )
+    before, after = (np.asarray(opened(one).convert("RGB"), int) for one in (plain, edited.data[0].b64_json))
+    away = np.abs(before - after).mean(-1)
+    assert away[:, 72:].mean() < 4 < 20 < away[:, :56].mean()
+
+
+def test_a_request_as_open_webui_sends_it(house):
+    sent = {"model": "dall-e-3", "prompt": PROMPT, "n": 1, "size": "1024x1024", "response_format": "b64_json"}
+    answer = httpx2.post(f"{house.url}/v1/images/generations", json=sent, trust_env=False, timeout=60).json()
+    assert opened(answer["data"][0]["b64_json"]).size == (128, 128)  # the miniature's, in the same shape
+
+
+def test_a_request_as_librechat_sends_it(house):
+    sent = {
+        "model": "gpt-image-1", "prompt": PROMPT, "background": "auto", "quality": "auto", "size": "auto",
+        "output_format": "webp",
+    }  # fmt: skip
+    answer = httpx2.post(f"{house.url}/v1/images/generations", json=sent, trust_env=False, timeout=60).json()
+    assert opened(answer["data"][0]["b64_json"]).format == "WEBP"
+
+
+def test_an_address_is_given_to_whoever_asks_for_one(studio):
+    answer = ask(studio, response_format="url")
+    url = answer.json()["data"][0]["url"]
+    assert url.startswith(studio.url)
+    file = httpx2.get(url, trust_env=False)
+    assert file.status_code == 200 and Image.open(io.BytesIO(file.content)).size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "inputs"),
+    [
+        ({}, {"steps": 4, "width": 128, "height": 128, "output_format": "png"}),
+        ({"quality": "low"}, {"steps": 2}),
+        ({"quality": "hd"}, {"steps": 8}),
+        ({"quality": "unheard of"}, {"steps": 4}),
+        ({"num_inference_steps": 50}, {"steps": 8}),
+        ({"guidance_scale": 7.5, "negative_prompt": "blue"}, {"guidance": 4.0, "negative_prompt": "blue"}),
+        ({"size": "1792x1024"}, {"width": 168, "height": 96}),
+        ({"size": "100x100"}, {"width": 96, "height": 96}),
+        ({"size": "160x130"}, {"width": 160, "height": 128}),
+        ({"output_format": "jpeg", "output_compression": 50}, {"output_format": "jpg", "output_quality": 50}),
+        (
+            {"model": "x", "user": "y", "style": "vivid", "background": "auto", "moderation": "low"},
+            {"num_outputs": 1},
+        ),
+        ({"seed": "7"}, {"seed": 7}),
+        ({"n": "2"}, {"num_outputs": 2}),
+    ],
+)
+def test_what_clients_send_is_read_as_they_mean_it(studio, easel, fields, inputs):
+    assert ask(studio, **fields).status_code == 200
+    assert {name: easel.inputs[-1][name] for name in inputs} == inputs
+
+
+def test_ten_pictures_have_seeds_that_count_up(studio, easel):
+    easel.inputs.clear()
+    assert len(ask(studio, n=10, seed=2**31 - 3).json()["data"]) == 10
+    assert sorted((one["seed"], one["num_outputs"]) for one in easel.inputs) == [
+        (1, 4),
+        (5, 2),
+        (2**31 - 3, 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": None}, {"prompt": ""}, {"prompt": "x" * 2001}, {"size": "big"}, {"size": "0x0"},
+        {"size": "100x1000"}, {"n": 0}, {"n": 11}, {"n": True}, {"n": 1.5}, {"n": "9" * 30},
+        {"output_format": "gif"}, {"seed": "x"}, {"guidance_scale": {}}, {"num_inference_steps": "NaN"},
+        {"output_compression": {"a": 1}},
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_an_error_as_openais(studio, fields):
+    answer = ask(studio, **fields)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+
+
+def test_a_wrong_key_is_refused(studio):
+    for key in ("", "wrong", "right "[:-2]):
+        answer = ask(studio, key=key)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{studio.url}/v1", api_key="wrong").models.list()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"<svg/>"])
+def test_an_edit_of_what_is_no_picture_is_refused(studio, content):
+    answer = httpx2.post(
+        f"{studio.url}/v1/images/edits",
+        data={"prompt": "a"},
+        files={"image": ("a.png", content)},
+        headers={"Authorization": "Bearer right"},
+        trust_env=False,
+    )
+    assert answer.status_code == 400
+    missing = httpx2.post(
+        f"{studio.url}/v1/images/edits",
+        data={"prompt": "a"},
+        headers={"Authorization": "Bearer right"},
+        trust_env=False,
+    )
+    assert missing.status_code == 400

@@ -1,0 +1,213 @@
+"""What visitors leave, in SQLite and in a real PostgreSQL where its programs are installed."""
+
+import os
+import pwd
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import webp
+
+from fewstep.errors import InvalidRequest
+from fewstep.server import free_port
+from fewstep.web import store as store_module
+from fewstep.web.store import NotFound, Store, Taken
+
+A, B = "a" * 32, "b" * 32
+RECIPE = {"prompt": "a <b>red</b> house", "seed": 7}
+
+
+def postgres_programs():
+    for folder in (None, *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")))):
+        found = [shutil.which(name, path=folder) for name in ("initdb", "postgres")]
+        if all(found):
+            return found
+    return None
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """A server of its own, in a folder of its own, which ends with the tests."""
+    programs = postgres_programs()
+    if programs is None:
+        pytest.skip("PostgreSQL's initdb and postgres are not installed")
+    initdb, server = programs
+    folder = tmp_path_factory.mktemp("postgres")
+    own = {}
+    if os.getuid() == 0:  # which PostgreSQL refuses to run as
+        user = pwd.getpwnam("postgres" if "postgres" in {one.pw_name for one in pwd.getpwall()} else "nobody")
+        own = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        for path in (folder, *list(folder.parents)[:2]):
+            path.chmod(0o755)
+        os.chown(folder, user.pw_uid, user.pw_gid)
+    data, port = folder / "data", free_port()
+    command = [initdb, "-D", data, "-U", "fewstep", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C"]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder, **own)
+    options = ["-D", data, "-p", str(port), "-k", folder, "-h", "127.0.0.1", "-F"]
+    process = subprocess.Popen([server, *options], stderr=subprocess.DEVNULL, cwd=folder, **own)
+    address = f"postgresql://fewstep@127.0.0.1:{port}/postgres"
+    try:
+        import psycopg
+
+        for _ in range(200):
+            try:
+                psycopg.connect(address).close()
+                break
+            except psycopg.OperationalError:
+                assert process.poll() is None
+                time.sleep(0.05)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store(request, tmp_path):
+    url = request.getfixturevalue("postgres") if request.param == "postgres" else ""
+    made = Store(tmp_path, url)
+    yield made
+    store_module.Base.metadata.drop_all(made._engine)
+    made.close()
+
+
+def keep(store, visitor=A, **recipe):
+    return store.keep(visitor, webp(), (16, 16), {**RECIPE, **recipe})
+
+
+def test_a_nickname_is_its_visitors_alone_however_it_is_written(store):
+    store.name(A, "  Ünïcorn ")
+    assert store.me(A)["nickname"] == "Ünïcorn"
+    for same in ("ünïcorn", "ÜNÏCORN", "U\u0308ni\u0308corn"):
+        with pytest.raises(Taken):
+            store.name(B, same)
+    assert store.me(B)["nickname"] == ""
+    store.name(A, "other")
+    store.name(B, "Ünïcorn")  # free again
+    store.name(A, "")
+    store.name(B, "")  # two without a name are not the same name
+    assert store.me(A)["nickname"] == store.me(B)["nickname"] == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "a/b", "<img src=x>", "'; DROP TABLE visitors; --", "名前"]
+)
+def test_a_nickname_may_be_anything_that_can_be_seen_since_it_is_never_a_path(store, name):
+    store.name(A, name)
+    assert store.me(A)["nickname"] == name
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\u202eb", "a\u200bb", "x" * 41, 5, None, "a\nb", "\ud800"])
+def test_a_nickname_that_cannot_be_seen_is_refused(store, name):
+    with pytest.raises(InvalidRequest):
+        store.name(A, name)
+
+
+def test_a_kept_picture_is_shown_to_all_and_taken_out_by_its_visitor_alone(store):
+    store.name(A, "ann")
+    kept = keep(store)
+    assert store.file(kept["id"]).read_bytes() == webp()
+    [mine], [theirs] = store.gallery(A).pictures, store.gallery(B).pictures
+    assert mine == {**kept, "mine": True} and theirs == {**kept, "mine": False}
+    assert (mine["nickname"], mine["recipe"]) == ("ann", RECIPE)
+    with pytest.raises(NotFound):
+        store.discard(B, kept["id"])
+    store.discard(A, kept["id"])
+    assert store.gallery(A).pictures == [] and not store.file(kept["id"]).exists()
+
+
+@pytest.mark.parametrize("name", ["", "../secret", "a" * 31, "A" * 32, "a" * 31 + "/", "..%2f" * 6 + "aa"])
+def test_no_id_is_a_path(store, name):
+    with pytest.raises(NotFound):
+        store.file(name)
+
+
+def test_the_gallery_is_read_page_by_page_without_gap_or_repeat(store):
+    ids = [keep(store, seed=i)["id"] for i in range(7)]
+    seen, before = [], None
+    while True:
+        page = store.gallery(A, before, limit=3)
+        seen += [one["id"] for one in page.pictures]
+        before = page.next
+        if before is None:
+            break
+    assert seen == ids[::-1]
+
+
+def test_a_visitor_keeps_only_so_many_and_a_refused_picture_leaves_no_file(store, monkeypatch):
+    monkeypatch.setattr(store_module, "MAX_KEPT", 2)
+    keep(store)
+    keep(store)
+    with pytest.raises(InvalidRequest, match="2 of your pictures are kept"):
+        keep(store)
+    assert len(list(store._files.iterdir())) == 2
+    keep(store, B)
+
+
+def test_a_review_is_one_a_visitor_and_can_be_written_anew(store):
+    store.review(A, 5, "so quick 👩\u200d🚀\nand calm")
+    store.review(B, 2, "")
+    store.review(A, 4, "quick")
+    found = store.reviews(A)
+    assert (found["count"], found["average"]) == (2, 3.0)
+    assert {(one["rating"], one["text"], one["mine"]) for one in found["reviews"]} == {
+        (4, "quick", True),
+        (2, "", False),
+    }
+    assert store.me(A)["review"] == {"rating": 4, "text": "quick"}
+    for rating in (0, 6, True, "5", 4.5, None):
+        with pytest.raises(InvalidRequest):
+            store.review(A, rating, "")
+    with pytest.raises(InvalidRequest):
+        store.review(A, 5, "x" * 1001)
+
+
+def test_forgetting_a_visitor_leaves_nothing_of_theirs_and_all_of_the_others(store):
+    for visitor in (A, B):
+        store.name(visitor, visitor[0])
+        keep(store, visitor)
+        store.review(visitor, 3, "")
+    store.forget(A)
+    assert store.me(A) == {"nickname": "", "pictures": 0, "review": None}
+    assert store.me(B) == {"nickname": "b", "pictures": 1, "review": {"rating": 3, "text": ""}}
+    assert len(list(store._files.iterdir())) == 1
+    assert store.summary()["visitors"] == store.summary()["pictures"] == store.summary()["reviews"] == 1
+    store.forget(A)  # twice is no error
+
+
+def test_twenty_who_write_at_once_lose_nothing(store):
+    def write(i):
+        visitor = f"{i % 20:032x}"
+        store.name(visitor, f"v{i % 20}")
+        kept = keep(store, visitor, seed=i)
+        store.review(visitor, 1 + i % 5, str(i))
+        store.gallery(visitor)
+        return kept["id"]
+
+    with ThreadPoolExecutor(20) as pool:
+        ids = list(pool.map(write, range(100)))
+    found, before = [], None
+    while True:
+        page = store.gallery(A, before, 100)
+        found += page.pictures
+        if (before := page.next) is None:
+            break
+    assert sorted(one["id"] for one in found) == sorted(ids)
+    assert {one["recipe"]["seed"] for one in found} == set(range(100))
+    summary = store.summary()
+    assert (summary["visitors"], summary["pictures"], summary["reviews"]) == (20, 100, 20)
+
+
+def test_what_was_left_is_there_after_a_restart(tmp_path):
+    first = Store(tmp_path)
+    first.name(A, "ann")
+    kept = keep(first)
+    first.close()
+    again = Store(tmp_path)
+    assert again.me(A)["nickname"] == "ann" and [one["id"] for one in again.gallery(A).pictures] == [
+        kept["id"]
+    ]
+    again.close()
