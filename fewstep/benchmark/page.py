@@ -51,6 +51,7 @@ let timer
 document.querySelector('#prompt').addEventListener('input', event => {
   clearTimeout(timer)
   const prompt = event.target.value
+  if (!prompt) return
   timer = setTimeout(async () => {
     const answer = await (await fetch('/paint', {method: 'POST', body: JSON.stringify({prompt})})).json()
     const picture = document.querySelector('#picture')

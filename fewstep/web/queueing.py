@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3  # a request may itself be what ends a server
 FULL_AGAIN_S = 0.01  # coglet has room for a caller again only a moment after its answer
+JOIN_S = 0.01  # in which others join a batch: its prompts are being encoded
 REMEMBERED = 4096  # visitors, of whom it is known when they were last painted for
 
 
@@ -62,6 +63,7 @@ class Worker:
     ready: bool = False
     on_gone: Callable[[], None] = lambda: None  # it did not answer as it should
     running: set[Ticket] = field(default_factory=set)
+    batch_since: float = 0.0  # in seconds of time.monotonic()
 
     @property
     def has_room(self) -> bool:
@@ -82,19 +84,16 @@ class Ticket:
     place: int = -1
     sent: float | None = None
     attempts: int = 0
-    ahead: set[Ticket] = field(default_factory=set)  # which the server got before this one
+    # Whether its painting has begun, as far as can be told from outside: a server that was idle begins at once,
+    # who comes within moments joins, and the rest begin when something of the running batch has come back.
+    begun: bool = False
+    turn_before: int = 0  # the visitor's, in case that this one is taken back before it has begun
     task: asyncio.Task[float | None] | None = None
 
     @property
     def waiting(self) -> bool:
         """Whether it is still here."""
         return self.sent is None and not self.future.done()
-
-    @property
-    def begun(self) -> bool:
-        """Whether its painting has begun, as far as can be told from outside: it was sent, and something that
-        the server had got before has come back since."""
-        return self.sent is not None and not self.ahead
 
 
 class PaintQueue:
@@ -171,6 +170,8 @@ class PaintQueue:
 
     def cancel(self, ticket: Ticket) -> None:
         """Take it back, wherever it is; its result is Stopped."""
+        if ticket.sent is not None and not ticket.begun and not ticket.future.done():
+            self._served[ticket.visitor] = ticket.turn_before  # nothing was done for it
         self._settle(ticket, Stopped("a newer wish took its place"))
         if ticket.task:
             ticket.task.cancel()
@@ -207,9 +208,12 @@ class PaintQueue:
     def _send(self, ticket: Ticket, worker: Worker) -> None:
         self._waiting.remove(ticket)
         ticket.sent = time.monotonic()
-        ticket.ahead = set(worker.running)
+        if not any(other.begun for other in worker.running):
+            worker.batch_since = ticket.sent
+        ticket.begun = ticket.sent - worker.batch_since < JOIN_S
         worker.running.add(ticket)
         self._sent[ticket.visitor] += 1
+        ticket.turn_before = self._served.get(ticket.visitor, 0)
         self._served[ticket.visitor] = next(self._numbers)
         self._served.move_to_end(ticket.visitor)
         if len(self._served) > REMEMBERED:
@@ -248,9 +252,10 @@ class PaintQueue:
     def _left(self, ticket: Ticket, worker: Worker, task: asyncio.Task[float | None]) -> None:
         """It is no longer at `worker`, however that came."""
         worker.running.discard(ticket)
-        for other in worker.running:
-            if ticket in other.ahead:
-                other.ahead.clear()
+        if ticket.begun and any(not other.begun for other in worker.running):
+            worker.batch_since = time.monotonic()
+            for other in worker.running:
+                other.begun = True
         self._sent[ticket.visitor] -= 1
         if not self._sent[ticket.visitor]:
             del self._sent[ticket.visitor]
@@ -261,7 +266,7 @@ class PaintQueue:
 
     def _requeue(self, ticket: Ticket, in_s: float) -> None:
         """With the number that it had, so that it is soon its turn again."""
-        ticket.task, ticket.place = None, -1
+        ticket.task, ticket.place, ticket.begun = None, -1, False
 
         def back() -> None:
             if not ticket.future.done():

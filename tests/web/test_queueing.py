@@ -9,7 +9,7 @@ from conftest import Easel
 from fewstep.errors import DeadlineExceeded, GenerationError, InternalError, Stopped
 from fewstep.web.monitoring import Metrics
 from fewstep.web.painters import Painted, PainterFull, PainterGone
-from fewstep.web.queueing import MAX_ATTEMPTS, Busy, PaintQueue, TooMany, Worker
+from fewstep.web.queueing import JOIN_S, MAX_ATTEMPTS, Busy, PaintQueue, TooMany, Worker
 
 
 def queue(*easels, slots=1, limit=64, per_visitor=4, deadline_s=20.0):
@@ -160,17 +160,41 @@ def test_the_least_busy_server_is_asked_and_one_that_is_not_ready_is_not():
     assert asyncio.run(main()) == [3, 0, 3]
 
 
-def test_a_painting_counts_as_begun_when_something_that_was_before_it_has_come_back():
+def test_a_painting_counts_as_begun_alone_with_its_mates_or_when_its_turn_comes():
     async def main():
-        made = queue(Easel(0.02), slots=2)
-        first = made.submit("a", wish("a"))
-        await asyncio.sleep(0.01)
-        second = made.submit("b", wish("b"))
-        before = first.begun, second.begun
+        made = queue(Easel(0.05), slots=3)
+        first, mate = made.submit("a", wish("a")), made.submit("b", wish("b"))
+        await asyncio.sleep(2 * JOIN_S)
+        late = made.submit("c", wish("c"))
+        before = first.begun, mate.begun, late.begun
         await made.result(first)
-        return before, second.begun
+        await asyncio.sleep(0)
+        return before, late.begun
 
-    assert asyncio.run(main()) == ((True, False), True)
+    assert asyncio.run(main()) == ((True, True, False), True)
+
+
+def test_whoever_takes_a_wish_back_before_it_began_keeps_the_turn():
+    async def main(begun):
+        easel = Easel(0.05)
+        made = queue(easel, slots=2)
+        for name in "abc":  # whose turn it is in this order, from now on
+            await made.paint(name, wish("before"))
+        easel.begun.clear()
+        made.submit("other", wish("other"))
+        if not begun:
+            await asyncio.sleep(2 * JOIN_S)
+        ticket = made.submit("a", wish("a, old"))
+        waiting = [made.submit(name, wish(name)) for name in "bc"]
+        assert ticket.begun is begun
+        made.cancel(ticket)
+        again = made.submit("a", wish("a, new"))
+        await asyncio.gather(*(made.result(one) for one in (*waiting, again)))
+        return easel.begun
+
+    assert asyncio.run(main(begun=False)).index("a, new") == 1
+    # It was painted for, and is behind the others now.
+    assert asyncio.run(main(begun=True)).index("a, new") == 3
 
 
 def test_at_the_end_what_is_painted_is_finished_and_what_waits_is_told():
