@@ -14,6 +14,7 @@ import { hideNotice, toast } from "./status.js";
 const kept = new Set(); // ids of pictures in the gallery
 
 function offer() {
+  if (!stage.shot) return;
   const url = stage.url();
   Object.assign($("download"), { href: url, download: `fewstep-${stage.seed()}.webp`, ariaDisabled: null });
   $("share").disabled = false;
@@ -23,6 +24,7 @@ function offer() {
 }
 on("shown", offer);
 on("selected", offer);
+on("drawing", offer);
 
 onClick("share", async () => {
   const { wish, seed } = stage.shot;

@@ -60,6 +60,8 @@ on("failed", ({ code, message }) => {
   else showNotice("error", message, "", { label: "Try again", run: paintNow });
 });
 
+on("refused", toast);
+
 on("state", ({ ready }) => {
   if (ready) {
     wasReady = true;

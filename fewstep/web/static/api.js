@@ -1,5 +1,7 @@
 // The REST part of the server: JSON in and out, errors as sentences that can be shown.
 
+import { sentence } from "./dom.js";
+
 const TRIES = 4;
 const LONGEST_WAIT = 10; // seconds; a longer Retry-After is the visitor's decision, not the page's
 
@@ -16,7 +18,7 @@ async function once(method, path, body) {
   if (response.ok && answer) return answer;
   const message = answer?.message ?? `The server answered with an error (${response.status}). Try again in a moment.`;
   const busy = response.status === 429 || response.status === 503;
-  throw Object.assign(new Error(message), { busy, wait: Number(response.headers.get("Retry-After")) || 1 });
+  throw Object.assign(new Error(sentence(message)), { busy, wait: Number(response.headers.get("Retry-After")) || 1 });
 }
 
 // 429 and 503 mean that nothing was done yet, so asking again is safe for every method.

@@ -21,11 +21,7 @@ export async function keep(id) {
   refreshMe();
 }
 
-const when = (iso) => {
-  const date = new Date(iso);
-  const text = date.toLocaleDateString("en", { day: "numeric", month: "short", year: "numeric" });
-  return el("time", { dateTime: iso, title: date.toLocaleString() }, text);
-};
+const when = (iso) => el("time", { dateTime: iso }, new Date(iso).toLocaleDateString("en", { dateStyle: "medium" }));
 
 function stars(rating) {
   const row = el("span", { className: "rated", role: "img", ariaLabel: `${rating} of 5 stars` });
@@ -81,7 +77,7 @@ function card(picture) {
   const use = el("button", { className: "use", title: "Take these settings" },
     el("img", { src: url, alt: "", loading: "lazy", width, height }),
     el("span", { className: "prompt" }, recipe.prompt),
-    el("span", { className: "about" }, about));
+    el("span", { className: "note" }, about));
   use.addEventListener("click", () => {
     $("gallery").close();
     tell("recipe", recipe);
@@ -195,9 +191,9 @@ onClick("delete-data", async () => {
   if (!(await confirmDeletion("Delete your data?", text))) return;
   try {
     await call("DELETE", "/api/me");
-    await loadMe();
-    $("you").close();
-    toast("Your data is deleted.");
+    toast("Your data is deleted. The page starts anew.");
+    // The visitor that this page painted for is gone; the next load is a new one.
+    setTimeout(() => location.reload(), 1500);
   } catch (error) {
     toast(error.message);
   }

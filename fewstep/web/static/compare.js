@@ -22,6 +22,7 @@ onClick("compare", () => {
   next = 0;
   $("wipe-at").value = 50;
   update();
+  $("wipe-at").focus();
   if (entries.length > 2) toast("Choose other pictures below to compare them.");
 });
 

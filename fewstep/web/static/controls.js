@@ -48,7 +48,7 @@ function sizeOption({ name, width, height }) {
   box.style.height = `${Math.round(height * scale)}px`;
   const title = auto ? "The shape of the given picture" : `${name}: ${width} x ${height}`;
   const input = el("input", { type: "radio", name: "size", value: name, ariaLabel: title });
-  return el("label", { title, className: auto ? "auto" : "" }, input, box, el("span", {}, name));
+  return el("label", { title, className: auto ? "auto" : "" }, input, box, name);
 }
 
 for (const [id, [min, max]] of Object.entries(RANGES)) Object.assign($(id), { min, max });
@@ -56,7 +56,7 @@ $("prompt").maxLength = $("negative").maxLength = config.prompt_max;
 $("seed").max = config.seed_max;
 $("size").append(...[{ name: AUTO, width: 1, height: 1 }, ...config.sizes].map(sizeOption));
 for (let value = config.outputs[0]; value <= config.outputs[1]; value += 1) {
-  $("number").append(el("label", {}, el("input", { type: "radio", name: "number", value }), el("span", {}, value)));
+  $("number").append(el("label", {}, el("input", { type: "radio", name: "number", value }), value));
 }
 $("style").append(el("option", { value: "" }, "None"), ...config.styles.map((name) => el("option", {}, name)));
 $("style-field").hidden = config.styles.length === 0;

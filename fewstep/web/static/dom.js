@@ -19,6 +19,9 @@ export function icon(name) {
 
 export const setIcon = (parent, name) => parent.querySelector("use").setAttribute("href", `#i-${name}`);
 
+// The server's messages are clauses, as for a log.
+export const sentence = (text) => text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+
 const bus = new EventTarget();
 export const tell = (type, detail) => bus.dispatchEvent(new CustomEvent(type, { detail }));
 export const on = (type, listener) => bus.addEventListener(type, ({ detail }) => listener(detail));

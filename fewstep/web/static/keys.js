@@ -22,7 +22,7 @@ const LIST = [
   ["T", "Switch between light and dark", switchTheme],
   ["?", "This list", press("shortcuts-open")],
 ];
-const NOT_TEXT = "[type=range], [type=radio], [type=checkbox], [type=file], [type=color]";
+const TEXT_FIELD = "textarea, select, [type=text], [type=number]";
 const OWN_ENTER = "button, a, select, [type=file], [type=color]";
 
 document.addEventListener("keydown", (event) => {
@@ -36,7 +36,7 @@ document.addEventListener("keydown", (event) => {
     if (event.shiftKey || target.closest(OWN_ENTER)) return;
     event.preventDefault();
     paintNow();
-  } else if (target.matches(NOT_TEXT) || !target.matches("textarea, select, input")) {
+  } else if (!target.matches(TEXT_FIELD)) {
     const run = LIST.find(([name]) => name === key.toUpperCase())?.[2];
     if (!run || event.repeat || !$("letters").checked) return;
     event.preventDefault();

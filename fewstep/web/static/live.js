@@ -1,9 +1,9 @@
 // The WebSocket client: sequence numbers, pictures as binary frames, reconnecting, asking again when busy.
 //
 // Tells "open", "offline", "state" {ready}, "waiting" {n, place}, "busy" {message, seconds},
-// "failed" {n, code, message} and "painted" {message, blobs, current, sent, wish, given}.
+// "failed" {n, code, message}, "refused" (a sentence, of an input) and "painted" {message, blobs, current, sent, wish, given}.
 
-import { tell } from "./dom.js";
+import { sentence, tell } from "./dom.js";
 
 const FIRST_WAIT = 250; // ms until it connects again
 const LONGEST_WAIT = 4000;
@@ -110,7 +110,7 @@ function receive({ data }) {
   if (type === "painted") pending = { message, blobs: [] };
   else if (type === "state") tell(type, message);
   else if (message.n === current?.n && type === "waiting") tell(type, message);
-  else if (message.n === current?.n && type === "failed") failed(message);
+  else if (type === "failed") failed({ ...message, message: sentence(message.message) });
 }
 
 function receivePicture(buffer) {
@@ -128,6 +128,8 @@ function receivePicture(buffer) {
 function failed(message) {
   // What was superseded is no news; the answer to the newer wish is.
   if (message.code === "stopped") return;
+  if (message.n == null) tell("refused", message.message);
+  if (message.n !== current?.n) return;
   if (message.retry_after == null) {
     current.answered = true;
     tell("failed", message);

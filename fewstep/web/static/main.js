@@ -8,7 +8,7 @@ import { api } from "./api.js";
 import { ask, changed, halt, isBlank } from "./asking.js";
 import { config } from "./config.js";
 import { fromLink, restore, write } from "./controls.js";
-import { $, el, on, onClick } from "./dom.js";
+import { $, el, onClick } from "./dom.js";
 import { setInputs } from "./inputs.js";
 import { connect } from "./live.js";
 import { toast } from "./status.js";
@@ -40,12 +40,6 @@ onClick("improve", async () => {
   $("improve").disabled = false;
 });
 
-on("drawing", () => {
-  const text = isBlank() ? "Write a prompt first, then see it painted while you draw." : "Draw, and it is painted here.";
-  $("draw-live").hidden = !config.live;
-  $("draw-live").replaceChildren(el("p", {}, text));
-});
-
 function openLink() {
   const settings = fromLink(location.hash);
   if (!settings) return false;
@@ -58,7 +52,7 @@ function openLink() {
 }
 
 $("model").textContent = config.model;
-$("model").hidden = false;
+$("draw-live").hidden = !config.live;
 restore();
 connect();
 addEventListener("hashchange", openLink);

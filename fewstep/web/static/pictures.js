@@ -21,7 +21,7 @@ export async function readPicture(file) {
     throw new Error("This file is not a picture that the browser can read. Choose a JPEG, PNG or WebP file.");
   }
   const scale = Math.min(1, LONGEST_SIDE / Math.max(bitmap.width, bitmap.height));
-  const canvas = canvasOf(Math.ceil(bitmap.width * scale), Math.ceil(bitmap.height * scale));
+  const canvas = canvasOf(Math.round(bitmap.width * scale) || 1, Math.round(bitmap.height * scale) || 1);
   const context = canvas.getContext("2d");
   // Transparent parts count as white, as on the server.
   context.fillStyle = "#fff";
@@ -31,14 +31,10 @@ export async function readPicture(file) {
   return { canvas, blob: await encode(canvas, file.type === "image/jpeg") };
 }
 
+// At this size a JPEG always fits.
 export async function encode(canvas, photo = false) {
   const png = photo ? null : await toBlob(canvas, "image/png");
-  if (png?.size <= MOST_BYTES) return png;
-  for (const quality of [0.92, 0.8, 0.6]) {
-    const jpeg = await toBlob(canvas, "image/jpeg", quality);
-    if (jpeg?.size <= MOST_BYTES) return jpeg;
-  }
-  throw new Error("This picture is too large to send, even scaled down. Choose another one.");
+  return png?.size <= MOST_BYTES ? png : toBlob(canvas, "image/jpeg", 0.92);
 }
 
 // A file among what was dropped or pasted, or null.

@@ -1,6 +1,6 @@
 // The window around it all: dialogs, theme, the phone's settings and keyboard. Works before the config is there.
 
-import { $, onClick, store } from "./dom.js";
+import { $, el, icon, onClick, store } from "./dom.js";
 
 const root = document.documentElement;
 const KEYBOARD_BELOW = 560; // px of height that a phone has left when its keyboard is open
@@ -8,10 +8,12 @@ const PHONE = matchMedia("(max-width: 700px)");
 const DARK = matchMedia("(prefers-color-scheme: dark)");
 
 for (const dialog of document.querySelectorAll("dialog")) {
+  const bare = dialog.querySelector("header:not(:has(button))");
+  bare?.append(el("button", { className: "close quiet icon", ariaLabel: "Close" }, icon("close")));
   dialog.addEventListener("click", ({ target }) => {
     // A click on the backdrop hits the dialog itself. A drawing is not lost to a stroke that ends outside.
     const outside = target === dialog && !dialog.matches(".easel");
-    if (outside || target.closest("[data-close]")) dialog.close("");
+    if (outside || target.closest(".close")) dialog.close("");
   });
 }
 

@@ -115,6 +115,7 @@ function record(seen, restored) {
   if (!restored) {
     seen.shown = shown;
     performance.mark(`shown-${n}`);
+    performance.clearMarks(`shown-${n - TIMES_MAX}`);
     window.fewstepTimes.push({ n, sent, shown, paint_ms });
     if (window.fewstepTimes.length > TIMES_MAX) window.fewstepTimes.shift();
   }

@@ -25,12 +25,13 @@ export function say(state, text, often = false) {
   }
   if (state === "painted") paintedSaid = performance.now();
   line.dataset.state = state;
-  line.textContent = text;
+  // The same again would be read out again.
+  if (line.textContent !== text) line.textContent = text;
 }
 
 export const saidState = () => line.dataset.state;
 
-const ICONS = { busy: "clock", waiting: "clock", starting: "clock", offline: "offline", error: "alert", hint: "image" };
+const ICONS = { busy: "clock", waiting: "clock", starting: "clock", offline: "alert", error: "alert", hint: "image" };
 
 // `label` and `run` make a button; `wait` are seconds, counted down in the text's "{s}".
 export function showNotice(kind, title, text = "", { label = "", run = null, wait = 0 } = {}) {
