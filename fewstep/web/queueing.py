@@ -84,7 +84,7 @@ class Ticket:
     place: int = -1
     sent: float | None = None
     attempts: int = 0
-    # Whether its painting has begun, as far as can be told from outside: a server that was idle begins at once,
+    # Whether its painting has begun, as far as can be told from outside: an idle server begins at once,
     # who comes within moments joins, and the rest begin when something of the running batch has come back.
     begun: bool = False
     turn_before: int = 0  # the visitor's, in case that this one is taken back before it has begun
@@ -265,7 +265,8 @@ class PaintQueue:
         self.pump()
 
     def _requeue(self, ticket: Ticket, in_s: float) -> None:
-        """With the number that it had, so that it is soon its turn again."""
+        """Nothing was done for it: it has the turn that it had."""
+        self._served[ticket.visitor] = ticket.turn_before
         ticket.task, ticket.place, ticket.begun = None, -1, False
 
         def back() -> None:

@@ -111,9 +111,9 @@ class House:
 
 
 @contextmanager
-def open_house(folder: Path, crew: Any, **settings: Any) -> Iterator[House]:
+def open_house(folder: Path, crew: Any, model: str = "miniature", **settings: Any) -> Iterator[House]:
     web = replace(WebSettings.from_env(folder, {}), data=folder / "data", **settings)
-    app = create_app(MINIATURE, web, crew)
+    app = create_app(get_model(model), web, crew)
     port = free_port()
     config = uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=10)
     server = uvicorn.Server(config)

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import Easel, Studio, open_house
 from PIL import Image
 from test_live import read
 
@@ -311,8 +312,6 @@ def test_a_share_link_paints_the_same(browser, house, visitor):
 
 
 def test_a_page_whose_server_is_gone_says_so_and_comes_back(browser, tmp_path):
-    from conftest import Easel, Studio, open_house
-
     with open_house(tmp_path, Studio(Easel(0.05))) as house:
         opened = Opened(browser, house)
         opened.page.fill("#prompt", "any")
@@ -330,6 +329,36 @@ def test_a_page_whose_server_is_gone_says_so_and_comes_back(browser, tmp_path):
     opened.page.wait_for_function("/connect|offline/i.test(document.querySelector('#status').innerText)")
     assert opened.page.locator("#picture").is_visible()
     opened.context.close()
+
+
+def test_a_large_model_paints_small_while_one_types_and_full_size_when_typing_rests(browser, tmp_path):
+    easel = Easel(0.05)
+    with open_house(tmp_path, Studio(easel), model="sdxl") as house:
+        opened = Opened(browser, house)
+        opened.page.locator("input[name=number][value='4']").check(force=True)
+        opened.type("a red house", 60)
+        opened.page.wait_for_selector("html[data-shown-quick='false'][data-shown-prompt='a red house']")
+        asked = [(one["width"], one["num_outputs"]) for one in easel.inputs if one["prompt"]]
+        opened.context.close()
+    assert asked[-1] == (1024, 4) and set(asked[:-1]) == {(512, 1)} and len(asked) > 3
+    assert len({one["seed"] for one in easel.inputs}) == 1
+    assert opened.wrong == []
+
+
+def test_where_pictures_are_billed_nothing_is_painted_unasked(browser, tmp_path):
+    easel = Easel()
+    studio = Studio(easel)
+    studio.live = False
+    with open_house(tmp_path, studio) as house:
+        opened = Opened(browser, house, "/#prompt=a+blue+house&seed=5")
+        opened.page.fill("#prompt", "a red house")
+        opened.page.locator("#steps").press("ArrowRight")
+        time.sleep(1)
+        assert easel.begun == []
+        opened.page.locator("#prompt").press("Enter")
+        opened.page.wait_for_selector("html[data-shown-prompt='a red house']")
+        opened.context.close()
+    assert easel.begun == ["a red house"] and opened.wrong == []
 
 
 def test_the_keyboard_alone_is_enough(visitor):

@@ -135,6 +135,21 @@ def test_a_server_without_room_is_asked_again_and_an_error_of_the_model_is_not()
     assert len(asyncio.run(main())) == 3
 
 
+def test_whoever_was_sent_to_a_server_without_room_keeps_the_turn():
+    async def main():
+        easel = Easel(0.02)
+        made = queue(easel)
+        for name in "abc":
+            await made.paint(name, wish("before"))
+        easel.begun.clear()
+        easel.fails = [PainterFull()]
+        await asyncio.gather(*(made.paint(name, wish(name)) for name in "abcd"))
+        return easel.done[3:]
+
+    # "a" comes back while another is painted, and is next.
+    assert asyncio.run(main()) == ["d", "a", "b", "c"]
+
+
 def test_a_deadline_holds_while_waiting_for_a_server_and_while_painting():
     async def main():
         easel = Easel(30)
