@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageFile, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -78,6 +78,12 @@ def open_mask(path: Path, name: str) -> Image.Image:
     and colours count by their brightness. Otherwise as open_image.
     """
     return _opened(path, name, _to_grey)
+
+
+def open_alpha_mask(path: Path, name: str) -> Image.Image:
+    """The mask in a file that is transparent where to repaint, as OpenAI's API has it; one that is opaque
+    throughout is read as by open_mask."""
+    return _opened(path, name, _to_inverse_alpha)
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -232,6 +238,12 @@ def _to_rgb(file: Image.Image) -> Image.Image:
 
 def _to_grey(file: Image.Image) -> Image.Image:
     return _opaque(file, "black").convert("L")
+
+
+def _to_inverse_alpha(file: Image.Image) -> Image.Image:
+    if not file.has_transparency_data:
+        return _to_grey(file)
+    return ImageChops.invert(file.convert("RGBA").getchannel("A"))
 
 
 def _opaque(file: Image.Image, ground: str) -> Image.Image:

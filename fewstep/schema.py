@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import threading
 import tokenize
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def write_schema(target: Path, path: Path, training: Path | None = None) -> None
     if target.exists() and target.read_text(encoding="utf-8") == text:
         return
     target.parent.mkdir(exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}.part")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(target)
 

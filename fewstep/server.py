@@ -25,6 +25,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DIFFUSERS_DI
 POLL_S = 0.05
 # coglet answers /health-check late while the model holds the interpreter; it gives up after 10 s itself.
 HEALTH_TIMEOUT_S = 12.0
+UNHEALTHY_POLLS = 20
 STOP_TIMEOUT_S = 25.0
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CODE_AND_SENTENCE = re.compile(r"\[[a-z_]+\] .*", re.DOTALL)
@@ -44,25 +45,29 @@ class Server:
 
     def wait_ready(self) -> None:
         """Return once predictions are served; raise ServerFailed when they never will be."""
+        unhealthy = 0
         while True:
             if self.process.poll() is not None:
                 raise ServerFailed(
                     f"the server ended with status {self.process.returncode} before it was ready"
                 )
             health = self.health()
-            if health.get("status") == "READY":
+            if health.get("status") in ("READY", "BUSY"):
                 return
             if health.get("status") == "SETUP_FAILED":
-                raise ServerFailed(code_and_sentence(health["setup"]["logs"]))
+                raise ServerFailed(code_and_sentence((health.get("setup") or {}).get("logs", "")))
+            unhealthy = unhealthy + 1 if health.get("status") in ("UNHEALTHY", "DEFUNCT") else 0
+            if unhealthy == UNHEALTHY_POLLS:  # its worker died before anybody saw it ready
+                raise ServerFailed("the server broke down before it was ready")
             time.sleep(POLL_S)
 
     def health(self) -> dict[str, Any]:
         """What coglet says of itself; empty when nobody listens, or nothing comes within 12 s."""
         try:
-            health: dict[str, Any] = self._ask("GET", "/health-check", None, HEALTH_TIMEOUT_S)[1]
-        except OSError:  # not listening yet
+            _, health = self._ask("GET", "/health-check", None, HEALTH_TIMEOUT_S)
+        except (OSError, http.client.HTTPException, ValueError):  # not listening yet, or no longer
             return {}
-        return health
+        return health if isinstance(health, dict) else {}
 
     def post(self, path: str, body: object, timeout_s: float | None = None) -> tuple[int, Any]:
         """The status and the answer: parsed when it is JSON, otherwise text."""
@@ -187,7 +192,7 @@ def code_and_sentence(text: str) -> str:
 
 def require_free(host: str, port: int, remedy: str) -> None:
     """Raise ServerFailed when the port is taken, or not to be had."""
-    with socket.socket() as listener:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))

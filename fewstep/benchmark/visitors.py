@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from websockets.asyncio.client import connect
 
 from fewstep.benchmark.page import PROMPTS
@@ -61,7 +62,11 @@ def measure(visitors: int, seconds: float) -> dict[str, Any]:
 
 
 async def _visit(port: int, i: int, until: float, waits: list[float], counts: dict[str, int]) -> None:
-    async with connect(f"ws://127.0.0.1:{port}/live", max_size=2**24, proxy=None) as socket:
+    url = f"http://127.0.0.1:{port}"
+    page = await asyncio.to_thread(httpx2.get, url, trust_env=False)
+    cookie = {"Cookie": page.headers["set-cookie"].partition(";")[0]}
+    live = url.replace("http", "ws") + "/live"
+    async with connect(live, max_size=2**24, proxy=None, additional_headers=cookie) as socket:
         n = 0
         shown = asyncio.Condition()
         last = [0]

@@ -7,6 +7,7 @@ http://127.0.0.1:8000. OpenAI's images API is at /v1, metrics at /metrics. What 
 
 import argparse
 import asyncio
+import logging
 import os
 import sys
 import time
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if not 0 < chosen.port < 65536:
         parser.error("--port must be from 1 to 65535")
+    if chosen.cog_url and not chosen.cog_url.startswith(("http://", "https://")):
+        parser.error("--cog-url must begin with http:// or https://")
     if chosen.workers is not None and not 0 < chosen.workers <= 64:
         parser.error("--workers must be from 1 to 64")
     found = [0]
@@ -71,13 +74,19 @@ def environs_of(workers: int | None, environ: Mapping[str, str]) -> list[dict[st
 
 
 async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    import uvicorn
-
     from fewstep.models import get_model
     from fewstep.settings import Settings
-    from fewstep.web.app import GRACE_S, create_app
+    from fewstep.web.app import create_app
     from fewstep.web.guard import LOOPBACK
+    from fewstep.web.logs import JsonLines
+    from fewstep.web.serving import WebServer
     from fewstep.web.settings import WebSettings
+
+    if sys.stderr.isatty():  # a person is told what matters; a log holds every picture
+        logging.getLogger("fewstep.web").setLevel(logging.WARNING)
+    else:
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonLines())
 
     require_free(chosen.host, chosen.port, "give another as --port")
     spec = get_model(Settings.from_env(environ).model)
@@ -87,24 +96,14 @@ async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if chosen.host not in ("0.0.0.0", "::"):
         hosts.add(chosen.host)
     app = create_app(spec, settings, crew, hosts)
-    config = uvicorn.Config(
-        app,
-        host=chosen.host,
-        port=chosen.port,
-        access_log=False,
-        log_level="warning",
-        timeout_graceful_shutdown=int(GRACE_S),
-        server_header=False,
-        ws_max_size=16 * 10**6,
-    )
-    server = uvicorn.Server(config)
+    server = WebServer(app, chosen.host, chosen.port)
     announcing = asyncio.create_task(_announce(chosen, spec.name, crew, app, server))
     try:
         await server.serve()
     finally:
         announcing.cancel()
     [outcome] = await asyncio.gather(announcing, return_exceptions=True)
-    return outcome if isinstance(outcome, int) else 0 if server.started else 1
+    return outcome if isinstance(outcome, int) else 0
 
 
 def _crew(chosen: argparse.Namespace, environ: Mapping[str, str], settings: Any) -> Any:
@@ -146,7 +145,7 @@ async def _announce(chosen: argparse.Namespace, model: str, crew: Any, app: Any,
         await asyncio.sleep(TICK_S / 2 if server.started else 0.02)
     say(("\r" if terminal and told else "") + f"ready: {address}; Ctrl-C ends it" + " " * 24 * terminal)
     if terminal and not chosen.no_open:
-        webbrowser.open(address)
+        await asyncio.to_thread(webbrowser.open, address)  # which one in a terminal blocks
     await asyncio.Event().wait()
     return 0
 

@@ -7,7 +7,6 @@ import base64
 import contextlib
 import logging
 import secrets
-import uuid
 from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,13 @@ from fewstep.request import (
 )
 from fewstep.web.crew import Crew
 from fewstep.web.front import COOKIE, Front, body_of, told
-from fewstep.web.guard import LOOPBACK, Guard
+from fewstep.web.guard import HEADERS, LOOPBACK, Guard
 from fewstep.web.live import LiveSession
 from fewstep.web.monitoring import Metrics
 from fewstep.web.openai_api import routes as openai_routes
 from fewstep.web.prompt_help import PromptHelp
-from fewstep.web.queueing import PaintQueue
+from fewstep.web.queueing import PaintQueue, TooMany
+from fewstep.web.serving import GRACE_S
 from fewstep.web.settings import WebSettings
 from fewstep.web.store import NotFound, Store
 from fewstep.web.wishes import has_quick_size
@@ -49,9 +49,10 @@ from fewstep.web.wishes import has_quick_size
 logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
-GRACE_S = 25.0  # for what is being painted when the server is to end
 REST_MS = 350  # that typing has paused when the full size is asked for
-GOING_AWAY = 1001
+TRY_AGAIN_LATER = 1013
+MAX_SESSIONS = (256, 16)  # in all, and of one visitor
+MAX_HELPED = 4
 EXAMPLES = {
     "miniature": (
         "a red house in the snow at night",
@@ -73,47 +74,41 @@ EXAMPLES = {
 def create_app(
     spec: ModelSpec, settings: WebSettings, crew: Crew, hosts: Collection[str] = LOOPBACK
 ) -> Starlette:
-    """The app for `spec`, painted by `crew`; it answers to `hosts` and to nobody who asks by another name."""
+    """The app for `spec`, painted by `crew`; it answers to `hosts` and to nobody who asks by another name.
+
+    Raises SettingsError for a data folder or a database that cannot be used.
+    """
     metrics = Metrics()
+    queue = PaintQueue(
+        limit=settings.queue_limit,
+        per_visitor=settings.per_visitor,
+        deadline_s=settings.deadline_s,
+        watcher=metrics,
+    )
+    queue.workers = crew.workers
+    chat = settings.chat_key, settings.chat_url, settings.chat_model
+    front = Front(
+        spec=spec,
+        settings=settings,
+        crew=crew,
+        store=Store(settings.data, settings.database_url),
+        queue=queue,
+        metrics=metrics,
+        help=PromptHelp(*chat) if settings.chat_key else None,
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        queue = PaintQueue(
-            limit=settings.queue_limit,
-            per_visitor=settings.per_visitor,
-            deadline_s=settings.deadline_s,
-            watcher=metrics,
-        )
-        queue.workers = crew.workers
-        helper = (
-            PromptHelp(settings.chat_key, settings.chat_url, settings.chat_model)
-            if settings.chat_key
-            else None
-        )
-        settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        store = Store(settings.data, settings.database_url)
-        front = Front(
-            spec=spec,
-            settings=settings,
-            crew=crew,
-            store=store,
-            queue=queue,
-            metrics=metrics,
-            help=helper,
-        )
-        app.state.front, app.state.loop = front, asyncio.get_running_loop()
+        app.state.loop = asyncio.get_running_loop()
         crew.start(_on_change(front), metrics.restarted)
         try:
             yield
         finally:
-            await queue.close(GRACE_S)
-            await asyncio.gather(
-                *(one.close(GOING_AWAY) for one in tuple(front.sessions)), return_exceptions=True
-            )
+            await front.end(GRACE_S)
             await crew.stop()
-            store.close()
+            front.store.close()
 
-    return Starlette(
+    app = Starlette(
         routes=_routes(),
         middleware=[Middleware(Guard, hosts=hosts)],
         exception_handlers={
@@ -123,6 +118,8 @@ def create_app(
         },
         lifespan=lifespan,
     )
+    app.state.front = front
+    return app
 
 
 def _on_change(front: Front) -> Any:
@@ -216,14 +213,21 @@ async def _config(request: Request) -> Response:
 
 async def _live(socket: WebSocket) -> None:
     front = _front(socket)
+    # Without cookies one can paint, but keep nothing.
+    visitor = front.visitor(socket) or f"from {socket.client.host if socket.client else ''}"
     await socket.accept()
+    own = sum(session.visitor == visitor for session in front.sessions)
+    if len(front.sessions) >= MAX_SESSIONS[0] or own >= MAX_SESSIONS[1]:
+        await socket.close(TRY_AGAIN_LATER)
+        return
     session = LiveSession(
         socket,
-        front.visitor(socket) or uuid.uuid4().hex,  # without cookies one can paint, but keep nothing
+        visitor,
         spec=front.spec,
         styles=front.settings.style_names,
         queue=front.queue,
         recent=front.recent,
+        reader=front.reader,
     )
     front.sessions.add(session)
     try:
@@ -308,9 +312,15 @@ async def _improve(request: Request) -> Response:
     front = _front(request)
     if front.help is None:
         raise NotFound("this server has no helper for prompts")
-    front.known(request)
+    visitor = front.known(request)
     fields = await body_of(request, ["prompt"])
-    return JSONResponse({"prompt": await front.help.improve(fields.get("prompt"))})
+    if visitor in front.helping or len(front.helping) >= MAX_HELPED:  # each is billed to the operator
+        raise TooMany("a prompt is being improved; wait for that one", 2)
+    front.helping.add(visitor)
+    try:
+        return JSONResponse({"prompt": await front.help.improve(fields.get("prompt"))})
+    finally:
+        front.helping.discard(visitor)
 
 
 async def _summary(request: Request) -> Response:
@@ -370,4 +380,7 @@ async def _told_plainly(request: Request, error: Exception) -> Response:
 
 async def _told_nothing(request: Request, error: Exception) -> Response:
     logger.error("unforeseen error", exc_info=error)
-    return told(InternalError())
+    answer = told(InternalError())
+    for name, value in HEADERS.items():  # this one is made outside of the guard
+        answer.headers[name.decode()] = value.decode()
+    return answer

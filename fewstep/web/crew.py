@@ -80,6 +80,7 @@ class OwnServers:
             worker.on_gone = lambda worker=worker, supervisor=supervisor: self._doubt(  # type: ignore[misc]
                 worker, supervisor, on_change
             )
+            worker.on_stuck = supervisor.condemn
             self.supervisors.append(supervisor)
             supervisor.start()
 
@@ -93,6 +94,7 @@ class OwnServers:
     def _set(self, worker: Worker, ready: bool, url: str, on_change: Callable[[], None]) -> None:
         if ready and (not isinstance(worker.painter, CogPainter) or worker.painter.url != url):
             worker.painter = CogPainter(url, self._timeout_s)
+            worker.answered()
         worker.ready = ready
         on_change()
 

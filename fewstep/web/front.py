@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from collections.abc import Collection
@@ -22,9 +23,12 @@ from fewstep.web.queueing import PaintQueue
 from fewstep.web.recent import RecentPictures
 from fewstep.web.settings import WebSettings
 from fewstep.web.store import Store
+from fewstep.web.wishes import PictureReader
 
 COOKIE = "fewstep_visitor"
+RETRY_AFTER_S = 5
 YEAR_S = 365 * 24 * 60 * 60
+GOING_AWAY = 1001
 STATUS = {"invalid_request": 422, "unsafe": 422, "deadline": 503, "stopped": 503}
 
 
@@ -39,6 +43,8 @@ class Front:
     queue: PaintQueue
     metrics: Metrics
     help: PromptHelp | None = None
+    helping: set[str] = field(default_factory=set)  # visitors
+    reader: PictureReader = field(default_factory=PictureReader)
     recent: RecentPictures = field(default_factory=RecentPictures)
     sessions: set[LiveSession] = field(default_factory=set)
 
@@ -59,6 +65,12 @@ class Front:
         if visitor is None:
             raise InvalidRequest("your browser sent no cookie of this page; allow cookies and load it again")
         return visitor
+
+    async def end(self, grace_s: float) -> None:
+        """Take no more wishes, finish what is being painted, and let the pages go, which come again."""
+        await self.queue.close(grace_s)
+        closing = (session.close(GOING_AWAY) for session in tuple(self.sessions))
+        await asyncio.gather(*closing, return_exceptions=True)
 
     def welcome(self, request: Request, response: Response) -> None:
         """Give the cookie to whoever has none."""
@@ -94,9 +106,15 @@ def status_of(error: FewstepError) -> int:
 
 def told(error: FewstepError) -> JSONResponse:
     """An error as the page reads it."""
-    retry = getattr(error, "retry_after_s", None)
-    headers = {"Retry-After": str(retry)} if retry else {}
-    return JSONResponse({"code": error.code, "message": error.sentence}, status_of(error), headers)
+    status = status_of(error)
+    return JSONResponse({"code": error.code, "message": error.sentence}, status, retry_after(error, status))
+
+
+def retry_after(error: FewstepError, status: int) -> dict[str, str]:
+    """The header that says when to come again, for what will pass."""
+    usual = RETRY_AFTER_S if status == 503 else None
+    seconds = getattr(error, "retry_after_s", usual)
+    return {"Retry-After": str(seconds)} if seconds else {}
 
 
 def _refuse(name: str) -> None:

@@ -7,7 +7,9 @@ changes something, or opens a socket, must come from the same origin if a browse
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
@@ -20,7 +22,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 ANY_HOST = "*"
 MAX_BODY = 64 * 1024
-MAX_UPLOAD = 64 * 10**6  # multipart: up to two pictures
+MAX_UPLOAD = 64 * 10**6  # up to two pictures
+UPLOADS = ("/v1/images/edits",)
+BODY_S = 30.0  # for a body to come
 SAFE = ("GET", "HEAD", "OPTIONS")
 HEADERS = {
     b"content-security-policy": (
@@ -37,6 +41,10 @@ HEADERS = {
 
 class TooLong(Exception):
     """The body is longer than its limit."""
+
+
+class TooSlow(Exception):
+    """The body does not come."""
 
 
 class Guard:
@@ -58,8 +66,7 @@ class Guard:
         guarded = _with_headers(send)
         if refusal:
             return await _answer(guarded, *refusal)
-        multipart = headers.get(b"content-type", "").startswith("multipart/form-data")
-        limit = MAX_UPLOAD if multipart else MAX_BODY
+        limit = MAX_UPLOAD if scope.get("path") in UPLOADS else MAX_BODY
         length = headers.get(b"content-length", "0")
         too_long = 413, "too_long", f"the body has more than {limit} bytes; send less"
         if not length.isdecimal() or int(length) > limit:
@@ -68,6 +75,8 @@ class Guard:
             await self._app(scope, _limited(receive, limit), guarded)
         except TooLong:
             await _answer(guarded, *too_long)
+        except TooSlow:
+            await _answer(guarded, 408, "too_slow", f"the body did not come within {BODY_S:g} s")
 
     def _refusal(self, scope: Scope, headers: dict[bytes, str]) -> tuple[int, str, str] | None:
         host = headers.get(b"host", "").lower()
@@ -88,11 +97,18 @@ class Guard:
 
 
 def _limited(receive: Receive, limit: int) -> Receive:
-    read = 0
+    read, whole = 0, False
+    until = time.monotonic() + BODY_S
 
     async def limited() -> Message:
-        nonlocal read
-        message = await receive()
+        nonlocal read, whole
+        if whole:  # what comes then is that the client has left
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), until - time.monotonic())
+        except TimeoutError:
+            raise TooSlow from None
+        whole = not message.get("more_body", False)
         read += len(message.get("body", b""))
         if read > limit:
             raise TooLong

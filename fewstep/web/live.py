@@ -21,12 +21,12 @@ from PIL import Image
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from fewstep.errors import FewstepError, InvalidRequest, Stopped
-from fewstep.images import INPUT_MAX_BYTES
+from fewstep.images import INPUT_MAX_BYTES, open_image, open_mask
 from fewstep.models import ModelSpec
 from fewstep.web.painters import Painted
 from fewstep.web.queueing import PaintQueue, Ticket
 from fewstep.web.recent import RecentPictures
-from fewstep.web.wishes import PAGE_FIELDS, Wish, make_wish, read_mask, read_picture
+from fewstep.web.wishes import PAGE_FIELDS, PictureReader, Wish, make_wish
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ JUST_SHOWN_S = 0.3
 UNSUPPORTED = 1003
 MAX_MESSAGE = 16_384  # characters of JSON
 MAX_INPUT = 8 * 10**6  # bytes of a picture; the page scales larger ones down
-SLOTS = {"image": read_picture, "mask": read_mask}
+SLOTS = {"image": open_image, "mask": open_mask}
 assert MAX_INPUT <= INPUT_MAX_BYTES
 
 
@@ -58,13 +58,15 @@ class LiveSession:
         styles: Callable[[], Collection[str]],
         queue: PaintQueue,
         recent: RecentPictures,
+        reader: PictureReader,
     ) -> None:
         self._socket = socket
-        self._visitor = visitor
+        self.visitor = visitor
         self._spec = spec
         self._styles = styles
         self._queue = queue
         self._recent = recent
+        self._reader = reader
         self._pictures: dict[str, Image.Image] = {}
         self._asked: _Asked | None = None  # the latest that nothing was done for yet
         self._current: _Asked | None = None  # which `_ticket` is for
@@ -141,7 +143,7 @@ class LiveSession:
             raise InvalidRequest(
                 f"{slot} has {len(content) / 1e6:.1f} MB; at most {MAX_INPUT / 1e6:g} MB are taken"
             )
-        self._pictures[slot] = await asyncio.to_thread(SLOTS[slot], content, slot)
+        self._pictures[slot] = await self._reader.read(content, slot, SLOTS[slot])
 
     async def _take_wish(self, fields: Mapping[str, Any]) -> None:
         n, quick, given = fields.get("n"), fields.get("quick"), fields.get("wish")
@@ -149,10 +151,12 @@ class LiveSession:
             raise InvalidRequest("a paint message has n, a whole number, quick, true or false, and a wish")
         came = time.monotonic()
         given = dict(given)
-        pictures = {
-            slot: self._pictures.get(slot) if given.pop(f"use_{slot}", False) is True else None
-            for slot in SLOTS
-        }
+        pictures = {}
+        for slot in SLOTS:
+            used = given.pop(f"use_{slot}", False) is True
+            if used and slot not in self._pictures:  # it was refused, which the page has been told
+                raise InvalidRequest(f"the {slot} is not here; choose it again, or take it out")
+            pictures[slot] = self._pictures[slot] if used else None
 
         def make() -> Wish:
             return make_wish(
@@ -183,7 +187,7 @@ class LiveSession:
                 await self._came.wait()
             self._current, self._asked = self._asked, None
             try:
-                self._ticket = self._queue.submit(self._visitor, self._current.wish.inputs, self._tell_place)
+                self._ticket = self._queue.submit(self.visitor, self._current.wish.inputs, self._tell_place)
                 painted = await self._queue.result(self._ticket)
                 await self._show(self._current, self._ticket, painted)
             except Stopped:
@@ -206,7 +210,7 @@ class LiveSession:
         ids = []
         for content, seed in zip(painted.files, wish.seeds, strict=False):
             recipe = {**wish.recipe, "seed": seed, "num_outputs": 1}
-            ids.append(self._recent.add(self._visitor, content, recipe))
+            ids.append(self._recent.add(self.visitor, content, recipe))
         message = {
             "type": "painted",
             "n": asked.n,

@@ -13,7 +13,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -21,12 +21,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fewstep.errors import FewstepError, InvalidRequest
-from fewstep.images import MIME_TYPES
+from fewstep.errors import FewstepError, InvalidRequest, Stopped
+from fewstep.images import MIME_TYPES, open_alpha_mask, open_image
 from fewstep.models import ModelSpec
 from fewstep.request import GUIDANCE, LCM_LORA_MAX_GUIDANCE, NUM_OUTPUTS, SEED_MAX, SIDE, STEPS
-from fewstep.web.front import Front, status_of
-from fewstep.web.wishes import Wish, make_wish, read_alpha_mask, read_picture
+from fewstep.web.front import Front, retry_after, status_of
+from fewstep.web.painters import Painted
+from fewstep.web.queueing import PaintQueue, Ticket
+from fewstep.web.wishes import Wish, make_wish
 
 MAX_N = 10
 QUALITY_STEPS = {"low": 2, "medium": 4, "standard": 4, "auto": 4, "high": 8, "hd": 8}
@@ -86,9 +88,10 @@ async def _edits(request: Request) -> Response:
             mask = form.get("mask")
             if not uploads or not isinstance(uploads[0], UploadFile):
                 raise InvalidRequest("image is missing; send the picture to be edited as a file")
-            pictures = {"image": await asyncio.to_thread(read_picture, await uploads[0].read(), "image")}
+            read = front.reader.read
+            pictures = {"image": await read(await uploads[0].read(), "image", open_image)}
             if isinstance(mask, UploadFile):
-                pictures["mask"] = await asyncio.to_thread(read_alpha_mask, await mask.read(), "mask")
+                pictures["mask"] = await read(await mask.read(), "mask", open_alpha_mask)
         return await _answer(request, front, fields, pictures)
     except FewstepError as error:
         return _told(error)
@@ -106,7 +109,7 @@ async def _answer(request: Request, front: Front, fields: Fields, pictures: Mapp
 
     wishes = [await asyncio.to_thread(make, i) for i in range(0, count, NUM_OUTPUTS[1])]
     visitor = f"api {request.client.host if request.client else ''}"
-    painted = await asyncio.gather(*(front.queue.paint(visitor, wish.inputs) for wish in wishes))
+    painted = await _unless_gone(request, _paint_all(front.queue, visitor, wishes))
     data = []
     for wish, one in zip(wishes, painted, strict=True):
         for content, used in zip(one.files, wish.seeds, strict=False):
@@ -123,6 +126,32 @@ async def _answer(request: Request, front: Front, fields: Fields, pictures: Mapp
     )
 
 
+async def _paint_all(queue: PaintQueue, visitor: str, wishes: Sequence[Wish]) -> list[Painted]:
+    tickets: list[Ticket] = []
+    try:
+        for wish in wishes:
+            tickets.append(queue.submit(visitor, wish.inputs))
+        return await asyncio.gather(*(queue.result(ticket) for ticket in tickets))
+    except BaseException:  # one that failed leaves the others without a use
+        for ticket in tickets:
+            queue.cancel(ticket)
+        raise
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[Painted]]) -> list[Painted]:
+    """What `work` makes; nothing is painted for a client who has left. The body must have been read."""
+    painting = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({painting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not painting.done():
+            painting.cancel()
+            raise Stopped("the client has left")
+        return await painting
+    finally:
+        leaving.cancel()
+
+
 async def _file(request: Request) -> Response:
     front: Front = request.app.state.front
     found = front.recent.any(request.path_params["id"])
@@ -136,8 +165,9 @@ def _inputs(spec: ModelSpec, fields: Fields, has_image: bool) -> dict[str, Any]:
     if not isinstance(prompt, str):
         raise InvalidRequest("prompt is missing; say in a few words what to paint")
     kind = fields.get("output_format") or "png"
-    if kind not in FORMATS:
+    if not isinstance(kind, str) or kind not in FORMATS:
         raise InvalidRequest(f"output_format must be one of {', '.join(FORMATS)}")
+    compression = fields.get("output_compression")
     quality = QUALITY_STEPS.get(str(fields.get("quality") or "auto"), 4)
     steps = fields.get("num_inference_steps") or fields.get("steps") or quality
     inputs: dict[str, Any] = {
@@ -145,7 +175,9 @@ def _inputs(spec: ModelSpec, fields: Fields, has_image: bool) -> dict[str, Any]:
         "steps": int(_clamped("num_inference_steps", steps, *STEPS)),
         "seed": _seed(fields.get("seed")),
         "output_format": FORMATS[kind],
-        "output_quality": int(_clamped("output_compression", fields.get("output_compression") or 90, 1, 100)),
+        "output_quality": int(
+            _clamped("output_compression", 90 if compression is None else compression, 1, 100)
+        ),
         **_size(spec, fields.get("size"), has_image),
     }
     if fields.get("guidance_scale") is not None:
@@ -192,7 +224,7 @@ def _whole(fields: Fields, name: str, default: int, low: int, high: int) -> int:
 def _clamped(name: str, value: object, low: float, high: float) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]  # forms send text
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or math.isnan(number):
         raise InvalidRequest(f"{name} must be a number")
@@ -213,6 +245,5 @@ def _told(error: FewstepError, status: int = 0) -> Response:
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
         status, "invalid_request_error" if status < 500 else "server_error"
     )
-    retry = getattr(error, "retry_after_s", None)
     content = {"error": {"message": error.sentence, "type": kind, "param": None, "code": error.code}}
-    return JSONResponse(content, status, {"Retry-After": str(retry)} if retry else {})
+    return JSONResponse(content, status, retry_after(error, status))

@@ -77,7 +77,7 @@ class CogPainter:
         """Whether the server says so; for one that somebody else keeps."""
         try:
             health = (await self._client.get(f"{self.url}/health-check", timeout=12)).json()
-        except (httpx2.HTTPError, ValueError):
+        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError):
             return False
         return isinstance(health, dict) and health.get("status") in ("READY", "BUSY")
 
@@ -102,11 +102,14 @@ class ReplicatePainter:
         target: dict[str, Any] = {"version": version} if version else {"model": name}
         began = time.perf_counter()
         try:
-            prediction = await self._client.predictions.async_create(**target, input=dict(inputs))
+            creating = asyncio.ensure_future(
+                self._client.predictions.async_create(**target, input=dict(inputs))
+            )
             try:
+                prediction = await asyncio.shield(creating)
                 await prediction.async_wait()
             except asyncio.CancelledError:
-                await prediction.async_cancel()
+                await (await creating).async_cancel()  # it is billed until then
                 raise
             if isinstance(prediction.output, list):
                 prediction.output = [await self._embedded(url) for url in prediction.output]
@@ -134,12 +137,14 @@ class ReplicatePainter:
 def _painted(answer: Mapping[str, Any], took_ms: float) -> Painted:
     status, output = answer.get("status"), answer.get("output")
     if status == "canceled":
-        raise Stopped("the painting was stopped")
+        raise PainterGone("it was stopped there")  # not by us, who would have left
     if status != "succeeded":
         found = CODE_AND_SENTENCE.search(str(answer.get("error")))
         if not found:  # coglet's own: its worker died, or cannot be reached
             raise PainterGone("failed without a reason")
         code, _, sentence = found.group()[1:].partition("] ")
+        if code == Stopped.code:  # the server is going down
+            raise PainterGone("it is ending")
         raise _ERRORS.get(code, GenerationError)(sentence)
     if not isinstance(output, list) or not output:
         raise GenerationError("the model gave no picture; ask again")

@@ -16,14 +16,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fewstep.errors import DeadlineExceeded, FewstepError, InternalError, Stopped
+from fewstep.errors import FewstepError, InternalError, Stopped
+from fewstep.web.logs import FIELDS
 from fewstep.web.painters import Painted, Painter, PainterFull, PainterGone
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3  # a request may itself be what ends a server
-FULL_AGAIN_S = 0.01  # coglet has room for a caller again only a moment after its answer
+# coglet has room for a caller again only a moment after its answer; one that others use too, later.
+FULL_AGAIN_S = (0.01, 1.0)
 JOIN_S = 0.01  # in which others join a batch: its prompts are being encoded
+TOLD = ("width", "height", "steps", "num_outputs")  # of the inputs, in the log
 REMEMBERED = 4096  # visitors, of whom it is known when they were last painted for
 
 
@@ -45,6 +48,16 @@ class TooMany(Busy):
     status = 429
 
 
+class Late(Busy):
+    """The deadline has passed."""
+
+    code = "deadline"
+
+
+def _ending() -> Busy:
+    return Busy("the server is about to end; come again in a moment", 5)
+
+
 class Watcher(Protocol):
     """Is told what happens, to count it."""
 
@@ -62,13 +75,33 @@ class Worker:
     painter: Painter | None = None
     ready: bool = False
     on_gone: Callable[[], None] = lambda: None  # it did not answer as it should
+    on_stuck: Callable[[], None] = lambda: None  # it has had no room for longer than any painting takes
     running: set[Ticket] = field(default_factory=set)
-    batch_since: float = 0.0  # in seconds of time.monotonic()
+    batch_since: float = 0.0  # in seconds of time.monotonic(), as are the next two
+    full_since: float | None = None
+    rests_until: float = 0.0
+    rest_s: float = FULL_AGAIN_S[0]
 
-    @property
-    def has_room(self) -> bool:
-        """Whether a request can be sent now."""
-        return self.ready and self.painter is not None and len(self.running) < self.slots
+    def takes(self, ticket: Ticket) -> bool:
+        """Whether it can be sent now. What may have ended a server is sent alone, so that nobody else is
+        taken along a second time."""
+        suspect = bool(ticket.attempts) or any(other.attempts for other in self.running)
+        room = 1 if suspect else self.slots
+        rested = time.monotonic() >= self.rests_until
+        return self.ready and self.painter is not None and rested and len(self.running) < room
+
+    def was_full(self) -> float:
+        """It had no room, though it should: the seconds until it is asked again."""
+        now = time.monotonic()
+        self.full_since = self.full_since or now
+        rest = self.rest_s
+        self.rests_until = now + rest
+        self.rest_s = min(2 * rest, FULL_AGAIN_S[1])
+        return rest
+
+    def answered(self) -> None:
+        """It had room."""
+        self.full_since, self.rest_s = None, FULL_AGAIN_S[0]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -87,8 +120,7 @@ class Ticket:
     # Whether its painting has begun, as far as can be told from outside: an idle server begins at once,
     # who comes within moments joins, and the rest begin when something of the running batch has come back.
     begun: bool = False
-    turn_before: int = 0  # the visitor's, in case that this one is taken back before it has begun
-    task: asyncio.Task[float | None] | None = None
+    task: asyncio.Task[None] | None = None
 
     @property
     def waiting(self) -> bool:
@@ -133,7 +165,7 @@ class PaintQueue:
     ) -> Ticket:
         """Queue a wish, or send it at once. Raises TooMany or Busy, before anything is done."""
         if self._closed:
-            raise self._rejected(Busy("the server is about to end; come again in a moment", 5))
+            raise self._rejected(_ending())
         own = sum(ticket.visitor == visitor for ticket in self._waiting)
         if own >= self._per_visitor:
             sentence = f"{own} of your pictures are waiting already; wait for one of them"
@@ -170,8 +202,6 @@ class PaintQueue:
 
     def cancel(self, ticket: Ticket) -> None:
         """Take it back, wherever it is; its result is Stopped."""
-        if ticket.sent is not None and not ticket.begun and not ticket.future.done():
-            self._served[ticket.visitor] = ticket.turn_before  # nothing was done for it
         self._settle(ticket, Stopped("a newer wish took its place"))
         if ticket.task:
             ticket.task.cancel()
@@ -179,12 +209,12 @@ class PaintQueue:
 
     def pump(self) -> None:
         """Send what can be sent; for whenever something has changed."""
-        while self._waiting:
-            free = [worker for worker in self.workers if worker.has_room]
-            if not free:
+        for ticket in sorted(self._waiting, key=self._turn):
+            takers = [worker for worker in self.workers if worker.takes(ticket)]
+            if takers and not self._closed:
+                self._send(ticket, min(takers, key=lambda worker: len(worker.running)))
+            elif ticket.attempts:  # until a server has nothing else to do, nobody overtakes it
                 break
-            self._send(min(self._waiting, key=self._turn), min(free, key=lambda worker: len(worker.running)))
-        # Sorted only where somebody waits.
         for place, ticket in enumerate(sorted(self._waiting, key=self._turn)):
             if ticket.place != place:
                 ticket.place = place
@@ -194,7 +224,7 @@ class PaintQueue:
         """Take no more; let those at the servers finish within `grace_s`, and turn the rest away."""
         self._closed = True
         for ticket in tuple(self._waiting):
-            self._settle(ticket, Busy("the server is about to end; come again in a moment", 5))
+            self._settle(ticket, _ending())
         tasks = [ticket.task for worker in self.workers for ticket in worker.running if ticket.task]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=grace_s)
@@ -202,8 +232,10 @@ class PaintQueue:
                 task.cancel()
 
     def _turn(self, ticket: Ticket) -> tuple[int, int, int]:
-        """First who has nothing at a server, then who has gone without for longest, then who came first."""
-        return self._sent[ticket.visitor], self._served.get(ticket.visitor, 0), ticket.number
+        """First who has nothing at a server; then who has gone without for longest, since the last picture or
+        since coming."""
+        since = self._served.get(ticket.visitor, ticket.number)
+        return self._sent[ticket.visitor], since, ticket.number
 
     def _send(self, ticket: Ticket, worker: Worker) -> None:
         self._waiting.remove(ticket)
@@ -213,75 +245,89 @@ class PaintQueue:
         ticket.begun = ticket.sent - worker.batch_since < JOIN_S
         worker.running.add(ticket)
         self._sent[ticket.visitor] += 1
-        ticket.turn_before = self._served.get(ticket.visitor, 0)
-        self._served[ticket.visitor] = next(self._numbers)
-        self._served.move_to_end(ticket.visitor)
-        if len(self._served) > REMEMBERED:
-            self._served.popitem(last=False)
         ticket.task = asyncio.create_task(self._run(ticket, worker))
         # Not within the task: one that is cancelled before it begins never runs.
         ticket.task.add_done_callback(lambda task: self._left(ticket, worker, task))
 
-    async def _run(self, ticket: Ticket, worker: Worker) -> float | None:
-        """The seconds after which it is to be sent again, if it is."""
+    async def _run(self, ticket: Ticket, worker: Worker) -> None:
         assert worker.painter and ticket.sent
-        self._watcher.waited(ticket.sent - ticket.came)
         try:
             painted = await worker.painter.paint(ticket.inputs)
-        except PainterFull:
-            return FULL_AGAIN_S
-        except PainterGone as gone:
-            logger.warning("%s did not answer: %s", worker.name, gone)
-            worker.on_gone()
-            ticket.attempts += 1
-            if ticket.attempts < MAX_ATTEMPTS:
-                return 0
-            self._settle(ticket, InternalError("the model broke down over this, several times; change it"))
         except FewstepError as error:
+            worker.answered()
             self._settle(ticket, error)
-        except Exception as error:
-            logger.error("painting failed", exc_info=error)
-            self._settle(ticket, InternalError())
-        else:
-            self._usual_s += 0.1 * (time.monotonic() - ticket.sent - self._usual_s)
-            self._watcher.painted(painted.paint_ms)
-            self.paints += 1
-            self._settle(ticket, painted)
-        return None
+            return
+        self._usual_s += 0.1 * (time.monotonic() - ticket.sent - self._usual_s)
+        self.paints += 1
+        worker.answered()
+        self._watcher.waited(ticket.sent - ticket.came)
+        self._watcher.painted(painted.paint_ms)
+        told = {
+            "visitor": ticket.visitor[:8],
+            "server": worker.name,
+            "wait_ms": round(1000 * (ticket.sent - ticket.came), 1),
+            "paint_ms": round(painted.paint_ms, 1),
+            **{name: ticket.inputs[name] for name in TOLD if name in ticket.inputs},
+        }
+        logger.info("painted", extra={FIELDS: told})
+        self._settle(ticket, painted)
 
-    def _left(self, ticket: Ticket, worker: Worker, task: asyncio.Task[float | None]) -> None:
+    def _left(self, ticket: Ticket, worker: Worker, task: asyncio.Task[None]) -> None:
         """It is no longer at `worker`, however that came."""
         worker.running.discard(ticket)
-        if ticket.begun and any(not other.begun for other in worker.running):
-            worker.batch_since = time.monotonic()
-            for other in worker.running:
-                other.begun = True
         self._sent[ticket.visitor] -= 1
         if not self._sent[ticket.visitor]:
             del self._sent[ticket.visitor]
-        again_in_s = None if task.cancelled() else task.result()
-        if again_in_s is not None and not ticket.future.done():
-            self._requeue(ticket, again_in_s)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, PainterFull):
+            asyncio.get_running_loop().call_later(worker.was_full(), self.pump)
+            if worker.full_since and time.monotonic() - worker.full_since > self._deadline_s:
+                worker.on_stuck()
+            self._requeue(ticket)
+        elif isinstance(error, PainterGone):
+            logger.warning("%s did not answer: %s", worker.name, error)
+            worker.on_gone()
+            ticket.attempts += 1
+            if ticket.attempts < MAX_ATTEMPTS:
+                self._requeue(ticket)
+            else:
+                told = "the model broke down over this, several times; change it"
+                self._settle(ticket, InternalError(told))
+        else:
+            if error:
+                logger.error("painting failed", exc_info=error)
+                self._settle(ticket, InternalError())
+            if ticket.begun:
+                self._had_a_turn(ticket, worker)
         self.pump()
 
-    def _requeue(self, ticket: Ticket, in_s: float) -> None:
+    def _had_a_turn(self, ticket: Ticket, worker: Worker) -> None:
+        self._served[ticket.visitor] = next(self._numbers)
+        self._served.move_to_end(ticket.visitor)
+        if len(self._served) > REMEMBERED:
+            self._served.popitem(last=False)
+        if any(not other.begun for other in worker.running):
+            worker.batch_since = time.monotonic()
+            for other in worker.running:
+                other.begun = True
+
+    def _requeue(self, ticket: Ticket) -> None:
         """Nothing was done for it: it has the turn that it had."""
-        self._served[ticket.visitor] = ticket.turn_before
-        ticket.task, ticket.place, ticket.begun = None, -1, False
-
-        def back() -> None:
-            if not ticket.future.done():
-                ticket.sent = None
-                self._waiting.append(ticket)
-                self.pump()
-
-        asyncio.get_running_loop().call_later(in_s, back)
+        ticket.task, ticket.sent, ticket.begun = None, None, False
+        if ticket.future.done():
+            return
+        if self._closed:
+            self._settle(ticket, _ending())
+        else:
+            self._waiting.append(ticket)
 
     def _expire(self, ticket: Ticket) -> None:
-        sentence = (
-            f"the picture was not done within {self._deadline_s:g} s; ask for less, or come again later"
-        )
-        self._settle(ticket, DeadlineExceeded(sentence))
+        if ticket.waiting and not self.ready:
+            error = Late("the model is not there yet; your wish is asked again", 2)
+        else:
+            sentence = f"it was not done within {self._deadline_s:g} s; ask for less, or come again later"
+            error = Late(sentence, self._retry_after_s(len(self._waiting)))
+        self._settle(ticket, error)
         if ticket.task:
             ticket.task.cancel()
         self.pump()

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
+from fewstep.errors import SettingsError
 from fewstep.settings import Settings
+
+KEY_CHARS = 32
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,18 @@ class WebSettings:
         """What visitors' cookies are signed with: made once, and kept in the data folder."""
         self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = self.data / "cookie-key"
-        try:
-            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
-                new.write(secrets.token_urlsafe(32))
-        except FileExistsError:
-            pass
-        return file.read_text(encoding="utf-8")
+        if not file.exists():
+            with NamedTemporaryFile("w", dir=self.data) as new:  # which only we may read
+                new.write(secrets.token_urlsafe(KEY_CHARS))
+                new.flush()
+                with suppress(FileExistsError):  # another was quicker
+                    os.link(new.name, file)  # whole, or not at all
+        key = file.read_text(encoding="utf-8")
+        if len(key) < KEY_CHARS:
+            raise SettingsError(
+                "cookie-key in FEWSTEP_WEB_DATA is damaged; remove it, and visitors start anew"
+            )
+        return key
 
     def style_names(self) -> list[str]:
         """Of the operator's own style LoRAs, as predict() takes them."""

@@ -1,14 +1,15 @@
 """What visitors leave: nicknames, kept pictures, reviews. SQLite in the data folder, or any DATABASE_URL.
 
-Methods block for milliseconds: call them off the event loop. They may be called from many threads, and many
-servers may share one PostgreSQL.
+Methods block for milliseconds: call them off the event loop, from as many threads as there are.
 """
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from sqlalchemy import (
     JSON,
     CheckConstraint,
     DateTime,
+    Engine,
     ForeignKey,
     String,
     create_engine,
@@ -26,12 +28,16 @@ from sqlalchemy import (
     func,
     select,
 )
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from fewstep.errors import FewstepError, InvalidRequest
+from fewstep.errors import FewstepError, InternalError, InvalidRequest, SettingsError
+
+logger = logging.getLogger(__name__)
 
 NICKNAME_MAX = 40
+KEY_MAX = 4 * NICKNAME_MAX
+BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols that are not seen
 REVIEW_MAX = 1000
 MAX_KEPT = 200  # pictures of one visitor
 RATING = (1, 5)
@@ -63,8 +69,8 @@ class Visitor(Base):
     __tablename__ = "visitors"
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     nickname: Mapped[str] = mapped_column(String(NICKNAME_MAX), default="")
-    # As it is compared: two that look alike are the same name.
-    nickname_key: Mapped[str | None] = mapped_column(String(4 * NICKNAME_MAX), unique=True)
+    # As it is compared: names that differ in case or composition alone are the same.
+    nickname_key: Mapped[str | None] = mapped_column(String(KEY_MAX), unique=True)
     created: Mapped[datetime] = mapped_column(DateTime(timezone=True))
 
 
@@ -103,18 +109,46 @@ class Store:
     """The database at `url`, and the files of the pictures below `folder`."""
 
     def __init__(self, folder: Path, url: str = "") -> None:
+        """Raises SettingsError when either cannot be used."""
         self._files = folder / "pictures"
-        self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            raise SettingsError(
+                "FEWSTEP_WEB_DATA names no folder that can be written; name another"
+            ) from None
         url = url or f"sqlite:///{folder / 'fewstep.sqlite3'}"
         # As hosts write it; SQLAlchemy wants to know the driver.
         for short in ("postgres://", "postgresql://"):
             url = url.replace(short, "postgresql+psycopg://", 1) if url.startswith(short) else url
-        self._engine = create_engine(url, pool_pre_ping=True)
-        if self._engine.dialect.name == "sqlite":
-            _let_sqlite_share(self._engine)
-        Base.metadata.create_all(self._engine)
+        try:
+            self._engine = self._opened(url)
+        except (SQLAlchemyError, ImportError) as error:
+            logger.error("the database: %s", type(error).__name__)
+            raise SettingsError(
+                "DATABASE_URL names no database that can be used; check it, and that its server runs"
+            ) from None
         self._writing = sessionmaker(self._engine)
         self._reading = sessionmaker(self._engine.execution_options(**{READS: True}))
+
+    @staticmethod
+    def _opened(url: str) -> Engine:
+        engine = create_engine(url, pool_pre_ping=True, hide_parameters=True)  # which are what visitors wrote
+        if engine.dialect.name == "sqlite":
+            _let_sqlite_share(engine)
+        Base.metadata.create_all(engine)
+        return engine
+
+    @contextmanager
+    def _write(self, unless_unique: FewstepError | None = None) -> Iterator[Session]:
+        """A transaction. Raises InternalError when it fails: what databases say quotes what was written."""
+        with _failing_quietly(unless_unique), self._writing.begin() as session:
+            yield session
+
+    @contextmanager
+    def _read(self) -> Iterator[Session]:
+        with _failing_quietly(None), self._reading() as session:
+            yield session
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -128,7 +162,7 @@ class Store:
 
     def me(self, visitor: str) -> dict[str, Any]:
         """What is known of a visitor."""
-        with self._reading() as session:
+        with self._read() as session:
             row, review = session.get(Visitor, visitor), session.get(Review, visitor)
             kept = session.scalar(select(func.count()).where(Picture.visitor == visitor))
             return {
@@ -141,12 +175,12 @@ class Store:
         """Give a visitor a display name; empty takes it away. Raises InvalidRequest or Taken."""
         shown = _text("nickname", nickname, NICKNAME_MAX)
         key = unicodedata.normalize("NFKC", shown).casefold() or None
-        try:
-            with self._writing.begin() as session:
-                row = _visitor(session, visitor)
-                row.nickname, row.nickname_key = shown, key
-        except IntegrityError:
-            raise Taken("this nickname is another visitor's; choose another") from None
+        if key and len(key) > KEY_MAX:  # one character may stand for eighteen
+            raise InvalidRequest("nickname is too long when it is written out; choose a shorter one")
+        taken = Taken("this nickname is another visitor's; choose another")
+        with self._write(taken) as session:
+            row = _visitor(session, visitor)
+            row.nickname, row.nickname_key = shown, key
 
     def keep(
         self, visitor: str, content: bytes, size: tuple[int, int], recipe: Mapping[str, Any]
@@ -158,7 +192,7 @@ class Store:
         unfinished.write_bytes(content)
         unfinished.rename(file)
         try:
-            with self._writing.begin() as session:
+            with self._write() as session:
                 owner = _visitor(session, visitor)
                 kept = session.scalar(select(func.count()).where(Picture.visitor == visitor)) or 0
                 if kept >= MAX_KEPT:
@@ -180,8 +214,10 @@ class Store:
     def gallery(self, visitor: str, before: str | None = None, limit: int = PAGE) -> Page:
         """What was kept, newest first, from behind the picture `before`."""
         limit = max(1, min(limit, 100))
+        if before:
+            self.file(before)  # raises for what is no id
         chosen = select(Picture, Visitor.nickname).join(Visitor, Visitor.id == Picture.visitor)
-        with self._reading() as session:
+        with self._read() as session:
             if before and (last := session.get(Picture, before)):
                 chosen = chosen.where(
                     (Picture.created < last.created)
@@ -195,7 +231,7 @@ class Store:
     def discard(self, visitor: str, picture: str) -> None:
         """Take one's own picture out. Raises NotFound."""
         file = self.file(picture)
-        with self._writing.begin() as session:
+        with self._write() as session:
             row = session.get(Picture, picture)
             if row is None or row.visitor != visitor:
                 raise NotFound("there is no such picture of yours")
@@ -208,7 +244,7 @@ class Store:
         if isinstance(rating, bool) or not isinstance(rating, int) or not low <= rating <= high:
             raise InvalidRequest(f"rating must be a whole number from {low} to {high}")
         written = _text("text", text, REVIEW_MAX)
-        with self._writing.begin() as session:
+        with self._write() as session:
             _visitor(session, visitor)
             row = session.get(Review, visitor)
             if row is None:
@@ -218,7 +254,7 @@ class Store:
 
     def reviews(self, visitor: str, limit: int = 100) -> dict[str, Any]:
         """The newest, with the average of all."""
-        with self._reading() as session:
+        with self._read() as session:
             count, average = session.execute(select(func.count(), func.avg(Review.rating))).one()
             joined = select(Review, Visitor.nickname).join(Visitor, Visitor.id == Review.visitor)
             rows = session.execute(joined.order_by(Review.created.desc()).limit(limit)).all()
@@ -236,7 +272,8 @@ class Store:
 
     def forget(self, visitor: str) -> None:
         """Everything of a visitor's: rows and files."""
-        with self._writing.begin() as session:
+        with self._write() as session:
+            session.get(Visitor, visitor, with_for_update=True)  # nothing is added meanwhile
             pictures = session.scalars(select(Picture.id).where(Picture.visitor == visitor)).all()
             for table in (Picture, Review):
                 session.execute(delete(table).where(table.visitor == visitor))
@@ -246,7 +283,7 @@ class Store:
 
     def summary(self) -> dict[str, Any]:
         """For the operator: how many there are of everything."""
-        with self._reading() as session:
+        with self._read() as session:
             count, average = session.execute(select(func.count(), func.avg(Review.rating))).one()
             tables = {"visitors": Visitor, "pictures": Picture}
             counts = {
@@ -261,6 +298,17 @@ class Store:
             "average_rating": average,
             "megabytes": round(sum(sizes) / 1e6, 1),
         }
+
+
+@contextmanager
+def _failing_quietly(unless_unique: FewstepError | None) -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        if unless_unique and isinstance(error, IntegrityError):
+            raise unless_unique from None
+        logger.error("the database failed: %s", type(error).__name__)
+        raise InternalError() from None
 
 
 def _let_sqlite_share(engine: Any) -> None:
@@ -280,16 +328,15 @@ def _let_sqlite_share(engine: Any) -> None:
 
 
 def _visitor(session: Session, visitor: str) -> Visitor:
-    """The row, made if need be; two that are made at once are one."""
-    row = session.get(Visitor, visitor)
-    if row is None:
+    """The row, made if need be, and held until the end: of one visitor, one writes at a time."""
+    while True:
+        if row := session.get(Visitor, visitor, with_for_update=True):
+            return row
         try:
             with session.begin_nested():
-                row = Visitor(id=visitor, nickname="", created=_now())
-                session.add(row)
-        except IntegrityError:
-            row = session.get_one(Visitor, visitor)
-    return row
+                session.add(Visitor(id=visitor, nickname="", created=_now()))
+        except IntegrityError:  # another made it just now, and may have taken it away again
+            pass
 
 
 def _text(name: str, value: object, most: int) -> str:
@@ -301,7 +348,8 @@ def _text(name: str, value: object, most: int) -> str:
     # Controls, half surrogates, and what turns the direction of the text around it; joined emoji may be in
     # a text, while a name with an invisible character looks like another's.
     kept = "\n\u200d" if name == "text" else ""
-    if any(unicodedata.category(one) in ("Cc", "Cf", "Cs", "Co") and one not in kept for one in text):
+    unseen = ("Cc", "Cf", "Cs", "Co")
+    if any((unicodedata.category(one) in unseen or one in BLANK) and one not in kept for one in text):
         raise InvalidRequest(f"{name} holds characters that cannot be seen; leave them out")
     return text
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -23,6 +22,9 @@ from fewstep.server import ROOT, Server, ServerFailed, free_port, running_server
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
+SETTLE_S = 0.2  # coglet may call itself well for a moment after its worker died
+UNKNOWN = "the server could not be started; the log says why"
+OUTPUTS = "fewstep-outputs-"
 SLOW_S = 5.0  # without an answer to a question for its health, nothing more is sent to it
 FAILED_POLLS = 2  # each gives up after 12 s
 # After a start that failed, since what failed it may last: a full disk, another's hold on the GPU.
@@ -76,10 +78,16 @@ class Supervisor(threading.Thread):
         self._server: Server | None = None
         self._lock = threading.Lock()  # guards what stop() and the thread both touch
         self._doubted = threading.Event()
+        self._condemned = threading.Event()
         self._stopping = threading.Event()
 
     def doubt(self) -> None:
         """It did not answer as it should: ask for its health now, from any thread."""
+        self._doubted.set()
+
+    def condemn(self) -> None:
+        """It is to be replaced, whatever it says of itself."""
+        self._condemned.set()
         self._doubted.set()
 
     def stop(self) -> None:
@@ -96,16 +104,15 @@ class Supervisor(threading.Thread):
         """Start, watch, replace."""
         failures = 0
         while not self._stopping.is_set():
-            folder = Path(tempfile.mkdtemp(prefix="fewstep-outputs-"))  # two servers may not share one
             try:
-                reason = self._serve(folder)
+                reason = self._serve()
                 failures = 0
-            except ServerFailed as error:
-                reason = str(error)
+            except Exception as error:  # a full disk, too: this thread must not end
+                if not isinstance(error, ServerFailed):
+                    logger.error("%s could not be started", self.name, exc_info=error)
+                reason = str(error) if isinstance(error, ServerFailed) else UNKNOWN
                 failures += 1
                 self._change(ready=False, failure=reason)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
             if self._stopping.is_set():
                 break
             logger.warning("%s is started again: %s", self.name, reason)
@@ -113,19 +120,25 @@ class Supervisor(threading.Thread):
             if failures:
                 self._stopping.wait(BACKOFF_S[min(failures, len(BACKOFF_S)) - 1])
 
-    def _serve(self, folder: Path) -> str:
+    def _serve(self) -> str:
+        """Until it is to be replaced, for the reason that is returned. Raises what keeps it from starting."""
         port = free_port()
+        temporary = self._environ.get("TMPDIR")
         environ = {
             "COG_SETUP_TIMEOUT": str(SETUP_TIMEOUT_S),
             **self._environ,
-            "FEWSTEP_OUTPUTS": str(folder),
         }
         with (
+            # Two servers may not share one.
+            tempfile.TemporaryDirectory(prefix=OUTPUTS, dir=temporary, ignore_cleanup_errors=True) as folder,
             _opened(self._log) as log,
-            running_server(port=port, environ=environ, root=self._root, log=log) as server,
+            running_server(
+                port=port, environ={**environ, "FEWSTEP_OUTPUTS": folder}, root=self._root, log=log
+            ) as server,
         ):
             with self._lock:
                 self._server = server
+            self._condemned.clear()
             try:
                 if self._stopping.is_set():
                     return "it is to end"
@@ -159,9 +172,12 @@ class Supervisor(threading.Thread):
                 # No answer may be the machine's fault; what coglet says of its worker is not.
                 if health or failed == FAILED_POLLS:
                     return f"its health is {health.get('status', 'not to be had')}"
+            elif self._condemned.is_set():
+                return "it has taken no requests for too long"
             elif self._doubted.is_set():  # since it was asked
                 doubted = True
                 self._doubted.clear()
+                self._stopping.wait(SETTLE_S)
             else:
                 failed = 0
                 self._change(ready=True, anew=doubted)
@@ -180,8 +196,9 @@ def _opened(log: Path | None) -> AbstractContextManager[IO[bytes] | None]:
     if log is None:
         return nullcontext()
     log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    old = log.exists() and log.stat().st_size > MAX_LOG
-    return log.open("wb" if old else "ab")
+    if log.exists() and log.stat().st_size > MAX_LOG:
+        os.truncate(log, 0)  # several servers append to it
+    return log.open("ab")
 
 
 class _Poll:

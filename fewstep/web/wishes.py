@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import tempfile
@@ -10,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from fewstep.errors import InvalidRequest
-from fewstep.images import INPUT_FORMATS, open_image, open_mask
 from fewstep.models import ModelSpec
-from fewstep.request import Request
+from fewstep.request import SIDE, Request
 
 # In px: a model gives up below half of what it was trained on, and the miniature before that.
 QUICK_SIDE = 512
+AT_ONCE = 2
+Opened = Callable[[Path, str], Image.Image]
 # What the page may send, and what other doors of ours add.
 PAGE_FIELDS = frozenset(
     {
@@ -112,31 +114,26 @@ def make_wish(
     return Wish(inputs, recipe)
 
 
-def read_picture(content: bytes, name: str) -> Image.Image:
-    """The picture that a visitor sent, RGB. Raises InvalidRequest."""
-    return _read(content, name, open_image)
+class PictureReader:
+    """Opens visitors' pictures, `AT_ONCE` at a time, since one of 32 megapixels takes up to 620 MB."""
+
+    def __init__(self) -> None:
+        self._places = asyncio.Semaphore(AT_ONCE)
+
+    async def read(self, content: bytes, name: str, opened: Opened) -> Image.Image:
+        """What `opened`, one of fewstep.images' open functions, makes of it, scaled down to what is ever
+        painted. Raises InvalidRequest."""
+        async with self._places:
+            return await asyncio.to_thread(_read, content, name, opened)
 
 
-def read_mask(content: bytes, name: str) -> Image.Image:
-    """The mask that a visitor sent, L, 255 where to repaint. Raises InvalidRequest."""
-    return _read(content, name, open_mask)
-
-
-def read_alpha_mask(content: bytes, name: str) -> Image.Image:
-    """A mask as OpenAI's API has it, transparent where to repaint; one that is opaque is read as ours."""
-    grey = read_mask(content, name)  # which refuses what cannot be opened safely
-    with Image.open(io.BytesIO(content), formats=INPUT_FORMATS) as file:
-        if not file.has_transparency_data:
-            return grey
-        alpha = file.convert("RGBA").getchannel("A")
-    return ImageOps.invert(alpha)
-
-
-def _read(content: bytes, name: str, opened: Callable[[Path, str], Image.Image]) -> Image.Image:
+def _read(content: bytes, name: str, opened: Opened) -> Image.Image:
     with tempfile.NamedTemporaryFile() as file:  # what opens callers' files safely takes a path
         file.write(content)
         file.flush()
-        return opened(Path(file.name), name)
+        image = opened(Path(file.name), name)
+    image.thumbnail((SIDE[1], SIDE[1]))  # at once: every wish scales it to its size
+    return image
 
 
 def _data_url(image: Image.Image) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx2
 import pytest
-import uvicorn
 from PIL import Image
 
 from fewstep.models import get_model
@@ -23,6 +22,7 @@ from fewstep.web.crew import OwnServers
 from fewstep.web.front import Front
 from fewstep.web.painters import Painted
 from fewstep.web.queueing import Worker
+from fewstep.web.serving import WebServer
 from fewstep.web.settings import WebSettings
 
 MINIATURE = get_model("miniature")
@@ -81,7 +81,7 @@ class Studio:
 class House:
     """A running front door."""
 
-    def __init__(self, url: str, app: Any, server: uvicorn.Server) -> None:
+    def __init__(self, url: str, app: Any, server: WebServer) -> None:
         self.url = url
         self.app = app
         self.server = server
@@ -115,8 +115,7 @@ def open_house(folder: Path, crew: Any, model: str = "miniature", **settings: An
     web = replace(WebSettings.from_env(folder, {}), data=folder / "data", **settings)
     app = create_app(get_model(model), web, crew)
     port = free_port()
-    config = uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=10)
-    server = uvicorn.Server(config)
+    server = WebServer(app, "127.0.0.1", port)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

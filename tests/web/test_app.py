@@ -1,15 +1,21 @@
 """The page's API as a browser asks it, before easels; what paints is in test_live.py."""
 
+import base64
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 from conftest import Easel, Studio, open_house, webp
 from prometheus_client.parser import text_string_to_metric_families
 from test_live import visit
+from websockets.exceptions import ConnectionClosed
 
+from fewstep.errors import SettingsError
 from fewstep.server import free_port
+from fewstep.web.app import MAX_SESSIONS
+from fewstep.web.settings import WebSettings
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +90,39 @@ def test_a_cookie_is_signed_and_kept_from_scripts(house):
         client.cookies.clear()
         cookie = client.get("/").headers["set-cookie"]
         assert "HttpOnly" in cookie and "SameSite=lax" in cookie
-        value = cookie.partition("=")[2].partition(";")[0]
-        forged = f'"{"a" * 32}"{value[34:]}'
-        for bad in ("", "x", forged):
+        payload, _, signature = cookie.partition("=")[2].partition(";")[0].rpartition(".")
+        other = base64.urlsafe_b64encode(b'"' + b"a" * 32 + b'"').decode().rstrip("=")
+        for bad in ("", "x", f"{other}.{signature}", f"{payload}.", payload):
             client.cookies.clear()
             refused = client.put(
                 "/api/me", json={"nickname": "x"}, headers={"Cookie": f"fewstep_visitor={bad}"}
             )
             assert refused.status_code == 422, bad
+        good = {"Cookie": f"fewstep_visitor={payload}.{signature}"}
+        assert client.put("/api/me", json={"nickname": ""}, headers=good).status_code == 200
+
+
+def test_the_key_of_the_cookies_is_whole_or_not_there_and_never_empty(tmp_path):
+    settings = WebSettings(data=tmp_path / "data")
+    with ThreadPoolExecutor(8) as pool:
+        [key] = set(pool.map(lambda _: settings.cookie_key(), range(32)))
+    file = tmp_path / "data" / "cookie-key"
+    assert len(key) >= 32 and file.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in file.parent.iterdir()] == ["cookie-key"]
+    file.write_text("")
+    with pytest.raises(SettingsError):
+        settings.cookie_key()
+
+
+def test_a_visitor_has_only_so_many_sockets(house):
+    with house.client() as client, ExitStack() as stack:
+        cookie = {"Cookie": f"fewstep_visitor={client.cookies['fewstep_visitor']}"}
+        for _ in range(MAX_SESSIONS[1]):
+            stack.enter_context(visit(house, additional_headers=cookie)).read("state")
+        with pytest.raises(ConnectionClosed), visit(house, additional_headers=cookie) as one_more:
+            one_more.read("state")
+        with visit(house) as other:
+            other.read("state")
 
 
 @pytest.mark.parametrize(

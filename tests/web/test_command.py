@@ -1,10 +1,13 @@
 """scripts/web from the shell: one command starts everything, and one signal ends it."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -63,6 +66,38 @@ def test_it_opens_at_once_says_when_it_is_ready_and_ends_with_all_that_it_starte
     assert not list(tmp_path.glob("fewstep-outputs-*"))
 
 
+def test_when_it_is_to_end_under_load_everybody_gets_a_picture_or_is_told(tmp_path):
+    port = free_port()
+    process = start("--port", str(port), FEWSTEP_WEB_DATA=str(tmp_path), TMPDIR=str(tmp_path))
+    answers = []
+
+    def ask(i):
+        url = f"http://127.0.0.1:{port}/v1/images/generations"
+        body = {"prompt": f"a red house {i}", "num_inference_steps": 8, "n": 4}
+        answers.append(httpx2.post(url, json=body, timeout=60, trust_env=False))
+
+    try:
+        while "ready: " not in process.stderr.readline():
+            pass
+        with ThreadPoolExecutor(24) as pool:
+            asking = [pool.submit(ask, i) for i in range(24)]
+            time.sleep(1.0)
+            process.terminate()
+            for one in asking:
+                one.exception()  # a connection that came too late is refused
+        assert process.wait(40) == 0
+    finally:
+        process.kill()
+        process.wait()
+    log = [json.loads(line) for line in process.stderr.read().splitlines()]
+    assert {one["event"] for one in log} == {"painted"}  # in JSON, and nothing else
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) <= {200, 429, 503}
+    assert statuses.count(200) >= 1
+    for answer in answers:
+        assert answer.status_code == 200 or (answer.json()["error"]["code"] and answer.headers["Retry-After"])
+
+
 def ends_with(process):
     error = process.communicate(timeout=60)[1]
     return process.returncode, error
@@ -81,7 +116,12 @@ def test_what_cannot_be_is_said_before_anything_starts(tmp_path):
     assert status == 1 and "REPLICATE_API_TOKEN" in error
     status, error = ends_with(start(FEWSTEP_MODEL="other", **data))
     assert status == 1 and "[settings]" in error
-    for wrong in (["--port", "0"], ["--workers", "0"], ["--cog-url", "x", "--replicate", "y"]):
+    for wrong in (
+        ["--port", "0"],
+        ["--workers", "0"],
+        ["--cog-url", "x"],
+        ["--cog-url", "http://x", "--replicate", "y"],
+    ):
         assert ends_with(start(*wrong, **data))[0] == 2
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import contextmanager
 
+import httpx2
 import numpy as np
 import pytest
 from conftest import Easel, Studio, open_house, webp
@@ -49,6 +50,10 @@ class Visitor:
 
 @contextmanager
 def visit(house, **options):
+    """As a browser that has just loaded the page: a visitor of its own, unless a cookie is given."""
+    if "additional_headers" not in options:
+        cookie = httpx2.get(house.url, trust_env=False).headers["set-cookie"].partition(";")[0]
+        options["additional_headers"] = {"Cookie": cookie}
     with connect(house.live, max_size=2**24, proxy=None, **options) as socket:
         yield Visitor(socket)
 
@@ -176,6 +181,16 @@ def test_a_message_that_makes_no_sense_is_answered_and_the_next_is_painted(studi
         visitor.type("a red house")
         visitor.read("painted")
     assert easel.done == ["a red house"]
+
+
+def test_a_picture_that_was_refused_is_not_painted_without(studio, easel):
+    with visit(studio) as visitor:
+        visitor.send_picture("image", b"no picture")
+        assert visitor.read("failed")[0]["n"] is None
+        visitor.type("any", use_image=True)
+        message, _ = visitor.read("failed", "painted")
+        assert (message["type"], message["n"]) == ("failed", 1)
+    assert easel.begun == []
 
 
 def test_bytes_out_of_turn_end_that_connection_alone(studio):

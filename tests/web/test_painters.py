@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import webp
 
-from fewstep.errors import GenerationError, InternalError, InvalidRequest, Stopped, UnsafeImage
+from fewstep.errors import GenerationError, InternalError, InvalidRequest, UnsafeImage
 from fewstep.web.painters import CogPainter, PainterFull, PainterGone, ReplicatePainter
 
 URL = f"data:image/webp;base64,{base64.b64encode(webp()).decode()}"
@@ -93,7 +93,8 @@ def failed(sentence):
         (200, failed("X: [never_heard_of] a sentence"), GenerationError),
         (200, failed("Worker crashed"), PainterGone),
         (200, {"status": "failed", "error": None}, PainterGone),
-        (200, {"status": "canceled"}, Stopped),
+        (200, {"status": "canceled"}, PainterGone),
+        (200, failed("Stopped: [stopped] the server is shutting down"), PainterGone),
         (200, {"status": "succeeded", "output": None}, GenerationError),
         (200, {"status": "succeeded", "output": []}, GenerationError),
         (200, {"status": "succeeded", "output": ["https://elsewhere/a.webp"]}, InternalError),

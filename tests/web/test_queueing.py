@@ -6,10 +6,10 @@ import random
 import pytest
 from conftest import Easel
 
-from fewstep.errors import DeadlineExceeded, GenerationError, InternalError, Stopped
+from fewstep.errors import GenerationError, InternalError, Stopped
 from fewstep.web.monitoring import Metrics
 from fewstep.web.painters import Painted, PainterFull, PainterGone
-from fewstep.web.queueing import JOIN_S, MAX_ATTEMPTS, Busy, PaintQueue, TooMany, Worker
+from fewstep.web.queueing import JOIN_S, MAX_ATTEMPTS, Busy, Late, PaintQueue, TooMany, Worker
 
 
 def queue(*easels, slots=1, limit=64, per_visitor=4, deadline_s=20.0):
@@ -123,6 +123,74 @@ def test_a_wish_that_breaks_every_server_is_given_up():
     assert len(asyncio.run(main())) == MAX_ATTEMPTS
 
 
+def test_what_breaks_a_server_takes_nobody_along_twice():
+    async def main():
+        class Fragile(Easel):
+            running = 0
+
+            async def paint(self, inputs):
+                self.running += 1
+                try:
+                    await asyncio.sleep(0.01)
+                    if "poison" in self.asked:
+                        raise PainterGone("broken")
+                    return await super().paint(inputs)
+                finally:
+                    self.running -= 1
+                    if not self.running:
+                        self.asked.clear()
+
+            def __init__(self):
+                super().__init__()
+                self.asked = set()
+
+        class Noting(Fragile):
+            async def paint(self, inputs):
+                self.asked.add(inputs["prompt"])
+                return await super().paint(inputs)
+
+        made = queue(Noting(), slots=8)
+        names = ["a", "b", "poison", "c", "d"]
+        return await asyncio.gather(*(made.paint(name, wish(name)) for name in names), return_exceptions=True)
+
+    outcomes = asyncio.run(main())
+    assert [type(one).__name__ for one in outcomes] == [
+        "Painted",
+        "Painted",
+        "InternalError",
+        "Painted",
+        "Painted",
+    ]
+
+
+def test_a_server_that_never_has_room_is_held_to_be_stuck_and_asked_less_and_less():
+    async def main():
+        easel, stuck = Easel(), []
+        easel.fails = [PainterFull()] * 1000
+        made = queue(easel, deadline_s=0.5)
+        made.workers[0].on_stuck = lambda: stuck.append(1)
+        told = []
+        for _ in range(2):
+            ticket = made.submit("a", wish("a"), told.append)
+            with pytest.raises(Late):
+                await made.result(ticket)
+        return len(easel.begun), stuck, told
+
+    asked, stuck, told = asyncio.run(main())
+    assert stuck and asked < 15 and len(told) < 15
+
+
+def test_a_wish_whose_time_is_up_before_there_is_a_model_says_when_to_come_again():
+    async def main():
+        made = queue(Easel(), deadline_s=0.05)
+        made.workers[0].ready = False
+        with pytest.raises(Late, match="not there yet") as told:
+            await made.paint("a", wish("a"))
+        return told.value
+
+    assert asyncio.run(main()).retry_after_s >= 1
+
+
 def test_a_server_without_room_is_asked_again_and_an_error_of_the_model_is_not():
     async def main():
         easel = Easel()
@@ -146,8 +214,8 @@ def test_whoever_was_sent_to_a_server_without_room_keeps_the_turn():
         await asyncio.gather(*(made.paint(name, wish(name)) for name in "abcd"))
         return easel.done[3:]
 
-    # "a" comes back while another is painted, and is next.
-    assert asyncio.run(main()) == ["d", "a", "b", "c"]
+    # While the server rests, nobody overtakes it.
+    assert asyncio.run(main()) == ["a", "b", "c", "d"]
 
 
 def test_a_deadline_holds_while_waiting_for_a_server_and_while_painting():
@@ -156,7 +224,7 @@ def test_a_deadline_holds_while_waiting_for_a_server_and_while_painting():
         made = queue(easel, deadline_s=0.05)
         late = [made.submit(name, wish(name)) for name in "ab"]
         for ticket in late:
-            with pytest.raises(DeadlineExceeded):
+            with pytest.raises(Late):
                 await made.result(ticket)
         await asyncio.sleep(0.01)
         return easel.left, made.running, made.waiting

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import webp
 
-from fewstep.errors import InvalidRequest
+from fewstep.errors import InternalError, InvalidRequest, SettingsError
 from fewstep.server import free_port
 from fewstep.web import store as store_module
 from fewstep.web.store import NotFound, Store, Taken
@@ -100,7 +100,9 @@ def test_a_nickname_may_be_anything_that_can_be_seen_since_it_is_never_a_path(st
     assert store.me(A)["nickname"] == name
 
 
-@pytest.mark.parametrize("name", ["a\0b", "a\u202eb", "a\u200bb", "x" * 41, 5, None, "a\nb", "\ud800"])
+@pytest.mark.parametrize(
+    "name", ["a\0b", "a\u202eb", "a\u200bb", "x" * 41, 5, None, "a\nb", "\ud800", "a\u3164", "\ufdfa" * 9]
+)
 def test_a_nickname_that_cannot_be_seen_is_refused(store, name):
     with pytest.raises(InvalidRequest):
         store.name(A, name)
@@ -123,6 +125,12 @@ def test_a_kept_picture_is_shown_to_all_and_taken_out_by_its_visitor_alone(store
 def test_no_id_is_a_path(store, name):
     with pytest.raises(NotFound):
         store.file(name)
+
+
+@pytest.mark.parametrize("before", ["\0", "x", "../x", "a" * 33])
+def test_the_gallery_from_behind_what_is_no_id_is_not_found(store, before):
+    with pytest.raises(NotFound):
+        store.gallery(A, before)
 
 
 def test_the_gallery_is_read_page_by_page_without_gap_or_repeat(store):
@@ -199,6 +207,40 @@ def test_twenty_who_write_at_once_lose_nothing(store):
     assert {one["recipe"]["seed"] for one in found} == set(range(100))
     summary = store.summary()
     assert (summary["visitors"], summary["pictures"], summary["reviews"]) == (20, 100, 20)
+
+
+def test_one_visitor_who_does_everything_at_once_ends_as_one(store):
+    """The first row of a visitor, written by many at once; and nothing is left of what was kept meanwhile."""
+
+    def write(i):
+        store.review(A, 1 + i % 5, "")
+        store.name(A, "ann")
+        keep(store, A, seed=i)
+        if i % 4 == 3:
+            store.forget(A)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(40)))
+    kept = [one["id"] for one in store.gallery(A, limit=100).pictures]
+    assert sorted(kept) == sorted(file.stem for file in store._files.iterdir())
+    assert store.reviews(A)["count"] <= 1 and store.summary()["visitors"] <= 1
+
+
+def test_an_error_of_the_database_tells_nobody_what_a_visitor_wrote(store, caplog):
+    store.name(A, "ann")
+    now = store_module._now()
+    with pytest.raises(InternalError) as told, store._write() as session:
+        session.add(store_module.Review(visitor=A, rating=9, text="secret words", created=now))
+    assert "IntegrityError" in caplog.text
+    assert "secret words" not in caplog.text + str(told.value) and told.value.__cause__ is None
+
+
+def test_a_database_that_is_not_there_is_said_without_its_password(tmp_path):
+    url = f"postgresql://me:secret@127.0.0.1:{free_port()}/x"
+    for wrong in (url, "nonsense", "mysql://x", "sqlite:////proc/none/x"):
+        with pytest.raises(SettingsError) as told:
+            Store(tmp_path, wrong)
+        assert "DATABASE_URL" in told.value.sentence and "secret" not in str(told.value)
 
 
 def test_what_was_left_is_there_after_a_restart(tmp_path):

@@ -1,5 +1,6 @@
 """Whatever a visitor sends, a Cog server gets inputs that were checked, and nothing else."""
 
+import asyncio
 import base64
 import io
 
@@ -7,10 +8,12 @@ import numpy as np
 import pytest
 from conftest import MINIATURE
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fewstep.errors import InvalidRequest
+from fewstep.images import open_alpha_mask, open_image, open_mask
 from fewstep.models import get_model
-from fewstep.web.wishes import make_wish, read_alpha_mask, read_mask, read_picture
+from fewstep.web.wishes import PictureReader, make_wish
 
 SDXL = get_model("sdxl")
 
@@ -19,6 +22,10 @@ def file(image, kind="PNG", **options):
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
+
+
+def sent(content, opened):
+    return asyncio.run(PictureReader().read(content, "image", opened))
 
 
 def opened(url):
@@ -102,13 +109,13 @@ def test_a_quick_wish_is_one_small_picture_of_the_same_shape_and_seed():
 
 def test_pictures_go_as_our_own_pixels_of_the_size_that_is_painted():
     photo = Image.effect_mandelbrot((300, 200), (-2, -1, 1, 1), 50).convert("RGB")
-    sent = file(photo, "JPEG", exif=b"Exif\0\0secret place")
+    picture = file(photo, "JPEG", exif=b"Exif\0\0secret place")
     mask = file(Image.new("L", (300, 200), 255))
     wish = make_wish(
         MINIATURE,
         {"prompt": "a", "prompt_strength": 0.5},
-        image=read_picture(sent, "image"),
-        mask=read_mask(mask, "mask"),
+        image=sent(picture, open_image),
+        mask=sent(mask, open_mask),
     )
     assert wish.size == (160, 104)
     image = opened(wish.inputs["image"])
@@ -122,21 +129,35 @@ def test_pictures_go_as_our_own_pixels_of_the_size_that_is_painted():
 )
 def test_what_is_no_picture_is_refused(content):
     with pytest.raises(InvalidRequest):
-        read_picture(content, "image")
+        sent(content, open_image)
 
 
 def test_a_bomb_is_refused_by_its_header():
     bomb = file(Image.new("1", (9000, 9000)))
     assert len(bomb) < 20_000
     with pytest.raises(InvalidRequest, match="81000000|9000x9000"):
-        read_picture(bomb, "image")
+        sent(bomb, open_image)
+
+
+def test_a_large_picture_is_kept_no_larger_than_what_is_painted():
+    assert sent(file(Image.new("RGB", (4000, 1000))), open_image).size == (2048, 512)
+
+
+def test_a_flood_of_texts_in_an_alpha_mask_is_not_unpacked():
+    """What Pillow alone would make 200 MB of."""
+    texts = PngInfo()
+    for i in range(60):
+        texts.add_text(f"k{i}", "x" * 1_000_000, zip=True)
+    flood = file(Image.new("LA", (64, 64), (0, 0)), pnginfo=texts)
+    assert len(flood) < 200_000
+    assert np.asarray(sent(flood, open_alpha_mask)).min() == 255
 
 
 def test_openais_masks_are_transparent_where_to_repaint():
     alpha = np.full((8, 16), 255, np.uint8)
     alpha[:, 8:] = 0
     rgba = Image.fromarray(np.dstack([np.zeros((8, 16, 3), np.uint8), alpha]), "RGBA")
-    read = np.asarray(read_alpha_mask(file(rgba), "mask"))
+    read = np.asarray(sent(file(rgba), open_alpha_mask))
     assert read[:, :8].max() == 0 and read[:, 8:].min() == 255
-    white = np.asarray(read_alpha_mask(file(Image.new("RGB", (8, 8), "white")), "mask"))
+    white = np.asarray(sent(file(Image.new("RGB", (8, 8), "white")), open_alpha_mask))
     assert white.min() == 255
