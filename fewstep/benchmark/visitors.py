@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,6 +125,8 @@ def _web() -> Iterator[tuple[int, int]]:
             while not (line := process.stderr.readline()).startswith("ready: "):
                 if not line:
                     raise ServerFailed("scripts/web did not come up")
+            # Its log; were it not read, the server would wait for that.
+            threading.Thread(target=process.stderr.read, daemon=True).start()
             yield port, process.pid
         finally:
             process.terminate()

@@ -323,10 +323,10 @@ def test_a_page_whose_server_is_gone_says_so_and_comes_back(browser, tmp_path):
             house.front.crew.on_change()
 
         house.app.state.loop.call_soon_threadsafe(turn, False)
-        opened.page.wait_for_function("/moment/i.test(document.querySelector('#status').innerText)")
+        opened.page.wait_for_function("() => /moment/i.test(document.querySelector('#status').innerText)")
         house.app.state.loop.call_soon_threadsafe(turn, True)
-        opened.page.wait_for_function("!/moment/i.test(document.querySelector('#status').innerText)")
-    opened.page.wait_for_function("/connect|offline/i.test(document.querySelector('#status').innerText)")
+        opened.page.wait_for_function("() => !/moment/i.test(document.querySelector('#status').innerText)")
+    opened.page.wait_for_function("() => /connect|offline/i.test(document.querySelector('#status').innerText)")
     assert opened.page.locator("#picture").is_visible()
     opened.context.close()
 
