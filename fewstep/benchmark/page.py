@@ -44,6 +44,10 @@ PROMPTS = (
 )
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
            "--disable-sync", "--no-first-run"]  # fmt: skip
+LOADS = 7
+LOADED = """() => [performance.getEntriesByName('first-contentful-paint')[0].startTime,
+  performance.getEntriesByType('resource').concat(performance.getEntriesByType('navigation'))
+    .reduce((sum, one) => sum + one.encodedBodySize, 0)]"""
 LAST_KEY = "addEventListener('input', event => { window.lastKey = event.timeStamp }, true)"
 USUAL = """<!doctype html><title>usual</title><input id=prompt><img id=picture>
 <script>
@@ -82,6 +86,7 @@ def measure(server: Server, rounds: int) -> list[dict[str, Any]]:
         sync_playwright() as playwright,
     ):
         browser = playwright.chromium.launch(executable_path=chromium, args=OPTIONS)
+        loads = [_load(browser, ours) for _ in range(LOADS)]
         pages = {"fewstep": browser.new_page(), "debounce, PNG, path": browser.new_page()}
         for page, address in zip(pages.values(), (ours, usual), strict=True):
             page.add_init_script(LAST_KEY)
@@ -94,7 +99,19 @@ def measure(server: Server, rounds: int) -> list[dict[str, Any]]:
                 page.bring_to_front()
                 found[name].append(_beyond(page, PROMPTS[i % len(PROMPTS)], name == "fewstep"))
         browser.close()
-    return [{"page": name, **_summarised(values)} for name, values in found.items()]
+    rows = [{"page": name, **_summarised(values)} for name, values in found.items()]
+    rows[0] |= {"first_paint_ms": round(statistics.median(paint for paint, _ in loads)), "kb": loads[0][1]}
+    return rows
+
+
+def _load(browser: Any, address: str) -> tuple[float, float]:
+    """Of a page that nothing is cached of: the milliseconds until something is seen, and its kilobytes."""
+    page = browser.new_context().new_page()
+    page.goto(address)
+    page.wait_for_load_state("networkidle")
+    paint, size = page.evaluate(LOADED)
+    page.context.close()
+    return float(paint), round(size / 1000, 1)
 
 
 def _beyond(page: Any, prompt: str, ours: bool) -> float:

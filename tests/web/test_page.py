@@ -12,6 +12,7 @@ from conftest import Easel, Studio, open_house
 from PIL import Image
 from test_live import read
 
+from fewstep.benchmark.page import LOADED
 from fewstep.recipes import read_recipe
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -114,11 +115,7 @@ def test_what_is_typed_key_by_key_is_seen(visitor):
 def test_the_page_is_light_quick_and_asks_nobody_else(browser, house):
     opened = Opened(browser, house)
     opened.page.wait_for_load_state("networkidle")
-    weight, paint = opened.page.evaluate(
-        """() => [performance.getEntriesByType('resource').concat(performance.getEntriesByType('navigation'))
-            .reduce((sum, one) => sum + one.encodedBodySize, 0),
-          performance.getEntriesByName('first-contentful-paint')[0].startTime]"""
-    )
+    paint, weight = opened.page.evaluate(LOADED)
     opened.context.close()
     assert opened.wrong == [] and opened.hosts == {house.url}
     assert weight < 150_000
@@ -326,7 +323,9 @@ def test_a_page_whose_server_is_gone_says_so_and_comes_back(browser, tmp_path):
         opened.page.wait_for_function("() => /moment/i.test(document.querySelector('#status').innerText)")
         house.app.state.loop.call_soon_threadsafe(turn, True)
         opened.page.wait_for_function("() => !/moment/i.test(document.querySelector('#status').innerText)")
-    opened.page.wait_for_function("() => /connect|offline/i.test(document.querySelector('#status').innerText)")
+    opened.page.wait_for_function(
+        "() => /connect|offline/i.test(document.querySelector('#status').innerText)"
+    )
     assert opened.page.locator("#picture").is_visible()
     opened.context.close()
 
