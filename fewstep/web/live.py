@@ -47,7 +47,7 @@ class _Asked:
 
 
 class LiveSession:
-    """One connection, from accept to its end. `gone` ends it when the server does."""
+    """One connection, from accept to its end."""
 
     def __init__(
         self,

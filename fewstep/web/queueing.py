@@ -209,12 +209,8 @@ class PaintQueue:
 
     def pump(self) -> None:
         """Send what can be sent; for whenever something has changed."""
-        for ticket in sorted(self._waiting, key=self._turn):
-            takers = [worker for worker in self.workers if worker.takes(ticket)]
-            if takers and not self._closed:
-                self._send(ticket, min(takers, key=lambda worker: len(worker.running)))
-            elif ticket.attempts:  # until a server has nothing else to do, nobody overtakes it
-                break
+        while not self._closed and self._send_next():  # each changes whose turn it is
+            pass
         for place, ticket in enumerate(sorted(self._waiting, key=self._turn)):
             if ticket.place != place:
                 ticket.place = place
@@ -236,6 +232,15 @@ class PaintQueue:
         since coming."""
         since = self._served.get(ticket.visitor, ticket.number)
         return self._sent[ticket.visitor], since, ticket.number
+
+    def _send_next(self) -> bool:
+        for ticket in sorted(self._waiting, key=self._turn):
+            if takers := [worker for worker in self.workers if worker.takes(ticket)]:
+                self._send(ticket, min(takers, key=lambda worker: len(worker.running)))
+                return True
+            if ticket.attempts:  # until a server has nothing else to do, nobody overtakes it
+                return False
+        return False
 
     def _send(self, ticket: Ticket, worker: Worker) -> None:
         self._waiting.remove(ticket)
@@ -323,7 +328,7 @@ class PaintQueue:
 
     def _expire(self, ticket: Ticket) -> None:
         if ticket.waiting and not self.ready:
-            error = Late("the model is not there yet; your wish is asked again", 2)
+            error = Late("the model is not there yet; ask again in a moment", 2)
         else:
             sentence = f"it was not done within {self._deadline_s:g} s; ask for less, or come again later"
             error = Late(sentence, self._retry_after_s(len(self._waiting)))

@@ -158,6 +158,21 @@ def test_the_history_brings_a_picture_back_with_all_its_settings(visitor):
     assert away(visitor.picture(), first) < 1
 
 
+def test_two_pictures_are_compared_by_keyboard_too(visitor):
+    for prompt in (TEXT, "a blue sailboat on a lake at sunset"):
+        visitor.page.fill("#prompt", prompt)
+        visitor.shown(prompt)
+        visitor.page.wait_for_timeout(700)
+    visitor.page.locator("#prompt").evaluate("element => element.blur()")
+    visitor.page.keyboard.press("c")
+    seam = visitor.page.locator("#wipe-at")
+    assert visitor.page.locator("#wipe img").count() == 2 and seam.input_value() == "50"
+    seam.press("ArrowRight")
+    assert int(seam.input_value()) > 50
+    visitor.page.keyboard.press("Escape")
+    assert visitor.page.locator("#wipe").is_hidden() and visitor.page.locator("#picture").is_visible()
+
+
 def test_a_download_is_the_picture_with_its_recipe(visitor, tmp_path):
     visitor.type(TEXT)
     visitor.shown(TEXT)

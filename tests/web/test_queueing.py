@@ -36,6 +36,21 @@ def test_each_visitor_has_a_turn_before_any_has_a_second_one():
     assert asyncio.run(main()) == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "a3"]
 
 
+def test_when_many_places_come_free_at_once_each_visitor_gets_one():
+    async def main():
+        easel = Easel(0.01)
+        made = queue(easel, slots=3)
+        made.workers[0].ready = False
+        tickets = [made.submit("a", wish(f"a{i}")) for i in range(4)]
+        tickets += [made.submit(name, wish(name)) for name in "bc"]
+        made.workers[0].ready = True
+        made.pump()
+        await asyncio.gather(*(made.result(ticket) for ticket in tickets))
+        return easel.begun
+
+    assert asyncio.run(main())[:3] == ["a0", "b", "c"]
+
+
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_again():
     async def main():
         easel = Easel(30)
