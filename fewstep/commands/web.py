@@ -60,6 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status_of(work) or found[0]
 
 
+def with_model(environ: Mapping[str, str], *, elsewhere: bool) -> dict[str, str]:
+    """`environ` with a model: what is elsewhere is taken for a container, which paints SDXL unless told."""
+    model = environ.get("FEWSTEP_MODEL")
+    if not model:
+        model = "sdxl" if elsewhere else "miniature"
+        say(f"model {model}, since FEWSTEP_MODEL is not set")
+    return {**environ, "FEWSTEP_MODEL": model}
+
+
 def environs_of(workers: int | None, environ: Mapping[str, str]) -> list[dict[str, str]]:
     """The environment of every Cog server: each has a GPU of its own, or its share of the processors."""
     from fewstep.web.supervisor import visible_gpus
@@ -89,6 +98,7 @@ async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> int:
             handler.setFormatter(JsonLines())
 
     require_free(chosen.host, chosen.port, "give another as --port")
+    environ = with_model(environ, elsewhere=bool(chosen.cog_url or chosen.replicate))
     spec = get_model(Settings.from_env(environ).model)
     settings = WebSettings.from_env(ROOT, environ)
     crew = _crew(chosen, environ, settings)
@@ -116,8 +126,6 @@ def _crew(chosen: argparse.Namespace, environ: Mapping[str, str], settings: Any)
         if not settings.replicate_token:
             raise SettingsError("--replicate needs a token; set REPLICATE_API_TOKEN to it")
         return OnReplicate(chosen.replicate, settings.replicate_token)
-    if not environ.get("FEWSTEP_MODEL"):
-        say("model miniature, since FEWSTEP_MODEL is not set")
     return OwnServers(environs_of(chosen.workers, environ), timeout_s, log=settings.data / "painters.log")
 
 

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from test_supervisor import is_gone, processes
 
-from fewstep.commands.web import environs_of
+from fewstep.commands.web import environs_of, with_model
 from fewstep.server import ROOT, free_port
 
 WEB = [sys.executable, "-P", "-m", "fewstep.commands.web"]
@@ -132,6 +132,14 @@ def test_a_port_that_is_taken_is_said(tmp_path):
         port = str(taken.getsockname()[1])
         status, error = ends_with(start("--port", port, FEWSTEP_WEB_DATA=str(tmp_path)))
     assert status == 1 and "Traceback" not in error and port in error
+
+
+def test_a_container_elsewhere_paints_what_containers_paint_unless_a_model_is_named(capsys):
+    assert with_model({}, elsewhere=True)["FEWSTEP_MODEL"] == "sdxl"
+    assert with_model({}, elsewhere=False)["FEWSTEP_MODEL"] == "miniature"
+    assert "model sdxl" in capsys.readouterr().err
+    assert with_model({"FEWSTEP_MODEL": "sd15"}, elsewhere=True)["FEWSTEP_MODEL"] == "sd15"
+    assert capsys.readouterr().err == ""
 
 
 def test_every_server_has_a_gpu_of_its_own_or_its_share_of_the_processors():
