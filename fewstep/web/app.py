@@ -33,8 +33,9 @@ from fewstep.request import (
     STYLE_SCALE,
     named_sizes_of,
 )
+from fewstep.web.community import routes as community_routes
 from fewstep.web.crew import Crew
-from fewstep.web.front import COOKIE, Front, body_of, told
+from fewstep.web.front import Front, body_of, front_of, told
 from fewstep.web.guard import HEADERS, LOOPBACK, Guard
 from fewstep.web.live import LiveSession
 from fewstep.web.monitoring import Metrics
@@ -147,18 +148,10 @@ def _routes() -> list[Any]:
     return [
         Route("/", _page),
         Mount("/static", StaticFiles(directory=STATIC, check_dir=False)),
-        Route("/pictures/{name}", _kept_picture),
         Route("/api/config", _config),
-        Route("/api/me", _me),
-        Route("/api/me", _name, methods=["PUT"]),
-        Route("/api/me", _forget, methods=["DELETE"]),
-        Route("/api/pictures", _gallery),
-        Route("/api/pictures", _keep, methods=["POST"]),
-        Route("/api/pictures/{id}", _discard, methods=["DELETE"]),
-        Route("/api/reviews", _reviews),
-        Route("/api/review", _review, methods=["PUT"]),
         Route("/api/improve", _improve, methods=["POST"]),
         WebSocketRoute("/live", _live),
+        *community_routes(),
         *openai_routes(),
         Route("/operator", _summary),
         Route("/metrics", _metrics),
@@ -167,19 +160,14 @@ def _routes() -> list[Any]:
     ]
 
 
-def _front(request: Request | WebSocket) -> Front:
-    front: Front = request.app.state.front
-    return front
-
-
 async def _page(request: Request) -> Response:
     page = FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
-    _front(request).welcome(request, page)
+    front_of(request).welcome(request, page)
     return page
 
 
 async def _config(request: Request) -> Response:
-    front = _front(request)
+    front = front_of(request)
     spec = front.spec
     return JSONResponse(
         {
@@ -212,7 +200,7 @@ async def _config(request: Request) -> Response:
 
 
 async def _live(socket: WebSocket) -> None:
-    front = _front(socket)
+    front = front_of(socket)
     # Without cookies one can paint, but keep nothing.
     visitor = front.visitor(socket) or f"from {socket.client.host if socket.client else ''}"
     await socket.accept()
@@ -236,80 +224,8 @@ async def _live(socket: WebSocket) -> None:
         front.sessions.discard(session)
 
 
-async def _me(request: Request) -> Response:
-    front = _front(request)
-    return JSONResponse(await asyncio.to_thread(front.store.me, front.visitor(request) or ""))
-
-
-async def _name(request: Request) -> Response:
-    front, visitor = _front(request), _front(request).known(request)
-    fields = await body_of(request, ["nickname"])
-    await asyncio.to_thread(front.store.name, visitor, fields.get("nickname"))
-    return JSONResponse(await asyncio.to_thread(front.store.me, visitor))
-
-
-async def _forget(request: Request) -> Response:
-    front, visitor = _front(request), _front(request).known(request)
-    await asyncio.to_thread(front.store.forget, visitor)
-    front.recent.forget(visitor)
-    response = Response(status_code=204)
-    response.delete_cookie(COOKIE, httponly=True, samesite="lax")
-    return response
-
-
-async def _gallery(request: Request) -> Response:
-    front = _front(request)
-    limit = request.query_params.get("limit", "24")
-    page = await asyncio.to_thread(
-        front.store.gallery,
-        front.visitor(request) or "",
-        request.query_params.get("before"),
-        int(limit) if limit.isdecimal() and len(limit) < 4 else 24,
-    )
-    return JSONResponse({"pictures": page.pictures, "next": page.next})
-
-
-async def _keep(request: Request) -> Response:
-    front, visitor = _front(request), _front(request).known(request)
-    fields = await body_of(request, ["id"])
-    found = front.recent.of(visitor, str(fields.get("id")))
-    if found is None:
-        raise NotFound("that picture is no longer here; paint it again and keep it then")
-    size = found.recipe["width"], found.recipe["height"]
-    kept = await asyncio.to_thread(front.store.keep, visitor, found.content, size, found.recipe)
-    return JSONResponse(kept, 201)
-
-
-async def _discard(request: Request) -> Response:
-    front, visitor = _front(request), _front(request).known(request)
-    await asyncio.to_thread(front.store.discard, visitor, request.path_params["id"])
-    return Response(status_code=204)
-
-
-async def _kept_picture(request: Request) -> Response:
-    name = request.path_params["name"]
-    file = _front(request).store.file(name.removesuffix(".webp"))
-    if not name.endswith(".webp") or not file.is_file():
-        raise NotFound("there is no such picture")
-    return FileResponse(
-        file, media_type="image/webp", headers={"Cache-Control": "max-age=31536000, immutable"}
-    )
-
-
-async def _reviews(request: Request) -> Response:
-    front = _front(request)
-    return JSONResponse(await asyncio.to_thread(front.store.reviews, front.visitor(request) or ""))
-
-
-async def _review(request: Request) -> Response:
-    front, visitor = _front(request), _front(request).known(request)
-    fields = await body_of(request, ["rating", "text"])
-    await asyncio.to_thread(front.store.review, visitor, fields.get("rating"), fields.get("text", ""))
-    return JSONResponse(await asyncio.to_thread(front.store.reviews, visitor))
-
-
 async def _improve(request: Request) -> Response:
-    front = _front(request)
+    front = front_of(request)
     if front.help is None:
         raise NotFound("this server has no helper for prompts")
     visitor = front.known(request)
@@ -324,7 +240,7 @@ async def _improve(request: Request) -> Response:
 
 
 async def _summary(request: Request) -> Response:
-    front = _front(request)
+    front = front_of(request)
     if not front.settings.operator_key:
         raise NotFound("there is no such page")
     try:
@@ -347,7 +263,7 @@ async def _summary(request: Request) -> Response:
 
 
 async def _metrics(request: Request) -> Response:
-    front = _front(request)
+    front = front_of(request)
     metrics, queue = front.metrics, front.queue
     metrics.waiting.set(queue.waiting)
     metrics.running.set(queue.running)
@@ -361,7 +277,7 @@ async def _alive(request: Request) -> Response:
 
 
 async def _ready(request: Request) -> Response:
-    ready = _front(request).queue.ready
+    ready = front_of(request).queue.ready
     return PlainTextResponse("ready\n" if ready else "not ready\n", 200 if ready else 503)
 
 

@@ -82,6 +82,12 @@ class Front:
             )
 
 
+def front_of(connection: HTTPConnection) -> Front:
+    """The one that serves `connection`."""
+    front: Front = connection.app.state.front
+    return front
+
+
 async def body_of(request: Request, fields: Collection[str] | None = None) -> dict[str, Any]:
     """The JSON object that was sent. Raises InvalidRequest, also for others than `fields`, if given."""
     # A form of another site can send any text, but not with this type.

@@ -25,7 +25,7 @@ from fewstep.errors import FewstepError, InvalidRequest, Stopped
 from fewstep.images import MIME_TYPES, open_alpha_mask, open_image
 from fewstep.models import ModelSpec
 from fewstep.request import GUIDANCE, LCM_LORA_MAX_GUIDANCE, NUM_OUTPUTS, SEED_MAX, SIDE, STEPS
-from fewstep.web.front import Front, retry_after, status_of
+from fewstep.web.front import Front, front_of, retry_after, status_of
 from fewstep.web.painters import Painted
 from fewstep.web.queueing import PaintQueue, Ticket
 from fewstep.web.wishes import Wish, make_wish
@@ -54,7 +54,7 @@ def routes() -> list[Route]:
 
 
 async def _models(request: Request) -> Response:
-    front: Front = request.app.state.front
+    front = front_of(request)
     try:
         _check_key(request, front)
     except FewstepError as error:
@@ -64,7 +64,7 @@ async def _models(request: Request) -> Response:
 
 
 async def _generations(request: Request) -> Response:
-    front: Front = request.app.state.front
+    front = front_of(request)
     try:
         _check_key(request, front)
         try:
@@ -79,7 +79,7 @@ async def _generations(request: Request) -> Response:
 
 
 async def _edits(request: Request) -> Response:
-    front: Front = request.app.state.front
+    front = front_of(request)
     try:
         _check_key(request, front)
         async with request.form(max_files=17, max_fields=64) as form:
@@ -153,7 +153,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[Painted]
 
 
 async def _file(request: Request) -> Response:
-    front: Front = request.app.state.front
+    front = front_of(request)
     found = front.recent.any(request.path_params["id"])
     if found is None:
         return _told(InvalidRequest("the picture is no longer here; ask for b64_json to keep them"), 404)
