@@ -20,7 +20,7 @@ from fewstep.commands.told import say, status_of
 from fewstep.errors import SettingsError
 from fewstep.server import ROOT, require_free
 
-TICK_S = 0.5
+TICK_S = 0.25
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,7 +150,7 @@ async def _announce(chosen: argparse.Namespace, model: str, crew: Any, app: Any,
             elif not told:
                 say(line)
             told = True
-        await asyncio.sleep(TICK_S / 2 if server.started else 0.02)
+        await asyncio.sleep(TICK_S if server.started else 0.02)
     say(("\r" if terminal and told else "") + f"ready: {address}; Ctrl-C ends it" + " " * 24 * terminal)
     if terminal and not chosen.no_open:
         await asyncio.to_thread(webbrowser.open, address)  # which one in a terminal blocks
