@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fewstep.benchmark.suites import SUITES, samples_of, serving
-from fewstep.benchmark.systems import PROMPT, Wish
+from fewstep.benchmark.suites import serving
+from fewstep.benchmark.systems import PROMPT, SYSTEMS, Wish, prompts_and_seeds
 from fewstep.server import ROOT, Server
 
 PLAIN = Path(__file__).parent / "plain"
@@ -30,6 +29,9 @@ CLIENTS = (1, 2, 4, 8, 16)
 # again a moment after the caller has its answer.
 RETRY_S = (0.001, 0.2)
 GENERATE = Wish(128, batch=SLOTS)
+# In a round, of SLOTS callers and then as many pictures of `Pipeline.generate`; they ask for twice as many
+# pictures as others do, since the first batch of a load and the last are seldom full.
+TURNS = 4
 
 # Each with the folder of its predict.py and its dtype.
 SERVERS: dict[str, tuple[Path, str]] = {
@@ -128,15 +130,34 @@ def lone_waits(weights: Path, requests: int) -> dict[int, float]:
     return {limit: statistics.median(seconds) for limit, seconds in waited.items()}
 
 
+def in_turns(
+    name: str, server: Server, weights: Path, numbers: Iterator[int], requests: int
+) -> list[tuple[Load, float]]:
+    """What as many callers as the server has slots get, each time with the images a second that
+    `Pipeline.generate` makes in this process right after it: whatever else slows the machine slows both."""
+    paint, seed = SYSTEMS[name]("miniature", weights, GENERATE.size).paint, count(step=SLOTS)
+
+    def generate(batches: int) -> float:
+        started = time.perf_counter()
+        for _ in range(batches):
+            paint(GENERATE, *prompts_and_seeds(GENERATE, next(seed)))
+        return SLOTS * batches / (time.perf_counter() - started)
+
+    generate(2)
+    return [
+        (put_load(server, SLOTS, islice(numbers, requests)), generate(requests // SLOTS))
+        for _ in range(TURNS)
+    ]
+
+
 def run(
     weights: Path, rounds: int, requests: int, told: Callable[[str], None]
 ) -> tuple[dict[tuple[str, int], list[Load]], dict[str, list[float]], dict[str, dict[str, float]]]:
-    """The loads by server and number of clients; of fewstep the seconds that `Pipeline.generate` takes for a
-    batch, and how far batched pictures are from lone ones."""
+    """The loads by server and number of clients; of fewstep the images a second of `Pipeline.generate` beside
+    each load of SLOTS clients, and how far batched pictures are from lone ones."""
     loads: dict[tuple[str, int], list[Load]] = {}
     generated: dict[str, list[float]] = {}
     far: dict[str, dict[str, float]] = {}
-    suite = replace(SUITES["miniature"], wishes=(GENERATE,))
     for i in range(rounds):
         for name, (root, _) in SERVERS.items():
             told(f"round {i + 1} of {rounds}: {name}")
@@ -144,14 +165,15 @@ def run(
                 numbers = count(10_000)  # words that are in no cache
                 put_load(server, SLOTS, islice(numbers, 2 * SLOTS))
                 for clients in CLIENTS:
-                    load = put_load(server, clients, islice(numbers, requests))
-                    loads.setdefault((name, clients), []).append(load)
+                    found = loads.setdefault((name, clients), [])
+                    if root == ROOT and clients == SLOTS:
+                        for load, rate in in_turns(name, server, weights, numbers, 2 * requests):
+                            found.append(load)
+                            generated.setdefault(name, []).append(rate)
+                    else:
+                        found.append(put_load(server, clients, islice(numbers, requests)))
                 if root == ROOT and i == 0:
                     far[name] = differences(server, 4 * SLOTS)
-            if root == ROOT:
-                with tempfile.TemporaryDirectory() as pictures:
-                    samples = samples_of(name, suite, weights, Path(pictures), 0)
-                    generated.setdefault(name, []).extend(sample["seconds"] for _, sample in samples)
     return loads, generated, far
 
 
@@ -161,16 +183,20 @@ def rows_of(
     far: dict[str, dict[str, float]],
     lone: dict[int, float],
 ) -> list[dict[str, Any]]:
-    """One for each server and number of clients, the medians over the rounds."""
+    """One for each server and number of clients, the medians over the rounds; `of_generate` is the median
+    share that a load got of what `generate` made beside it, in percent."""
     rows: list[dict[str, Any]] = []
     for (name, clients), rounds in loads.items():
         waits = [1000 * wait for load in rounds for wait in load.waited]
         rates = [load.images_per_s for load in rounds]
+        beside = generated.get(name, []) if clients == SLOTS else []
+        shares = [100 * rate / alone for rate, alone in zip(rates, beside, strict=False)]
         rows.append(
             {
                 "system": name,
                 "clients": clients,
                 **_spread(rates),
+                "of_generate": round(statistics.median(shares), 1) if shares else "",
                 "wait_ms": round(statistics.median(waits), 1),
                 "wait_p95_ms": round(float(np.percentile(waits, 95)), 1),
                 "requests": sum(len(load.waited) + load.lost for load in rounds),
@@ -179,8 +205,7 @@ def rows_of(
                 **(far.get(name, {}) if clients == SLOTS else {}),
             }
         )
-    for name, seconds in generated.items():
-        rates = [SLOTS / one for one in seconds]
+    for name, rates in generated.items():
         rows.append({"system": f"{name}-generate", "clients": "", **_spread(rates)})
     for limit, wait in lone.items():
         rows.append(

@@ -69,7 +69,7 @@ def _load(rounds: int) -> None:
     weights, machine = Settings.from_env().weights_root, describe_machine()
     found = run(weights, rounds, REQUESTS, say)
     say("a caller who is alone")
-    rows = [{**machine, **row} for row in rows_of(*found, lone_waits(weights, REQUESTS))]
+    rows = [{**machine, **row} for row in rows_of(*found, lone_waits(weights, 2 * REQUESTS))]
     plot_throughput(rows, _write(rows, "throughput").with_suffix(".png"))
     for row in rows:
         rate = f"{row['images_per_s']:g} images/s" if "images_per_s" in row else ""

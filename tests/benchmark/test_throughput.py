@@ -1,9 +1,11 @@
 """Load on real servers, small: what is counted is what was answered."""
 
+from itertools import count
+
 import pytest
 
 from fewstep.benchmark.plots import plot_throughput
-from fewstep.benchmark.throughput import Load, differences, put_load, rows_of, served
+from fewstep.benchmark.throughput import Load, differences, in_turns, put_load, rows_of, served
 from fewstep.server import ServerFailed
 from fewstep.settings import Settings
 
@@ -18,6 +20,15 @@ def test_nothing_is_lost_beyond_the_servers_slots_and_batched_pictures_are_the_l
         assert (len(load.waited), load.lost) == (24, 0)
         assert load.seconds >= max(load.waited) and load.together > 4
         assert differences(server, 6)["most_apart"] <= 1
+
+
+def test_loads_take_turns_with_generate(monkeypatch):
+    monkeypatch.setattr("fewstep.benchmark.throughput.TURNS", 2)
+    numbers = count()
+    with served("fewstep", WEIGHTS) as server:
+        turns = in_turns("fewstep", server, WEIGHTS, numbers, requests=8)
+    assert [(len(load.waited), load.lost, rate > 0) for load, rate in turns] == [(8, 0, True)] * 2
+    assert next(numbers) == 16  # each with wishes that no cache has seen
 
 
 def test_plain_diffusers_is_served_by_the_same_server():
@@ -46,7 +57,7 @@ def test_rows_are_medians_over_rounds_and_are_drawn(tmp_path):
         ]
         for clients in (1, 8)
     }
-    rows = rows_of(loads, {"fewstep": [0.5, 0.25, 1.0]}, {"fewstep": {"most_apart": 2}}, {8: 0.1, 1: 0.2})
+    rows = rows_of(loads, {"fewstep": [16, 10, 8]}, {"fewstep": {"most_apart": 2}}, {8: 0.1, 1: 0.2})
     assert [(row["system"], row["clients"]) for row in rows] == [
         ("fewstep", 1),
         ("fewstep", 8),
@@ -58,6 +69,7 @@ def test_rows_are_medians_over_rounds_and_are_drawn(tmp_path):
     assert (first["images_per_s"], first["least"], first["most"]) == (4, 2, 8)
     assert (first["requests"], first["lost"], first["wait_ms"], first["together"]) == (17, 1, 100, 2)
     assert "most_apart" not in first and second["most_apart"] == 2
-    assert (generate["images_per_s"], lone["wait_ms"]) == (16, 100)
+    assert (first["of_generate"], second["of_generate"]) == ("", 50)  # of 12.5, 80 and 50 %
+    assert (generate["images_per_s"], lone["wait_ms"]) == (10, 100)
     plot_throughput([{"cpu": "any", "cores": 2, **row} for row in rows], tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
