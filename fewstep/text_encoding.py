@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -23,6 +24,9 @@ Diffusion: TypeAlias = StableDiffusionXLPipeline | StableDiffusionPipeline
 MAX_CHUNKS = 8
 # Of encoded prompts that are kept; one of SDXL's is 0.3 MB a chunk in 16 bits.
 KEPT_BYTES = 64 * 10**6
+# In channels. On a CPU, a second thread gains narrower text encoders nothing, and while other threads answer
+# callers, each operator waits for it. The miniature's are of 96, SDXL's of 768 and 1280.
+NARROW = 128
 
 
 @dataclass(frozen=True)
@@ -139,10 +143,12 @@ class _Encoder:
     norm: Any  # its last layer
     device: torch.device  # of the model, which looks through its layers when asked, as for its dtype
     dtype: torch.dtype
+    threads: Callable[[], AbstractContextManager[None]]
     skip: int = 0
 
     def __call__(self, ids: Tensor, mask: Tensor | None = None, **_: Any) -> Any:
-        output = self.model(ids, mask, output_hidden_states=True)
+        with self.threads():
+            output = self.model(ids, mask, output_hidden_states=True)
         if self.skip:
             kept = output.hidden_states[: -self.skip]
             output.hidden_states, output.last_hidden_state = kept, self.norm(kept[-1])
@@ -151,7 +157,19 @@ class _Encoder:
 
 def _encoder(model: Any) -> _Encoder:
     norm = getattr(model, "text_model", model).final_layer_norm
-    return _Encoder(model, norm, model.device, model.dtype)
+    alone = model.device.type == "cpu" and model.config.hidden_size < NARROW
+    return _Encoder(model, norm, model.device, model.dtype, _one_thread if alone else nullcontext)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within it, torch computes on the calling thread alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _provider(tokenizer: Any, encoder: _Encoder | None, states: ReturnedEmbeddingsType) -> EmbeddingsProvider:

@@ -213,3 +213,28 @@ def test_chunks_are_counted_on_any_thread_while_the_model_encodes(text):
         while not all(one.done() for one in counted):
             assert torch.equal(text._encode(PLAIN, 1, 0).states, expected)
     assert {one.result() for one in counted} == {chunks}
+
+
+@pytest.mark.parametrize(("width", "expected"), [(32, 1), (128, 3)])
+def test_a_narrow_encoder_computes_on_one_thread_and_gives_the_others_back(width, expected):
+    none = dict.fromkeys(("vae", "unet", "scheduler", "safety_checker", "feature_extractor"))
+    encoder, seen = make_encoder(CLIPTextModel, width), []
+    text = TextEncoding(StableDiffusionPipeline(tokenizer=deepcopy(TOKENIZER), text_encoder=encoder, **none))
+
+    def note(*_):
+        seen.append(torch.get_num_threads())
+        if len(seen) == 2:
+            raise MemoryError
+
+    encoder.register_forward_pre_hook(note)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        text.encode("a house")
+        assert torch.get_num_threads() == 3
+        with pytest.raises(MemoryError):
+            text.encode("a tree")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [expected, expected]

@@ -29,8 +29,8 @@ CLIENTS = (1, 2, 4, 8, 16)
 # again a moment after the caller has its answer.
 RETRY_S = (0.001, 0.2)
 GENERATE = Wish(128, batch=SLOTS)
-# In a round, of SLOTS callers and then as many pictures of `Pipeline.generate`; they ask for twice as many
-# pictures as others do, since the first batch of a load and the last are seldom full.
+# In a round, of SLOTS callers between pictures of `Pipeline.generate`; they ask for twice as many pictures as
+# others do, since the first batch of a load and the last are seldom full.
 TURNS = 4
 
 # Each with the folder of its predict.py and its dtype.
@@ -134,20 +134,23 @@ def in_turns(
     name: str, server: Server, weights: Path, numbers: Iterator[int], requests: int
 ) -> list[tuple[Load, float]]:
     """What as many callers as the server has slots get, each time with the images a second that
-    `Pipeline.generate` makes in this process right after it: whatever else slows the machine slows both."""
+    `Pipeline.generate` makes in this process right before and after: what slows the machine slows both."""
     paint, seed = SYSTEMS[name]("miniature", weights, GENERATE.size).paint, count(step=SLOTS)
 
     def generate(batches: int) -> float:
         started = time.perf_counter()
         for _ in range(batches):
             paint(GENERATE, *prompts_and_seeds(GENERATE, next(seed)))
-        return SLOTS * batches / (time.perf_counter() - started)
+        return time.perf_counter() - started
 
     generate(2)
-    return [
-        (put_load(server, SLOTS, islice(numbers, requests)), generate(requests // SLOTS))
-        for _ in range(TURNS)
-    ]
+    batches = max(1, requests // SLOTS // 2)
+    found, before = [], generate(batches)
+    for _ in range(TURNS):
+        load, after = put_load(server, SLOTS, islice(numbers, requests)), generate(batches)
+        found.append((load, 2 * SLOTS * batches / (before + after)))
+        before = after
+    return found
 
 
 def run(
