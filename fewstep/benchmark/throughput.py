@@ -192,8 +192,9 @@ def rows_of(
     for (name, clients), rounds in loads.items():
         waits = [1000 * wait for load in rounds for wait in load.waited]
         rates = [load.images_per_s for load in rounds]
-        beside = generated.get(name, []) if clients == SLOTS else []
-        shares = [100 * rate / alone for rate, alone in zip(rates, beside, strict=False)]
+        shares: list[float] = []
+        if clients == SLOTS and name in generated:
+            shares = [100 * rate / alone for rate, alone in zip(rates, generated[name], strict=True)]
         rows.append(
             {
                 "system": name,
