@@ -22,6 +22,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 
 from fewstep.images import open_image
 from fewstep.miniature.judge import frechet_distance
+from fewstep.placement import autocast
 from fewstep.text_encoding import Diffusion
 from fewstep.training.encoded import native_size
 from fewstep.training.sources import halve_if_large
@@ -54,8 +55,8 @@ class Sampler:
         images: list[Image.Image] = []
         for start in tqdm(range(0, len(prompts), batch), f"{self.name}, {steps}", mininterval=5.0):
             part = list(prompts[start : start + batch])
-            # Latents and scheduler stay in fp32; the networks run in bf16.
-            with torch.autocast(self.diffusion.device.type, dtype=torch.bfloat16):
+            # Latents and scheduler stay in fp32; the networks need not.
+            with autocast(self.diffusion.device):
                 images += self.diffusion(
                     part,
                     num_inference_steps=steps,

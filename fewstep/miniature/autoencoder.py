@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from fewstep.miniature.pictures import Pixels
+from fewstep.placement import autocast
 from fewstep.training.loop import Schedule, Share, optimise, step_generator
 
 CROP_PX = 64
@@ -46,7 +47,7 @@ def train_vae(pictures: Pixels, steps: int, checkpoints: Path, device: torch.dev
 
     def loss(step: int, share: Share) -> Tensor:
         x = _crops(pictures, step_generator(2, step), device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with autocast(device):
             posterior = vae.encode(x).latent_dist
             painted = vae.decode(posterior.sample()).sample
         kl: Tensor = posterior.kl().mean() / (CROP_PX // 8) ** 2  # per latent pixel
@@ -77,7 +78,7 @@ def encode(vae: AutoencoderKL, pictures: Pixels) -> Tensor:
     for start in range(0, len(pictures), 64):
         x = torch.from_numpy(pictures[start : start + 64].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         x = x.to(vae.device, memory_format=torch.channels_last)
-        with torch.autocast(vae.device.type, dtype=torch.bfloat16):
+        with autocast(vae.device):
             latents.append(vae.encode(x).latent_dist.mean.float().cpu())
     return torch.cat(latents)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fewstep.miniature.scenes import ATTRIBUTES, Scene, all_scenes, caption, training_scenes
+from fewstep.placement import autocast
 from fewstep.training import consistency as cm
 from fewstep.training.distill import Batch, order_for_training, predict
 from fewstep.training.loop import WHOLE, Draws, Schedule, Share, optimise, step_generator
@@ -120,7 +121,7 @@ class Base(nn.Module):
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
         ).input_ids.to(self.unet.device)
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+        with autocast(tokens.device):
             one = self.text_encoder(tokens, output_hidden_states=True)
             two = self.text_encoder_2(tokens, output_hidden_states=True)
         states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
@@ -189,7 +190,7 @@ class Reader(nn.Module):
         ).input_ids.to(self.text_encoder.device)
         end = (tokens == self.tokenizer.eos_token_id).int().argmax(1)
         rows = torch.arange(len(tokens), device=tokens.device)
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+        with autocast(tokens.device):
             one = self.text_encoder(tokens, output_hidden_states=True)
             two = self.text_encoder_2(tokens, output_hidden_states=True)
         read = (one.hidden_states[-2][rows, end], two.hidden_states[-2][rows, end], two.text_embeds)

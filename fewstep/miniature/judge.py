@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fewstep.miniature.pictures import Pixels
 from fewstep.miniature.scenes import ATTRIBUTES, Scene
+from fewstep.placement import autocast
 from fewstep.training.loop import Schedule, Share, optimise, step_generator
 
 BATCH = 96
@@ -145,7 +146,7 @@ def train_judge(
         index = torch.randint(len(scenes), (BATCH,), generator=generator).sort().values
         x = judge_input(pictures[index.numpy()])
         x = torch.cat([augment(x[:64], generator), x[64:]]).to(device, memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with autocast(device):
             logits = judge(x)
         return sum(
             (

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from fewstep.miniature.autoencoder import reconstruction_loss
+from fewstep.placement import autocast
 from fewstep.training.loop import Schedule, Share, optimise, step_generator
 
 CROP = 8  # in latent pixels
@@ -39,7 +40,7 @@ def train_tiny_vae(
 
     def loss(step: int, share: Share) -> Tensor:
         x = _crops(latents, step_generator(10, step)).to(device, memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with autocast(device):
             with torch.no_grad():
                 expected = vae.decode(x / vae.config.scaling_factor).sample
             painted = tiny.decode(x).sample

@@ -8,6 +8,7 @@ teacher's UNet that is told w and learns from its own slow average.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -18,6 +19,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from torch import Tensor
 
+from fewstep.placement import autocast
 from fewstep.training import consistency as cm
 from fewstep.training.loop import Draws, Loss, Share
 
@@ -166,16 +168,14 @@ def predict(
 ) -> Tensor:
     """The network's output for `z_t` at timesteps `t` (N,), fp32; w (N,) is for a network that takes it.
 
-    It runs in bf16, unless the caller has autocast on for another dtype.
+    It runs in the dtype of the caller's autocast, or without one in what the device trains in.
     """
     given: dict[str, Any] = {"encoder_hidden_states": batch.prompt_embeds}
     if batch.pooled is not None:
         given["added_cond_kwargs"] = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
     if unet.config.time_cond_proj_dim and w is not None:
         given["timestep_cond"] = cm.guidance_embedding(w, unet.config.time_cond_proj_dim)
-    kind = z_t.device.type
-    chosen = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.bfloat16
-    with torch.autocast(kind, dtype=chosen):
+    with nullcontext() if torch.is_autocast_enabled(z_t.device.type) else autocast(z_t.device):
         output = unet(z_t, t, **given).sample
     return output.float()  # type: ignore[no-any-return]
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
+from fewstep.placement import autocast
 from fewstep.text_encoding import Diffusion
 
 STEPS = 4
@@ -35,7 +36,7 @@ def paint(
     painter = type(diffusion)(**(kept | options))
     painter.set_progress_bar_config(disable=True)
     for i, prompt in enumerate(prompts):  # one by one: a training leaves little memory
-        with torch.autocast(diffusion.device.type, dtype=torch.bfloat16):
+        with autocast(diffusion.device):
             image = painter(
                 prompt,
                 num_inference_steps=STEPS if few_steps else BASE_STEPS,

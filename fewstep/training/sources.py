@@ -15,7 +15,7 @@ from fewstep.errors import SettingsError
 from fewstep.loading import PIPELINES
 from fewstep.models import ModelSpec, get_model
 from fewstep.pipeline import load_pipeline
-from fewstep.placement import device_and_dtype
+from fewstep.placement import device_and_dtype, fast_dtype
 from fewstep.settings import Settings
 from fewstep.text_encoding import Diffusion
 from fewstep.weights import check_hashes, verify_weights
@@ -62,9 +62,9 @@ def load_few_step(spec: ModelSpec, settings: Settings, device: torch.device) -> 
 
 
 def halve_if_large(unet: UNet2DConditionModel) -> None:
-    """A frozen UNet of SDXL's size in bf16, in which it is used anyway; a smaller one stays in fp32."""
+    """A frozen UNet of SDXL's size in the dtype in which it is used anyway; a smaller one stays in fp32."""
     if sum(parameter.numel() for parameter in unet.parameters()) > LARGE_NETWORK:
-        unet.to(torch.bfloat16)
+        unet.to(fast_dtype(unet.device, training=True))
 
 
 def _placed(diffusion: Diffusion, device: torch.device) -> Diffusion:
