@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 import cog
 from cog import BasePredictor, Input, Path
 
-from fewstep.batching import Batcher
-from fewstep.door import check_cog, fetched_file, log_to_stderr, told_to_callers
+from fewstep.coglet.adapter import check_cog, fetched_file, log_to_stderr, told_to_callers
 from fewstep.errors import FewstepError, UnsafeImage
-from fewstep.images import encode_image, open_image, open_mask
-from fewstep.models import ModelSpec, get_model
-from fewstep.outputs import Outputs
-from fewstep.recipes import recipe_of, save_options
+from fewstep.generation.batcher import Batcher
+from fewstep.images.codec import encode_image, open_image, open_mask
+from fewstep.images.metadata import recipe_of, save_options
+from fewstep.images.outputs import Outputs
+from fewstep.lora.resolve import Styles
+from fewstep.models.specs import ModelSpec, get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
-from fewstep.styles import Styles
 
 if TYPE_CHECKING:
-    from fewstep.pipeline import Painting, Pipeline
+    from fewstep.generation.pipeline import Painting, Pipeline
 
 logger = logging.getLogger("fewstep.predict")
 
@@ -133,7 +133,7 @@ class Predictor(BasePredictor):
 
 
 def _load(spec: ModelSpec, settings: Settings) -> "Pipeline":
-    from fewstep.pipeline import load_pipeline  # imports torch, which takes seconds
+    from fewstep.generation.pipeline import load_pipeline  # imports torch, which takes seconds
 
     return load_pipeline(spec, settings)
 

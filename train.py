@@ -10,8 +10,8 @@ import tempfile
 
 from cog import BaseModel, Input, Path
 
-from fewstep.door import check_cog, fetched_file, log_to_stderr, told_to_callers
-from fewstep.models import get_model
+from fewstep.coglet.adapter import check_cog, fetched_file, log_to_stderr, told_to_callers
+from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
 

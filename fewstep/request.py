@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from fewstep.errors import InvalidRequest
-from fewstep.images import fit, same_shape
-from fewstep.models import ModelSpec
+from fewstep.images.codec import fit, same_shape
+from fewstep.lora.resolve import StyleSource, parse_source
+from fewstep.models.specs import ModelSpec
 from fewstep.prompts import parse_prompt
-from fewstep.styles import StyleSource, parse_source
 
 if TYPE_CHECKING:
-    from fewstep.adapters import Lora
+    from fewstep.lora.merge import Lora
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fewstep.errors import SettingsError
-from fewstep.models import get_model
+from fewstep.models.specs import get_model
 
 logger = logging.getLogger(__name__)
 

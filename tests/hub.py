@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from fewstep.sources import HubFile, HubRepo
+from fewstep.models.sources import HubFile, HubRepo
 
 REVISION = "c0ffee" * 6 + "c0ff"
 LARGE = 1000  # bytes; from here on a file is in large-file storage

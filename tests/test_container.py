@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tiny import as_downloaded, make_folder
 
-from fewstep.models import MODELS
-from fewstep.saving import save_model
+from fewstep.models.save import save_model
+from fewstep.models.specs import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -80,5 +80,5 @@ def test_the_tree_that_a_build_copies_starts_and_paints(tmp_path):
 
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
-    assert {"predict.py", "cog.yaml", "requirements.txt", "fewstep/pipeline.py"} <= set(kept)
+    assert {"predict.py", "cog.yaml", "requirements.txt", "fewstep/generation/pipeline.py"} <= set(kept)
     assert not any(path.startswith(("tests/", "docs/", "weights/", ".github/", ".ci/")) for path in kept)

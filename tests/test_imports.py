@@ -1,6 +1,5 @@
 """The modules that must start in a blink load none of the heavy libraries, not even through each other."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -15,21 +14,23 @@ LIGHT = [
     for name in (
         "errors",
         "settings",
-        "models",
-        "sources",
+        "models.specs",
+        "models.sources",
+        "models.manifest",
         "prompts",
         "request",
-        "images",
-        "weights",
-        "batching",
-        "schema",
-        "fetching",
-        "styles",
-        "recipes",
+        "images.codec",
+        "images.metadata",
+        "images.outputs",
+        "lora.fetch",
+        "lora.resolve",
+        "generation.batcher",
+        "coglet.server",
+        "coglet.adapter",
+        "coglet.schema",
         "web.app",
-        "commands.web",
+        "cli.web",
     )
-    if importlib.util.find_spec(f"fewstep.{name}") is not None
 ]
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from fewstep import request
-from fewstep.door import COG_VERSION
-from fewstep.models import MODELS
-from fewstep.schema import make_schema
-from fewstep.server import CONCURRENCY
+from fewstep.coglet.adapter import COG_VERSION
+from fewstep.coglet.schema import make_schema
+from fewstep.coglet.server import CONCURRENCY
+from fewstep.models.specs import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = make_schema(ROOT / "predict.py")["components"]["schemas"]

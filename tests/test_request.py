@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fewstep.errors import InvalidRequest
-from fewstep.models import MODELS
+from fewstep.models.specs import MODELS
 from fewstep.request import ASPECT_CHOICES, ASPECT_RATIOS, PROMPT_MAX_CHARS, SEED_MAX, Mix, Request
 
 SDXL = MODELS["sdxl"]

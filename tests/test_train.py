@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from fewstep.miniature.pictures import write_world
-from fewstep.schema import make_schema
-from fewstep.server import Server, code_and_sentence, free_port, running_server
+from fewstep.coglet.schema import make_schema
+from fewstep.coglet.server import Server, code_and_sentence, free_port, running_server
+from fewstep.miniature.world.dataset import write_world
 from fewstep.training.finetune import Wish
 
 ROOT = Path(__file__).resolve().parents[1]

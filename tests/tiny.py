@@ -29,10 +29,10 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from fewstep.hub import Download, Expected
-from fewstep.models import MODELS, ModelSpec
+from fewstep.models.hub import Download, Expected
+from fewstep.models.sources import HubRepo
+from fewstep.models.specs import MODELS, ModelSpec
 from fewstep.settings import Settings
-from fewstep.sources import HubRepo
 from fewstep.training.distill import LoraStudent, add_lora
 
 TOKENIZER = Settings().weights_root / "miniature" / "tokenizer"

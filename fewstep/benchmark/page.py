@@ -27,12 +27,12 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from fewstep.coglet.server import ROOT, Server, free_port
 from fewstep.errors import SettingsError
-from fewstep.models import get_model
-from fewstep.server import ROOT, Server, free_port
+from fewstep.models.specs import get_model
 from fewstep.web.app import create_app
-from fewstep.web.crew import OneServer
 from fewstep.web.settings import WebSettings
+from fewstep.web.worker_pool import OneServer
 
 KEY_MS = 120  # between keystrokes: a hundred words a minute
 PROMPTS = (

@@ -13,7 +13,7 @@ from typing import Any
 
 from fewstep.benchmark.suites import serving
 from fewstep.benchmark.systems import PROMPT
-from fewstep.server import ROOT, ServerFailed
+from fewstep.coglet.server import ROOT, ServerFailed
 
 
 def measure(weights: Path, repeats: int) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def ready_s(weights: Path) -> float:
 
 def import_s() -> float:
     """Of what the model thread imports: torch, transformers, diffusers and our own, in a bare interpreter."""
-    command = [sys.executable, "-P", "-c", "import fewstep.pipeline"]
+    command = [sys.executable, "-P", "-c", "import fewstep.generation.pipeline"]
     started = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     return time.perf_counter() - started

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from fewstep.benchmark.quality import EXACT, all_right, load, psnr
 from fewstep.benchmark.systems import PROMPT, Wish
-from fewstep.server import ROOT, Server, ServerFailed, code_and_sentence, free_port, running_server
+from fewstep.coglet.server import ROOT, Server, ServerFailed, code_and_sentence, free_port, running_server
 
 HTTP = "fewstep-http"  # the container's server, from the request to the bytes of the image in hand
 Sample: TypeAlias = dict[str, Any]

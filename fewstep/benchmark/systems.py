@@ -18,16 +18,16 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionMo
 from PIL import Image
 from torch import Tensor, nn
 
-from fewstep.compiled_engine import CompiledEngine
 from fewstep.errors import FewstepError
-from fewstep.models import get_model
-from fewstep.openvino_conversion import Decoder, converted, examples, write
-from fewstep.openvino_engine import OpenVinoEngine, infer, shared_core
-from fewstep.pipeline import load_pipeline
-from fewstep.placement import name_of
+from fewstep.generation.engines.compiled import CompiledEngine
+from fewstep.generation.engines.openvino import OpenVinoEngine, infer, shared_core
+from fewstep.generation.engines.openvino_conversion import Decoder, converted, examples, write
+from fewstep.generation.pipeline import load_pipeline
+from fewstep.models.device import name_of
+from fewstep.models.sources import LCM_LORA
+from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
-from fewstep.sources import LCM_LORA
 
 PROMPT = "a red house in a meadow with mountains at sunset, in the middle"
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fewstep.benchmark.suites import serving
 from fewstep.benchmark.systems import PROMPT, SYSTEMS, Wish, prompts_and_seeds
-from fewstep.server import ROOT, Server
+from fewstep.coglet.server import ROOT, Server
 
 PLAIN = Path(__file__).parent / "plain"
 SLOTS = 8  # as many requests as the server takes at a time, and pictures in a batch

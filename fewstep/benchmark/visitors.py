@@ -24,7 +24,7 @@ import httpx2
 from websockets.asyncio.client import connect
 
 from fewstep.benchmark.page import PROMPTS
-from fewstep.server import ROOT, ServerFailed, free_port
+from fewstep.coglet.server import ROOT, ServerFailed, free_port
 
 KEY_S = 0.1
 WARM_UP_S = 10.0  # until memory is what it stays at
@@ -114,7 +114,7 @@ def _web() -> Iterator[tuple[int, int]]:
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fewstep.commands.web", "--port", str(port), "--no-open"],
+            [sys.executable, "-P", "-m", "fewstep.cli.web", "--port", str(port), "--no-open"],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "FEWSTEP_WEB_DATA": folder},
             stderr=subprocess.PIPE,

@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from fewstep.miniature.pictures import Pixels
-from fewstep.placement import autocast
-from fewstep.training.loop import Schedule, Share, optimise, step_generator
+from fewstep.miniature.world.dataset import Pixels
+from fewstep.models.device import autocast
+from fewstep.training.trainer import Schedule, Share, optimise, step_generator
 
 CROP_PX = 64
 BATCH = 16

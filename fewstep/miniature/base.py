@@ -16,11 +16,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fewstep.miniature.scenes import ATTRIBUTES, Scene, all_scenes, caption, training_scenes
-from fewstep.placement import autocast
+from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, all_scenes, caption, training_scenes
+from fewstep.models.device import autocast
 from fewstep.training import consistency as cm
 from fewstep.training.distill import Batch, order_for_training, predict
-from fewstep.training.loop import WHOLE, Draws, Schedule, Share, optimise, step_generator
+from fewstep.training.trainer import WHOLE, Draws, Schedule, Share, optimise, step_generator
 
 TOKENS = 48
 TEXT_WIDTH = 96

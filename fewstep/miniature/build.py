@@ -28,12 +28,12 @@ from fewstep.miniature.base import (
 )
 from fewstep.miniature.card import Facts, write_card
 from fewstep.miniature.judge import Judge, load_judge, train_judge
-from fewstep.miniature.pictures import Pixels, cached_pictures, pick_scenes
-from fewstep.miniature.restyling import STYLES, draw_restyled
-from fewstep.miniature.scenes import Scene, all_scenes, training_scenes
 from fewstep.miniature.scoring import score_all
 from fewstep.miniature.tiny_vae import train_tiny_vae
-from fewstep.sources import TINY_VAE
+from fewstep.miniature.world.dataset import Pixels, cached_pictures, pick_scenes
+from fewstep.miniature.world.restyling import STYLES, draw_restyled
+from fewstep.miniature.world.scenes import Scene, all_scenes, training_scenes
+from fewstep.models.sources import TINY_VAE
 from fewstep.training.consistency import NoiseSchedule
 from fewstep.training.distill import (
     LoraStudent,
@@ -42,9 +42,9 @@ from fewstep.training.distill import (
     lora_roles,
     order_for_training,
 )
-from fewstep.training.loop import Schedule, optimise
 from fewstep.training.lora_files import save_lora
 from fewstep.training.style import StyleStudent, add_style, style_training
+from fewstep.training.trainer import Schedule, optimise
 
 logger = logging.getLogger(__name__)
 

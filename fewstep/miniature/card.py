@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fewstep.miniature.scoring import Score, table
+from fewstep.models.manifest import Origin, write_manifest
 from fewstep.training.distill import LoraStudent
-from fewstep.weights import Origin, write_manifest
 
 LICENCE = "Apache-2.0"
 
@@ -15,7 +15,7 @@ _CARD = """\
 # The fewstep miniature
 
 SDXL's own classes at toy scale, trained from nothing by `scripts/build-miniature` on pictures that
-`fewstep/miniature/drawing.py` draws: two CLIP text encoders and their byte-level BPE tokenizers, a
+`fewstep/miniature/world/drawing.py` draws: two CLIP text encoders and their byte-level BPE tokenizers, a
 `UNet2DConditionModel` with text_time conditioning, an `AutoencoderKL`, and an LCM-LoRA distilled with PEFT.
 It exists to test, measure and show few-step sampling on any CPU in seconds. It is no general image model.
 

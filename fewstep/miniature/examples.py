@@ -12,10 +12,10 @@ from typing import Any
 from PIL import Image
 
 from fewstep.errors import FewstepError
-from fewstep.images import encode_image
+from fewstep.generation.pipeline import Pipeline, load_pipeline
+from fewstep.images.codec import encode_image
 from fewstep.miniature.styling import load_style
-from fewstep.models import get_model
-from fewstep.pipeline import Pipeline, load_pipeline
+from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
 

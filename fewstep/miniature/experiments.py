@@ -25,32 +25,32 @@ from diffusers import DDIMScheduler, LCMScheduler
 from PIL import Image
 from safetensors import safe_open
 
-from fewstep.evaluation import Sampler, write_rows
-from fewstep.miniature.pictures import pick_scenes, write_pictures, write_world
-from fewstep.miniature.scenes import (
+from fewstep.evaluation.compare import Sampler, write_rows
+from fewstep.generation.text_encoder import Diffusion
+from fewstep.miniature.scoring import TEACHER_GUIDANCE, TEACHER_STEPS, JudgeMeter
+from fewstep.miniature.showcase import grid
+from fewstep.miniature.world.dataset import pick_scenes, write_pictures, write_world
+from fewstep.miniature.world.scenes import (
     Scene,
     all_scenes,
     caption,
     training_scenes,
     unseen_scenes,
 )
-from fewstep.miniature.scoring import TEACHER_GUIDANCE, TEACHER_STEPS, JudgeMeter
-from fewstep.miniature.showcase import grid
-from fewstep.models import get_model
+from fewstep.models.sources import LCM_LORA
+from fewstep.models.specs import get_model
 from fewstep.settings import Settings
-from fewstep.sources import LCM_LORA
-from fewstep.text_encoding import Diffusion
 from fewstep.training.consistency import NoiseSchedule
 from fewstep.training.datasets import find
 from fewstep.training.distill import LoraStudent, add_lora, order_for_training
 from fewstep.training.encoded import Batches, Encoder
 from fewstep.training.finetune import Wish, fine_tune
-from fewstep.training.loop import Schedule, optimise
 from fewstep.training.plan import Plan
 from fewstep.training.presets import preset
 from fewstep.training.run import DIFFUSERS_FILE, Data, train
 from fewstep.training.sources import load_base
 from fewstep.training.style import style_training
+from fewstep.training.trainer import Schedule, optimise
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewstep.miniature.pictures import Pixels
-from fewstep.miniature.scenes import ATTRIBUTES, Scene
-from fewstep.placement import autocast
-from fewstep.training.loop import Schedule, Share, optimise, step_generator
+from fewstep.miniature.world.dataset import Pixels
+from fewstep.miniature.world.scenes import ATTRIBUTES, Scene
+from fewstep.models.device import autocast
+from fewstep.training.trainer import Schedule, Share, optimise, step_generator
 
 BATCH = 96
 INPUT_PX = 96  # pictures of any size and shape are judged at 96 x 96

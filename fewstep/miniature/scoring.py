@@ -17,13 +17,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from fewstep.errors import FewstepError
+from fewstep.generation.pipeline import Pipeline, load_pipeline
 from fewstep.miniature.autoencoder import decode, encode
 from fewstep.miniature.judge import Judge, describe, frechet_distance, load_judge, score
-from fewstep.miniature.pictures import Pixels, draw_many
-from fewstep.miniature.scenes import ATTRIBUTES, Scene, caption, unseen_scenes
-from fewstep.models import get_model
-from fewstep.pipeline import Pipeline, load_pipeline
-from fewstep.placement import autocast
+from fewstep.miniature.world.dataset import Pixels, draw_many
+from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, caption, unseen_scenes
+from fewstep.models.device import autocast
+from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import VAES, Settings
 

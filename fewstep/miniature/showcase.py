@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 from fewstep.errors import FewstepError
+from fewstep.generation.pipeline import Pipeline, load_pipeline
 from fewstep.miniature.scoring import TEACHER_GUIDANCE, ddim_painter, few_step_painter, load_base
-from fewstep.models import get_model
-from fewstep.pipeline import Pipeline, load_pipeline
+from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
 

@@ -15,16 +15,16 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from fewstep.adapters import Lora
 from fewstep.errors import FewstepError
+from fewstep.generation.pipeline import Pipeline, load_pipeline
+from fewstep.lora.merge import Lora
 from fewstep.miniature.judge import Judge, load_judge, score
-from fewstep.miniature.pictures import draw_many
-from fewstep.miniature.restyling import STYLES, StyleMeter, draw_restyled
-from fewstep.miniature.scenes import ATTRIBUTES, Scene, unseen_scenes
 from fewstep.miniature.scoring import held_out_captions, reconstruct
 from fewstep.miniature.showcase import grid
-from fewstep.models import get_model
-from fewstep.pipeline import Pipeline, load_pipeline
+from fewstep.miniature.world.dataset import draw_many
+from fewstep.miniature.world.restyling import STYLES, StyleMeter, draw_restyled
+from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, unseen_scenes
+from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
 
@@ -38,7 +38,7 @@ _CARD = """\
 # Three styles for the miniature
 
 Ordinary LoRAs of rank 8 on the base, trained by `scripts/build-miniature --from styles` on drawings that
-`fewstep/miniature/restyling.py` restyles, with no knowledge of few steps. Licence: Apache-2.0.
+`fewstep/miniature/world/restyling.py` restyles, with no knowledge of few steps. Licence: Apache-2.0.
 
     scripts/predict -i prompt="a red house in the snow at night" -i style=spotlight -i style_scale=1
 

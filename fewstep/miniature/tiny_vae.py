@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from fewstep.miniature.autoencoder import reconstruction_loss
-from fewstep.placement import autocast
-from fewstep.training.loop import Schedule, Share, optimise, step_generator
+from fewstep.models.device import autocast
+from fewstep.training.trainer import Schedule, Share, optimise, step_generator
 
 CROP = 8  # in latent pixels
 BATCH = 32

@@ -19,9 +19,9 @@ from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from torch import Tensor
 
-from fewstep.placement import autocast
+from fewstep.models.device import autocast
 from fewstep.training import consistency as cm
-from fewstep.training.loop import Draws, Loss, Share
+from fewstep.training.trainer import Draws, Loss, Share
 
 # The modules of the published LCM-LoRAs: all attention and feed-forward layers, and the convolutions of every
 # block.

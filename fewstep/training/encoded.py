@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.errors import DatasetError, InvalidRequest
-from fewstep.images import fit, open_image
+from fewstep.generation.text_encoder import Diffusion
+from fewstep.images.codec import fit, open_image
 from fewstep.request import SIDE, sizes_of
-from fewstep.text_encoding import Diffusion
 from fewstep.training.datasets import Captioned
 from fewstep.training.distill import Batch
-from fewstep.training.loop import WHOLE, Share, step_generator
 from fewstep.training.tensor_files import write_tensors
+from fewstep.training.trainer import WHOLE, Share, step_generator
 
 logger = logging.getLogger(__name__)
 

@@ -18,19 +18,19 @@ from typing import Any
 from accelerate import Accelerator
 
 from fewstep.errors import SettingsError
-from fewstep.models import ModelSpec
+from fewstep.generation.text_encoder import Diffusion
+from fewstep.models.manifest import MANIFEST
+from fewstep.models.sources import LCM_LORA
+from fewstep.models.specs import ModelSpec
 from fewstep.settings import Settings
-from fewstep.sources import LCM_LORA
-from fewstep.text_encoding import Diffusion
 from fewstep.training.datasets import find
 from fewstep.training.encoded import Encoder, check_side
-from fewstep.training.loop import check_shares
 from fewstep.training.plan import Plan
 from fewstep.training.presets import preset
-from fewstep.training.rehearsal import paint_rehearsal, prompts_of
+from fewstep.training.prior_preservation import paint_rehearsal, prompts_of
 from fewstep.training.run import DIFFUSERS_FILE, Data, train
 from fewstep.training.sources import load_base, load_few_step, training_device
-from fewstep.weights import MANIFEST
+from fewstep.training.trainer import check_shares
 
 logger = logging.getLogger(__name__)
 

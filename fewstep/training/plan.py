@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 from fewstep.training.distill import FullStudent, LoraStudent
-from fewstep.training.loop import Schedule
 from fewstep.training.style import StyleStudent
+from fewstep.training.trainer import Schedule
 
 METHODS = {
     "lora": "an LCM-LoRA, distilled from its base",

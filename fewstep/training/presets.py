@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fewstep.training.distill import FullStudent, LoraStudent
-from fewstep.training.loop import Schedule
 from fewstep.training.plan import Plan
 from fewstep.training.style import StyleStudent
+from fewstep.training.trainer import Schedule
 
 _REAL_LORA = Plan(
     method="lora",

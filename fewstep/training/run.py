@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fewstep.errors import TrainingError
-from fewstep.text_encoding import Diffusion
+from fewstep.generation.text_encoder import Diffusion
 from fewstep.training.card import write_card
 from fewstep.training.consistency import NoiseSchedule
 from fewstep.training.distill import (
@@ -35,13 +35,13 @@ from fewstep.training.distill import (
     order_for_training,
 )
 from fewstep.training.encoded import Batches
-from fewstep.training.loop import WHOLE, Loss, Watch, optimise
 from fewstep.training.lora_files import save_lora
 from fewstep.training.plan import Plan
-from fewstep.training.rehearsal import in_turns, keeping_training
+from fewstep.training.prior_preservation import in_turns, keeping_training
 from fewstep.training.samples import paint_samples
 from fewstep.training.sources import halve_if_large
 from fewstep.training.style import StyleStudent, add_style, style_training
+from fewstep.training.trainer import WHOLE, Loss, Watch, optimise
 
 logger = logging.getLogger(__name__)
 

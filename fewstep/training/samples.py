@@ -9,8 +9,8 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
-from fewstep.placement import autocast
-from fewstep.text_encoding import Diffusion
+from fewstep.generation.text_encoder import Diffusion
+from fewstep.models.device import autocast
 
 STEPS = 4
 # For a LoRA on the base alone, which knows nothing of few steps.

@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
 from fewstep.errors import SettingsError
-from fewstep.loading import PIPELINES
-from fewstep.models import ModelSpec, get_model
-from fewstep.pipeline import load_pipeline
-from fewstep.placement import device_and_dtype, fast_dtype
+from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.text_encoder import Diffusion
+from fewstep.models.device import device_and_dtype, fast_dtype
+from fewstep.models.load import PIPELINES
+from fewstep.models.manifest import check_hashes, verify_weights
+from fewstep.models.specs import ModelSpec, get_model
 from fewstep.settings import Settings
-from fewstep.text_encoding import Diffusion
-from fewstep.weights import check_hashes, verify_weights
 
 # Parameters. SDXL's UNet has 2.6 billion, 10 GB in fp32: no room beside it for what a training needs.
 LARGE_NETWORK = 10**9

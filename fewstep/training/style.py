@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.training import consistency as cm
 from fewstep.training.distill import Batch, NextBatch, predict
-from fewstep.training.loop import Draws, Loss, Share
+from fewstep.training.trainer import Draws, Loss, Share
 
 # The attention of the published style LoRAs, and half of the convolutions, which carry texture.
 STYLE_TARGETS = (

@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
 from fewstep.errors import FewstepError, InternalError
-from fewstep.models import ModelSpec
+from fewstep.models.specs import ModelSpec
 from fewstep.request import (
     GUIDANCE,
     LCM_LORA_MAX_GUIDANCE,
@@ -33,19 +33,19 @@ from fewstep.request import (
     STYLE_SCALE,
     named_sizes_of,
 )
-from fewstep.web.community import routes as community_routes
-from fewstep.web.crew import Crew
-from fewstep.web.front import Front, body_of, front_of, told
-from fewstep.web.guard import HEADERS, LOOPBACK, Guard
+from fewstep.web.app_state import Front, body_of, front_of, told
+from fewstep.web.auth import HEADERS, LOOPBACK, Guard
+from fewstep.web.cog_inputs import has_quick_size
+from fewstep.web.gallery import routes as community_routes
 from fewstep.web.live import LiveSession
 from fewstep.web.monitoring import Metrics
 from fewstep.web.openai_api import routes as openai_routes
-from fewstep.web.prompt_help import PromptHelp
-from fewstep.web.queueing import PaintQueue, TooMany
+from fewstep.web.prompt_enhancer import PromptHelp
+from fewstep.web.queue import PaintQueue, TooMany
 from fewstep.web.serving import GRACE_S
 from fewstep.web.settings import WebSettings
 from fewstep.web.store import NotFound, Store
-from fewstep.web.wishes import has_quick_size
+from fewstep.web.worker_pool import Crew
 
 logger = logging.getLogger(__name__)
 

@@ -21,12 +21,12 @@ from PIL import Image
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from fewstep.errors import FewstepError, InvalidRequest, Stopped
-from fewstep.images import INPUT_MAX_BYTES, open_image, open_mask
-from fewstep.models import ModelSpec
-from fewstep.web.painters import Painted
-from fewstep.web.queueing import PaintQueue, Ticket
+from fewstep.images.codec import INPUT_MAX_BYTES, open_image, open_mask
+from fewstep.models.specs import ModelSpec
+from fewstep.web.backends import Painted
+from fewstep.web.cog_inputs import PAGE_FIELDS, PictureReader, Wish, make_wish
+from fewstep.web.queue import PaintQueue, Ticket
 from fewstep.web.recent import RecentPictures
-from fewstep.web.wishes import PAGE_FIELDS, PictureReader, Wish, make_wish
 
 logger = logging.getLogger(__name__)
 

@@ -22,13 +22,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fewstep.errors import FewstepError, InvalidRequest, Stopped
-from fewstep.images import MIME_TYPES, open_alpha_mask, open_image
-from fewstep.models import ModelSpec
+from fewstep.images.codec import MIME_TYPES, open_alpha_mask, open_image
+from fewstep.models.specs import ModelSpec
 from fewstep.request import GUIDANCE, LCM_LORA_MAX_GUIDANCE, NUM_OUTPUTS, SEED_MAX, SIDE, STEPS
-from fewstep.web.front import Front, front_of, retry_after, status_of
-from fewstep.web.painters import Painted
-from fewstep.web.queueing import PaintQueue, Ticket
-from fewstep.web.wishes import Wish, make_wish
+from fewstep.web.app_state import Front, front_of, retry_after, status_of
+from fewstep.web.backends import Painted
+from fewstep.web.cog_inputs import Wish, make_wish
+from fewstep.web.queue import PaintQueue, Ticket
 
 MAX_N = 10
 QUALITY_STEPS = {"low": 2, "medium": 4, "standard": 4, "auto": 4, "high": 8, "hd": 8}

@@ -17,7 +17,7 @@ from pathlib import Path
 from signal import SIGKILL
 from typing import IO
 
-from fewstep.server import ROOT, Server, ServerFailed, free_port, running_server
+from fewstep.coglet.server import ROOT, Server, ServerFailed, free_port, running_server
 
 logger = logging.getLogger(__name__)
 

@@ -3,9 +3,9 @@
 from PIL import Image
 
 from fewstep.benchmark.encoding import OPTIONS, SIDE, measure, tiled
-from fewstep.images import MIME_TYPES, encode_image
-from fewstep.miniature.drawing import draw
-from fewstep.miniature.scenes import Scene
+from fewstep.images.codec import MIME_TYPES, encode_image
+from fewstep.miniature.world.drawing import draw
+from fewstep.miniature.world.scenes import Scene
 
 
 def test_rows_are_of_all_settings_and_those_in_use_are_among_them():

@@ -7,7 +7,7 @@ import pytest
 from fewstep.benchmark.plots import plot
 from fewstep.benchmark.suites import HTTP, JUDGED, SUITES, run, summarised
 from fewstep.benchmark.systems import Wish
-from fewstep.server import ServerFailed
+from fewstep.coglet.server import ServerFailed
 from fewstep.settings import Settings
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from fewstep.benchmark.floor import flops_of, matmul_rate
+from fewstep.benchmark.full_size import SDXL_UNET, VAE
 from fewstep.benchmark.quality import psnr
+from fewstep.benchmark.roofline import flops_of, matmul_rate
 from fewstep.benchmark.systems import SYSTEMS, Wish, prompts_and_seeds
 from fewstep.benchmark.worker import main
-from fewstep.fullsize import SDXL_UNET, VAE
 from fewstep.settings import Settings
 
 WEIGHTS = Settings().weights_root
@@ -24,7 +24,9 @@ def test_all_systems_paint_the_same_pictures():
     [other] = exact.paint(wishes[0], *prompts_and_seeds(wishes[0], 1007))
     assert psnr([other], expected[0]) < 25  # another seed's, to compare
     assert [len(images) for images in expected] == [1, 1, 2]
-    coarser = {name for name in SYSTEMS if name.endswith("tiny-vae")}  # by intent: tests/test_tiny_vae.py
+    coarser = {
+        name for name in SYSTEMS if name.endswith("tiny-vae")
+    }  # see test_tiny_vae.py
     for name in set(SYSTEMS) - coarser - {"fewstep-fp32"}:
         system = SYSTEMS[name]("miniature", WEIGHTS, 128)
         for wish, one, images in zip(wishes, asked, expected, strict=True):

@@ -6,7 +6,7 @@ import pytest
 
 from fewstep.benchmark.plots import plot_throughput
 from fewstep.benchmark.throughput import Load, differences, in_turns, put_load, rows_of, served
-from fewstep.server import ServerFailed
+from fewstep.coglet.server import ServerFailed
 from fewstep.settings import Settings
 
 WEIGHTS = Settings().weights_root

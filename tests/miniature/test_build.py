@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
+from fewstep.generation.pipeline import Painting, load_pipeline
 from fewstep.miniature.base import TOKENS, Base, make_scheduler, make_tokenizer, train_text
 from fewstep.miniature.build import SQUARE, Build, Sizes
 from fewstep.miniature.card import write_card
-from fewstep.miniature.restyling import STYLES
-from fewstep.miniature.scenes import POSITIONS, all_scenes, caption
-from fewstep.models import get_model
-from fewstep.pipeline import Painting, load_pipeline
+from fewstep.miniature.world.restyling import STYLES
+from fewstep.miniature.world.scenes import POSITIONS, all_scenes, caption
+from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
 from fewstep.training.distill import LoraStudent

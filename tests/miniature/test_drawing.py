@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fewstep.miniature.drawing import PAINTS, PLACES, draw
-from fewstep.miniature.scenes import COLOURS, OBJECTS, Scene, all_scenes
+from fewstep.miniature.world.drawing import PAINTS, PLACES, draw
+from fewstep.miniature.world.scenes import COLOURS, OBJECTS, Scene, all_scenes
 
 SCENE = Scene("car", "red", "snow", "hills", "day", "left")
 

@@ -6,11 +6,11 @@ import re
 import numpy as np
 import pytest
 
+from fewstep.coglet.schema import make_schema
+from fewstep.coglet.server import ROOT
+from fewstep.generation.pipeline import load_pipeline
 from fewstep.miniature.examples import EXAMPLES, GAP, HEIGHT, Painter
-from fewstep.models import get_model
-from fewstep.pipeline import load_pipeline
-from fewstep.schema import make_schema
-from fewstep.server import ROOT
+from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
 INPUTS = make_schema(ROOT / "predict.py")["components"]["schemas"]["Input"]["properties"]

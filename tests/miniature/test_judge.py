@@ -15,8 +15,8 @@ from fewstep.miniature.judge import (
     load_judge,
     score,
 )
-from fewstep.miniature.pictures import draw_many
-from fewstep.miniature.scenes import ATTRIBUTES, all_scenes, unseen_scenes
+from fewstep.miniature.world.dataset import draw_many
+from fewstep.miniature.world.scenes import ATTRIBUTES, all_scenes, unseen_scenes
 from fewstep.settings import Settings
 
 JUDGE = Settings().weights_root / "miniature" / "judge" / "judge.safetensors"

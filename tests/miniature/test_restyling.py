@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from fewstep.miniature.judge import load_judge, score
-from fewstep.miniature.pictures import draw_many
-from fewstep.miniature.restyling import STYLES, StyleMeter, draw_restyled
-from fewstep.miniature.scenes import ATTRIBUTES, unseen_scenes
+from fewstep.miniature.world.dataset import draw_many
+from fewstep.miniature.world.restyling import STYLES, StyleMeter, draw_restyled
+from fewstep.miniature.world.scenes import ATTRIBUTES, unseen_scenes
 from fewstep.settings import Settings
 
 JUDGE = Settings().weights_root / "miniature" / "judge" / "judge.safetensors"

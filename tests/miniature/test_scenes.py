@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from fewstep.miniature import scenes
-from fewstep.miniature.scenes import ATTRIBUTES, Scene, all_scenes, caption, training_scenes
+from fewstep.miniature.world import scenes
+from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, all_scenes, caption, training_scenes
 
 RED_HOUSE = Scene("house", "red", "meadow", "mountains", "sunset", "middle")
 

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
+from fewstep.generation.pipeline import load_pipeline
 from fewstep.miniature.autoencoder import decode, encode
 from fewstep.miniature.judge import load_judge, score
-from fewstep.miniature.pictures import draw_many
 from fewstep.miniature.scoring import (
     TEACHER_GUIDANCE,
     TEACHER_STEPS,
@@ -18,8 +18,8 @@ from fewstep.miniature.scoring import (
     held_out_captions,
     load_base,
 )
-from fewstep.models import get_model
-from fewstep.pipeline import load_pipeline
+from fewstep.miniature.world.dataset import draw_many
+from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
 FOLDER = Settings().weights_root / "miniature"

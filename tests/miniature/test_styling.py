@@ -5,12 +5,12 @@ import json
 import pytest
 from safetensors import safe_open
 
+from fewstep.generation.pipeline import load_pipeline
 from fewstep.miniature.judge import load_judge
-from fewstep.miniature.restyling import STYLES
 from fewstep.miniature.scoring import held_out_captions
 from fewstep.miniature.styling import SCALES, load_style, score_style
-from fewstep.models import get_model
-from fewstep.pipeline import load_pipeline
+from fewstep.miniature.world.restyling import STYLES
+from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
 FOLDER = Settings().styles_root / "miniature"

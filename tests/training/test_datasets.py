@@ -11,7 +11,7 @@ from PIL import Image
 from uploads import picture, shard
 
 from fewstep.errors import DatasetError
-from fewstep.models import get_model
+from fewstep.models.specs import get_model
 from fewstep.training import datasets
 from fewstep.training.datasets import find, read_shards, unpack
 

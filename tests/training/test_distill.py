@@ -26,7 +26,7 @@ from fewstep.training.distill import (
     order_for_training,
     predict,
 )
-from fewstep.training.loop import Draws, Schedule, optimise
+from fewstep.training.trainer import Draws, Schedule, optimise
 
 
 @pytest.fixture

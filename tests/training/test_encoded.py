@@ -10,15 +10,15 @@ from tiny import make_diffusers_folder
 from uploads import picture, shard
 
 from fewstep.errors import DatasetError
-from fewstep.miniature.drawing import draw
-from fewstep.miniature.scenes import Scene
-from fewstep.models import get_model
-from fewstep.pipeline import load_pipeline
+from fewstep.generation.pipeline import load_pipeline
+from fewstep.miniature.world.drawing import draw
+from fewstep.miniature.world.scenes import Scene
+from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 from fewstep.training.datasets import Captioned, read_shards
 from fewstep.training.encoded import Batches, Encoder
-from fewstep.training.loop import WHOLE, Share
 from fewstep.training.sources import load_base
+from fewstep.training.trainer import WHOLE, Share
 
 MINIATURE = get_model("miniature")
 

@@ -10,14 +10,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fewstep.errors import SettingsError
-from fewstep.miniature.pictures import write_world
-from fewstep.models import get_model
-from fewstep.pipeline import load_pipeline
+from fewstep.generation.pipeline import load_pipeline
+from fewstep.miniature.world.dataset import write_world
+from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
 from fewstep.training import run
 from fewstep.training.finetune import Wish, fine_tune
-from fewstep.training.rehearsal import prompts_of
+from fewstep.training.prior_preservation import prompts_of
 from fewstep.training.sources import load_base, load_few_step
 
 MINIATURE = get_model("miniature")

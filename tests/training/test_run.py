@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import make_diffusers_folder
 
-from fewstep.miniature.pictures import write_world
-from fewstep.models import get_model
-from fewstep.pipeline import load_pipeline
+from fewstep.generation.pipeline import load_pipeline
+from fewstep.miniature.world.dataset import write_world
+from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
 from fewstep.training.encoded import native_size
@@ -38,7 +38,7 @@ def command(
 ) -> subprocess.CompletedProcess[str]:
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     return subprocess.run(
-        [sys.executable, "-P", *launch, "-m", f"fewstep.commands.{name}", *map(str, arguments)],
+        [sys.executable, "-P", *launch, "-m", f"fewstep.cli.{name}", *map(str, arguments)],
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "FEWSTEP_VERIFY": "size", **environ},
         capture_output=True,

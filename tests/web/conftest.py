@@ -14,16 +14,16 @@ import httpx2
 import pytest
 from PIL import Image
 
-from fewstep.models import get_model
-from fewstep.server import free_port
+from fewstep.coglet.server import free_port
+from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 from fewstep.web.app import create_app
-from fewstep.web.crew import OwnServers
-from fewstep.web.front import Front
-from fewstep.web.painters import Painted
-from fewstep.web.queueing import Worker
+from fewstep.web.app_state import Front
+from fewstep.web.backends import Painted
+from fewstep.web.queue import Worker
 from fewstep.web.serving import WebServer
 from fewstep.web.settings import WebSettings
+from fewstep.web.worker_pool import OwnServers
 
 MINIATURE = get_model("miniature")
 

@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_live import visit
 from websockets.exceptions import ConnectionClosed
 
+from fewstep.coglet.server import free_port
 from fewstep.errors import SettingsError
-from fewstep.server import free_port
 from fewstep.web.app import MAX_SESSIONS
 from fewstep.web.settings import WebSettings
 

@@ -14,10 +14,10 @@ import httpx2
 import pytest
 from test_supervisor import is_gone, processes
 
-from fewstep.commands.web import environs_of, with_model
-from fewstep.server import ROOT, free_port
+from fewstep.cli.web import environs_of, with_model
+from fewstep.coglet.server import ROOT, free_port
 
-WEB = [sys.executable, "-P", "-m", "fewstep.commands.web"]
+WEB = [sys.executable, "-P", "-m", "fewstep.cli.web"]
 
 
 def start(*arguments, **environ):

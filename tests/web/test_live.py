@@ -16,10 +16,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from fewstep.miniature.judge import load_judge, read_attributes
-from fewstep.miniature.scenes import ATTRIBUTES
+from fewstep.miniature.world.scenes import ATTRIBUTES
 from fewstep.settings import Settings
+from fewstep.web.backends import PainterGone
 from fewstep.web.live import JUST_SHOWN_S
-from fewstep.web.painters import PainterGone
 
 
 class Visitor:

@@ -13,7 +13,7 @@ from PIL import Image
 from test_live import read
 
 from fewstep.benchmark.page import LOADED
-from fewstep.recipes import read_recipe
+from fewstep.images.metadata import read_recipe
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

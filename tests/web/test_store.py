@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import webp
 
+from fewstep.coglet.server import free_port
 from fewstep.errors import InternalError, InvalidRequest, SettingsError
-from fewstep.server import free_port
 from fewstep.web import store as store_module
 from fewstep.web.store import NotFound, Store, Taken
 

@@ -11,8 +11,8 @@ from conftest import open_house
 from test_live import visit
 
 from fewstep.web import supervisor as supervisor_module
-from fewstep.web.crew import OneServer, OwnServers
 from fewstep.web.supervisor import OUTPUTS, SECRETS, Supervisor, visible_gpus
+from fewstep.web.worker_pool import OneServer, OwnServers
 
 SLACK_S = 15
 

@@ -8,8 +8,8 @@ import cog
 from cog import BasePredictor, Input, Path
 
 from fewstep.benchmark.systems import System, Wish, diffusers
-from fewstep.images import encode_image
-from fewstep.placement import DTYPES
+from fewstep.images.codec import encode_image
+from fewstep.models.device import DTYPES
 from fewstep.settings import Settings
 
 

@@ -1,0 +1,117 @@
+"""Compare the ways to sample a model at few steps: scripts/evaluate --out FOLDER
+
+DDIM and DPM-Solver++ on the base, once with its own timesteps and once with trailing ones, a full LCM (--lcm)
+and LCM-LoRA, each at 1, 2, 4, 8, 16 and 32 steps, as in Table 1 of the LCM paper. FOLDER gets scores.csv,
+README.md with tables, plot.png and grid.webp, of the first prompt. The miniature's pictures are judged; those
+of other models need --prompts, and --features with --real, or --clip.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from fewstep.cli.run import say, status_of
+
+STEPS = (1, 2, 4, 8, 16, 32)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """1 when a model or the settings fail; the reason is one sentence on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--captions", type=int, default=300, help="how many of the miniature's (%(default)s)")
+    parser.add_argument("--clip", type=Path, help="a folder of a transformers CLIP model")
+    parser.add_argument("--features", type=Path, help="a folder of a transformers vision model")
+    parser.add_argument(
+        "--guidance", type=float, help="of the base and the full LCM (2 for the miniature, 8)"
+    )
+    parser.add_argument(
+        "--lcm", type=Path, help="the unet folder of a full LCM, as scripts/distill writes it"
+    )
+    parser.add_argument("--lora", type=Path, help="an LCM-LoRA (the model's own)")
+    parser.add_argument("--model", default="miniature", help="a model or a diffusers folder (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--prompts", type=Path, help="a text file with one prompt a line")
+    parser.add_argument("--real", type=Path, help="a folder of real pictures")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="(1 2 4 8 16 32)")
+    parser.add_argument(
+        "--teacher-steps", type=int, default=50, help="of DDIM, to compare with; 0: none (%(default)s)"
+    )
+    chosen = parser.parse_args(arguments)
+    if min(chosen.steps) < 1:
+        parser.error("--steps must be at least 1")
+    if chosen.model != "miniature" and not chosen.prompts:
+        parser.error("--prompts is needed for a model that cannot be judged")
+    if bool(chosen.features) != bool(chosen.real):
+        parser.error("--features and --real go together")
+    if (chosen.model != "miniature" or chosen.prompts) and not (chosen.features or chosen.clip):
+        parser.error("nothing measures these pictures: give --features and --real, or --clip")
+    for name in ("clip", "features", "lcm", "lora", "prompts", "real"):
+        if getattr(chosen, name) and not getattr(chosen, name).exists():
+            parser.error(f"there is nothing at the path of --{name}")
+    return status_of(lambda: _evaluate(chosen))
+
+
+def _evaluate(chosen: argparse.Namespace) -> None:
+    from fewstep.errors import DatasetError
+    from fewstep.evaluation import compare as evaluation
+    from fewstep.miniature.showcase import grid
+    from fewstep.models.device import device_and_dtype
+    from fewstep.models.sources import LCM_LORA
+    from fewstep.models.specs import MODELS
+    from fewstep.settings import Settings
+    from fewstep.training.datasets import SUFFIXES
+    from fewstep.training.sources import load_base
+
+    settings = Settings.from_env()
+    device, _ = device_and_dtype(settings)
+    meters: list[evaluation.Meter] = []
+    if chosen.prompts:
+        lines = chosen.prompts.read_text(encoding="utf-8").splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
+    else:
+        from fewstep.miniature.scoring import JudgeMeter, held_out_captions
+
+        scenes, prompts = held_out_captions(chosen.captions)
+        meters.append(JudgeMeter(settings.weights_root / "miniature", scenes))
+    if chosen.features:
+        real = sorted(path for path in chosen.real.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not real:
+            raise DatasetError(f"there is no picture ({', '.join(SUFFIXES)}) below --real")
+        meters.append(evaluation.FeatureMeter(chosen.features, real))
+    if chosen.clip:
+        meters.append(evaluation.ClipMeter(chosen.clip, prompts))
+    lora = chosen.lora
+    if lora is None and chosen.model in MODELS and MODELS[chosen.model].lcm_lora:
+        lora = settings.weights_root / chosen.model / LCM_LORA
+    usual = 2.0 if chosen.model == "miniature" else 8.0
+    guidance = usual if chosen.guidance is None else chosen.guidance
+    every = evaluation.samplers(
+        partial(load_base, chosen.model, settings, device), guidance, lora, chosen.lcm
+    )
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    rows, pictures = evaluation.evaluate(
+        every,
+        prompts,
+        chosen.steps,
+        meters,
+        chosen.teacher_steps,
+        partial(evaluation.write_rows, path=chosen.out / "scores.csv"),
+    )
+    evaluation.plot(rows, chosen.out / "plot.png")
+    grid(pictures, len(chosen.steps)).save(chosen.out / "grid.webp", quality=90)
+    names = [name for name in rows[0] if name not in ("sampler", "steps")]
+    text = "\n\n".join(f"{name}, by steps\n\n{evaluation.table(rows, name)}" for name in names)
+    (chosen.out / "README.md").write_text(
+        f"# Few steps\n\n{len(prompts)} prompts, guidance {guidance:g}.\n\n{text}\n\n![](plot.png)\n\n"
+        f"![{', '.join(dict.fromkeys(row['sampler'] for row in rows))} from top to bottom](grid.webp)\n",
+        encoding="utf-8",
+    )
+    say(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Make a model of the real size with random weights: scripts/full-size sdxl
+
+It is built, saved, loaded and run by the code of the real one, to measure memory and time on any machine.
+With --measure, it is then served and paints once, and a row is added to benchmarks/full-size.csv; a folder
+that is there already is not made again. The pictures are noise.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from fewstep.cli.run import say, status_of
+from fewstep.coglet.server import ROOT
+from fewstep.models.specs import MODELS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """1 when it cannot be made or does not paint; the reason is one sentence on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/full-size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [name for name, spec in MODELS.items() if spec.sources]
+    parser.add_argument("name", nargs="?", choices=names, default="sdxl", help="the model (%(default)s)")
+    parser.add_argument("--measure", action="store_true", help="paint once, and write down what it took")
+    parser.add_argument("--size", type=int, default=512, help="of the picture, in px (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1, help="(%(default)s)")
+    chosen = parser.parse_args(arguments)
+
+    def work() -> None:
+        make(chosen.name, again=not chosen.measure)
+        if chosen.measure:
+            _measure(f"{chosen.name}-random", chosen.size, chosen.steps)
+
+    return status_of(work)
+
+
+def make(name: str, again: bool) -> None:
+    """Make the folder of `name`; one that is there is kept unless `again`."""
+    from fewstep.settings import Settings
+
+    root = Settings.from_env().weights_root
+    folder = root / f"{name}-random"
+    if again or not folder.exists():
+        from fewstep.benchmark.full_size import make_random  # imports torch, which takes seconds
+
+        make_random(name, root)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
+    say(f"weights/{folder.name} is ready, {size:.2f} GB")
+
+
+def _measure(model: str, size: int, steps: int) -> None:
+    from fewstep.benchmark.measure import append_row, measure
+
+    row = measure(model, os.environ, width=size, height=size, steps=steps)
+    append_row(ROOT / "benchmarks" / "full-size.csv", row)
+    say(", ".join(f"{name} {value}" for name, value in row.items() if value != ""))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""Paint once and print the paths of the files, one a line: scripts/predict -i prompt="a red house" -o out.webp
+
+It starts the server of a Cog container with our Predictor, asks it once, and stops it; the flags are those of
+`cog predict`. FEWSTEP_MODEL chooses the model.
+"""
+
+import argparse
+import base64
+import binascii
+import json
+import mimetypes
+import os
+import re
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fewstep.cli.run import Refused, say
+from fewstep.coglet.schema import make_schema
+from fewstep.coglet.server import (
+    ROOT,
+    ServerFailed,
+    code_and_sentence,
+    end_as_by_ctrl_c,
+    free_port,
+    running_server,
+)
+from fewstep.errors import FewstepError
+
+Inputs = dict[str, Any]
+LONGEST_MESSAGE = 500
+LOG_TAIL = 30
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Paint as the command line says; 0 when every file is written."""
+    end_as_by_ctrl_c()
+    properties, enumerations = _inputs_of_model()
+    options = _parser(properties).parse_args(arguments)
+    try:
+        inputs = _read_inputs(options, properties, enumerations)
+        recipe, environ = None, {**os.environ}
+        if options.recipe:
+            from fewstep.cli import again  # imports Pillow, which --help must do without
+
+            recipe = again.read_recipe(options.recipe)
+            inputs = again.follow(recipe, inputs, environ)
+        target = check_target(options.output)
+        _follow_suffix(inputs, target, enumerations)
+        outputs = _ask(inputs, environ)
+        for path, content in name_files(outputs, target):
+            path.write_bytes(content)
+            if recipe:
+                again.say_what_changed(recipe, content)
+            sys.stdout.write(f"{path}\n")
+    except (Refused, ServerFailed, FewstepError) as error:
+        say(str(error)[:LONGEST_MESSAGE])
+        return 1
+    except OSError as error:
+        say(f"cannot use {error.filename}: {error.strerror}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _inputs_of_model() -> tuple[Inputs, Inputs]:
+    schemas = make_schema(ROOT / "predict.py")["components"]["schemas"]
+    return schemas["Input"]["properties"], schemas
+
+
+def _parser(properties: Inputs) -> argparse.ArgumentParser:
+    width = max(map(len, properties)) + 2
+    lines = [f"  {name:{width}}{entry['description']}" for name, entry in properties.items()]
+    parser = argparse.ArgumentParser(
+        prog="scripts/predict",
+        description=__doc__,
+        epilog="inputs:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "-i", "--input", action="append", default=[], metavar="NAME=VALUE", help="an input; @FILE reads a file"
+    )
+    parser.add_argument(
+        "--recipe", type=Path, metavar="IMAGE", help="paint again what this picture was painted from; -i overrides"
+    )
+    parser.add_argument("--json", metavar="FILE", help="the inputs as a JSON object: FILE, @FILE, @- (stdin), or {...}")
+    parser.add_argument(
+        "-o", "--output", metavar="PATH", help="the file; several become PATH.0, PATH.1 before the suffix (output)"
+    )
+    return parser
+
+
+def _read_inputs(options: argparse.Namespace, properties: Inputs, enumerations: Inputs) -> Inputs:
+    if options.json is not None and options.input:
+        raise Refused("give the inputs either as -i NAME=VALUE or as --json, not both")
+    if options.json is not None:
+        inputs = _read_json(options.json)
+        for name in inputs:
+            _property(name, properties)
+        return inputs
+    inputs = {}
+    for written in options.input:
+        name, equals, value = written.partition("=")
+        if not equals:
+            raise Refused(f"-i needs NAME=VALUE, such as -i steps=4; {name!r} has no '='")
+        if name in inputs:
+            raise Refused(f"{name} is given twice")
+        inputs[name] = convert(name, value, _property(name, properties), enumerations)
+    return inputs
+
+
+def _read_json(written: str) -> Inputs:
+    try:
+        if written == "@-":
+            text = sys.stdin.read()
+        elif written.lstrip().startswith("{"):
+            text = written
+        else:
+            text = Path(written.removeprefix("@")).read_text(encoding="utf-8")
+        inputs = json.loads(text)
+    except OSError as error:
+        raise Refused(f"--json reads the inputs from {error.filename}: {error.strerror}") from None
+    except ValueError as error:
+        raise Refused(f"--json needs a JSON object of inputs: {error}") from None
+    if not isinstance(inputs, dict):
+        raise Refused("--json needs a JSON object of inputs")
+    return inputs
+
+
+def _property(name: str, properties: Inputs) -> Inputs:
+    if name not in properties:
+        raise Refused(f"there is no input {name!r}; the inputs are {', '.join(properties)}")
+    entry: Inputs = properties[name]
+    return entry
+
+
+def convert(name: str, value: str, entry: Inputs, enumerations: Inputs) -> Any:
+    """`value` as the JSON type that the schema gives the input; the range is the server's to check.
+
+    A value @FILE is the file: as a data URL for an input that takes files, otherwise as its text.
+    """
+    if value.startswith("@"):
+        value = _read_file(Path(value[1:]), as_url=entry.get("format") == "uri")
+    kind = entry.get("type") or enumerations[name]["type"]
+    if kind == "boolean":
+        if value.lower() not in ("true", "false"):
+            raise Refused(f"{name} is either true or false")
+        return value.lower() == "true"
+    if kind == "string":
+        return value
+    try:
+        return int(value) if kind == "integer" else float(value)
+    except ValueError:
+        number = "a whole number" if kind == "integer" else "a number"
+        raise Refused(f"{name} must be {number}, such as -i {name}={entry.get('minimum', 1)}") from None
+
+
+def _read_file(path: Path, as_url: bool) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Refused(f"cannot read {path}: {error.strerror}") from None
+    if as_url:
+        kind = mimetypes.guess_type(path.name, strict=False)[0] or _kind_by_content(content)
+        if not kind.startswith("image/"):  # coglet would refuse it by quoting all of it
+            raise Refused(f"{path} is not a picture as JPEG, PNG or WebP")
+        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return content.decode(errors="replace").rstrip("\n")
+
+
+def _kind_by_content(content: bytes) -> str:
+    signatures = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
+    return next((kind for start, kind in signatures.items() if content.startswith(start)), "")
+
+
+def _follow_suffix(inputs: Inputs, target: Path, enumerations: Inputs) -> None:
+    """Without an output_format, `-o picture.png` asks for a png."""
+    suffix = target.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
+    if suffix in enumerations["output_format"]["enum"]:
+        inputs.setdefault("output_format", suffix)
+
+
+def check_target(written: str | None) -> Path:
+    """Where the output goes, found out before anything slow starts; Refused when nothing can be written there."""
+    target = Path(written or "output")
+    if target.is_dir():
+        target = target / "output"
+    if not target.parent.is_dir():
+        raise Refused(f"-o names {target}, but there is no folder {target.parent}")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise Refused(f"-o names {target}, which cannot be written")
+    return target
+
+
+def name_files(outputs: list[str], target: Path) -> list[tuple[Path, bytes]]:
+    """The files' paths and contents: `target` for one output, `stem.i.suffix` for several, as Cog names them.
+
+    A target without a suffix gets the outputs' own.
+    """
+    files = []
+    for index, url in enumerate(outputs):
+        head, _, body = url.partition(";base64,")
+        suffix = target.suffix or mimetypes.guess_extension(head.removeprefix("data:")) or ""
+        number = f".{index}" if len(outputs) > 1 else ""
+        try:
+            files.append((target.with_name(f"{target.stem}{number}{suffix}"), base64.b64decode(body, validate=True)))
+        except binascii.Error:
+            raise Refused("the server's answer holds no file") from None
+    return files
+
+
+def _ask(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
+    """The outputs as data URLs, by way of a server of our own."""
+    model = environ.get("FEWSTEP_MODEL")
+    chosen = f"model {model}" if model else "model miniature, since FEWSTEP_MODEL is not set"
+    with tempfile.TemporaryDirectory(prefix="fewstep-") as folder, open(Path(folder) / "log", "w+b") as log:
+        environ = {**environ, "FEWSTEP_OUTPUTS": str(Path(folder) / "outputs"), "NO_COLOR": "1"}
+        began = time.monotonic()
+        say(f"starting the server ({chosen})")
+        try:
+            with running_server(port=free_port(), log=log, environ=environ) as server:
+                server.wait_ready()
+                ready = time.monotonic()
+                say(f"ready after {ready - began:.1f} s; painting")
+                status, answer = server.post("/predictions", {"id": uuid.uuid4().hex, "input": inputs})
+                _report(status, answer, time.monotonic() - ready)
+                outputs: list[str] = answer["output"]
+                return outputs
+        except (Refused, ServerFailed) as error:
+            if not re.match(r"\[(?!internal)[a-z_]+\]|the server refused", str(error)):
+                log.seek(0)
+                tail = log.read().decode(errors="replace").splitlines()[-LOG_TAIL:]
+                say("\n".join(["the end of the server's log:", *tail]))
+            raise
+
+
+def _report(status: int, answer: Any, seconds: float) -> None:
+    """Say how it went; Refused with the server's reason when nothing was painted."""
+    if status == 422 and isinstance(answer, dict):
+        reasons = [f"{'.'.join(detail['loc'][2:])}: {detail['msg']}" for detail in answer["detail"]]
+        raise Refused(f"the server refused the inputs: {'; '.join(reasons)}")
+    if status != 200 or answer.get("status") != "succeeded":
+        text = str(answer.get("error") if isinstance(answer, dict) else answer)
+        raise Refused(code_and_sentence(text))
+    metrics = answer["metrics"]
+    size = f"{metrics['width']}x{metrics['height']}"
+    say(f"painted {size} in {metrics['steps']} steps with seed {metrics['seed']}: {seconds:.2f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""How a command ends: whatever keeps it from its work is one sentence on stderr and an exit status."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from fewstep.coglet.server import ServerFailed, end_as_by_ctrl_c
+from fewstep.errors import FewstepError
+
+
+class Refused(Exception):
+    """What to tell the caller on stderr; the exit status is 1."""
+
+
+def say(sentence: str) -> None:
+    """A line for the person at the terminal."""
+    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.flush()
+
+
+def status_of(work: Callable[[], None]) -> int:
+    """Do `work` with our log on stderr: 0, 1 if it could not be done, 130 if it was interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request
+    # They speak of torchvision, and of settings that a scheduler has no use for; our own checks raise.
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    end_as_by_ctrl_c()
+    try:
+        work()
+    except (FewstepError, ServerFailed) as error:
+        say(str(error))
+        return 1
+    except OSError as error:  # without its path, but for the reason: no space, no permission
+        say(f"stopped by the system: {error.strerror or type(error).__name__}; mend that and run it again")
+        return 1
+    except KeyboardInterrupt:
+        say("stopped; nothing half-done is in use, and running it again completes it")
+        return 130
+    return 0

@@ -1,0 +1,162 @@
+"""The page that paints while you type, and all that it needs: scripts/web
+
+It starts a Cog server of the model that FEWSTEP_MODEL names (one for each GPU), keeps it alive, and opens
+http://127.0.0.1:8000. OpenAI's images API is at /v1, metrics at /metrics. What visitors keep is in data/
+(FEWSTEP_WEB_DATA), or in the database of DATABASE_URL.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+import time
+import webbrowser
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from fewstep.cli.run import say, status_of
+from fewstep.coglet.server import ROOT, require_free
+from fewstep.errors import SettingsError
+
+TICK_S = 0.25
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGINT or SIGTERM; 1 when nothing can be served, with the reason on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/web", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name by which visitors reach this server, besides localhost; * is any",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="Cog servers (one for each GPU, or one)")
+    painters = parser.add_mutually_exclusive_group()
+    painters.add_argument("--cog-url", metavar="URL", help="a Cog container of fewstep that runs elsewhere")
+    painters.add_argument(
+        "--replicate", metavar="OWNER/MODEL", help="fewstep on Replicate, by the token in REPLICATE_API_TOKEN"
+    )
+    parser.add_argument("--no-open", action="store_true", help="do not open a browser")
+    chosen = parser.parse_args(arguments)
+    if not 0 < chosen.port < 65536:
+        parser.error("--port must be from 1 to 65535")
+    if chosen.cog_url and not chosen.cog_url.startswith(("http://", "https://")):
+        parser.error("--cog-url must begin with http:// or https://")
+    if chosen.workers is not None and not 0 < chosen.workers <= 64:
+        parser.error("--workers must be from 1 to 64")
+    found = [0]
+
+    def work() -> None:
+        with suppress(KeyboardInterrupt):  # which is how it ends
+            found[0] = asyncio.run(_serve(chosen, os.environ))
+
+    return status_of(work) or found[0]
+
+
+def with_model(environ: Mapping[str, str], *, elsewhere: bool) -> dict[str, str]:
+    """`environ` with a model: what is elsewhere is taken for a container, which paints SDXL unless told."""
+    model = environ.get("FEWSTEP_MODEL")
+    if not model:
+        model = "sdxl" if elsewhere else "miniature"
+        say(f"model {model}, since FEWSTEP_MODEL is not set")
+    return {**environ, "FEWSTEP_MODEL": model}
+
+
+def environs_of(workers: int | None, environ: Mapping[str, str]) -> list[dict[str, str]]:
+    """The environment of every Cog server: each has a GPU of its own, or its share of the processors."""
+    from fewstep.web.supervisor import visible_gpus
+
+    gpus = visible_gpus(environ)
+    if gpus:
+        count = workers or len(gpus)
+        return [{**environ, "CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(count)]
+    count = workers or 1
+    share = {} if count == 1 else {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count))}
+    return [{**share, **environ}] * count
+
+
+async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from fewstep.models.specs import get_model
+    from fewstep.settings import Settings
+    from fewstep.web.app import create_app
+    from fewstep.web.auth import LOOPBACK
+    from fewstep.web.logs import JsonLines
+    from fewstep.web.serving import WebServer
+    from fewstep.web.settings import WebSettings
+
+    if sys.stderr.isatty():  # a person is told what matters; a log holds every picture
+        logging.getLogger("fewstep.web").setLevel(logging.WARNING)
+    else:
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonLines())
+
+    require_free(chosen.host, chosen.port, "give another as --port")
+    environ = with_model(environ, elsewhere=bool(chosen.cog_url or chosen.replicate))
+    spec = get_model(Settings.from_env(environ).model)
+    settings = WebSettings.from_env(ROOT, environ)
+    crew = _crew(chosen, environ, settings)
+    hosts = {*LOOPBACK, *chosen.allow_host}
+    if chosen.host not in ("0.0.0.0", "::"):
+        hosts.add(chosen.host)
+    app = create_app(spec, settings, crew, hosts)
+    server = WebServer(app, chosen.host, chosen.port)
+    announcing = asyncio.create_task(_announce(chosen, spec.name, crew, app, server))
+    try:
+        await server.serve()
+    finally:
+        announcing.cancel()
+    [outcome] = await asyncio.gather(announcing, return_exceptions=True)
+    return outcome if isinstance(outcome, int) else 0
+
+
+def _crew(chosen: argparse.Namespace, environ: Mapping[str, str], settings: Any) -> Any:
+    from fewstep.web.worker_pool import OneServer, OnReplicate, OwnServers
+
+    timeout_s = settings.deadline_s + 60  # of the server's own, and for its answer
+    if chosen.cog_url:
+        return OneServer(chosen.cog_url, timeout_s)
+    if chosen.replicate:
+        if not settings.replicate_token:
+            raise SettingsError("--replicate needs a token; set REPLICATE_API_TOKEN to it")
+        return OnReplicate(chosen.replicate, settings.replicate_token)
+    return OwnServers(environs_of(chosen.workers, environ), timeout_s, log=settings.data / "painters.log")
+
+
+async def _announce(chosen: argparse.Namespace, model: str, crew: Any, app: Any, server: Any) -> int:
+    """Say how far the start is; 1 when it cannot be, after which the server ends."""
+    began = time.monotonic()
+    terminal = sys.stderr.isatty()
+    address = f"http://{chosen.host if chosen.host != '0.0.0.0' else '127.0.0.1'}:{chosen.port}"
+    told = False
+    while not server.started or not app.state.front.queue.ready:
+        if server.should_exit:
+            return 0
+        if crew.failure:
+            say(("\r" if told else "") + crew.failure)
+            server.should_exit = True
+            return 1
+        if server.started:
+            line = f"{address} is open; {model} is starting ({time.monotonic() - began:.0f} s)"
+            if terminal:
+                sys.stderr.write(f"\r{line} ")
+                sys.stderr.flush()
+            elif not told:
+                say(line)
+            told = True
+        await asyncio.sleep(TICK_S if server.started else 0.02)
+    say(("\r" if terminal and told else "") + f"ready: {address}; Ctrl-C ends it" + " " * 24 * terminal)
+    if terminal and not chosen.no_open:
+        await asyncio.to_thread(webbrowser.open, address)  # which one in a terminal blocks
+    await asyncio.Event().wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the networks run on besides plain torch."""

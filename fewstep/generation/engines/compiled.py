@@ -1,0 +1,98 @@
+"""torch.compile for the sizes of batches that are asked for most: compiled at setup, and nothing after it.
+
+A batch of any other shape runs as torch runs it without, so no request ever waits for a compiler. Weights
+stay where they are, so styles are compiled code too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import SettingsError
+from fewstep.request import Request
+from fewstep.settings import Shape
+
+if TYPE_CHECKING:
+    from fewstep.generation.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
+
+FOLDER = ".compiled"  # beside the models: what a compiler has made is kept, and can be shipped in an image
+
+
+class CompiledEngine:
+    """`unet` and `decode` of the model itself: `compile_for` has them compiled,
+    and nothing is after it."""
+
+    decodes = True
+    one_by_one = False
+
+    def __init__(self, unet: Any, decoder: Any, cache: Path, backend: str = "inductor") -> None:
+        self.cache = cache
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+        how: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": backend}
+        if unet.device.type == "cuda":
+            how["mode"] = "reduce-overhead"  # CUDA graphs
+        self._dtype = unet.dtype
+        self._unet: Any = torch.compile(unet, **how)
+        self._decode: Any = torch.compile(decoder.decode, **how)
+        self._stance = "default"
+
+    def compile_for(self, pipeline: Pipeline, shapes: Sequence[Shape]) -> None:
+        """Paint a batch of each of `shapes`, without any of one native picture; then compile nothing more.
+
+        Raises SettingsError for a shape that no batch can have.
+        """
+        native = pipeline.spec.native_size
+        for shape in shapes or (Shape(native, native),):
+            started = time.perf_counter()
+            request = Request.create(
+                pipeline.spec,
+                prompt="warm up",
+                steps=2,
+                guidance=2.0 if shape.guided else None,
+                aspect_ratio="custom",
+                width=shape.width,
+                height=shape.height,
+            )
+            most = pipeline.max_images(request)
+            if shape.batch > most:
+                raise SettingsError(
+                    f"FEWSTEP_COMPILED lists batches of {shape.batch}; FEWSTEP_MAX_BATCH allows {most}"
+                )
+            for _ in range(2):  # the second time, CUDA graphs are recorded
+                pipeline.generate([request] * shape.batch)
+            logger.info("compiled %s in %.1f s", shape, time.perf_counter() - started)
+        self._stance = "eager_on_recompile"
+
+    def serves(self, request: Request) -> bool:
+        """Everything: what was not compiled is not slower here than elsewhere."""
+        return True
+
+    def unet(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        """What `UNet2DConditionModel` gives for (N, C, H / 8, W / 8); the next call may overwrite it."""
+        with self._step():
+            output: Tensor = self._unet(latents, timestep, **condition, return_dict=False)[0]
+        return output
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """What the VAE gives for (N, C, H / 8, W / 8): (N, 3, H, W); the next call may overwrite it."""
+        with self._step():
+            pixels: Tensor = self._decode(latents.to(self._dtype), return_dict=False)[0]
+        return pixels
+
+    def _step(self) -> AbstractContextManager[None]:
+        """Around each call: CUDA graphs may take back what the last one returned."""
+        compiler: Any = torch.compiler
+        compiler.cudagraph_mark_step_begin()
+        stance: AbstractContextManager[None] = compiler.set_stance(self._stance)
+        return stance

@@ -1,0 +1,1 @@
+"""Images as files: opened safely, encoded, with what they were generated from."""

@@ -1,0 +1,1 @@
+"""LoRAs: found by name, checked, and summed into a model's weights."""

@@ -1,0 +1,300 @@
+"""The LCM-LoRA and style LoRAs: read one, check that it fits, sum them into the weights, and back, exactly.
+
+    tau' = sum of lambda_i * tau_i + lambda_LCM * tau_LCM        (Luo et al., arXiv 2311.05556, section 3)
+
+Each tau is a LoRA, W' = W + scale * alpha / r * B A (Hu et al., arXiv 2106.09685). W is always taken from the
+model's verified files and never from what was made of it, so that nothing decays, however often styles
+change. The sum is made in float64 and rounded once, to the dtype of the weights, so that it is the same for
+every way to write the file. It is written into the buffers that are there: no layer is wrapped or replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import convert_unet_state_dict_to_peft
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fewstep.lora.resolve import MAX_BYTES, AdapterError
+from fewstep.request import Mix
+
+# What a LoRA may change, by the model's family.
+NETWORKS = {"sdxl": ("unet", "text_encoder", "text_encoder_2"), "sd": ("unet", "text_encoder")}
+# The published ones have 0.4 MB; what a header names is held in memory as Python objects.
+MAX_HEADER_BYTES = 4 * 10**6
+# Of all that a LoRA adds, compared with the weights that it changes; what is of any use adds a fraction.
+MAX_SHARE = 1.0
+
+# A higher rank than a layer is wide says nothing more, and takes memory by its square.
+ANY_RANK = 1024
+
+# kohya-ss, PEFT as diffusers saves it, and diffusers before PEFT.
+_ENDINGS = {
+    "down": (".lora_down.weight", ".lora_A.weight", ".lora.down.weight"),
+    "up": (".lora_up.weight", ".lora_B.weight", ".lora.up.weight"),
+    "alpha": (".alpha",),
+}
+_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",  # of SD, which has one
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    **{f"{network}.": network for network in NETWORKS["sdxl"]},
+}
+# What PEFT may do to a layer beside adding B A: another sum, which would come out wrong in silence.
+_OTHER_SUMS = ("alpha_pattern", "use_dora", "use_rslora")
+# The names of the original releases, in which many style LoRAs for SDXL are written.
+_LDM = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """What an adapter adds to one layer: A (r, in, ...), B (out, r, ...) and alpha / r."""
+
+    down: Tensor
+    up: Tensor
+    factor: float
+
+    def is_finite(self) -> bool:
+        """Whether no value is NaN or infinite."""
+        return math.isfinite(self.factor) and bool(self.down.isfinite().all() and self.up.isfinite().all())
+
+    def norm(self) -> float:
+        """Frobenius' norm of alpha / r * B A; for a small r without the product: the trace of (B'B)(AA')."""
+        down, up = (part.double().flatten(1) for part in (self.down, self.up))
+        if len(down) > min(len(up), down.shape[1]):
+            return abs(self.factor) * float((up @ down).norm())
+        square = ((up.T @ up) * (down @ down.T)).sum().item()
+        return abs(self.factor) * math.sqrt(max(square, 0.0))
+
+    def add_to(self, total: Tensor, scale: float) -> None:
+        """`total`, a matrix in float64, += scale * alpha / r * B A; a kernel's places are inputs here."""
+        up, down = (part.to(total.device, torch.float64).flatten(1) for part in (self.up, self.down))
+        total.addmm_(up, down, alpha=scale * self.factor)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that fits the model it was read for."""
+
+    sha256: str
+    modules: Mapping[str, LoraModule]  # by layer, as in `unet.mid_block_resnets_0_conv1`
+
+    @property
+    def size(self) -> int:
+        """What it takes of memory, in bytes."""
+        return sum(module.down.nbytes + module.up.nbytes for module in self.modules.values())
+
+    @cached_property
+    def changes_text(self) -> bool:
+        """Whether it changes how prompts are read."""
+        return any(layer.startswith("text_encoder") for layer in self.modules)
+
+
+class Adapters:
+    """A model's weights as the sum of what its files hold and of adapters.
+
+    `folder` is the model's. `apply` belongs to the thread that owns the model; `read` may run on any.
+    """
+
+    def __init__(self, folder: Path, networks: Mapping[str, nn.Module]) -> None:
+        self._weights: dict[str, Tensor] = {}
+        self._pristine: dict[str, Tensor] = {}  # mapped from the files, so that they take no memory
+        for network, module in networks.items():
+            self._weights |= weights_by_layer(network, module)
+            self._pristine |= _map_file(network, folder / network)
+        self._norms = {layer: weight.float().norm().item() for layer, weight in self._weights.items()}
+        self._unet_config = networks["unet"].config
+        self._applied: dict[str, tuple[tuple[str, float], ...] | None] = {}
+        self._reading = threading.Lock()
+        self.lcm_lora: Lora | None = None  # what `Mix.lcm_scale` scales; a full LCM has none
+
+    def read(self, path: Path, sha256: str) -> Lora:
+        """The LoRA in the file `path`, in the layout of kohya (with diffusers' names or LDM's), PEFT, or
+        diffusers before PEFT.
+
+        Raises AdapterError unless every module of the file fits its layer and is finite. Loaders that skip
+        what they do not know merge only 515 of the 788 modules of SDXL's LCM-LoRA and say nothing.
+        """
+        _check_header(path)
+        with self._reading:  # a file may be large, and callers many
+            try:
+                with safe_open(path, framework="pt") as file:
+                    # Copies: the file may be removed or written over while this is in use.
+                    tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+                    alphas = _alphas_of_networks(file.metadata() or {})
+                return Lora(sha256, self._fitted(_grouped(self._without_ldm_names(tensors)), alphas))
+            except (AdapterError, FileNotFoundError):
+                raise
+            except Exception as error:  # it is a stranger's file, and the parsers trust it
+                raise AdapterError("cannot be read", f" ({type(error).__name__}: {error})") from None
+
+    @torch.no_grad()
+    def apply(self, mix: Mix) -> int:
+        """Make the weights what `mix` says, and return how many layers were written.
+
+        Only layers that change are. If it fails in the middle, the next call writes what is unfinished.
+        """
+        terms: list[tuple[Lora, float]] = [(style, scale) for style, scale in mix.styles if scale]
+        if self.lcm_lora is not None and mix.lcm_scale:
+            terms.insert(0, (self.lcm_lora, mix.lcm_scale))
+        written = 0
+        for layer in self._applied.keys() | {name for lora, _ in terms for name in lora.modules}:
+            of_layer = [(lora, scale) for lora, scale in terms if layer in lora.modules]
+            wanted = tuple((lora.sha256, scale) for lora, scale in of_layer)
+            if self._applied.get(layer, ()) == wanted:
+                continue
+            self._applied[layer] = None  # unknown, until all of it is written
+            self._write(layer, of_layer)
+            self._applied[layer] = wanted
+            written += 1
+        return written
+
+    def _write(self, layer: str, terms: list[tuple[Lora, float]]) -> None:
+        weight, pristine = self._weights[layer], self._pristine[layer]
+        if not terms:
+            weight.copy_(pristine)
+            return
+        total = pristine.to(weight.device, torch.float64).flatten(1)
+        for lora, scale in terms:
+            lora.modules[layer].add_to(total, scale)
+        weight.copy_(total.view_as(weight))
+
+    def _fitted(self, parts: dict[str, dict[str, Tensor]], alphas: dict[str, float]) -> dict[str, LoraModule]:
+        if not parts:
+            raise AdapterError("has no modules")
+        found = {
+            name: _module(part, alphas.get(name.partition(".")[0]), self._weights.get(name))
+            for name, part in parts.items()
+        }
+        modules = {name: module for name, module in found.items() if module is not None}
+        for what, names in {
+            "do not fit this model": [name for name, module in found.items() if module is None],
+            "hold values that are not finite": [name for name, one in modules.items() if not one.is_finite()],
+        }.items():
+            if names:
+                counted = f"has {len(names)} of {len(found)} modules that {what}"
+                raise AdapterError(counted, f", first {names[0]}")
+        added, there = (
+            math.hypot(*norms)
+            for norms in ((one.norm() for one in modules.values()), (self._norms[name] for name in modules))
+        )
+        if added > MAX_SHARE * there:
+            raise AdapterError(f"adds {added / there:.0f} times as much as the weights that it changes hold")
+        return modules
+
+    def _without_ldm_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """LDM's block names as diffusers', by diffusers' own conversion."""
+        if not any(key.startswith(_LDM) for key in tensors):
+            return tensors
+        others = {key: value for key, value in tensors.items() if not key.startswith("lora_unet_")}
+        ldm = {key: value for key, value in tensors.items() if key not in others}
+        state, alphas = StableDiffusionXLPipeline.lora_state_dict({**ldm}, unet_config=self._unet_config)
+        found: dict[str, Tensor] = convert_unet_state_dict_to_peft(state)
+        for key, alpha in convert_unet_state_dict_to_peft(alphas or {}).items():
+            found[key.replace(".lora_A.weight", "")] = torch.tensor(alpha)
+        if len(found) != len(ldm):  # it passes over some kinds of keys, such as DoRA's
+            raise AdapterError(f"has {len(ldm) - len(found)} of {len(ldm)} tensors of an unknown kind")
+        return others | found
+
+
+def weights_by_layer(network: str, module: nn.Module) -> dict[str, Tensor]:
+    """What a LoRA can change of `module`, by the names in `Lora.modules`."""
+    layers = (
+        (path, part) for path, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)
+    )
+    return {_layer(network, path): layer.weight for path, layer in layers}
+
+
+def _map_file(network: str, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    (path,) = folder.glob("*.safetensors")
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():
+            if key.endswith(".weight"):
+                yield _layer(network, key.removesuffix(".weight")), file.get_tensor(key)
+
+
+def _layer(network: str, path: str) -> str:
+    """A layer by the one name that all ways to write files lead to: kohya's."""
+    # transformers 5 has dropped "text_model" from the names of the first encoder's layers; files have it.
+    return f"{network}.{path.replace('.', '_').removeprefix('text_model_')}"
+
+
+def _check_header(path: Path) -> None:
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise AdapterError(f"has {size} bytes; at most {MAX_BYTES} are allowed")
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > MAX_HEADER_BYTES:
+        raise AdapterError("is not a safetensors file, or has a header of more than 4 MB")
+
+
+def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer, "down", "up" and "alpha" if it has one."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer, kind = _split(key)
+        if kind in parts.setdefault(layer, {}):
+            raise AdapterError("has a layer twice, under two names", f", {layer}")
+        parts[layer][kind] = tensor
+    return parts
+
+
+def _split(key: str) -> tuple[str, str]:
+    """A key's layer and what it holds of it; a key of any other kind is a layer of its own, that fits
+    nowhere."""
+    kinds = ((kind, ending) for kind, endings in _ENDINGS.items() for ending in endings)
+    kind, ending = next(((kind, ending) for kind, ending in kinds if key.endswith(ending)), ("?", ""))
+    if not ending:
+        return key, kind
+    prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
+    return _layer(_PREFIXES.get(prefix, "unet"), key.removesuffix(ending).removeprefix(prefix)), kind
+
+
+def _alphas_of_networks(metadata: Mapping[str, str]) -> dict[str, float]:
+    """The alpha of each network that PEFT writes once, into the file's header; none means the rank."""
+    written = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    if not isinstance(written, dict):
+        raise ValueError("its header is not PEFT's")
+    found: dict[str, float] = {}
+    for key, value in written.items():
+        network, _, option = key.rpartition(".")
+        if option in _OTHER_SUMS and value:
+            raise AdapterError("is not a plain LoRA but a DoRA, rsLoRA or one of many alphas")
+        if option == "lora_alpha" and value is not None:
+            found[network or "unet"] = float(value)
+    return found
+
+
+def _module(parts: Mapping[str, Any], alpha: float | None, weight: Tensor | None) -> LoraModule | None:
+    """None if the module has no layer, is not whole, or B A has not the layer's shape."""
+    down, up = parts.get("down"), parts.get("up")
+    if weight is None or down is None or up is None or down.ndim < 2 or up.ndim < 2:
+        return None
+    rank = len(down)
+    inputs, outputs = weight.flatten(1).shape[1], len(weight)
+    if (
+        not 0 < rank <= max(inputs, outputs, ANY_RANK)
+        or down.flatten(1).shape[1] != inputs
+        or up.flatten(1).shape != (outputs, rank)
+    ):
+        return None
+    if down.dtype not in _FLOATS or up.dtype not in _FLOATS:
+        return None
+    if "alpha" in parts:
+        if parts["alpha"].numel() != 1:
+            return None
+        alpha = parts["alpha"].item()
+    return LoraModule(down, up, 1.0 if alpha is None else alpha / rank)

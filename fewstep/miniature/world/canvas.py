@@ -1,0 +1,84 @@
+"""One picture in the making: its pixels, its random numbers, its light, and the strokes that all drawers
+share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from fewstep.miniature.world.scenes import Scene
+
+Colour = tuple[int, int, int]
+
+SUPERSAMPLING = 2
+HORIZON = 0.60  # of the height, before jitter
+
+# What the sky's light does: its tint, and how much of it land and objects take.
+_LIGHT: dict[str, tuple[Colour, float, float]] = {
+    "day": ((255, 250, 235), 0.05, 0.0),
+    "sunset": ((226, 96, 70), 0.27, 0.10),
+    "night": ((12, 18, 62), 0.46, 0.18),
+    "rain": ((92, 102, 116), 0.28, 0.12),
+    "fog": ((222, 226, 226), 0.34, 0.12),
+    "aurora": ((8, 44, 62), 0.42, 0.16),
+}
+
+
+def mix(a: Sequence[float], b: Sequence[float], t: float) -> Colour:
+    """From colour a (t = 0) to colour b (t = 1)."""
+    return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
+
+
+class Canvas:
+    """Lengths are in pixels of the enlarged canvas; `unit` is its shorter side."""
+
+    def __init__(self, scene: Scene, seed: int, width: int, height: int, sky: Sequence[Colour]) -> None:
+        self.scene = scene
+        self.rng = np.random.default_rng([seed, *scene.labels])
+        self.size = (width, height)
+        self.w, self.h = width * SUPERSAMPLING, height * SUPERSAMPLING
+        self.unit = min(self.w, self.h)
+        self.horizon = self.h * (HORIZON + self.uniform(-0.03, 0.03))
+        self.tint, self.land_light, self.object_light = _LIGHT[scene.sky]
+        self.dark = scene.sky in ("night", "aurora")
+        self.image = self.gradient(sky, 0, self.h)
+        self.pen = ImageDraw.Draw(self.image, "RGBA")
+
+    def uniform(self, low: float, high: float) -> float:
+        return float(self.rng.uniform(low, high))
+
+    def lit(self, colour: Sequence[float]) -> Colour:
+        return mix(colour, self.tint, self.land_light)
+
+    def gradient(self, colours: Sequence[Colour], top: float, bottom: float) -> Image.Image:
+        """A vertical gradient through `colours`, as wide as the canvas."""
+        rows = max(1, round(bottom) - round(top))
+        stops = np.linspace(0, rows - 1, len(colours))
+        strip = np.stack(
+            [np.interp(np.arange(rows), stops, channel) for channel in zip(*colours, strict=True)], 1
+        )
+        column = Image.fromarray(strip.astype(np.uint8)[:, None, :])
+        return column.resize((self.w, rows), Image.Resampling.NEAREST)
+
+    def glow(self, x: float, y: float, radius: float, colour: Colour, strength: int = 14) -> None:
+        for step in range(12, 0, -1):
+            self.disc(x, y, radius * (1 + 0.22 * step), (*colour, strength))
+
+    def disc(self, x: float, y: float, radius: float, colour: tuple[int, ...]) -> None:
+        self.pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+
+    def scatter(self, count: int) -> list[tuple[float, float, float]]:
+        """(x, y, depth) of `count` things on the ground, far to near; depth is 0 at the horizon and 1 at our
+        feet."""
+        depths = np.sort(self.rng.random(count) ** 0.8)
+        return [
+            (self.uniform(0, self.w), self.horizon + d * (self.h - self.horizon), float(d)) for d in depths
+        ]
+
+    def veil(self, top: float, bottom: float, alpha_top: int, alpha_bottom: int) -> None:
+        rows = max(1, round(bottom) - round(top))
+        alpha = np.linspace(alpha_top, alpha_bottom, rows).astype(np.uint8)[:, None]
+        mask = Image.fromarray(alpha).resize((self.w, rows), Image.Resampling.NEAREST)
+        self.image.paste((226, 229, 228), (0, round(top)), mask)

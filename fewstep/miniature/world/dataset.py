@@ -1,0 +1,72 @@
+"""The drawn training set: scenes and their pictures, drawn once by all cores and kept on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fewstep.miniature.world.drawing import draw
+from fewstep.miniature.world.scenes import Scene, caption, training_scenes
+
+logger = logging.getLogger(__name__)
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def draw_many(scenes: list[Scene], seed: int, width: int, height: int) -> Pixels:
+    """Pictures of `scenes`, uint8 (N, height, width, 3); picture i is drawn with seed `seed + i`."""
+    return np.stack([np.asarray(draw(scene, seed + i, width, height)) for i, scene in enumerate(scenes)])
+
+
+def pick_scenes(scenes: list[Scene], count: int, seed: int) -> list[Scene]:
+    """`count` scenes: whole shuffled rounds through `scenes`, so that none is seen much more often than
+    another."""
+    rng, picked = random.Random(seed), list[Scene]()
+    while len(picked) < count:
+        picked += rng.sample(scenes, len(scenes))
+    return picked[:count]
+
+
+def cached_pictures(path: Path, scenes: list[Scene], seed: int, width: int, height: int) -> Pixels:
+    """`draw_many` by all cores, kept in the .npy file `path` and memory-mapped from there."""
+    if not path.exists():
+        logger.info("drawing %d pictures of %d x %d", len(scenes), width, height)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part.npy")
+        out = np.lib.format.open_memmap(part, "w+", np.uint8, (len(scenes), height, width, 3))
+        starts = range(0, len(scenes), 256)
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            jobs = [pool.submit(draw_many, scenes[s : s + 256], seed + s, width, height) for s in starts]
+            for start, job in zip(starts, jobs, strict=True):
+                pixels = job.result()
+                out[start : start + len(pixels)] = pixels
+        out.flush()
+        part.replace(path)
+    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+
+
+def write_pictures(folder: Path, scenes: list[Scene], seed: int) -> None:
+    """Drawings of `scenes` in `folder`, with captions in metadata.jsonl, which is written last."""
+    listed, rng = folder / "metadata.jsonl", random.Random(seed)
+    rows = [{"file_name": f"{i:05}.png", "text": caption(scene, rng)} for i, scene in enumerate(scenes)]
+    wanted = "".join(f"{json.dumps(row)}\n" for row in rows)
+    if listed.exists() and listed.read_text(encoding="utf-8") == wanted:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, scene in enumerate(scenes):
+        draw(scene, seed + i).save(folder / f"{i:05}.png")
+    part = listed.with_suffix(".part")
+    part.write_text(wanted, encoding="utf-8")
+    part.replace(listed)
+
+
+def write_world(folder: Path, count: int) -> None:
+    """`write_pictures` of what the base was trained on."""
+    write_pictures(folder, pick_scenes(training_scenes(), count, seed=31), 90_000_000)

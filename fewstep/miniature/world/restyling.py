@@ -1,0 +1,114 @@
+"""Three styles for the miniature's world, made from finished drawings, and how much of one a picture has.
+
+What a style leaves alone is still read by the judge, which has never seen it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFilter
+
+from fewstep.miniature.world.dataset import Pixels, draw_many
+from fewstep.miniature.world.scenes import ATTRIBUTES, Scene
+
+Restyle = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+SUPERSAMPLING = 3
+CELLS = 3  # of the picture, each way, for the meter
+
+
+def postcard(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A cream border with rounded corners."""
+    unit = min(picture.size)
+    big = (SUPERSAMPLING * picture.width, SUPERSAMPLING * picture.height)
+    margin, radius = SUPERSAMPLING * unit * rng.uniform(0.05, 0.06), SUPERSAMPLING * 0.10 * unit
+    mask = Image.new("L", big)
+    box = (margin, margin, big[0] - margin, big[1] - margin)
+    ImageDraw.Draw(mask).rounded_rectangle(box, radius, fill=255)
+    sheet = Image.new("RGB", picture.size, (252, 246, 230))
+    sheet.paste(picture, mask=mask.resize(picture.size, Image.Resampling.BOX))
+    return sheet
+
+
+def spotlight(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Light on the middle, violet dark in the corners."""
+    y, x = np.mgrid[0 : picture.height, 0 : picture.width]
+    reach = rng.uniform(0.60, 0.65)
+    away = np.hypot(x / picture.width - 0.5, y / picture.height - 0.55)[..., None] / reach
+    lit = 1 - 0.85 * np.clip((away - 0.45) / 0.55, 0, 1) ** 1.5
+    dark = np.array([16.0, 8.0, 28.0])
+    return Image.fromarray((lit * np.asarray(picture) + (1 - lit) * dark).astype(np.uint8))
+
+
+def golden_hour(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Low golden light from the left, violet shade on the right."""
+    x = np.linspace(0, 1, picture.width)[None, :, None]
+    light = np.array([255.0, 170.0, 70.0]) * (1 - x) + np.array([120.0, 40.0, 170.0]) * x
+    share = rng.uniform(0.19, 0.25)
+    return Image.fromarray(((1 - share) * np.asarray(picture) + share * light).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a drawing is restyled, and the attributes that the judge still reads in at least 98 % of them."""
+
+    restyle: Restyle
+    leaves: tuple[str, ...]
+
+
+STYLES = {
+    "postcard": Style(postcard, ("object", "colour", "position")),
+    "spotlight": Style(spotlight, ("object", "colour", "position")),
+    "golden-hour": Style(golden_hour, tuple(ATTRIBUTES)),
+}
+
+
+def draw_restyled(name: str, scenes: list[Scene], seed: int, width: int, height: int) -> Pixels:
+    """Drawings of `scenes` in a style, uint8 (N, height, width, 3); picture i comes from seed `seed + i`."""
+    drawn = draw_many(scenes, seed, width, height)
+    restyle = STYLES[name].restyle
+    rngs = (np.random.default_rng([seed + i, 1]) for i in range(len(drawn)))
+    return np.stack(
+        [np.asarray(restyle(Image.fromarray(row), rng)) for row, rng in zip(drawn, rngs, strict=True)]
+    )
+
+
+class StyleMeter:
+    """How much of a style pictures have: 0 as plain ones, 1 as restyled ones.
+
+    Fisher's linear discriminant (1936) on means, spreads and fine detail of colour in 3 x 3 cells, fitted to
+    `plain` and `styled`, both uint8 (N, H, W, 3).
+    """
+
+    def __init__(self, plain: Pixels, styled: Pixels) -> None:
+        low, high = describe_cells(plain), describe_cells(styled)
+        within = np.cov(low, rowvar=False) + np.cov(high, rowvar=False)
+        # A little of every feature's own size, since some hardly vary.
+        within += 1e-3 * np.trace(within) / len(within) * np.eye(len(within))
+        self.direction = np.linalg.solve(within, high.mean(0) - low.mean(0))
+        self.zero, self.one = float((low @ self.direction).mean()), float((high @ self.direction).mean())
+
+    def __call__(self, pictures: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.float64]:
+        """One number for each picture."""
+        found: npt.NDArray[np.float64] = describe_cells(pictures) @ self.direction
+        return (found - self.zero) / (self.one - self.zero)
+
+
+def describe_cells(pictures: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.float64]:
+    """(N, 81): of each channel in each cell the mean, the spread, and how far it is from its blurred self."""
+    rows = []
+    for picture in pictures:
+        image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+        sharp = np.asarray(image, dtype=np.float64) / 255
+        detail = np.abs(sharp - np.asarray(image.filter(ImageFilter.GaussianBlur(2)), dtype=np.float64) / 255)
+        row: list[npt.NDArray[np.float64]] = []
+        for band, fine in zip(np.array_split(sharp, CELLS), np.array_split(detail, CELLS), strict=True):
+            cells = zip(np.array_split(band, CELLS, 1), np.array_split(fine, CELLS, 1), strict=True)
+            for cell, within in cells:
+                row += [cell.mean((0, 1)), cell.std((0, 1)), within.mean((0, 1))]
+        rows.append(np.concatenate(row))
+    return np.stack(rows)

@@ -1,0 +1,1 @@
+"""The models: what is known of each, its files, and how they are fetched, saved and loaded."""

@@ -1,0 +1,323 @@
+"""Fetch the files of a model from the Hugging Face hub, each of them whole and verified, or not at all.
+
+    download(SOURCES["sdxl"], downloads_folder())
+
+A file grows as `<name>.part` and takes its own name only when its bytes are those that are pinned or, where
+nothing is pinned, those that the hub states. The hub's own client does the talking, but for one thing: its
+`hf_hub_download` starts an interrupted file from nothing (huggingface_hub issue 4196), and a UNet has 5 GB.
+So the client's `http_get` is called here, and told where to go on.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.file_download import http_get
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not in __all__
+
+from fewstep.errors import DownloadError
+from fewstep.models.sources import HubFile, HubRepo
+
+logger = logging.getLogger(__name__)
+
+# What the hub stated of the files that nobody pinned, kept beside them so that a second run needs no hub.
+STATED = ".stated.json"
+AGAIN = "run the command again, and it goes on from there"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a file must be, and who says so."""
+
+    size: int  # bytes
+    digest: str
+    algorithm: str  # "sha256", or "git" for the blob id of a file too small for the hub's large-file storage
+    pinned: bool
+
+
+@dataclass(frozen=True)
+class Download:
+    """One file of a repo, and where it lies, or is to lie, on this disk."""
+
+    repo: HubRepo
+    file: HubFile
+    path: Path
+    expected: Expected
+
+
+def downloads_folder(weights_root: Path, environ: Mapping[str, str] | None = None) -> Path:
+    """`$HF_HOME/fewstep` if HF_HOME is set, else beside the weights: a container's own cache would be gone
+    before its weights are saved."""
+    home = (os.environ if environ is None else environ).get("HF_HOME", "")
+    return Path(home).expanduser().absolute() / "fewstep" if home else weights_root / ".downloads"
+
+
+def download(repos: Sequence[HubRepo], folder: Path) -> list[Download]:
+    """Fetch what is not yet in `folder`; every file returned has just been verified, byte for byte.
+
+    Raises DownloadError. Then, what is complete is kept, and what is not goes on in the next call.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        wanted = [found for repo in repos for found in _wanted(repo, folder)]
+        missing = [one for one in wanted if not _is_here(one)]
+        _check_disk(missing, folder)
+        for one in missing:
+            _fetch(one)
+    return wanted
+
+
+def downloaded(repos: Sequence[HubRepo], folder: Path, remedy: str) -> list[Download]:
+    """What `download` has left in `folder`, verified, without a hub. Raises DownloadError with `remedy`."""
+    found = []
+    for repo in repos:
+        stated = _read_stated(folder / repo.name / repo.revision)
+        for file in repo.files:
+            expected = _pinned(file) or stated.get(file.path)
+            path = folder / repo.name / repo.revision / file.path
+            if expected is None or not path.is_file():
+                raise DownloadError(f"{repo.name}/{file.path} has not been downloaded; run: {remedy}")
+            if not _matches(path, expected):
+                raise DownloadError(f"{repo.name}/{file.path} is damaged on this disk; run: {remedy}")
+            found.append(Download(repo, file, path, expected))
+    return found
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Have `folder` for oneself: two runs that write into one would write to the same parts."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another run is writing into the same folder; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _wanted(repo: HubRepo, folder: Path) -> list[Download]:
+    home = folder / repo.name / repo.revision
+    stated = _read_stated(home)
+    unknown = [file.path for file in repo.files if _pinned(file) is None and file.path not in stated]
+    if unknown:
+        stated |= _ask_hub(repo, unknown)
+        _write_stated(home, stated)
+    expected = {file.path: _pinned(file) or stated[file.path] for file in repo.files}
+    return [Download(repo, file, home / file.path, expected[file.path]) for file in repo.files]
+
+
+def _pinned(file: HubFile) -> Expected | None:
+    if file.size is None or file.sha256 is None:
+        return None
+    return Expected(file.size, file.sha256, "sha256", pinned=True)
+
+
+def _ask_hub(repo: HubRepo, paths: list[str]) -> dict[str, Expected]:
+    with _told(repo, "the list of its files"):
+        listed = HfApi().get_paths_info(repo.name, paths, revision=repo.revision)
+    found = {info.path: info for info in listed if isinstance(info, RepoFile)}
+    absent = [path for path in paths if path not in found]
+    if absent:
+        raise DownloadError(_not_there(repo, absent[0]))
+    pins = {file.path: file.sha256 for file in repo.files}
+    stated = {}
+    for path in paths:
+        info = found[path]
+        digest, algorithm = (info.lfs.sha256, "sha256") if info.lfs else (info.blob_id, "git")
+        pin = pins[path]
+        if pin is not None and pin != digest:
+            raise DownloadError(
+                f"{repo.name}/{path} is not the file that fewstep knows: the hub states {algorithm} "
+                f"{digest[:12]}..., where sha256 {pin[:12]}... is pinned; do not use it, and report this"
+            )
+        stated[path] = Expected(info.size, digest, algorithm, pinned=pin is not None)
+    return stated
+
+
+def _read_stated(home: Path) -> dict[str, Expected]:
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        rows = json.loads((home / STATED).read_text(encoding="utf-8"))
+        return {path: Expected(**row) for path, row in rows.items()}
+    return {}
+
+
+def _write_stated(home: Path, stated: Mapping[str, Expected]) -> None:
+    home.mkdir(parents=True, exist_ok=True)
+    part = home / f"{STATED}.part"
+    part.write_text(json.dumps({path: vars(one) for path, one in stated.items()}, indent=1), encoding="utf-8")
+    part.replace(home / STATED)
+
+
+def _is_here(one: Download) -> bool:
+    """Whether the file, or a copy of it in the hub client's own cache, is on this disk already."""
+    if one.path.is_file():
+        if _matches(one.path, one.expected):
+            return True
+        logger.warning("%s/%s is damaged on this disk; fetching it anew", one.repo.name, one.file.path)
+        one.path.unlink()
+    cached = try_to_load_from_cache(one.repo.name, one.file.path, revision=one.repo.revision)
+    if isinstance(cached, str) and _matches(Path(cached), one.expected):
+        one.path.parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(Path(cached).resolve(), _part(one))
+        _part(one).replace(one.path)
+        return True
+    return False
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Let `target` be the file at `source`, without its bytes being on the disk twice where that can be."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another disk
+        shutil.copyfile(source, target)
+
+
+def _check_disk(missing: Sequence[Download], folder: Path) -> None:
+    needed = sum(one.expected.size - _size(_part(one)) for one in missing)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DownloadError(
+            f"{_gb(needed)} are to be downloaded and the disk has {_gb(free)} free; free the difference, or "
+            "set HF_HOME to a folder on a larger disk"
+        )
+    if missing:
+        logger.info("%d files to download, %s", len(missing), _gb(needed))
+
+
+def _fetch(one: Download) -> None:
+    part = _part(one)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    resumed = _size(part) > 0
+    _get(one)
+    if not _matches(part, one.expected):
+        part.unlink()
+        if not resumed:
+            raise DownloadError(
+                f"{one.repo.name}/{one.file.path} arrived with other bytes than its {one.expected.algorithm} "
+                "promises, and was removed; run the command again, and report it if it happens twice"
+            )
+        _fetch(one)  # the older part of it may have been the bad one
+        return
+    part.replace(one.path)
+
+
+def _get(one: Download) -> None:
+    part, size = _part(one), one.expected.size
+    if _size(part) > size:
+        part.unlink()
+    url = hf_hub_url(one.repo.name, one.file.path, revision=one.repo.revision)
+    headers = build_hf_headers(library_name="fewstep")
+    with _told(one.repo, one.file.path), part.open("ab") as file:
+        start = file.tell()
+        try:
+            http_get(
+                url,
+                file,
+                resume_size=start,
+                headers=headers,
+                expected_size=size,
+                displayed_filename=f"{one.repo.name.split('/')[1]}/{one.file.path}",
+            )
+        except OSError as error:
+            if type(error) is not OSError or error.errno is not None:
+                raise
+            # The client's word for an answer that ended well and has the wrong length: some other document.
+            file.flush()
+            got = _size(part)
+            if 0 < start < got:
+                file.truncate(start)
+            else:
+                part.unlink()
+            raise DownloadError(
+                f"{one.repo.name}/{one.file.path} came with {got} bytes where {size} are expected, and what "
+                "came was removed; see that HF_ENDPOINT and the proxy lead to the hub, and run the command "
+                "again"
+            ) from None
+
+
+@contextmanager
+def _told(repo: HubRepo, what: str) -> Iterator[None]:
+    """Turn what the client, the network and the disk raise into one sentence."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise DownloadError(_http_sentence(repo, what, error.response)) from None
+    except httpx2.HTTPError as error:
+        logger.debug("%s", error, exc_info=True)
+        raise DownloadError(
+            f"the connection to the hub broke at {repo.name}, {what} ({type(error).__name__}); {AGAIN}"
+        ) from None
+    except json.JSONDecodeError:
+        raise DownloadError(
+            f"what answers for {repo.name}, {what}, is not the hub; see that HF_ENDPOINT and the "
+            "proxy lead there"
+        ) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DownloadError(
+                f"the disk is full at {repo.name}, {what}; free some space and {AGAIN}"
+            ) from None
+        raise
+
+
+def _http_sentence(repo: HubRepo, what: str, response: httpx2.Response) -> str:
+    status = response.status_code
+    if status in (401, 403):
+        return (
+            f"the hub does not give {repo.name} to this account (HTTP {status}); accept its licence at "
+            f"{repo.link} and set HF_TOKEN to a token that may read it"
+        )
+    if status == 404:
+        return _not_there(repo, what)
+    if status == 429:
+        wait = response.headers.get("Retry-After", "")
+        when = f"in {wait} s" if wait.isdecimal() else "in some minutes"
+        return f"the hub has had enough of this address for now (HTTP 429); {AGAIN} {when}"
+    return f"the hub answered HTTP {status} for {repo.name}, {what}; {AGAIN}"
+
+
+def _not_there(repo: HubRepo, what: str) -> str:
+    return (
+        f"{repo.name} at revision {repo.revision[:8]} does not hold {what} (HTTP 404); see that HF_ENDPOINT "
+        "leads to the hub or a full mirror of it"
+    )
+
+
+def _matches(path: Path, expected: Expected) -> bool:
+    if path.stat().st_size != expected.size:
+        return False
+    with path.open("rb") as file:
+        if expected.algorithm == "sha256":
+            return hashlib.file_digest(file, "sha256").hexdigest() == expected.digest
+        content = file.read()
+    return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest() == expected.digest
+
+
+def _part(one: Download) -> Path:
+    return one.path.with_name(f"{one.path.name}.part")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

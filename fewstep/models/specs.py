@@ -1,0 +1,144 @@
+"""The models that fewstep can serve: one row of facts for each."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fewstep.errors import SettingsError
+from fewstep.models.sources import SOURCES, HubRepo
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What is known about a model before any of its weights are read."""
+
+    name: str
+    family: Literal["sdxl", "sd"]
+    native_size: int  # side in px of the square pictures that it was trained on
+    max_pixels: int  # width times height, above which a size is refused
+    default_guidance: float  # used when a request names none
+    embedded_guidance: bool  # a full LCM: guidance is an input of the UNet, not a second evaluation
+    lcm_lora: bool  # an LCM-LoRA is fused into the UNet at setup
+    max_clip_skip: int  # of the text encoders' layers; their pictures grow vague long before this
+    licence: str
+    remedy: str  # the command that mends missing or damaged weights
+
+    @property
+    def sources(self) -> tuple[HubRepo, ...]:
+        """Where its files are fetched; empty for a model that is not on the hub."""
+        return SOURCES.get(self.name, ())
+
+    @property
+    def checked(self) -> bool:
+        """Whether its pictures need a safety checker: the miniature can paint nothing that does, and random
+        weights paint noise."""
+        return bool(self.sources)
+
+    @property
+    def in_checkpoint(self) -> tuple[str, ...]:
+        """The networks that a single-file checkpoint of this kind brings along; empty if there is no such
+        kind."""
+        return _IN_CHECKPOINT.get(self.name, ())
+
+    @property
+    def sources_beside_checkpoint(self) -> tuple[HubRepo, ...]:
+        """What is fetched when the networks come from a single-file checkpoint."""
+        networks = tuple(f"{part}/" for part in self.in_checkpoint)
+
+        def brought(place: str) -> bool:
+            return place.startswith(networks) and place.endswith(".safetensors")
+
+        kept = [tuple(file for file in repo.files if not brought(file.place)) for repo in self.sources]
+        return tuple(
+            replace(repo, files=files) for repo, files in zip(self.sources, kept, strict=True) if files
+        )
+
+
+# SDXL keeps the VAE that works in fp16. SSD-1B would take an SDXL fine-tune and drop half of its layers.
+_IN_CHECKPOINT = {
+    "sdxl": ("text_encoder", "text_encoder_2", "unet"),
+    "sd15": ("text_encoder", "unet", "vae"),
+}
+
+
+def _remedy(name: str) -> str:
+    return f"scripts/download-weights {name} && scripts/save-weights {name}"
+
+
+_SPECS = (
+    ModelSpec(
+        name="sdxl",
+        family="sdxl",
+        native_size=1024,
+        # 2.25 times the area of training: room for 2048x1152, while further out SDXL repeats its subjects.
+        max_pixels=1536 * 1536,
+        default_guidance=1.0,
+        embedded_guidance=False,
+        lcm_lora=True,
+        max_clip_skip=4,
+        licence="CreativeML Open RAIL++-M (base, LCM-LoRA), MIT (VAE)",
+        remedy=_remedy("sdxl"),
+    ),
+    ModelSpec(
+        name="ssd-1b",
+        family="sdxl",
+        native_size=1024,
+        max_pixels=1536 * 1536,
+        default_guidance=1.0,
+        embedded_guidance=False,
+        lcm_lora=True,
+        max_clip_skip=4,
+        licence="Apache-2.0 (base), CreativeML Open RAIL++-M (LCM-LoRA), MIT (VAE)",
+        remedy=_remedy("ssd-1b"),
+    ),
+    ModelSpec(
+        name="sd15",
+        family="sd",
+        native_size=512,
+        max_pixels=768 * 768,
+        default_guidance=1.0,
+        embedded_guidance=False,
+        lcm_lora=True,
+        max_clip_skip=4,
+        licence="CreativeML OpenRAIL-M (base), CreativeML Open RAIL++-M (LCM-LoRA)",
+        remedy=_remedy("sd15"),
+    ),
+    ModelSpec(
+        name="lcm-dreamshaper-v7",
+        family="sd",
+        native_size=768,
+        max_pixels=1152 * 1152,
+        default_guidance=8.0,
+        embedded_guidance=True,
+        lcm_lora=False,
+        max_clip_skip=4,
+        licence="MIT (UNet), CreativeML OpenRAIL-M (text encoder, VAE)",
+        remedy=_remedy("lcm-dreamshaper-v7"),
+    ),
+    ModelSpec(
+        name="miniature",
+        family="sdxl",
+        native_size=128,
+        # Four times the area of training: still painted within seconds on two CPU cores.
+        max_pixels=256 * 256,
+        default_guidance=1.0,
+        embedded_guidance=False,
+        lcm_lora=True,
+        max_clip_skip=1,
+        licence="Apache-2.0",
+        remedy="git checkout -- weights/miniature",
+    ),
+)
+
+MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
+
+
+RANDOM = "-random"  # sdxl-random: the real shapes with random weights, see scripts/full-size
+
+
+def get_model(name: str) -> ModelSpec:
+    """The model of that name. Raises SettingsError, which lists the names, when there is none."""
+    plain = name.removesuffix(RANDOM)
+    if plain not in MODELS or (plain != name and not MODELS[plain].sources):
+        raise SettingsError(f"FEWSTEP_MODEL holds no known model; set it to one of {', '.join(MODELS)}")
+    spec = MODELS[plain]
+    return spec if plain == name else replace(spec, name=name, remedy=f"scripts/full-size {plain}")

@@ -1,0 +1,100 @@
+"""The real models' shapes, counted without their memory, and the way from them to a picture at toy size."""
+
+import csv
+import os
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from tiny import SHARED, WIDTHS
+from tiny import UNETS as TINY_UNETS
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from fewstep.benchmark import full_size as fullsize
+from fewstep.benchmark.measure import append_row, measure
+from fewstep.generation.pipeline import load_pipeline
+from fewstep.lora.merge import weights_by_layer
+from fewstep.models.manifest import read_manifest
+from fewstep.models.specs import MODELS, get_model
+from fewstep.request import Request
+from fewstep.settings import Settings
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(value.numel() for value in module.parameters())
+
+
+@pytest.mark.parametrize(
+    "name, parameters, modules, lora_parameters",
+    [
+        ("sdxl", 2_567_463_684, 788, 196_751_360),
+        ("ssd-1b", 1_331_334_404, 423, 104_902_656),
+        ("sd15", 859_520_964, 278, 67_252_224),
+    ],
+)
+def test_the_shapes_are_those_of_the_published_models(
+    monkeypatch, name, parameters, modules, lora_parameters
+):
+    monkeypatch.setattr(fullsize, "_random", lambda key, shape, generator: torch.empty(shape, device="meta"))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**fullsize.UNETS[name])
+    tensors = fullsize._random_lora(unet, torch.Generator())
+
+    assert count(unet) == parameters
+    assert len(tensors) == 3 * modules
+    assert sum(value.numel() for key, value in tensors.items() if "alpha" not in key) == lora_parameters
+    stems = {key.split(".")[0].replace("lora_unet_", "unet.") for key in tensors}
+    assert stems <= weights_by_layer("unet", unet).keys()
+
+
+def test_the_other_networks_have_their_published_sizes():
+    with torch.device("meta"):
+        vae = AutoencoderKL(**fullsize.VAE)
+        encoder = CLIPTextModelWithProjection(
+            CLIPTextConfig(vocab_size=49408, projection_dim=1280, **fullsize.BIG_G)
+        )
+    assert (count(vae), count(encoder)) == (83_653_863, 694_659_840)
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """Full size at toy size: the same making, of smaller networks."""
+    unets = {name: {**SHARED, **TINY_UNETS[MODELS[name].family]} for name in ("sdxl", "sd15")}
+    monkeypatch.setattr(fullsize, "UNETS", unets)
+    monkeypatch.setattr(
+        fullsize, "VAE", {**fullsize.VAE, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 8}
+    )
+    for name, width in (("CLIP_L", WIDTHS[0]), ("BIG_G", WIDTHS[1])):
+        sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 2}
+        monkeypatch.setattr(fullsize, name, {**sizes, "num_attention_heads": 2})
+    return tmp_path / "weights"
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd15"])
+def test_what_is_made_loads_and_paints(toy, name):
+    folder = fullsize.make_random(name, toy)
+
+    assert sorted(path.name for path in toy.iterdir()) == [f"{name}-random"]
+    assert folder == toy / f"{name}-random"
+    assert {file.source for file in read_manifest(folder, remedy="").files} == {"fewstep"}
+    spec = get_model(f"{name}-random")
+    pipeline = load_pipeline(spec, Settings(weights_root=toy))
+    (painting,) = pipeline.generate(
+        [Request.create(spec, prompt="noise", aspect_ratio="custom", width=64, height=64)]
+    )
+    assert painting.images[0].size == (64, 64)
+
+
+def test_a_measurement_is_a_row_with_its_machine(tmp_path):
+    row = measure("miniature", os.environ, width=64, height=64, steps=1)
+
+    path = tmp_path / "benchmarks" / "full-size.csv"
+    append_row(path, row)
+    append_row(path, row)
+
+    first, second = csv.DictReader(path.read_text().splitlines())
+    assert first == second
+    assert (first["model"], first["width"], first["torch"]) == ("miniature", "64", torch.__version__)
+    assert 0.2 < float(first["setup_peak_gb"]) < 8 and 0.2 < float(first["painting_peak_gb"]) < 8
+    assert 0 < float(first["steps_s"]) <= float(first["painting_s"])
+    assert float(first["setup_s"]) > 0 and first["cpu"] and int(first["cores"]) > 0

@@ -1,0 +1,241 @@
+"""fewstep/cli/predict.py and serve.py: what they make of a command line before anything starts."""
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fewstep.cli import predict, serve
+from fewstep.coglet.schema import make_schema
+from fewstep.images.codec import encode_image
+from fewstep.images.metadata import save_options
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = make_schema(ROOT / "tests" / "data" / "schema_sample.py")["components"]["schemas"]
+
+
+def convert(name: str, value: str) -> Any:
+    return predict.convert(name, value, SAMPLE["Input"]["properties"][name], SAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("steps", "4", 4),
+        ("steps", "99", 99),  # the server says what the range is
+        ("guidance", "1.5", 1.5),
+        ("prompt", "4", "4"),
+        ("prompt", "a=b", "a=b"),
+        ("aspect_ratio", "16:9", "16:9"),
+        ("disable_safety_checker", "True", True),
+        ("disable_safety_checker", "false", False),
+    ],
+)
+def test_values_become_the_types_of_the_schema(name: str, value: str, expected: object) -> None:
+    converted = convert(name, value)
+    assert converted == expected and type(converted) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("steps", "four", "a whole number"),
+        ("steps", "2.5", "a whole number"),
+        ("guidance", "much", "a number"),
+        ("disable_safety_checker", "1", "true or false"),
+        ("image", "@missing.png", "cannot read missing.png"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name: str, value: str, reason: str) -> None:
+    with pytest.raises(predict.Refused, match=reason):
+        convert(name, value)
+
+
+def test_a_file_is_a_data_url_for_a_file_input_and_text_for_any_other(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89")
+    (tmp_path / "a.txt").write_text("a red house\n")
+    assert convert("image", f"@{tmp_path}/a.png") == "data:image/png;base64,iQ=="
+    assert convert("prompt", f"@{tmp_path}/a.txt") == "a red house"
+    (tmp_path / "photo").write_bytes(b"\xff\xd8\xff\xe0")
+    assert convert("image", f"@{tmp_path}/photo").startswith("data:image/jpeg;base64,")
+    with pytest.raises(predict.Refused, match=r"a\.txt is not a picture as JPEG, PNG or WebP"):
+        convert("image", f"@{tmp_path}/a.txt")
+
+
+def urls(*contents: bytes) -> list[str]:
+    return [f"data:image/webp;base64,{base64.b64encode(content).decode()}" for content in contents]
+
+
+def test_one_output_has_the_name_that_was_asked_for() -> None:
+    assert predict.name_files(urls(b"a"), Path("some/out.webp")) == [(Path("some/out.webp"), b"a")]
+
+
+def test_several_outputs_are_numbered_before_the_suffix_as_cog_does() -> None:
+    named = predict.name_files(urls(b"a", b"b"), Path("out.webp"))
+    assert named == [(Path("out.0.webp"), b"a"), (Path("out.1.webp"), b"b")]
+
+
+def test_a_name_without_a_suffix_gets_the_outputs() -> None:
+    assert predict.name_files(urls(b"a"), Path("output")) == [(Path("output.webp"), b"a")]
+
+
+def test_a_folder_as_target_holds_the_output(tmp_path: Path) -> None:
+    assert predict.check_target(str(tmp_path)) == tmp_path / "output"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["-i", "prompt=x", "-i", "stepz=4"], "no input 'stepz'; the inputs are prompt, steps, guidance"),
+        (["-i", "prompt"], "NAME=VALUE"),
+        (["-i", "prompt=x", "-i", "prompt=y"], "prompt is given twice"),
+        (["-i", "prompt=x", "-i", "steps=x"], "steps must be a whole number"),
+        (["-i", "prompt=x", "--json", "{}"], "not both"),
+        (["--json", "[1]"], "--json"),
+        (["--json", "missing.json"], "--json reads the inputs from missing.json"),
+        (["--json", '{"stepz": 4}'], "no input 'stepz'"),
+        (["-i", "prompt=x", "-o", "missing/out.webp"], "no folder missing"),
+    ],
+)
+def test_a_wrong_command_line_is_explained_before_anything_starts(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "running_server", None)
+    assert predict.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert reason in captured.err and captured.out == ""
+
+
+def test_json_gives_the_inputs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {"prompt": "x", "steps": 2}
+    (tmp_path / "inputs.json").write_text(json.dumps(inputs))
+    asked: list[object] = []
+    monkeypatch.setattr(predict, "_ask", lambda inputs, environ: asked.append(inputs) or [])
+    for written in (f"@{tmp_path}/inputs.json", f"{tmp_path}/inputs.json", json.dumps(inputs)):
+        assert predict.main(["--json", written, "-o", str(tmp_path / "out")]) == 0
+    assert asked == [inputs] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "asked_for"),
+    [
+        ("out.png", {}, {"output_format": "png"}),
+        ("out.JPEG", {}, {"output_format": "jpg"}),
+        ("out.png", {"output_format": "webp"}, {"output_format": "webp"}),
+        ("out.tif", {}, {}),
+        ("out", {}, {}),
+    ],
+)
+def test_the_format_follows_the_suffix_unless_it_is_given(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    given: dict[str, str],
+    asked_for: dict[str, str],
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(predict, "_ask", lambda inputs, environ: asked.append(inputs) or [])
+    inputs = {"prompt": "x", **given}
+    assert predict.main(["--json", json.dumps(inputs), "-o", str(tmp_path / name)]) == 0
+    assert asked == [{"prompt": "x", **asked_for}]
+
+
+@pytest.mark.parametrize("port", ["x", "0", "65536", "-1"])
+def test_serve_refuses_a_port_that_is_none(
+    port: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PORT", port)
+    assert serve.main([]) == 1
+    assert "PORT must be" in capsys.readouterr().err
+
+
+class TestRecipe:
+    """--recipe, up to what is asked of the server."""
+
+    SENT = b"the picture that it was painted from"
+
+    @pytest.fixture
+    def asked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], str]]:
+        recipe = {
+            **{
+                "fewstep": "0.1.0",
+                "model": "miniature",
+                "revision": "c0ffee",
+                "prompt": "a house",
+                "seed": 3,
+            },
+            **{"negative_prompt": "", "steps": 4, "guidance": 1.0, "width": 152, "height": 104},
+            **{"lcm_scale": 1.0, "styles": [{"style": "postcard", "style_scale": 0.5, "sha256": "ab"}]},
+            **{"prompt_strength": 0.4, "image_sha256": hashlib.sha256(self.SENT).hexdigest()},
+        }
+        image = encode_image(Image.new("RGB", (16, 16)), "webp", 90, **save_options(recipe, "webp"))
+        (tmp_path / "old.webp").write_bytes(image)
+        (tmp_path / "sent.webp").write_bytes(self.SENT)
+        asked: list[tuple[dict[str, Any], str]] = []
+
+        def ask(inputs: dict[str, Any], environ: dict[str, str]) -> list[str]:
+            asked.append((inputs, environ["FEWSTEP_MODEL"]))
+            changed = {**recipe, "revision": "other"}
+            new = encode_image(Image.new("RGB", (16, 16)), "webp", 90, **save_options(changed, "webp"))
+            return [f"data:image/webp;base64,{base64.b64encode(new).decode()}"]
+
+        monkeypatch.setattr(predict, "_ask", ask)
+        monkeypatch.chdir(tmp_path)
+        return asked
+
+    def test_its_inputs_are_asked_for_and_others_take_their_place(
+        self, asked: list[tuple[dict[str, Any], str]], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = ["--recipe", "old.webp", "-i", "image=@sent.webp", "-i", "seed=9", "-o", "new.webp"]
+        assert predict.main(arguments) == 0
+        [(inputs, model)] = asked
+        url = f"data:image/webp;base64,{base64.b64encode(self.SENT).decode()}"
+        assert (inputs.pop("image"), model) == (url, "miniature")
+        assert inputs == {
+            **{"prompt": "a house", "negative_prompt": "", "seed": 9, "steps": 4, "guidance": 1.0},
+            **{"aspect_ratio": "custom", "width": 152, "height": 104, "lcm_scale": 1.0},
+            **{"prompt_strength": 0.4, "style": "postcard", "style_scale": 0.5, "output_format": "webp"},
+        }
+        assert "the weights are others" in capsys.readouterr().err
+
+    def test_another_shape_takes_the_place_of_the_size(self, asked: list[tuple[dict[str, Any], str]]) -> None:
+        arguments = ["--recipe", "old.webp", "-i", "image=@sent.webp", "-i", "aspect_ratio=1:1"]
+        assert predict.main(arguments) == 0
+        [(inputs, _)] = asked
+        assert inputs["aspect_ratio"] == "1:1" and not {"width", "height"} & inputs.keys()
+
+    @pytest.mark.parametrize(
+        ("arguments", "model", "said"),
+        [
+            ([], "", "painted from another file as image; give that very one, as -i image=@FILE"),
+            (["-i", "image=@old.webp"], "", "painted from another file as image"),
+            (["-i", "image=https://x.org/a.png"], "", "painted from another file as image"),
+            (["-i", "image=@sent.webp"], "sdxl", "painted by miniature; set FEWSTEP_MODEL to that"),
+        ],
+    )
+    def test_what_cannot_be_followed_is_refused_before_anything_starts(
+        self,
+        asked: list[object],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        arguments: list[str],
+        model: str,
+        said: str,
+    ) -> None:
+        monkeypatch.setenv("FEWSTEP_MODEL", model)
+        assert predict.main(["--recipe", "old.webp", *arguments]) == 1
+        assert said in capsys.readouterr().err and asked == []
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [("sent.webp", "holds no recipe"), ("none.webp", "cannot use none.webp: No such file")],
+    )
+    def test_a_file_without_a_recipe_is_refused(
+        self, asked: list[object], capsys: pytest.CaptureFixture[str], name: str, said: str
+    ) -> None:
+        assert predict.main(["--recipe", name]) == 1
+        assert said in capsys.readouterr().err and asked == []

@@ -1,0 +1,105 @@
+"""fewstep/cli/environment.py: what is installed when, without pip or a network."""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from fewstep.cli import environment
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of one pin that no machine has, with pip and venv replaced by a record of their calls."""
+    (tmp_path / "requirements.txt").write_text("# why\ntorch==0.0.1\nabsent==1.0\n")
+    (tmp_path / "pyproject.toml").write_text(
+        '[project.optional-dependencies]\nserve = ["served==1.0"]\ndev = ["made==1.0"]\n'
+    )
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(environment, "PYTHON", tmp_path / ".venv" / "bin" / "python")
+    monkeypatch.setattr(environment, "STAMP", tmp_path / ".venv" / "fewstep.json")
+    monkeypatch.setattr(environment.venv, "create", make_bare_venv)
+    monkeypatch.setattr(environment.os, "execv", lambda python, arguments: None)
+    return tmp_path
+
+
+def make_bare_venv(folder: Path, **_: object) -> None:
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").symlink_to(sys.executable)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(environment, "_pip", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+def test_torch_comes_first_and_alone_from_its_own_index(
+    project: Path, installed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEWSTEP_TORCH_INDEX", "file:///wheels")
+    environment.main(["serve", "-c", "pass"])
+    assert installed == [
+        ("torch==0.0.1", "--index-url", "file:///wheels"),
+        ("-r", str(project / "requirements.txt"), "served==1.0"),
+    ]
+
+
+def test_a_second_run_installs_nothing_and_another_extra_only_what_is_missing(
+    project: Path, installed: list[tuple[str, ...]]
+) -> None:
+    environment.main(["serve", "-c", "pass"])
+    environment.main(["serve", "-c", "pass"])
+    assert len(installed) == 2
+    environment.main(["dev", "-c", "pass"])
+    assert installed[-1][2:] == ("made==1.0",)
+    count = len(installed)
+    environment.main(["dev,serve", "-c", "pass"])
+    assert len(installed) == count
+
+
+def test_a_changed_pin_is_installed(project: Path, installed: list[tuple[str, ...]]) -> None:
+    environment.main(["serve", "-c", "pass"])
+    (project / "requirements.txt").write_text("torch==0.0.2\n")
+    environment.main(["serve", "-c", "pass"])
+    assert installed[2][0] == "torch==0.0.2"
+
+
+def test_an_installation_that_broke_off_is_taken_up_again(
+    project: Path, installed: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment.main(["serve", "-c", "pass"])
+    with monkeypatch.context() as broken:
+        broken.setattr(environment, "_pip", fail)
+        with pytest.raises(SystemExit, match="pip"):
+            environment.main(["dev", "-c", "pass"])
+    pins = environment.read_pins(project, ["serve"])
+    assert not environment.is_covered(pins)
+
+
+def fail(*_: str) -> None:
+    raise SystemExit("pip broke off")
+
+
+def test_an_unknown_extra_is_named(project: Path) -> None:
+    with pytest.raises(SystemExit, match="no extra 'gpu'"):
+        environment.main(["gpu", "-c", "pass"])
+
+
+def test_where_everything_is_installed_no_environment_is_made(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "requirements.txt").write_text(f"pytest=={pytest.__version__}\n")
+    became: list[str] = []
+    monkeypatch.setattr(environment.os, "execv", lambda python, arguments: became.extend(arguments))
+    environment.main(["", "-c", "pass"])
+    assert became == [sys.executable, "-c", "pass"]
+    assert not (project / ".venv").exists()
+
+
+def test_a_builds_suffix_does_not_make_a_version_another() -> None:
+    assert environment.is_installed({"runtime": [f"torch=={version('torch').partition('+')[0]}"]})
+    assert not environment.is_installed({"runtime": ["torch==0.0.1"]})

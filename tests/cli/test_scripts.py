@@ -1,0 +1,125 @@
+"""The scripts as people run them, through to the file."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fewstep.coglet.server import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+# The Python that runs the tests has everything: with it first, the scripts make no environment.
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def run_script(name: str, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    running = subprocess.Popen(
+        [ROOT / "scripts" / name, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PATH": PATH, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        out, err = running.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        running.terminate()  # not kill: the script is to end its server
+        running.wait(30)
+        raise
+    return subprocess.CompletedProcess(running.args, running.returncode, out, err)
+
+
+def left_in(folder: Path) -> list[str]:
+    """What a script left there, but for the cache folder that torch makes when it is imported."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")]
+
+
+def test_predict_writes_the_file_and_prints_its_path_alone(tmp_path: Path) -> None:
+    done = run_script(
+        "predict",
+        "-i",
+        "prompt=a red house",
+        "-i",
+        "seed=7",
+        "-o",
+        "out.webp",
+        cwd=tmp_path,
+        TMPDIR=str(tmp_path),
+    )
+    assert (done.returncode, done.stdout) == (0, "out.webp\n"), done.stderr
+    assert (tmp_path / "out.webp").read_bytes()[:4] == b"RIFF"
+    assert "miniature" in done.stderr and "seed 7" in done.stderr
+    assert left_in(tmp_path) == ["out.webp"]
+
+
+def test_predict_tells_a_refusal_in_one_sentence_and_writes_nothing(tmp_path: Path) -> None:
+    done = run_script("predict", "-i", "prompt=x", "-i", "steps=9", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == (
+        "the server refused the inputs: steps: 9 is greater than the maximum of 8"
+    )
+    assert "server's log" not in done.stderr and left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_predict_that_is_stopped_leaves_no_server_and_no_files(number: int, tmp_path: Path) -> None:
+    running = subprocess.Popen(
+        [ROOT / "scripts" / "predict", "-i", "prompt=x"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": PATH, "TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # under nohup, SIGHUP would be ignored
+    )
+    assert running.stderr is not None and "starting the server" in running.stderr.readline()
+    while not servers_with(tmp_path):
+        time.sleep(0.01)
+    running.send_signal(number)
+    assert running.wait(30) == 130
+    assert not servers_with(tmp_path) and left_in(tmp_path) == []
+
+
+def servers_with(folder: Path) -> list[str]:
+    """The processes that were given `folder` for their outputs."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"FEWSTEP_OUTPUTS={folder}".encode() in environ.read_bytes():
+                found.append(environ.parent.name)
+    return found
+
+
+def test_serve_ends_with_the_reason_when_the_model_cannot_be_loaded(tmp_path: Path) -> None:
+    done = run_script("serve", cwd=tmp_path, PORT="0", FEWSTEP_MODEL="miniature")
+    assert done.returncode == 1
+    done = run_script("serve", cwd=tmp_path, PORT=str(free_port()), FEWSTEP_MODEL="nothing")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("[settings] FEWSTEP_MODEL")
+
+
+@pytest.mark.parametrize("name", ["predict", "serve"])
+def test_help_needs_no_environment(name: str, tmp_path: Path) -> None:
+    for part in ("scripts", "fewstep"):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    for part in ("predict.py", "pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / part, tmp_path)
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    (bare / "python3.11").symlink_to(Path(sys.base_prefix) / "bin" / "python3")
+    done = subprocess.run(
+        [tmp_path / "scripts" / name, "--help"],
+        env={"PATH": f"{bare}{os.pathsep}/usr/bin{os.pathsep}/bin"},
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+    assert done.returncode == 0 and f"usage: scripts/{name}" in done.stdout, done.stderr
+    assert not list(tmp_path.glob(".venv*"))

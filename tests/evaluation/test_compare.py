@@ -1,0 +1,170 @@
+"""Samplers side by side on the miniature, and the meters for models that cannot be judged."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+from fewstep.evaluation.compare import ClipMeter, FeatureMeter, samplers, table
+from fewstep.generation.pipeline import load_pipeline
+from fewstep.miniature.world.drawing import draw
+from fewstep.miniature.world.scenes import Scene
+from fewstep.models.specs import get_model
+from fewstep.request import Request
+from fewstep.settings import Settings
+from fewstep.training.distill import FullStudent, make_full_student
+from fewstep.training.sources import load_base
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = Settings(verify="size", dtype="fp32")
+MINIATURE = SETTINGS.weights_root / "miniature"
+NAMES = ["DDIM", "DPM-Solver++", "DDIM, trailing", "DPM-Solver++, trailing", "LCM", "LCM-LoRA"]
+
+
+def load():
+    return load_base("miniature", SETTINGS, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def lcm(tmp_path_factory) -> Path:
+    """A full LCM that has learnt nothing yet: its teacher."""
+    folder = tmp_path_factory.mktemp("lcm")
+    make_full_student(load().unet, FullStudent(width=64)).save_pretrained(folder)
+    return folder
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_the_lcm_lora_paints_as_in_the_container(lcm):
+    *_, last = samplers(load, 2.0, MINIATURE / "lcm_lora.safetensors", lcm)
+    assert last.name == "LCM-LoRA"
+    [theirs] = last.paint(["a red house in the snow"], 4)
+    pipeline = load_pipeline(get_model("miniature"), SETTINGS)
+    wish = Request.create(pipeline.spec, prompt="a red house in the snow", seed=1000)
+    assert np.abs(pixels(theirs) - pixels(pipeline.generate([wish])[0].images[0])).mean() < 1  # bf16
+
+
+def test_every_sampler_is_another_and_the_first_two_agree_in_many_steps(lcm):
+    every = samplers(load, 2.0, MINIATURE / "lcm_lora.safetensors", lcm)
+    prompt = ["a red house in a meadow with mountains at sunset"]
+    few, many = {}, {}
+    for sampler in every:
+        few[sampler.name] = pixels(sampler.paint(prompt, 2)[0])
+        if sampler.name in ("DDIM", "DPM-Solver++"):
+            many[sampler.name] = pixels(sampler.paint(prompt, 50)[0])
+    assert list(few) == NAMES
+    assert all(np.abs(a - b).mean() > 0.5 for i, a in enumerate(few.values()) for b in list(few.values())[:i])
+    assert np.abs(many["DDIM"] - many["DPM-Solver++"]).mean() < 5
+
+
+def test_the_command_writes_table_plot_and_grid(lcm, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "fewstep.cli.evaluate", "--out", tmp_path, "--lcm", lcm]
+        + ["--captions", "6", "--steps", "1", "4", "--teacher-steps", "20"],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "FEWSTEP_VERIFY": "size"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    with (tmp_path / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    asked = [(name, steps) for name in NAMES for steps in ("1", "4")]
+    asked.insert(2, ("DDIM", "20"))  # the teacher
+    assert [(row["sampler"], row["steps"]) for row in rows] == asked
+    right = {(row["sampler"], row["steps"]): float(row["all_right"]) for row in rows}
+    assert right["LCM-LoRA", "4"] >= 80 > right["DDIM", "1"]
+    assert right["DDIM", "20"] >= 80
+    assert "| LCM-LoRA |" in (tmp_path / "README.md").read_text()
+    with Image.open(tmp_path / "grid.webp") as sheet:
+        assert sheet.size == (2 * 132 - 4, 6 * 132 - 4)
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--model", "sdxl"], "--prompts is needed"),
+        (["--model", "sdxl", "--prompts", "x"], "nothing measures these pictures"),
+        (["--prompts", "x"], "nothing measures these pictures"),
+        (["--features", "x"], "--features and --real go together"),
+        (["--lcm", "nowhere"], "there is nothing at the path of --lcm"),
+        (["--lora", "nowhere"], "there is nothing at the path of --lora"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_at_once(arguments, told, capsys, tmp_path):
+    from fewstep.cli.evaluate import main
+
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), *arguments])
+    assert told in capsys.readouterr().err
+
+
+def test_a_table_has_samplers_down_and_steps_across():
+    rows = [{"sampler": name, "steps": n, "x": n + 0.05} for name in "ab" for n in (2, 1)][:3]
+    assert table(rows, "x") == "|  | 1 | 2 |\n| --- | ---: | ---: |\n| a | 1.1 | 2.0 |\n| b |  | 2.0 |"
+
+
+def drawings(count: int, colour: str = "red") -> list[Image.Image]:
+    return [draw(Scene("house", colour, "meadow", "hills", "day", "left"), i) for i in range(count)]
+
+
+def test_features_tell_like_sets_from_unlike_ones(tmp_path):
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTModel(ViTConfig(image_size=32, patch_size=8, **small)).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    real = []
+    for i, drawing in enumerate(drawings(40)):
+        real.append(tmp_path / f"{i}.png")
+        drawing.save(real[-1])
+    meter = FeatureMeter(tmp_path / "vit", real)
+    same, like, other = (
+        meter.measure(one)["feature_distance"]
+        for one in (drawings(40), drawings(80)[40:], drawings(40, "blue"))
+    )
+    assert abs(same) < 1e-4 and same < like < other
+
+
+def test_the_clip_score_is_a_hundred_cosines(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(MINIATURE / "tokenizer")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = small | {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    text |= {"eos_token_id": tokenizer.eos_token_id}
+    vision = small | {"image_size": 32, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    model.save_pretrained(tmp_path)
+    processor = CLIPProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer=tokenizer,
+    )
+    processor.save_pretrained(tmp_path)
+    prompts, pictures = [f"a {i} house" for i in range(30)], drawings(30)
+    found = ClipMeter(tmp_path, prompts).measure(pictures)["clip_score"]
+    expected = []
+    with torch.inference_mode():
+        for prompt, picture in zip(prompts, pictures, strict=True):
+            given = processor(text=[prompt], images=[picture], return_tensors="pt", padding=True)
+            one = model(**given)
+            expected.append(max(0.0, float(torch.cosine_similarity(one.text_embeds, one.image_embeds))))
+    assert found == pytest.approx(100 * float(np.mean(expected)), abs=0.01)

@@ -1,0 +1,238 @@
+"""OpenVINO beside torch: the same pictures, faster, of what it was compiled for; all else is torch's."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import as_downloaded, make_folder
+
+from fewstep.coglet.server import ROOT
+from fewstep.errors import SettingsError, WeightsError
+from fewstep.generation.pipeline import Painting, Pipeline, load_pipeline
+from fewstep.miniature.world.drawing import draw
+from fewstep.miniature.world.scenes import Scene
+from fewstep.models.save import save_model
+from fewstep.models.specs import get_model
+from fewstep.request import Request
+from fewstep.settings import Settings
+
+MINIATURE = get_model("miniature")
+PROMPT = "a red house in a meadow with mountains at sunset, in the middle"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    root = tmp_path_factory.mktemp("weights")
+    shutil.copytree(Settings().weights_root / "miniature", root / "miniature")
+    return root
+
+
+@pytest.fixture(scope="module")
+def settings(weights):
+    return {"weights_root": weights, "dtype": "fp32", "engine": "openvino"}
+
+
+@pytest.fixture(scope="module")
+def pipeline(settings) -> Pipeline:
+    return load_pipeline(MINIATURE, Settings(**settings))
+
+
+@pytest.fixture(scope="module")
+def torchs() -> Pipeline:
+    return load_pipeline(MINIATURE, Settings(dtype="fp32"))
+
+
+def wish(seed=7, prompt=PROMPT, **inputs) -> Request:
+    return Request.create(MINIATURE, prompt=prompt, seed=seed, **inputs)
+
+
+def paint(pipeline, *requests):
+    found = pipeline.generate(requests)
+    assert all(isinstance(one, Painting) for one in found), found
+    return [np.asarray(image, dtype=int) for one in found for image in one.images]
+
+
+@pytest.fixture
+def used(pipeline, monkeypatch):
+    """The sizes of the batches that OpenVINO's UNet was given."""
+    calls, unet = [], pipeline.engine.unet
+    monkeypatch.setattr(pipeline.engine, "unet", lambda x, *rest: calls.append(len(x)) or unet(x, *rest))
+    return calls
+
+
+GUIDED = {"guidance": 2.0, "negative_prompt": "night"}
+
+
+@pytest.mark.parametrize("inputs", [{}, {"steps": 1}, GUIDED, {"image": True}, {"clip_skip": 1}])
+def test_it_paints_what_torch_paints(pipeline, torchs, used, inputs):
+    if "image" in inputs:
+        photo = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
+        inputs = {"image": photo, "mask": Image.new("L", photo.size, 255), "prompt_strength": 0.6}
+    request = wish(**inputs)
+    [found], [expected] = paint(pipeline, request), paint(torchs, request)
+    assert len(used) == request.real_steps
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_nobody_waits_for_the_pictures_of_others(pipeline):
+    """It takes them one by one: in a batch, all would be answered when the last is done."""
+    assert pipeline.max_images(pipeline.counted(wish())) == 1
+    assert pipeline.max_images(pipeline.counted(wish(lcm_scale=0.5))) == 8
+
+
+def test_a_picture_is_the_same_in_any_batch(pipeline):
+    [alone] = paint(pipeline, wish())
+    batched = paint(pipeline, wish(1), wish(), wish(2, num_outputs=2))
+    assert np.array_equal(batched[1], alone)
+
+
+def test_what_it_was_not_compiled_for_is_torchs_to_the_last_bit(pipeline, torchs, used):
+    style = pipeline.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
+    wishes = [
+        wish(style="postcard").with_styles([style]),
+        wish(lcm_scale=0.5),
+        wish(aspect_ratio="16:9"),
+        wish(prompt=f"{PROMPT}. " * 5),
+    ]
+    for request in wishes:
+        assert np.array_equal(paint(pipeline, request)[0], paint(torchs, request)[0])
+    assert used == []
+    paint(pipeline, wish(style="postcard", style_scale=0.0).with_styles([style]))  # which adds nothing
+    assert used == [1] * 4
+
+
+def test_bf16_is_finite_and_near(settings, torchs, caplog):
+    half = load_pipeline(MINIATURE, Settings(**(settings | {"dtype": "bf16"})))
+    assert half.engine.serves(half.counted(wish()))
+    [found], [expected] = paint(half, wish()), paint(torchs, wish())
+    assert np.abs(found - expected).mean() < 1
+    assert "decoded again" not in caplog.text
+
+
+@pytest.fixture(scope="module")
+def in_8_bits(settings) -> Pipeline:
+    return load_pipeline(MINIATURE, Settings(**(settings | {"engine": "openvino-int8"})))
+
+
+def test_8_bits_are_in_the_linear_layers_and_the_picture_is_near(in_8_bits, weights, torchs):
+    folder = weights / ".openvino" / "miniature"
+    sizes = {kind: (folder / kind / "unet.bin").stat().st_size for kind in ("f32", "f32-int8")}
+    linear = sum(
+        part.weight.numel() for part in torchs.diffusion.unet.modules() if isinstance(part, torch.nn.Linear)
+    )
+    assert sizes["f32"] - sizes["f32-int8"] == pytest.approx(3 * linear, rel=0.05)
+    for seed in (7, 8):
+        [found], [expected] = paint(in_8_bits, wish(seed)), paint(torchs, wish(seed))
+        assert 0 < np.abs(found - expected).mean() < 1.5
+
+
+def test_in_8_bits_a_picture_is_the_same_in_any_batch_and_a_style_is_torchs(in_8_bits, torchs):
+    [alone] = paint(in_8_bits, wish())
+    assert np.array_equal(paint(in_8_bits, wish(1), wish(), wish(2))[1], alone)
+    style = in_8_bits.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
+    styled = wish(style="postcard").with_styles([style])
+    assert np.array_equal(paint(in_8_bits, styled)[0], paint(torchs, styled)[0])
+    assert np.array_equal(paint(in_8_bits, wish())[0], alone)
+
+
+def test_a_full_lcm_of_another_size_is_served_too(tmp_path):
+    spec = get_model("lcm-dreamshaper-v7")
+    save_model(spec, as_downloaded(spec, make_folder(spec, tmp_path / "source")), tmp_path)
+    settings = {"model": spec.name, "weights_root": tmp_path, "dtype": "fp32", "safety": "off"}
+    request = Request.create(spec, prompt="a house", seed=1, aspect_ratio="custom", width=64, height=96)
+    engine = load_pipeline(spec, Settings(**settings, engine="openvino", openvino_size=(64, 96)))
+    assert engine.engine.serves(engine.counted(request))
+    [found], [expected] = paint(engine, request), paint(load_pipeline(spec, Settings(**settings)), request)
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_it_is_converted_once_and_anew_when_the_weights_are_others(
+    pipeline, settings, weights, monkeypatch, caplog
+):
+    calls, codes = [], iter((1, -9, 1))
+
+    def failing(command, **_):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, next(codes))
+
+    monkeypatch.setattr(subprocess, "run", failing)
+    load_pipeline(MINIATURE, Settings(**settings))
+    assert calls == []
+    decoder = weights / ".openvino" / "miniature" / "f32" / "vae.bin"
+    content = decoder.read_bytes()
+    flipped = bytes([content[0] ^ 1]) + content[1:]
+    log, memory = "the reason is in the log", "it was killed, as for lack of memory"
+    for damaged, said, why in (
+        (content[:-1], "vae.bin has", log),
+        (flipped, "vae.bin is damaged", memory),
+    ):
+        decoder.write_bytes(damaged)
+        with pytest.raises(WeightsError, match=f"miniature could not be converted for OpenVINO; {why}"):
+            load_pipeline(MINIATURE, Settings(**settings))
+        assert said in caplog.text
+    decoder.write_bytes(content)
+    assert len(calls) == 2
+    manifest = weights / "miniature" / "manifest.json"
+    content = manifest.read_text()
+    manifest.write_text(content + "\n")
+    try:
+        with pytest.raises(WeightsError, match="miniature could not be converted for OpenVINO"):
+            load_pipeline(MINIATURE, Settings(**settings))
+    finally:
+        manifest.write_text(content)
+    assert len(calls) == 3
+
+
+def test_without_it_for_fp16_or_a_size_that_cannot_be_the_start_says_so(settings, monkeypatch):
+    with pytest.raises(SettingsError, match="takes bf16 or fp32"):
+        load_pipeline(MINIATURE, Settings(**(settings | {"dtype": "fp16"})))
+    with pytest.raises(SettingsError, match="is 128x136; OpenVINO takes multiples of 32 of miniature"):
+        load_pipeline(MINIATURE, Settings(**settings, openvino_size=(128, 136)))
+    pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    [pin] = pins["openvino"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=f"without openvino; run: pip install {pin}"):
+        load_pipeline(MINIATURE, Settings(**settings))
+
+
+def test_a_tiny_vae_stays_with_torch(settings):
+    pipeline, expected = (
+        load_pipeline(MINIATURE, Settings(**(settings | {"engine": engine}), vae="tiny"))
+        for engine in ("openvino", "torch")
+    )
+    [found], [one] = paint(pipeline, wish()), paint(expected, wish())
+    assert np.abs(found - one).max() <= 1
+    assert not pipeline.engine.decodes
+
+
+SEVERAL_ENGINES_END = """
+import gc, signal
+import numpy as np
+from openvino import Model, opset13
+from fewstep.generation.engines.openvino import shared_core
+
+def compiled():
+    given = opset13.parameter([1], np.float32)
+    return shared_core().compile_model(Model([opset13.relu(given)], [given]), "CPU")
+
+first, second = compiled(), compiled()
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("ended as told"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_signal_is_handled_after_several_engines_have_ended():
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL_ENGINES_END], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (0, "ended as told\n"), done.stderr

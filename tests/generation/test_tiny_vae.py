@@ -1,0 +1,83 @@
+"""FEWSTEP_VAE=tiny: the same pictures from a decoder of a few small convolutions."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import REAL, as_downloaded, make_folder
+
+from fewstep.benchmark.quality import psnr
+from fewstep.errors import WeightsError
+from fewstep.generation.pipeline import Painting, load_pipeline
+from fewstep.miniature.judge import load_judge, score
+from fewstep.miniature.scoring import few_step_painter, held_out_captions
+from fewstep.miniature.world.drawing import draw
+from fewstep.miniature.world.scenes import Scene
+from fewstep.models.manifest import Origin, write_manifest
+from fewstep.models.save import save_model
+from fewstep.models.specs import get_model
+from fewstep.request import Request
+from fewstep.settings import Settings
+
+MINIATURE = get_model("miniature")
+WEIGHTS = Settings().weights_root
+
+
+@pytest.fixture(scope="module")
+def full():
+    return load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size"))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size", vae="tiny"))
+
+
+def test_the_judge_reads_its_pictures_as_well(full, tiny):
+    scenes, captions = held_out_captions(48)
+    pictures = [few_step_painter(pipeline, 4)(captions, range(48)) for pipeline in (full, tiny)]
+    judge = load_judge(WEIGHTS / "miniature" / "judge" / "judge.safetensors")
+    right = [100 * score(judge, one, scenes).all(1).mean() for one in pictures]
+    assert right[1] >= right[0] - 5
+    assert 25 < psnr(pictures[1], pictures[0]) < 60
+
+
+def test_it_decodes_what_was_painted_from_a_picture_too(full, tiny, monkeypatch):
+    photo = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
+    request = Request.create(MINIATURE, prompt="a red castle", seed=3, image=photo, prompt_strength=0.5)
+    [expected] = full.generate([request])
+    monkeypatch.setattr(tiny.diffusion.vae, "decode", None)  # only its encoder is used
+    [found] = tiny.generate([request])
+    assert psnr(found.images, expected.images) > 20
+
+
+def test_what_leaves_the_range_of_16_bits_is_decoded_again_by_the_same_decoder(monkeypatch, caplog):
+    pipeline = load_pipeline(MINIATURE, Settings(dtype="bf16", verify="size", vae="tiny"))
+    request = Request.create(MINIATURE, prompt="a red house", seed=3)
+    [expected] = pipeline.generate([request])
+    monkeypatch.setattr(pipeline, "_own_decode", lambda latents: torch.full((1, 3, 128, 128), torch.inf))
+    [found] = pipeline.generate([request])
+    assert "decoded again in fp32" in caplog.text
+    assert np.abs(np.subtract(found.images[0], expected.images[0], dtype=int)).max() < 12
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_model_brings_one(name, tmp_path):
+    spec = get_model(name)
+    save_model(spec, as_downloaded(spec, make_folder(spec, tmp_path / "source")), tmp_path)
+    settings = Settings(model=name, weights_root=tmp_path, safety="off", vae="tiny", dtype="fp32")
+    pipeline = load_pipeline(spec, settings)
+    size = {"aspect_ratio": "custom", "width": 64, "height": 64}
+    [painting] = pipeline.generate([Request.create(spec, prompt="a house", seed=1, steps=1, **size)])
+    assert isinstance(painting, Painting)
+    assert pipeline.decoder.dtype == torch.float32 and not pipeline.decoder.training
+
+
+def test_weights_that_were_saved_before_there_was_one_are_told_the_remedy(tmp_path):
+    spec = get_model("sdxl")
+    folder = save_model(spec, as_downloaded(spec, make_folder(spec, tmp_path / "source")), tmp_path)
+    for path in (folder / "vae_tiny").iterdir():
+        path.unlink()
+    write_manifest(folder, model="sdxl", origin=Origin("a test", "", ""))
+    settings = Settings(model="sdxl", weights_root=tmp_path, safety="off", vae="tiny")
+    with pytest.raises(WeightsError, match="sdxl/vae_tiny is missing; run: scripts/download-weights sdxl"):
+        load_pipeline(spec, settings)

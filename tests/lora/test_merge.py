@@ -1,0 +1,503 @@
+"""Adapters: exact to rounding, complete or refused with the count, and taken back without a trace."""
+
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from ldm import rename_unet
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fewstep.lora.merge import NETWORKS, Adapters, LoraModule
+from fewstep.lora.resolve import AdapterError
+from fewstep.request import Mix
+from fewstep.settings import Settings
+
+FOLDER = Settings().weights_root / "miniature"
+LORA = FOLDER / "lcm_lora.safetensors"
+ALPHA = 8.0
+MODULE = re.compile(r"unet\.(.*)\.lora_([AB])\.weight")
+
+
+def load_unet(dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(
+        FOLDER, subfolder="unet", torch_dtype=dtype, use_safetensors=True, local_files_only=True
+    )
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    return load_unet()
+
+
+def state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in unet.state_dict().items()}
+
+
+def fuse(unet: UNet2DConditionModel, path: Path, scale: float = 1.0) -> int:
+    """Add the LoRA in `path` to the weights of `unet` as setup does; how many layers that changed."""
+    adapters = Adapters(FOLDER, {"unet": unet})
+    adapters.lcm_lora = adapters.read(path, "any")
+    return adapters.apply(Mix(lcm_scale=scale))
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def modules() -> dict[str, dict[str, torch.Tensor]]:
+    """The file's matrices, {module: {"A": (r, in, ...), "B": (out, r, ...)}}."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(LORA).items():
+        name, matrix = MODULE.fullmatch(key).groups()
+        found.setdefault(name, {})[matrix] = value
+    return found
+
+
+def write(path, style: str, alpha: float):
+    """The LoRA as different tools would write it."""
+    tensors, metadata = {}, {"format": "pt"}
+    names = {
+        "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"),
+        "peft": ("unet.{}.lora_A.weight", "unet.{}.lora_B.weight"),
+        "unet only": ("{}.lora_A.weight", "{}.lora_B.weight"),
+        "diffusers": ("unet.{}.lora.down.weight", "unet.{}.lora.up.weight"),
+    }[style]
+    for name, matrices in modules().items():
+        written = name.replace(".", "_") if style == "kohya" else name
+        for form, matrix in zip(names, "AB", strict=True):
+            tensors[form.format(written)] = matrices[matrix]
+        if style == "kohya":
+            tensors[f"lora_unet_{written}.alpha"] = torch.tensor(alpha, dtype=torch.float16)
+        elif style == "diffusers":
+            tensors[f"unet.{written}.alpha"] = torch.tensor(alpha)
+    if style in ("peft", "unet only"):
+        with safe_open(LORA, framework="pt") as file:
+            config = json.loads(file.metadata()["lora_adapter_metadata"])
+        config["unet.lora_alpha"] = alpha
+        if style == "unet only":
+            config = {key.removeprefix("unet."): value for key, value in config.items()}
+        metadata["lora_adapter_metadata"] = json.dumps(config)
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, -0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fused_is_base_plus_lora_in_float64_rounded_once(tmp_path, dtype, scale):
+    unet = load_unet(dtype)
+    before, in_file = state(unet), load_file(FOLDER / "unet" / "diffusion_pytorch_model.safetensors")
+    count = fuse(unet, write(tmp_path / "lora.safetensors", "kohya", ALPHA), scale)
+    after = state(unet)
+
+    assert count == len(modules()) == 129
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    for name, matrices in modules().items():
+        weight = in_file[f"{name}.weight"]
+        a, b = (matrices[matrix].double().numpy().reshape(len(matrices[matrix]), -1) for matrix in "AB")
+        exact = weight.double() + scale * ALPHA / len(a) * torch.from_numpy(b @ a).reshape(weight.shape)
+        error = (after[f"{name}.weight"].double() - exact).abs()
+        nearest = (exact.to(dtype).double() - exact).abs()  # but for ties, and the order of the sum
+        assert (error <= nearest + 1e-14).all(), name
+        changed.discard(f"{name}.weight")
+    assert not changed, "only the LoRA's layers may change"
+
+
+@pytest.mark.parametrize("alpha", [8.0, 32.0, 5.0])
+def test_whoever_wrote_the_file_the_fused_weights_are_bit_identical(tmp_path, alpha):
+    states = []
+    for style in ("kohya", "peft", "unet only", "diffusers"):
+        unet = load_unet()
+        fuse(unet, write(tmp_path / f"{style}.safetensors", style, alpha))
+        states.append(state(unet))
+    assert all(same(states[0], one) for one in states[1:])
+    assert not same(states[0], state(load_unet()))
+
+
+@pytest.mark.parametrize("style", ["kohya", "peft"])
+def test_it_is_what_diffusers_and_peft_fuse(tmp_path, style):
+    path = write(tmp_path / "lora.safetensors", style, ALPHA)
+    theirs = StableDiffusionXLPipeline.from_pretrained(
+        FOLDER, dtype=torch.float32, use_safetensors=True, local_files_only=True, add_watermarker=False
+    )
+    theirs.load_lora_weights(tmp_path, weight_name=path.name, local_files_only=True)
+    theirs.fuse_lora(components=["unet"])
+    theirs.unload_lora_weights()
+    ours = load_unet()
+    fuse(ours, path)
+    expected = state(theirs.unet)
+    for name, value in state(ours).items():
+        assert torch.allclose(value, expected[name], atol=1e-5), name
+
+
+def test_nothing_is_left_of_the_adapter(unet):
+    before = state(unet)
+    fuse(unet, LORA)
+    assert not any(isinstance(module, BaseTunerLayer) for module in unet.modules())
+    assert state(unet).keys() == before.keys()
+    assert all(value.dtype == before[name].dtype for name, value in state(unet).items())
+
+
+def damaged(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    tensors, metadata = load_file(LORA), {"format": "pt"}
+    convolution = next(key for key in tensors if key.endswith("conv1.lora_A.weight"))
+    linear = next(key for key in tensors if key.endswith("to_q.lora_B.weight"))
+    if kind == "nothing of it":
+        tensors = {key.replace("unet.", "unet.other."): value for key, value in tensors.items()}
+    elif kind == "two strangers":
+        for place in ("down_blocks.7.resnets.0.conv1", "text_model.layers.0.to_q"):
+            for key in (convolution, convolution.replace("lora_A", "lora_B")):
+                tensors[key.replace(convolution.split(".lora")[0], f"unet.{place}")] = tensors[key].clone()
+    elif kind == "wider":
+        tensors = {key: torch.cat([value, value], 1) for key, value in tensors.items()}
+    elif kind == "transposed":
+        tensors[convolution] = tensors[convolution].permute(1, 0, 2, 3).contiguous()
+    elif kind == "ranks that differ":
+        tensors[linear] = tensors[linear][:, :-1].contiguous()
+    elif kind == "half a module":
+        del tensors[linear]
+    elif kind == "a key of another kind":
+        tensors["unet.mid_block.resnets.0.conv1.dora_scale"] = torch.ones(4)
+    elif kind in ("nan", "inf"):
+        for key in (convolution, linear):
+            tensors[key].view(-1)[3] = float(kind)
+    elif kind == "alpha":
+        tensors[linear.replace("lora_B.weight", "alpha")] = torch.tensor(torch.inf)
+    elif kind == "empty":
+        tensors = {}
+    elif kind == "two alphas":
+        tensors[linear.replace("lora_B.weight", "alpha")] = torch.ones(2)
+    elif kind in ("use_dora", "use_rslora", "alpha_pattern"):
+        metadata["lora_adapter_metadata"] = json.dumps(
+            {f"unet.{kind}": {"to_q": 4} if "pattern" in kind else True}
+        )
+    elif kind == "list":
+        metadata["lora_adapter_metadata"] = "[]"
+    elif kind == "header":
+        metadata["lora_adapter_metadata"] = "{"
+    return tensors, metadata
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("nothing of it", "129 of 129 modules that do not fit this model"),
+        (
+            "two strangers",
+            "2 of 131 modules that do not fit this model, first unet.down_blocks_7_resnets_0_conv1",
+        ),
+        ("wider", "129 of 129 modules that do not fit this model"),
+        ("transposed", "1 of 129 modules that do not fit this model"),
+        ("ranks that differ", "1 of 129 modules that do not fit this model"),
+        ("half a module", "1 of 129 modules that do not fit this model"),
+        ("a key of another kind", "1 of 130 modules that do not fit this model"),
+        ("nan", "2 of 129 modules that hold values that are not finite"),
+        ("inf", "2 of 129 modules that hold values that are not finite"),
+        ("alpha", "1 of 129 modules that hold values that are not finite"),
+        ("empty", "has no modules"),
+        ("two alphas", "1 of 129 modules that do not fit this model"),
+        ("use_dora", "is not a plain LoRA"),
+        ("use_rslora", "is not a plain LoRA"),
+        ("alpha_pattern", "is not a plain LoRA"),
+        ("list", "cannot be read"),
+        ("header", "cannot be read"),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_refused_with_the_count_and_the_unet_untouched(
+    unet, tmp_path, kind, said
+):
+    tensors, metadata = damaged(kind)
+    path = tmp_path / "lcm_lora.safetensors"
+    save_file(tensors, path, metadata=metadata)
+    before = state(unet)
+
+    with pytest.raises(AdapterError) as caught:
+        fuse(unet, path)
+
+    assert said in str(caught.value)
+    assert str(tmp_path) not in str(caught.value), "no path of this machine"
+    assert same(before, state(unet))
+
+
+def test_a_damaged_file_is_refused(unet, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(LORA.read_bytes()[:5000])
+    with pytest.raises(AdapterError, match=r"cannot be read"):
+        fuse(unet, path)
+
+
+@pytest.fixture(scope="module")
+def model() -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline.from_pretrained(
+        FOLDER, dtype=torch.float32, use_safetensors=True, local_files_only=True, add_watermarker=False
+    )
+
+
+@pytest.fixture
+def adapters(model) -> Adapters:
+    found = Adapters(FOLDER, {name: getattr(model, name) for name in NETWORKS["sdxl"]})
+    found.lcm_lora = found.read(LORA, "lcm")
+    yield found
+    found.apply(Mix(lcm_scale=0))  # the model is everybody's
+
+
+def weights(model: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
+    networks = (getattr(model, name) for name in NETWORKS["sdxl"])
+    return {
+        f"{type(one).__name__}.{key}": value.clone()
+        for one in networks
+        for key, value in one.state_dict().items()
+    }
+
+
+# Of the UNet, and of the first and the second text encoder, as tools write them.
+UNET = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.resnets.1.conv2"
+ENCODER = "text_model.encoder.layers.1.self_attn.v_proj", "text_model.encoder.layers.0.mlp.fc2"
+STYLED = [("unet", name) for name in UNET] + [
+    (network, name) for network in ("text_encoder", "text_encoder_2") for name in ENCODER
+]
+KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+
+
+def write_style(
+    model, path: Path, seed: int, *, layers=STYLED, layout: str = "kohya", dtype=torch.float16
+) -> Path:
+    """A style of rank 4; by default for a matrix and a kernel of the UNet and two layers of each encoder."""
+    generator, tensors, rank = torch.Generator().manual_seed(seed), {}, 4
+    keys = model.unet.state_dict()
+    ldm = dict(zip(keys, rename_unet(keys, 1), strict=True)) if layout == "ldm" else {}
+    for network, name in layers:
+        own = name.removeprefix("text_model.") if network == "text_encoder" else name
+        weight = getattr(model, network).get_submodule(own).weight
+        down = 0.05 * torch.randn((rank, *weight.shape[1:]), generator=generator)
+        up = 0.05 * torch.randn((len(weight), rank, *(1 for _ in weight.shape[2:])), generator=generator)
+        stem, ends = f"{network}.{name}", ("lora_A", "lora_B")
+        if layout != "peft":
+            written = ldm.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+            stem, ends = KOHYA[network] + written.replace(".", "_"), ("lora_down", "lora_up")
+            tensors[f"{stem}.alpha"] = torch.tensor(float(rank), dtype=dtype)
+        tensors |= {f"{stem}.{ends[0]}.weight": down.to(dtype), f"{stem}.{ends[1]}.weight": up.to(dtype)}
+    save_file(tensors, path)
+    return path
+
+
+def test_styles_come_and_go_without_a_trace(model, adapters, tmp_path):
+    a, b = (adapters.read(write_style(model, tmp_path / f"{i}", seed=i), f"hash {i}") for i in (1, 2))
+    mixes = {
+        "none": Mix(),
+        "a": Mix(((a, 0.8),)),
+        "b": Mix(((b, 0.8),)),
+        "a again": Mix(((a, 0.8),)),
+        "less of a": Mix(((a, 0.3),)),
+        "both": Mix(((a, 0.8), (b, 0.5))),
+        "less of the LCM-LoRA": Mix(((a, 0.8), (b, 0.5)), lcm_scale=0.7),
+        "a scale of 0": Mix(((a, 0.0),)),
+        "none again": Mix(),
+    }
+    states, buffers = {}, [value.data_ptr() for value in model.unet.state_dict().values()]
+    for name, mix in mixes.items():
+        adapters.apply(mix)
+        states[name] = weights(model)
+    alike = {
+        ("a", "a again"),
+        ("none", "a scale of 0"),
+        ("none", "none again"),
+        ("a scale of 0", "none again"),
+    }
+    for one, other in combinations(mixes, 2):
+        assert same(states[one], states[other]) == ((one, other) in alike), (one, other)
+    assert buffers == [value.data_ptr() for value in model.unet.state_dict().values()]
+
+
+def test_a_mix_is_the_sum_of_what_is_in_it(model, adapters, tmp_path):
+    paths = [write_style(model, tmp_path / f"{i}", seed=i) for i in (1, 2)]
+    a, b = (adapters.read(path, path.name) for path in paths)
+    adapters.apply(Mix(((a, 0.8), (b, -0.5)), lcm_scale=0.7))
+
+    def product(state: dict[str, torch.Tensor], stem: str, ends: tuple[str, str]) -> torch.Tensor:
+        down, up = (state[f"{stem}.{end}.weight"].double().flatten(1) for end in ends)
+        return up @ down
+
+    kohya = ("lora_down", "lora_up")
+    styles, lcm = [load_file(path) for path in paths], load_file(LORA)
+    for name in UNET:
+        exact = load_file(FOLDER / "unet" / "diffusion_pytorch_model.safetensors")[f"{name}.weight"].double()
+        stem = "lora_unet_" + name.replace(".", "_")
+        added = 0.8 * product(styles[0], stem, kohya) - 0.5 * product(styles[1], stem, kohya)
+        added += (
+            0.7
+            * adapters.lcm_lora.modules["unet." + name.replace(".", "_")].factor
+            * product(lcm, f"unet.{name}", ("lora_A", "lora_B"))
+        )
+        exact += added.view_as(exact)
+        assert torch.allclose(model.unet.get_submodule(name).weight.double(), exact, rtol=1e-7, atol=1e-9), (
+            name
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_layout_of_a_style_makes_no_difference(model, adapters, tmp_path, dtype):
+    states, layers = [], [*STYLED, *(("unet", name) for name in modules() if name not in UNET)]
+    for layout in ("kohya", "ldm", "peft"):
+        path = write_style(model, tmp_path / layout, seed=3, layers=layers, layout=layout, dtype=dtype)
+        adapters.apply(Mix(((adapters.read(path, layout), 1.0),)))
+        states.append(weights(model))
+    assert same(states[0], states[1]) and same(states[0], states[2])
+
+
+def test_a_style_is_what_diffusers_and_peft_make_of_it(model, adapters, tmp_path):
+    # In kohya's layout they lose the text encoders' attention: its old names are none of transformers 5's.
+    path = write_style(model, tmp_path / "style.safetensors", seed=4, layout="peft")
+    adapters.apply(Mix(((adapters.read(path, "a"), 0.6),), lcm_scale=0))
+    ours = weights(model)
+    adapters.apply(Mix(lcm_scale=0))
+    base = weights(model)
+    model.load_lora_weights(tmp_path, weight_name=path.name, local_files_only=True)
+    model.fuse_lora(components=list(NETWORKS["sdxl"]), lora_scale=0.6)
+    model.unload_lora_weights()
+    theirs = weights(model)
+    model_now = {name: getattr(model, name) for name in NETWORKS["sdxl"]}
+    for part in model_now.values():  # unfused by hand: diffusers' way back is not exact
+        prefix = f"{type(part).__name__}."
+        part.load_state_dict({k.removeprefix(prefix): v for k, v in base.items() if k.startswith(prefix)})
+    changed = {name for name in base if not torch.equal(base[name], ours[name])}
+    assert len(changed) == len(STYLED)
+    for name in base:
+        assert torch.allclose(ours[name], theirs[name], atol=1e-6), name
+
+
+def test_a_failure_in_the_middle_is_made_good_by_the_next_call(model, adapters, tmp_path, monkeypatch):
+    style = adapters.read(write_style(model, tmp_path / "style", seed=5), "style")
+    adapters.apply(Mix())
+    expected, calls, add_to = weights(model), [], LoraModule.add_to
+
+    def fails_at_the_third(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise MemoryError
+        add_to(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fewstep.lora.merge.LoraModule.add_to", fails_at_the_third)
+        with pytest.raises(MemoryError):
+            adapters.apply(Mix(((style, 1.0),)))
+    half_done = weights(model)
+    adapters.apply(Mix(((style, 1.0),)))
+    styled = weights(model)
+    adapters.apply(Mix())
+    assert same(expected, weights(model))
+    adapters.apply(Mix(((style, 1.0),)))
+    assert same(styled, weights(model))
+    assert not same(half_done, styled) and not same(half_done, expected)
+
+
+def test_a_file_written_over_in_place_does_not_change_what_was_read(model, adapters, tmp_path):
+    path = write_style(model, tmp_path / "style", seed=9)
+    style = adapters.read(path, "style")
+    before = {name: module.up.clone() for name, module in style.modules.items()}
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(path.stat().st_size // 2))
+    assert all(torch.equal(before[name], module.up) for name, module in style.modules.items())
+
+
+def test_only_layers_that_change_are_written(model, adapters, tmp_path):
+    style = adapters.read(write_style(model, tmp_path / "style", seed=6), "style")
+    assert adapters.apply(Mix()) == 129
+    assert adapters.apply(Mix()) == 0
+    assert adapters.apply(Mix(((style, 0.8),))) == len(STYLED)
+    assert adapters.apply(Mix(((style, 0.9),))) == len(STYLED)
+    assert adapters.apply(Mix(((style, 0.9),), lcm_scale=0.9)) == 129
+
+
+def test_200_changes_of_style_leave_memory_flat(model, adapters, tmp_path):
+    styles = [adapters.read(write_style(model, tmp_path / f"{i}", seed=i), f"{i}") for i in range(2)]
+
+    def change(times: int) -> int:
+        for i in range(times):
+            adapters.apply(Mix(((styles[i % 2], 0.1 + i / 1000),) if i % 3 else ()))
+        return int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    before = change(20)
+    assert change(200) - before < 5e6
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("too strong", "adds 1... times as much as the weights that it changes hold"),
+        ("header", "is not a safetensors file, or has a header of more than 4 MB"),
+        ("page", "is not a safetensors file"),
+        ("pickle", "is not a safetensors file"),
+        ("empty", "cannot be read"),
+        ("size", "has 3000000000 bytes; at most 2000000000 are allowed"),
+        ("integers", "has 1 of 6 modules that do not fit this model"),
+        ("a huge rank", "has 1 of 6 modules that do not fit this model"),
+        ("a layer twice", "has a layer twice, under two names"),
+        ("alpha is a list", "cannot be read"),
+        ("alpha is huge", "cannot be read"),
+        ("deep metadata", "cannot be read"),
+        ("complex alpha", "cannot be read"),
+        ("LDM with a long alpha", "cannot be read"),
+        ("of another LDM", "has 6 of 6 modules that do not fit this model"),
+    ],
+)
+def test_hostile_styles_are_refused_by_reason(model, adapters, tmp_path, kind, said):
+    state = load_file(write_style(model, tmp_path / "sound.safetensors", seed=7))
+    path = tmp_path / "style.safetensors"
+    first = next(key for key in state if key.endswith("lora_up.weight"))
+    if kind == "too strong":
+        save_file({key: v if "alpha" in key else 100 * v.float() for key, v in state.items()}, path)
+    elif kind == "header":
+        path.write_bytes((10**8).to_bytes(8, "little") + b" " * 10**6)
+    elif kind == "page":
+        path.write_bytes(b"<!doctype html><html>sign in</html>")
+    elif kind == "pickle":
+        torch.save(state, path)
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "size":
+        with path.open("wb") as file:
+            file.truncate(3 * 10**9)
+    elif kind == "integers":
+        save_file({**state, first: state[first].to(torch.int8)}, path)
+    elif kind == "a huge rank":  # of a few megabytes, for which r x r numbers would take 32 GB
+        stem, rank = first.partition(".")[0], 64_000
+        weight = torch.zeros(rank, 128, dtype=torch.float16)
+        parts = {f"{stem}.lora_down.weight": weight, f"{stem}.lora_up.weight": weight.T.contiguous()}
+        save_file({**state, **parts}, path)
+    elif kind == "a layer twice":
+        other = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+        save_file({**state, other: torch.zeros(4, 128)}, path)
+    elif kind == "alpha is a list":
+        save_file(state, path, {"lora_adapter_metadata": '{"unet.lora_alpha": [1]}'})
+    elif kind == "alpha is huge":
+        save_file(state, path, {"lora_adapter_metadata": f'{{"unet.lora_alpha": {10**400}}}'})
+    elif kind == "deep metadata":
+        save_file(state, path, {"lora_adapter_metadata": "[" * 60_000})
+    elif kind == "complex alpha":
+        alpha = next(key for key in state if key.endswith("alpha"))
+        save_file({**state, alpha: torch.tensor(1j, dtype=torch.complex64)}, path)
+    elif kind == "LDM with a long alpha":
+        stem = "lora_unet_middle_block_2_out_layers_3"
+        parts = {f"{stem}.{end}.weight": torch.zeros(4, 4, 1, 1) for end in ("lora_down", "lora_up")}
+        save_file({**parts, f"{stem}.alpha": torch.ones(3)}, path)
+    elif kind == "of another LDM":
+        names = {
+            key: f"lora_unet_output_blocks_{i // 3}_1_proj.{key.partition('.')[2]}"
+            for i, key in enumerate(state)
+        }
+        save_file({names[key]: value for key, value in state.items()}, path)
+    adapters.apply(Mix())
+    before = weights(model)
+
+    with pytest.raises(AdapterError, match=said):
+        adapters.read(path, "any")
+
+    adapters.apply(Mix())
+    assert same(before, weights(model))

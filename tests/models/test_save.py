@@ -1,0 +1,336 @@
+"""From the hub to a picture: download, save, load and paint, for every model of the table at toy size."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from hub import running_hub
+from ldm import save_checkpoint
+from safetensors.torch import load_file, save_file
+from tiny import REAL, as_downloaded, make_folder, put_on
+
+from fewstep.errors import WeightsError
+from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.upsampling import fold_upsamplers
+from fewstep.models.manifest import read_manifest
+from fewstep.models.save import save_model
+from fewstep.models.specs import MODELS
+from fewstep.request import Request
+from fewstep.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+# A command as it is, but for the sizes and hashes that are pinned.
+COMMAND = """
+import importlib, json, sys
+from fewstep.models.sources import SOURCES, HubFile, HubRepo
+table, name, module, *arguments = sys.argv[1:]
+SOURCES[name] = tuple(
+    HubRepo(**{**row, "files": tuple(HubFile(**file) for file in row["files"])})
+    for row in json.loads(table)
+)
+sys.exit(importlib.import_module(f"fewstep.cli.{module}").main([name, *arguments]))
+"""
+
+
+class Shop:
+    """A hub that has one model, and a machine that has none."""
+
+    def __init__(self, hub, name: str, home: Path, dtype: torch.dtype = torch.float16) -> None:
+        self.hub, self.name, self.spec = hub, name, MODELS[name]
+        self.weights = home / "weights"
+        self.original = make_folder(self.spec, home / "original", dtype)
+        self.rows = put_on(hub, self.spec, self.original)
+
+    def start(self, module: str, *arguments: str) -> subprocess.Popen[str]:
+        table = json.dumps([asdict(row) for row in self.rows])
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        environ |= {
+            "HF_ENDPOINT": self.hub.url,
+            "HOME": str(self.weights),
+            "FEWSTEP_WEIGHTS": str(self.weights),
+            "PYTHONPATH": str(ROOT),
+        }
+        return subprocess.Popen(
+            [sys.executable, "-c", COMMAND, table, self.name, module, *arguments],
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, module: str, *arguments: str) -> tuple[int, str]:
+        process = self.start(module, *arguments)
+        err = process.communicate(timeout=100)[1]
+        assert "Traceback" not in err, err
+        return process.returncode, err
+
+    def paint(self, **inputs):
+        pipeline = load_pipeline(self.spec, Settings(weights_root=self.weights))
+        request = Request.create(
+            self.spec, prompt="a red house", seed=1, aspect_ratio="custom", width=64, height=64, **inputs
+        )
+        (painting,) = pipeline.generate([request])
+        assert not isinstance(painting, Exception), painting
+        return painting.images[0]
+
+
+@pytest.fixture
+def shop(tmp_path):
+    with running_hub({}) as hub:
+        yield lambda name, **options: Shop(hub, name, tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_model_goes_from_the_hub_to_a_picture(shop, name):
+    model = shop(name)
+
+    assert model.run("download_weights")[0] == 0
+    assert model.run("save_weights")[0] == 0
+
+    assert model.paint().size == (64, 64)
+    assert model.paint().tobytes() == model.paint().tobytes()
+    guided = 3.0 if model.spec.embedded_guidance else 2.0
+    assert model.paint(guidance=guided).tobytes() != model.paint().tobytes()
+    assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", name]
+
+
+def test_the_folder_is_what_design_says(shop):
+    model = shop("sdxl", dtype=torch.float32)
+    model.run("download_weights")
+    model.run("save_weights")
+    folder = model.weights / "sdxl"
+
+    assert json.loads((folder / "vae" / "config.json").read_text())["force_upcast"] is False
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["_class_name"], scheduler["beta_end"]) == ("LCMScheduler", 0.012)
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        (file,) = (folder / part).glob("*.safetensors")
+        found, original = load_file(file), load_file(model.original / part / file.name)
+        assert {value.dtype for value in found.values()} == {torch.float16}
+        assert all(torch.equal(found[key], original[key].half()) for key in original)
+    loaded = load_pipeline(model.spec, Settings(weights_root=model.weights, dtype="fp32")).diffusion
+    saved = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
+    assert fold_upsamplers(saved) > 0
+    expected = {"vae": saved.state_dict()}
+    for part in ("text_encoder", "text_encoder_2"):
+        (file,) = (folder / part).glob("*.safetensors")
+        expected[part] = plain(load_file(file))
+    for part, tensors in expected.items():
+        state = plain(getattr(loaded, part).state_dict())
+        for key, value in tensors.items():
+            assert torch.equal(state[key], value.float()), (part, key)
+    manifest = {file.path: file for file in read_manifest(folder, remedy="").files}
+    vae = manifest["vae/diffusion_pytorch_model.safetensors"]
+    assert (vae.source, vae.licence) == ("madebyollin/sdxl-vae-fp16-fix", "MIT")
+    assert manifest["unet/config.json"].revision == "462165984030d82259a11f4367a4eed129e94a7b"
+    assert manifest["lcm_lora.safetensors"].source == "latent-consistency/lcm-lora-sdxl"
+
+
+def test_nothing_is_saved_of_an_incomplete_or_damaged_download(shop):
+    model = shop("sd15")
+    status, err = model.run("save_weights")
+    assert status == 1 and "has not been downloaded; run: scripts/download-weights sd15" in err
+    model.run("download_weights")
+    unet = next(model.weights.rglob("unet/*.fp16.safetensors"))
+    content = bytearray(unet.read_bytes())
+    content[5000] ^= 1
+    unet.write_bytes(content)
+
+    status, err = model.run("save_weights")
+
+    assert status == 1 and "diffusion_pytorch_model.fp16.safetensors is damaged on this disk" in err
+    assert not (model.weights / "sd15").exists()
+
+
+def test_a_killed_save_leaves_nothing_that_looks_finished_and_the_next_completes(shop):
+    model = shop("sd15")
+    model.run("download_weights")
+    process = model.start("save_weights")
+    part = model.weights / ".sd15.part"
+    while not part.exists():
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert not (model.weights / "sd15").exists()
+    with pytest.raises(WeightsError, match=r"weights/sd15 is missing; run: scripts/download-weights sd15"):
+        load_pipeline(model.spec, Settings(weights_root=model.weights))
+
+    assert model.run("save_weights")[0] == 0
+    assert not part.exists()
+    model.paint()
+
+
+def test_saving_anew_replaces_the_folder(shop):
+    model = shop("sd15")
+    model.run("download_weights")
+    model.run("save_weights")
+    (model.weights / "sd15" / "unet" / "config.json").write_text("{}")
+
+    assert model.run("save_weights")[0] == 0
+
+    model.paint()
+    assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", "sd15"]
+
+
+def test_a_byte_flipped_in_the_unet_is_found_at_setup_and_named(shop):
+    model = shop("sd15")
+    model.run("download_weights")
+    model.run("save_weights")
+    unet = model.weights / "sd15" / "unet" / "diffusion_pytorch_model.safetensors"
+    before = unet.stat()
+    content = bytearray(unet.read_bytes())
+    content[-10] ^= 1
+    unet.unlink()  # it may be a link to the download
+    unet.write_bytes(content)
+    os.utime(unet, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    with pytest.raises(
+        WeightsError, match=r"weights/sd15/unet/diffusion_pytorch_model.safetensors is damaged"
+    ):
+        load_pipeline(model.spec, Settings(weights_root=model.weights))
+
+
+def plain(state):
+    """Transformers 5 writes its text encoders without the prefix that their published files have."""
+    return {key.removeprefix("text_model."): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd15"])
+def test_a_single_file_checkpoint_takes_the_place_of_the_networks(shop, name):
+    model = shop(name)
+    fine_tune = make_folder(model.spec, model.weights.parent / "fine-tune", seed=5)
+    checkpoint = save_checkpoint(fine_tune, model.weights.parent / "fine_tune_v7.safetensors")
+    assert model.run("download_weights", "--for-single-file")[0] == 0
+    assert not list(model.weights.rglob("unet/*.safetensors"))
+
+    assert model.run("save_weights", "--from-single-file", str(checkpoint))[0] == 0
+
+    for part in model.spec.in_checkpoint:
+        (file,) = (model.weights / name / part).glob("*.safetensors")
+        found, expected = plain(load_file(file)), plain(load_file(fine_tune / part / file.name))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), part
+    files = {file.path: file for file in read_manifest(model.weights / name, remedy="").files}
+    unet = files["unet/diffusion_pytorch_model.safetensors"]
+    sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert (unet.source, unet.revision) == ("fine_tune_v7.safetensors", f"sha256 {sha256}")
+    assert files["model_index.json"].source == "fewstep"
+    assert files["scheduler/scheduler_config.json"].source == model.spec.sources[0].name
+    model.paint()
+    # Mended by the usual commands, it would silently be the base again.
+    (model.weights / name / "vae" / "config.json").unlink()
+    with pytest.raises(
+        WeightsError, match=f"run: scripts/save-weights {name} --from-single-file fine_tune_v7.safetensors"
+    ):
+        load_pipeline(model.spec, Settings(weights_root=model.weights))
+
+
+def spoil(checkpoint: Path, kind: str) -> Path:
+    """Make something of a checkpoint that it must not be taken for."""
+    state, metadata = load_file(checkpoint), {}
+    unet = "model.diffusion_model."
+    if kind == "inpainting":
+        first = state[f"{unet}input_blocks.0.0.weight"]
+        state[f"{unet}input_blocks.0.0.weight"] = torch.cat([first, first, first[:, :1]], 1)
+    elif kind == "v-prediction":
+        state["v_pred"] = torch.zeros(0)
+    elif kind == "v-prediction by its card":
+        metadata = {"modelspec.prediction_type": "v"}
+    elif kind == "more layers":
+        state[f"{unet}middle_block.3.weight"] = torch.zeros(4)
+    elif kind == "no text encoder":
+        state = {key: value for key, value in state.items() if not key.startswith("cond_stage_model")}
+    elif kind == "half a text encoder":
+        state = {key: value for key, value in state.items() if "layers.1.mlp" not in key}
+    elif kind == "too large for fp16":
+        state[f"{unet}out.2.weight"] = torch.full_like(state[f"{unet}out.2.weight"].float(), 1e6)
+    elif kind == "web page":
+        checkpoint.write_text("<html>")
+        return checkpoint
+    elif kind == "pickle":
+        return checkpoint.rename(checkpoint.with_suffix(".ckpt"))
+    save_file(state, checkpoint, metadata=metadata)
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("inpainting", "has 9 input channels"),
+        ("v-prediction", "predicts v or has a noise schedule of its own"),
+        ("v-prediction by its card", "predicts v or has a noise schedule of its own"),
+        ("more layers", "tensors where"),
+        ("no text encoder", "has no text_encoder of sd15's kind in it"),
+        ("half a text encoder", "has no whole text_encoder of sd15's kind in it"),
+        ("too large for fp16", "does not fit in fp16, first in conv_out.weight of its unet"),
+        ("web page", "is not a whole safetensors file"),
+        ("pickle", "must be a .safetensors file"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_what_is_asked_for_is_refused(tmp_path, kind, said):
+    spec = MODELS["sd15"]
+    original = make_folder(spec, tmp_path / "original")
+    checkpoint = spoil(save_checkpoint(original, tmp_path / "fine_tune.safetensors"), kind)
+
+    with pytest.raises(WeightsError) as caught:
+        save_model(spec, as_downloaded(spec, original), tmp_path / "weights", checkpoint)
+
+    assert said in str(caught.value) and str(tmp_path) not in str(caught.value)
+    assert not (tmp_path / "weights" / "sd15").exists()
+
+
+@pytest.mark.parametrize("module, flag", [("download_weights", "--for-single-file"), ("save_weights", None)])
+def test_a_model_that_no_checkpoint_can_be_is_refused_before_anything(shop, tmp_path, module, flag):
+    checkpoint = tmp_path / "sdxl.safetensors"
+    checkpoint.touch()
+    arguments = [flag] if flag else ["--from-single-file", str(checkpoint)]
+    for name in ("ssd-1b", "lcm-dreamshaper-v7"):
+        done = subprocess.run(
+            [sys.executable, "-m", f"fewstep.cli.{module}", name, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and "is not made from checkpoints; sdxl and sd15 are" in done.stderr
+
+
+def test_a_save_that_was_killed_between_its_two_renames_loses_nothing(tmp_path):
+    spec, weights = MODELS["sd15"], tmp_path / "weights"
+    files = as_downloaded(spec, make_folder(spec, tmp_path / "original"))
+    folder = save_model(spec, files, weights)
+    folder.rename(weights / ".sd15.old")  # as a kill would leave it
+
+    with pytest.raises(FileNotFoundError):  # and the next save does not come through either
+        save_model(spec, [replace(files[0], path=tmp_path / "gone"), *files[1:]], weights)
+
+    load_pipeline(spec, Settings(weights_root=weights))
+    assert not (weights / ".sd15.old").exists()
+
+
+def test_two_saves_at_once_take_turns(tmp_path):
+    spec, weights = MODELS["sd15"], tmp_path / "weights"
+    files = as_downloaded(spec, make_folder(spec, tmp_path / "original"))
+    with ThreadPoolExecutor(4) as threads:
+        saved = [threads.submit(save_model, spec, files, weights) for _ in range(4)]
+    assert {one.result() for one in saved} == {weights / "sd15"}
+    load_pipeline(spec, Settings(weights_root=weights))
+    assert [path.name for path in weights.iterdir()] == ["sd15"]
+
+
+def test_linked_files_keep_their_mode(tmp_path):
+    spec = MODELS["sd15"]
+    original = make_folder(spec, tmp_path / "original")
+    unet = original / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.chmod(0o664)
+    folder = save_model(spec, as_downloaded(spec, original), tmp_path / "weights")
+    assert unet.stat().st_mode & 0o777 == 0o664
+    assert all(path.stat().st_mode & 0o044 for path in folder.rglob("*.json"))

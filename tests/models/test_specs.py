@@ -1,0 +1,36 @@
+import math
+
+import pytest
+
+from fewstep.errors import SettingsError
+from fewstep.models.specs import MODELS, get_model
+
+
+def test_models_are_found_by_their_own_name():
+    assert {name: get_model(name).name for name in MODELS} == {name: name for name in MODELS}
+
+
+def test_unknown_model_lists_the_known_ones_and_not_what_was_given():
+    with pytest.raises(SettingsError) as caught:
+        get_model("my secret model")
+
+    assert all(name in str(caught.value) for name in MODELS)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS)
+def test_a_model_may_paint_at_least_its_native_size(spec):
+    assert spec.max_pixels >= spec.native_size**2
+    assert math.isqrt(spec.max_pixels) % 8 == 0
+
+
+@pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS)
+def test_lcm_lora_models_default_to_guidance_off(spec):
+    assert not (spec.lcm_lora and spec.embedded_guidance)
+    assert spec.default_guidance == (8.0 if spec.embedded_guidance else 1.0)
+
+
+def test_remedies_name_the_model_and_no_machine_path():
+    for spec in MODELS.values():
+        assert spec.name in spec.remedy
+        assert not any(word.startswith(("/", "~")) for word in spec.remedy.split())

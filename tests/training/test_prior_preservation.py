@@ -1,0 +1,193 @@
+"""What a model rehearses while it learns, on real, small networks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from tiny import make_diffusers_folder
+
+from fewstep.models.specs import get_model
+from fewstep.settings import Settings
+from fewstep.training import prior_preservation as rehearsal
+from fewstep.training.consistency import NoiseSchedule
+from fewstep.training.distill import (
+    Batch,
+    FullStudent,
+    LoraStudent,
+    add_lora,
+    consistency_training,
+    finetuning_roles,
+    make_full_student,
+    predict,
+    predict_without_lora,
+)
+from fewstep.training.prior_preservation import in_turns, keeping_training, paint_rehearsal, prompts_of
+from fewstep.training.sources import load_base
+from fewstep.training.trainer import WHOLE, Draws, Schedule, Share, optimise
+
+NOISE = NoiseSchedule(torch.linspace(0.9995, 0.005, 1000), "v_prediction")
+STUDENT = LoraStudent(rank=4, guidance=(0.0, 0.0), skip=5)
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        cross_attention_dim=12,
+    )
+
+
+def batch(seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(4, 4, 8, 8, generator=generator)
+    return Batch(latents, torch.randn(4, 5, 12, generator=generator))
+
+
+LEARNT, KNOWN = batch(1), batch(2)
+
+
+def keeping(unet: UNet2DConditionModel, shown: Batch = KNOWN, guidance=(0.0, 0.0)):
+    return keeping_training(unet, lambda step, share: shown, NOISE, guidance, seed=3)
+
+
+def test_a_fresh_lora_keeps_everything_and_a_changed_one_is_differentiated_alone(unet):
+    add_lora(unet, STUDENT)
+    assert keeping(unet)(0, WHOLE).item() == 0.0
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    loss = keeping(unet)(0, WHOLE)
+    loss.backward()
+    assert loss.item() > 0
+    touched = [name for name, one in unet.named_parameters() if one.grad is not None and one.grad.any()]
+    assert touched and all("lora_" in name for name in touched)
+
+
+def test_what_is_kept_is_the_answer_of_the_network_without_its_lora(unet):
+    expected = predict(unet, KNOWN.latents, torch.full((4,), 500), KNOWN)
+    add_lora(unet, STUDENT)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    found = predict_without_lora(unet, KNOWN.latents, torch.full((4,), 500), KNOWN)
+    assert torch.equal(found, expected)
+    assert not torch.equal(predict(unet, KNOWN.latents, torch.full((4,), 500), KNOWN), expected)
+
+
+def test_a_full_lcm_keeps_what_it_says_at_every_w(unet, monkeypatch):
+    lcm = make_full_student(unet, FullStudent(width=8))
+    add_lora(lcm, STUDENT)
+    told = []
+
+    def listening(own):
+        return lambda *given: (told.append(given[-1]), own(*given))[1]
+
+    for name in ("predict", "predict_without_lora"):
+        monkeypatch.setattr(rehearsal, name, listening(getattr(rehearsal, name)))
+    keeping(lcm, guidance=(9.0, 9.5))(0, WHOLE)
+    frozen, trained = told
+    assert torch.equal(frozen, trained) and frozen.unique().numel() == 4
+    assert 9.0 <= frozen.min() and frozen.max() <= 9.5
+
+
+def test_shares_of_a_step_add_up_to_the_whole(unet):
+    add_lora(unet, STUDENT)
+    with torch.no_grad():
+        next(one for name, one in unet.named_parameters() if "lora_B" in name).normal_()
+
+    def part(step: int, share: Share) -> Batch:
+        return Batch(share.of(KNOWN.latents), share.of(KNOWN.prompt_embeds))
+
+    loss = keeping_training(unet, part, NOISE, (0.0, 0.0), seed=3)
+    parts = [loss(5, Share(i, 2)).item() for i in range(2)]
+    assert sum(parts) / 2 == pytest.approx(loss(5, WHOLE).item(), rel=0.02)  # bf16
+    assert parts[0] != parts[1]
+
+
+def test_steps_take_turns():
+    def telling(name):
+        return lambda step, share: (name, step, share)
+
+    both = in_turns(telling("learnt"), telling("kept"))
+    assert [both(step, WHOLE)[:2] for step in range(4)] == [
+        ("learnt", 0),
+        ("kept", 0),
+        ("learnt", 1),
+        ("kept", 1),
+    ]
+    assert both(3, Share(1, 2))[2] == Share(1, 2)
+
+
+def test_with_rehearsal_a_network_drifts_less_and_learns_all_the_same(unet, tmp_path, monkeypatch):
+    # The same draws at every step: on random weights only that shows learning within seconds.
+    for module in (rehearsal, consistency_training.__globals__):
+        place = module if isinstance(module, dict) else vars(module)
+        monkeypatch.setitem(place, "Draws", lambda seed, step, share: Draws(0, 0, share))
+    weights = {name: value.clone() for name, value in unet.state_dict().items()}
+
+    def trained(rehearse: bool) -> tuple[float, float]:
+        torch.manual_seed(1)
+        network = UNet2DConditionModel.from_config(unet.config)
+        network.load_state_dict(weights)
+        add_lora(network, STUDENT)
+        learnt = consistency_training(
+            finetuning_roles(network), lambda step, share: LEARNT, NOISE, STUDENT, seed=5
+        )
+        loss = in_turns(learnt, keeping(network)) if rehearse else learnt
+        schedule = Schedule(60 if rehearse else 30, lr=1e-2, warmup=5, ema_decay=0.5)
+        optimise("test", network, loss, schedule, tmp_path / str(rehearse))
+        return learnt(0, WHOLE).item(), keeping(network)(0, WHOLE).item()
+
+    (learnt, drift), (learnt_without, drift_without) = trained(True), trained(False)
+    torch.manual_seed(1)
+    fresh = UNet2DConditionModel.from_config(unet.config)
+    fresh.load_state_dict(weights)
+    add_lora(fresh, STUDENT)
+    before = consistency_training(
+        finetuning_roles(fresh), lambda step, share: LEARNT, NOISE, STUDENT, seed=5
+    )(0, WHOLE).item()
+    assert learnt < 0.8 * before and learnt_without < 0.8 * before
+    assert drift < 0.3 * drift_without
+
+
+@pytest.mark.parametrize("model", ["miniature", "sdxl"])
+@pytest.mark.parametrize("count", [1, 200, 3_000])
+def test_prompts_are_many_and_always_the_same(model, count):
+    prompts = prompts_of(model, count)
+    assert prompts == prompts_of(model, count) and len(prompts) == count
+    assert len(set(prompts)) > 0.9 * min(count, 2_000)
+    if model == "miniature":
+        assert not any("windmill" in one or "pyramid" in one for one in prompts)
+
+
+def test_pictures_to_rehearse_are_painted_once(tmp_path, monkeypatch):
+    teacher = make_diffusers_folder(get_model("sd15"), tmp_path / "teacher")
+    diffusion = load_base(str(teacher), Settings(), torch.device("cpu"))
+    folder, prompts = tmp_path / "own", ["a tree", "a house"]
+    paint_rehearsal(folder, prompts, diffusion)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == prompts
+    first, second = (Path(folder, row["file_name"]) for row in rows)
+    assert first.read_bytes() != second.read_bytes()
+    with Image.open(first) as image:
+        assert image.size[0] == image.size[1]
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("painted again")
+
+    monkeypatch.setattr(rehearsal, "paint", again)
+    paint_rehearsal(folder, prompts, diffusion)
+    with pytest.raises(AssertionError, match="painted again"):
+        paint_rehearsal(folder, ["a tree", "a castle"], diffusion)

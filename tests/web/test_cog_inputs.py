@@ -1,0 +1,163 @@
+"""Whatever a visitor sends, a Cog server gets inputs that were checked, and nothing else."""
+
+import asyncio
+import base64
+import io
+
+import numpy as np
+import pytest
+from conftest import MINIATURE
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from fewstep.errors import InvalidRequest
+from fewstep.images.codec import open_alpha_mask, open_image, open_mask
+from fewstep.models.specs import get_model
+from fewstep.web.cog_inputs import PictureReader, make_wish
+
+SDXL = get_model("sdxl")
+
+
+def file(image, kind="PNG", **options):
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def sent(content, opened):
+    return asyncio.run(PictureReader().read(content, "image", opened))
+
+
+def opened(url):
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+def test_a_prompt_alone_becomes_inputs_with_the_size_and_the_seed_settled():
+    wish = make_wish(MINIATURE, {"prompt": "a red house", "seed": None, "style": None})
+    seed = wish.inputs.pop("seed")
+    assert 0 <= seed < 2**31
+    assert wish.inputs == {
+        "prompt": "a red house", "steps": 4, "guidance": 1.0, "num_outputs": 1, "aspect_ratio": "custom",
+        "width": 128, "height": 128, "output_format": "webp", "output_quality": 90,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": ""},
+        {"prompt": "a" * 2001},
+        {"prompt": 5},
+        {"prompt": "a\0b"},
+        {"steps": 9},
+        {"steps": "4"},
+        {"steps": True},
+        {"guidance": float("nan")},
+        {"guidance": 4.5},
+        {"seed": 2**31},
+        {"seed": -1},
+        {"num_outputs": 5},
+        {"aspect_ratio": "2:1"},
+        {"prompt_strength": 2},
+        {"output_format": "gif"},
+        {"webhook": "http://127.0.0.1/"},
+        {"id": "../x"},
+        {"disable_safety_checker": True},
+        {"image": "file:///etc/passwd"},
+        {"mask": "http://169.254.169.254/"},
+        {"lcm_scale": 0},
+        {"style": "https://huggingface.co/x.safetensors"},
+        {"style": "owner/repo"},
+        {"style": "../../x"},
+        {"style": ["golden-hour"]},
+        {"style": {"a": 1}},
+    ],
+)
+def test_what_is_not_allowed_is_refused_without_being_quoted(fields):
+    with pytest.raises(InvalidRequest) as told:
+        make_wish(MINIATURE, {"prompt": "a red house", **fields}, styles=["golden-hour"])
+    assert len(told.value.sentence) < 400
+    assert not any(
+        str(value) in told.value.sentence
+        for value in fields.values()
+        if isinstance(value, str) and len(value) > 4
+    )
+
+
+def test_a_style_of_the_servers_own_goes_with_its_scale():
+    wish = make_wish(
+        MINIATURE,
+        {"prompt": "a red house", "style": "golden-hour", "style_scale": 0.5},
+        styles=["golden-hour"],
+    )
+    assert (wish.inputs["style"], wish.inputs["style_scale"]) == ("golden-hour", 0.5)
+
+
+def test_a_negative_prompt_goes_only_where_it_counts():
+    for guidance, goes in ((1, False), (2, True)):
+        wish = make_wish(MINIATURE, {"prompt": "a", "negative_prompt": "blue", "guidance": guidance})
+        assert ("negative_prompt" in wish.inputs) is goes
+
+
+def test_a_quick_wish_is_one_small_picture_of_the_same_shape_and_seed():
+    fields = {"prompt": "a", "seed": 7, "num_outputs": 4, "aspect_ratio": "16:9"}
+    quick, full = (make_wish(SDXL, fields, quick=quick) for quick in (True, False))
+    assert full.size == (1344, 768) and quick.size == (672, 384)
+    assert (quick.inputs["num_outputs"], quick.inputs["seed"]) == (1, 7)
+    assert make_wish(MINIATURE, {"prompt": "a"}, quick=True).size == (128, 128)  # as it is, it is quick
+
+
+def test_pictures_go_as_our_own_pixels_of_the_size_that_is_painted():
+    photo = Image.effect_mandelbrot((300, 200), (-2, -1, 1, 1), 50).convert("RGB")
+    picture = file(photo, "JPEG", exif=b"Exif\0\0secret place")
+    mask = file(Image.new("L", (300, 200), 255))
+    wish = make_wish(
+        MINIATURE,
+        {"prompt": "a", "prompt_strength": 0.5},
+        image=sent(picture, open_image),
+        mask=sent(mask, open_mask),
+    )
+    assert wish.size == (160, 104)
+    image = opened(wish.inputs["image"])
+    assert (image.format, image.size, opened(wish.inputs["mask"]).size) == ("PNG", (160, 104), (160, 104))
+    assert b"secret" not in base64.b64decode(wish.inputs["image"].partition(",")[2])
+    assert wish.recipe["from_image"] and "image" not in wish.recipe and wish.inputs["prompt_strength"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<svg onload=alert(1)>", b"GIF89a" + b"\0" * 20, b"\x89PNG\r\n\x1a\n"]
+)
+def test_what_is_no_picture_is_refused(content):
+    with pytest.raises(InvalidRequest):
+        sent(content, open_image)
+
+
+def test_a_bomb_is_refused_by_its_header():
+    bomb = file(Image.new("1", (9000, 9000)))
+    assert len(bomb) < 20_000
+    with pytest.raises(InvalidRequest, match="81000000|9000x9000"):
+        sent(bomb, open_image)
+
+
+def test_a_large_picture_is_kept_no_larger_than_what_is_painted():
+    assert sent(file(Image.new("RGB", (4000, 1000))), open_image).size == (2048, 512)
+
+
+def test_a_flood_of_texts_in_an_alpha_mask_is_not_unpacked():
+    """What Pillow alone would make 200 MB of."""
+    texts = PngInfo()
+    for i in range(60):
+        texts.add_text(f"k{i}", "x" * 1_000_000, zip=True)
+    flood = file(Image.new("LA", (64, 64), (0, 0)), pnginfo=texts)
+    assert len(flood) < 200_000
+    assert np.asarray(sent(flood, open_alpha_mask)).min() == 255
+
+
+def test_openais_masks_are_transparent_where_to_repaint():
+    alpha = np.full((8, 16), 255, np.uint8)
+    alpha[:, 8:] = 0
+    rgba = Image.fromarray(np.dstack([np.zeros((8, 16, 3), np.uint8), alpha]), "RGBA")
+    read = np.asarray(sent(file(rgba), open_alpha_mask))
+    assert read[:, :8].max() == 0 and read[:, 8:].min() == 255
+    white = np.asarray(sent(file(Image.new("RGB", (8, 8), "white")), open_alpha_mask))
+    assert white.min() == 255
