@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 import cog
 from cog import BasePredictor, Input, Path
 
-from fewstep.coglet.adapter import check_cog, fetched_file, log_to_stderr, told_to_callers
+from fewstep.coglet.adapter import check_cog, fetched_file, log_to_stderr, mask_unexpected_errors
 from fewstep.errors import FewstepError, UnsafeImage
 from fewstep.generation.batcher import Batcher
 from fewstep.images.codec import encode_image, open_image, open_mask
 from fewstep.images.metadata import recipe_of, save_options
 from fewstep.images.outputs import Outputs
-from fewstep.lora.resolve import Styles
+from fewstep.lora.resolve import LoraResolver
 from fewstep.models.specs import ModelSpec, get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
 
 if TYPE_CHECKING:
-    from fewstep.generation.pipeline import Painting, Pipeline
+    from fewstep.generation.pipeline import GenerationResult, Pipeline
 
 logger = logging.getLogger("fewstep.predict")
 
@@ -37,13 +37,13 @@ class Predictor(BasePredictor):
     recipes: bool
     outputs: Outputs
     pipeline: "Pipeline"
-    styles: Styles
-    batcher: "Batcher[Request, Painting | FewstepError]"
+    styles: LoraResolver
+    batcher: "Batcher[Request, GenerationResult | FewstepError]"
 
     async def setup(self) -> None:  # type: ignore[override]  # coglet awaits it
         """Load the model and paint once. Whatever fails ends the start with one sentence."""
         log_to_stderr()
-        with told_to_callers():
+        with mask_unexpected_errors():
             check_cog()
             settings = Settings.from_env()
             self.spec, self.recipes = get_model(settings.model), settings.recipes
@@ -56,7 +56,7 @@ class Predictor(BasePredictor):
                 deadline_s=settings.deadline_s,
             )
             self.pipeline = await self.batcher.run(lambda: _load(self.spec, settings))
-            self.styles = Styles(settings, self.pipeline.adapters.read)
+            self.styles = LoraResolver(settings, self.pipeline.adapters.read)
             width, height = self.pipeline.usual_size
             warm_up = Request.create(self.spec, prompt="warm up", steps=1, seed=0, aspect_ratio="custom", width=width, height=height)
             [first] = await self.batcher.run(lambda: self.pipeline.generate([warm_up]))
@@ -91,7 +91,7 @@ class Predictor(BasePredictor):
         """Paint; raises a FewstepError, which callers see as `[code] sentence`."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
         began = time.monotonic()
-        with self.outputs.prediction(), told_to_callers():
+        with self.outputs.prediction(), mask_unexpected_errors():
             # A thread costs a quarter of a millisecond, which only pictures are worth.
             drawn = inputs["image"] is not None or inputs["mask"] is not None
             request = await asyncio.to_thread(self._request, inputs) if drawn else self._request(inputs)
@@ -113,7 +113,7 @@ class Predictor(BasePredictor):
                 inputs[name] = open_file(fetched_file(name, inputs[name]), name)
         return self.pipeline.counted(Request.create(self.spec, **inputs))
 
-    def _save(self, painting: "Painting", request: Request) -> tuple[list[Path], float]:
+    def _save(self, painting: "GenerationResult", request: Request) -> tuple[list[Path], float]:
         """The written files and the milliseconds that encoding took."""
         began = time.perf_counter()
         kind, quality = request.output_format, request.output_quality
@@ -138,7 +138,7 @@ def _load(spec: ModelSpec, settings: Settings) -> "Pipeline":
     return load_pipeline(spec, settings)
 
 
-def _unless_failed(result: "Painting | FewstepError") -> "Painting":
+def _unless_failed(result: "GenerationResult | FewstepError") -> "GenerationResult":
     if isinstance(result, FewstepError):
         raise result
     return result

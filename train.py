@@ -10,7 +10,7 @@ import tempfile
 
 from cog import BaseModel, Input, Path
 
-from fewstep.coglet.adapter import check_cog, fetched_file, log_to_stderr, told_to_callers
+from fewstep.coglet.adapter import check_cog, fetched_file, log_to_stderr, mask_unexpected_errors
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
@@ -33,7 +33,7 @@ def train(
 ) -> TrainingOutput:
     """Train; raises a FewstepError, which callers see as `[code] sentence`."""
     log_to_stderr()
-    with told_to_callers():
+    with mask_unexpected_errors():
         check_cog()
         settings = Settings.from_env()
         # Imported here: torch takes seconds, and Cog reads this file without running it.

@@ -7,9 +7,9 @@ FewstepError
 ├── SettingsError     settings            an environment variable holds something unknown
 ├── DatasetError      dataset             what is to be trained on is missing or unreadable
 ├── TrainingError     training            a training cannot begin as asked, or cannot go on
-├── GenerationError   generation_failed   the model ran, and what it made is not a picture
-├── SafetyError       safety_check_failed a finished picture could not be checked, and is withheld
-├── UnsafeImage       unsafe              every picture of the request was flagged
+├── GenerationError   generation_failed   the model ran, and what it made is not an image
+├── SafetyError       safety_check_failed a finished image could not be checked, and is withheld
+├── UnsafeImage       unsafe              every image of the request was flagged
 ├── DeadlineExceeded  deadline            the request's time was up
 ├── Stopped           stopped             nobody waits for the result any more, or the server is going down
 └── InternalError     internal            anything else; the details are in the log only
@@ -60,7 +60,7 @@ class SettingsError(FewstepError):
 
 
 class DatasetError(FewstepError):
-    """The pictures or captions of a training are missing, unreadable or too many."""
+    """The images or captions of a training are missing, unreadable or too many."""
 
     code = "dataset"
 
@@ -72,19 +72,19 @@ class TrainingError(FewstepError):
 
 
 class GenerationError(FewstepError):
-    """The model ran, but its output is not a picture (NaN, infinite, or missing)."""
+    """The model ran, but its output is not an image (NaN, infinite, or missing)."""
 
     code = "generation_failed"
 
 
 class SafetyError(FewstepError):
-    """A finished picture could not be checked for safety."""
+    """A finished image could not be checked for safety."""
 
     code = "safety_check_failed"
 
 
 class UnsafeImage(FewstepError):
-    """The safety checker flagged the picture."""
+    """The safety checker flagged the image."""
 
     code = "unsafe"
 

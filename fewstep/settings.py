@@ -68,7 +68,7 @@ def _outputs_in_temporary_folder() -> Path:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a batch: so many pictures of `width` x `height` px, with classifier-free guidance or without."""
+    """Of a batch: so many images of `width` x `height` px, with classifier-free guidance or without."""
 
     width: int
     height: int
@@ -98,10 +98,10 @@ class Settings:
     style_disk_bytes: int = 20 * GIGABYTE
     style_memory_bytes: int = 4 * GIGABYTE
     engine: str = "torch"
-    openvino_size: tuple[int, int] | None = None  # of the pictures that OpenVINO paints; None: native
+    openvino_size: tuple[int, int] | None = None  # of the images that OpenVINO generates; None: native
     vae: str = "full"  # which decodes; "tiny" is coarser, and takes a small part of the time
-    compiled: tuple["Shape", ...] = ()  # that the compiled engine is made for; none: one native picture
-    recipes: bool = True  # whether files carry what they were painted from
+    compiled: tuple["Shape", ...] = ()  # that the compiled engine is made for; none: one native image
+    recipes: bool = True  # whether files carry what they were generated from
     hf_endpoint: str = HUB
     hf_token: str | None = field(default=None, repr=False)
 

@@ -1,4 +1,4 @@
-"""What a Cog build copies: the code, the served weights and nothing else; and that it starts and paints."""
+"""What a Cog build copies: the code, the served weights and nothing else; and that it starts."""
 
 import fnmatch
 import os
@@ -56,7 +56,7 @@ def save_tiny_sdxl(weights: Path, original: Path) -> None:
     save_model(spec, as_downloaded(spec, make_folder(spec, original)), weights)
 
 
-def test_the_tree_that_a_build_copies_starts_and_paints(tmp_path):
+def test_the_tree_that_a_build_copies_starts_and_generates(tmp_path):
     tree = tmp_path / "src"
     kept = copied_tree(tree)
     save_tiny_sdxl(tree / "weights", tmp_path / "original")

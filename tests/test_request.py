@@ -383,7 +383,7 @@ def test_a_low_strength_has_fewer_steps_to_take_but_always_one(strength, steps, 
     assert create(prompt_strength=strength, steps=steps).real_steps == steps
 
 
-def test_pictures_and_strength_are_part_of_the_shape():
+def test_images_and_strength_are_part_of_the_shape():
     image, mask = Image.new("RGB", (64, 64)), Image.new("L", (64, 64))
     keys = [
         create().shape_key,

@@ -165,9 +165,9 @@ def test_none_switches_fetching_of_styles_off():
 
 
 def test_every_variable_has_a_line_in_the_documentation():
-    painting, page = (REPOSITORY / "docs" / "settings.md").read_text().split("The page (")
+    result, page = (REPOSITORY / "docs" / "settings.md").read_text().split("The page (")
     for text, module, read in (
-        (painting, "settings.py", r'read\.\w+\(\s*"([A-Z_]+)"'),
+        (result, "settings.py", r'read\.\w+\(\s*"([A-Z_]+)"'),
         (page, "web/settings.py", r'environ\.get\("([A-Z_]+)"'),
     ):
         written = re.findall(r"^\| (`[A-Z_]+`(?:, `[A-Z_]+`)*) \|", text, re.MULTILINE)

@@ -59,7 +59,7 @@ def pictures(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("method", ["lcf", "style"])
-def test_a_zip_of_pictures_becomes_an_adapter(server, pictures, tmp_path, method) -> None:
+def test_a_zip_of_images_becomes_an_adapter(server, pictures, tmp_path, method) -> None:
     inputs = {"images": pictures, "method": method, "steps": 2, "batch_size": 2, "rank": 4, "seed": 1}
     inputs["rehearse"] = 2
     status, answer = server.post("/trainings", {"input": inputs})

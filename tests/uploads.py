@@ -1,4 +1,4 @@
-"""What users bring to a training: pictures as bytes, and webdataset shards."""
+"""What users bring to a training: images as bytes, and webdataset shards."""
 
 import io
 import tarfile
@@ -6,7 +6,7 @@ import tarfile
 from PIL import Image
 
 
-def picture(size=(128, 128), colour="red", suffix="png") -> bytes:
+def image(size=(128, 128), colour="red", suffix="png") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, suffix.upper().replace("JPG", "JPEG"))
     return file.getvalue()

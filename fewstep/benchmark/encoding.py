@@ -1,4 +1,4 @@
-"""What a file costs: milliseconds and bytes of a picture of 1024 px, by format and encoder's settings."""
+"""What a file costs: milliseconds and bytes of an image of 1024 px, by format and encoder's settings."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def tiled(pictures: Sequence[Image.Image]) -> Image.Image:
-    """One picture of SIDE x SIDE px out of as many small ones as it takes."""
-    width, height = pictures[0].size
+def tiled(images: Sequence[Image.Image]) -> Image.Image:
+    """One image of SIDE x SIDE px out of as many small ones as it takes."""
+    width, height = images[0].size
     columns = SIDE // width
     whole = Image.new("RGB", (SIDE, SIDE))
-    for i, picture in enumerate(pictures):
-        whole.paste(picture, (i % columns * width, i // columns * height))
+    for i, image in enumerate(images):
+        whole.paste(image, (i % columns * width, i // columns * height))
     return whole
 
 
-def measure(picture: Image.Image, repeats: int) -> list[dict[str, Any]]:
+def measure(image: Image.Image, repeats: int) -> list[dict[str, Any]]:
     """A row for each of OPTIONS; the settings are tried in turns, `repeats` times."""
     seconds: list[list[float]] = [[] for _ in OPTIONS]
     sizes = [0] * len(OPTIONS)
@@ -37,7 +37,7 @@ def measure(picture: Image.Image, repeats: int) -> list[dict[str, Any]]:
         for i, (kind, options) in enumerate(OPTIONS):
             file = io.BytesIO()
             started = time.perf_counter()
-            picture.save(file, kind, **options)
+            image.save(file, kind, **options)
             seconds[i].append(time.perf_counter() - started)
             sizes[i] = len(file.getvalue())
     return [

@@ -3,7 +3,7 @@
     make_random("sdxl", weights_root)
 
 What is made stands in for a download, file by file: `save_model` and `load_pipeline` do with it what they do
-with the real weights. The pictures are noise.
+with the real weights. The images are noise.
 """
 
 from __future__ import annotations

@@ -21,17 +21,17 @@ from typing import Any
 from fewstep.coglet.server import Server, ServerFailed, code_and_sentence, free_port, running_server
 from fewstep.settings import Settings
 
-# A full-size model on a small CPU paints for minutes.
+# A full-size model on a small CPU generates for minutes.
 DEADLINE_S = 3600
 
 
 def measure(model: str, environ: Mapping[str, str] | None = None, **inputs: int) -> dict[str, Any]:
-    """Start a server of `model`, let it paint once and weigh it; Linux only.
+    """Start a server of `model`, let it generate once and weigh it; Linux only.
 
     Seconds are wall-clock: `setup_s` from the start of the process until predictions are served, which takes
-    in a first picture at the model's native size; `painting_s` of the whole request. The peaks are of what
+    in a first image at the model's native size; `painting_s` of the whole request. The peaks are of what
     was resident at once, during setup and afterwards, files that are mapped included. Raises ServerFailed
-    when the model does not come up or does not paint.
+    when the model does not come up or does not generate.
     """
     environ = {**(os.environ if environ is None else environ), "FEWSTEP_MODEL": model}
     machine = describe_machine()
@@ -45,7 +45,7 @@ def measure(model: str, environ: Mapping[str, str] | None = None, **inputs: int)
             setup_peak = _peak_bytes(server, forget=True)
             started = time.perf_counter()
             status, answer = server.post("/predictions", {"input": body})
-            painting_s = time.perf_counter() - started
+            result_s = time.perf_counter() - started
             if status != 200 or answer["status"] != "succeeded":
                 raise ServerFailed(code_and_sentence(str(answer.get("error", answer))))
             return {
@@ -54,7 +54,7 @@ def measure(model: str, environ: Mapping[str, str] | None = None, **inputs: int)
                 "dtype": _dtype_of(environ),
                 **inputs,
                 "setup_s": round(setup_s, 1),
-                "painting_s": round(painting_s, 2),
+                "painting_s": round(result_s, 2),
                 **{f"{part}_s": round(answer["metrics"][f"{part}_ms"] / 1000, 2) for part in _PARTS},
                 "setup_peak_gb": round(setup_peak / 1e9, 2),
                 "painting_peak_gb": round(_peak_bytes(server) / 1e9, 2),

@@ -1,7 +1,7 @@
-"""From the last keystroke to the picture on the screen, in a browser: our page, and the usual small site.
+"""From the last keystroke to the image on the screen, in a browser: our page, and the usual small site.
 
-The usual one waits until typing has paused for half a second, has the picture saved as a PNG, and is told its
-path. Both paint with the same Cog server.
+The usual one waits until typing has paused for half a second, has the image saved as a PNG, and is told its
+path. Both generate with the same Cog server.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fewstep.errors import SettingsError
 from fewstep.models.specs import get_model
 from fewstep.web.app import create_app
 from fewstep.web.settings import WebSettings
-from fewstep.web.worker_pool import OneServer
+from fewstep.web.worker_pool import RemoteWorker
 
 KEY_MS = 120  # between keystrokes: a hundred words a minute
 PROMPTS = (
@@ -69,7 +69,7 @@ document.querySelector('#prompt').addEventListener('input', event => {
 
 
 def measure(server: Server, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds beyond painting, of every prompt typed `rounds` times, the two pages in turns.
+    """Milliseconds beyond generating, of every prompt typed `rounds` times, the two pages in turns.
 
     Raises SettingsError without a Chromium.
     """
@@ -100,7 +100,10 @@ def measure(server: Server, rounds: int) -> list[dict[str, Any]]:
                 found[name].append(_beyond(page, PROMPTS[i % len(PROMPTS)], name == "fewstep"))
         browser.close()
     rows = [{"page": name, **_summarised(values)} for name, values in found.items()]
-    rows[0] |= {"first_paint_ms": round(statistics.median(paint for paint, _ in loads)), "kb": loads[0][1]}
+    rows[0] |= {
+        "first_paint_ms": round(statistics.median(first for first, _ in loads)),
+        "kb": loads[0][1],
+    }
     return rows
 
 
@@ -109,9 +112,9 @@ def _load(browser: Any, address: str) -> tuple[float, float]:
     page = browser.new_context().new_page()
     page.goto(address)
     page.wait_for_load_state("networkidle")
-    paint, size = page.evaluate(LOADED)
+    generate, size = page.evaluate(LOADED)
     page.context.close()
-    return float(paint), round(size / 1000, 1)
+    return float(generate), round(size / 1000, 1)
 
 
 def _beyond(page: Any, prompt: str, ours: bool) -> float:
@@ -146,14 +149,14 @@ def _summarised(values: Sequence[float]) -> dict[str, Any]:
 
 def _ours(url: str, folder: Path) -> Starlette:
     settings = replace(WebSettings.from_env(ROOT, {}), data=folder / "data")
-    return create_app(get_model("miniature"), settings, OneServer(url, 60))
+    return create_app(get_model("miniature"), settings, RemoteWorker(url, 60))
 
 
 def _usual(server: Server, folder: Path) -> Starlette:
     async def page(request: Request) -> HTMLResponse:
         return HTMLResponse(USUAL)
 
-    async def paint(request: Request) -> JSONResponse:
+    async def generate(request: Request) -> JSONResponse:
         body = {"input": {**await request.json(), "output_format": "png"}}
         _, answer = await asyncio.to_thread(server.post, "/predictions", body, 60)
         file = folder / f"{uuid.uuid4()}.png"
@@ -162,7 +165,7 @@ def _usual(server: Server, folder: Path) -> Starlette:
         return JSONResponse({"path": f"/files/{file.name}", "paint_ms": spent})
 
     files = Mount("/files", StaticFiles(directory=folder))
-    return Starlette(routes=[Route("/", page), Route("/paint", paint, methods=["POST"]), files])
+    return Starlette(routes=[Route("/", page), Route("/paint", generate, methods=["POST"]), files])
 
 
 @contextmanager

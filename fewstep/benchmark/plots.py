@@ -1,4 +1,4 @@
-"""Benchmarks as pictures for the README."""
+"""Benchmarks as images for the README."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_costs(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Seconds against the picture's size and against steps, unguided, with the line of the FLOPs."""
+    """Seconds against the image's size and against steps, unguided, with the line of the FLOPs."""
     single = [
         row
         for row in rows
@@ -67,7 +67,7 @@ def plot_costs(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_throughput(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Pictures a second against the number of callers, beside what a batch takes without a server."""
+    """Images a second against the number of callers, beside what a batch takes without a server."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     colours: dict[str, Any] = {}
     for system in dict.fromkeys(row["system"] for row in rows if row.get("requests")):

@@ -1,4 +1,4 @@
-"""What speed costs: each system's pictures beside those that plain diffusers paints in fp32, and, of the
+"""What speed costs: each system's images beside those that plain diffusers generates in fp32, and, of the
 miniature, what its judge reads in them."""
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ EXACT = "diffusers"  # the system that the others are compared with
 BATCH = 4
 
 
-def paint_captions(system: System, count: int) -> list[Image.Image]:
-    """One picture in 4 steps of each of the judge's first `count` captions."""
+def generate_captions(system: System, count: int) -> list[Image.Image]:
+    """One image in 4 steps of each of the judge's first `count` captions."""
     _, captions = held_out_captions(count)
     images: list[Image.Image] = []
     for start in range(0, count, BATCH):
         prompts = captions[start : start + BATCH]
         wish = Wish(128, batch=len(prompts))
-        images += system.paint(wish, prompts, range(start, start + len(prompts)))
+        images += system.generate(wish, prompts, range(start, start + len(prompts)))
     return images
 
 
 def all_right(pictures: Path, count: int, weights: Path) -> float:
-    """Percent of the `count` captions whose picture shows all that was asked, as the judge reads it."""
+    """Percent of the `count` captions whose image shows all that was asked, as the judge reads it."""
     scenes, _ = held_out_captions(count)
     judge = load_judge(weights / "miniature" / "judge" / "judge.safetensors")
     return float(100 * score(judge, load(pictures, "caption"), scenes).all(1).mean())
 
 
 def psnr(found: Sequence[Image.Image], expected: Sequence[Image.Image]) -> float:
-    """Peak signal-to-noise ratio in dB, the median of the pictures; inf where they are the same."""
+    """Peak signal-to-noise ratio in dB, the median of the images; inf where they are the same."""
     return statistics.median(_psnr(a, b) for a, b in zip(found, expected, strict=True))
 
 

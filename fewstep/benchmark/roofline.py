@@ -28,12 +28,12 @@ def flops_of(folder: Path, wish: Wish) -> float:
             1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         )
         given = {"text_embeds": pooled, "time_ids": torch.empty(1, 6)}
-        with FlopCounterMode(display=False) as painted:
+        with FlopCounterMode(display=False) as generated:
             unet(latents, torch.tensor(1), states, added_cond_kwargs=given)
         with FlopCounterMode(display=False) as decoded:
             vae.decode(latents)
     evaluations = wish.steps * (2 if wish.guidance > 1 else 1)
-    return float(wish.batch * (evaluations * painted.get_total_flops() + decoded.get_total_flops()))
+    return float(wish.batch * (evaluations * generated.get_total_flops() + decoded.get_total_flops()))
 
 
 def matmul_rate(dtype: torch.dtype, side: int = 4096, repeats: int = 5) -> float:

@@ -1,4 +1,4 @@
-"""How long a start takes, of the miniature: the shell's command to its picture, and a server to READY."""
+"""How long a start takes, of the miniature: the shell's command to its image, and a server to READY."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def measure(weights: Path, repeats: int) -> list[dict[str, Any]]:
 
 
 def predict_s() -> float:
-    """Of scripts/predict, from the shell's call to the written picture."""
+    """Of scripts/predict, from the shell's call to the written image."""
     with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder, "out.webp")
-        command = [str(ROOT / "scripts" / "predict"), "-i", f"prompt={PROMPT}", "-o", str(picture)]
+        image = Path(folder, "out.webp")
+        command = [str(ROOT / "scripts" / "predict"), "-i", f"prompt={PROMPT}", "-o", str(image)]
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
         seconds = time.perf_counter() - started
-        if done.returncode or not picture.exists():
+        if done.returncode or not image.exists():
             raise ServerFailed(f"scripts/predict painted nothing: {done.stderr.strip()[-200:]}")
     return seconds
 
 
 def ready_s(weights: Path) -> float:
-    """Of the container's server, from its start to READY; the first picture has been painted then."""
+    """Of the container's server, from its start to READY; the first image has been generated then."""
     started = time.perf_counter()
     with serving(weights, ROOT):
         return time.perf_counter() - started

@@ -27,9 +27,9 @@ PARTS = ("unet", "vae", "text", "encode")
 
 @dataclass(frozen=True)
 class Suite:
-    """Systems and wishes that are compared; `repeats` pictures of each wish are timed in a round.
+    """Systems and wishes that are compared; `repeats` images of each wish are timed in a round.
 
-    The judge reads the pictures of `captions` prompts more, painted as `JUDGED`.
+    The judge reads the images of `captions` prompts more, generated as `JUDGED`.
     """
 
     model: str
@@ -81,30 +81,30 @@ SUITES = {
 def run(
     suite: Suite, weights: Path, rounds: int, told: Callable[[str], None]
 ) -> tuple[dict[tuple[str, Wish], list[Sample]], dict[tuple[str, Wish], dict[str, float]]]:
-    """Every system's samples of every wish, over all rounds, and what the first round's pictures
+    """Every system's samples of every wish, over all rounds, and what the first round's images
     are worth."""
     found: dict[tuple[str, Wish], list[Sample]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds):
             for system in suite.systems:
                 told(f"round {i + 1} of {rounds}: {system}")
-                pictures = Path(folder, str(i), system)
+                images = Path(folder, str(i), system)
                 captions = 0 if i else suite.captions
-                for wish, sample in samples_of(system, suite.of(system), weights, pictures, captions):
+                for wish, sample in samples_of(system, suite.of(system), weights, images, captions):
                     found.setdefault((system, wish), []).append(sample)
         return found, _qualities(suite, weights, Path(folder, "0"))
 
 
 def samples_of(
-    system: str, suite: Suite, weights: Path, pictures: Path, captions: int
+    system: str, suite: Suite, weights: Path, images: Path, captions: int
 ) -> Iterator[tuple[Wish, Sample]]:
-    """Start `system` anew and time it; what it paints is left in `pictures`."""
+    """Start `system` anew and time it; what it generates is left in `images`."""
     if system == HTTP:
         yield from _served(suite, weights)
         return
     texts = [json.dumps(asdict(wish)) for wish in suite.wishes]
     command = [sys.executable, "-P", "-m", "fewstep.benchmark.worker", system, suite.model, str(weights)]
-    command += [str(suite.repeats), str(captions), str(pictures), *texts]
+    command += [str(suite.repeats), str(captions), str(images), *texts]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ServerFailed(f"{system} ended with status {done.returncode}; its message is above")
@@ -113,26 +113,22 @@ def samples_of(
         yield suite.wishes[i // suite.repeats], row
 
 
-def _qualities(suite: Suite, weights: Path, pictures: Path) -> dict[tuple[str, Wish], dict[str, float]]:
+def _qualities(suite: Suite, weights: Path, images: Path) -> dict[tuple[str, Wish], dict[str, float]]:
     """Of all but HTTP, whose files are compressed and come from the same pipeline."""
     found: dict[tuple[str, Wish], dict[str, float]] = {}
     for system in suite.systems:
-        if not (pictures / system).is_dir():
+        if not (images / system).is_dir():
             continue
         for wish in suite.of(system).wishes:
             row = found.setdefault((system, wish), {})
             if system != EXACT and EXACT in suite.systems:
                 both = [
-                    [
-                        image
-                        for i in range(suite.repeats)
-                        for image in load(pictures / name, f"{wish.name}-{i}")
-                    ]
+                    [image for i in range(suite.repeats) for image in load(images / name, f"{wish.name}-{i}")]
                     for name in (system, EXACT)
                 ]
                 row["psnr"] = round(psnr(*both), 1)
             if wish == JUDGED and suite.captions:
-                row["right"] = round(all_right(pictures / system, suite.captions, weights), 1)
+                row["right"] = round(all_right(images / system, suite.captions, weights), 1)
     return found
 
 

@@ -34,7 +34,7 @@ PROMPT = "a red house in a meadow with mountains at sunset, in the middle"
 
 @dataclass(frozen=True)
 class Wish:
-    """A square picture, or `batch` of them at once."""
+    """A square image, or `batch` of them at once."""
 
     size: int
     steps: int = 4
@@ -43,7 +43,7 @@ class Wish:
 
     @property
     def name(self) -> str:
-        """Of its pictures' files."""
+        """Of its images' files."""
         return f"{self.size}px-{self.steps}-{self.guidance:g}-{self.batch}"
 
 
@@ -55,13 +55,13 @@ def prompts_and_seeds(wish: Wish, seed: int) -> tuple[list[str], list[int]]:
 
 @dataclass(frozen=True)
 class System:
-    """A loaded model: `paint(wish, prompts, seeds)` gives a picture of each prompt.
+    """A loaded model: `generate(wish, prompts, seeds)` gives an image of each prompt.
 
     A stopwatch goes round `networks`, which are modules by part, or round the engine in their place.
     """
 
     dtype: str
-    paint: Callable[[Wish, Sequence[str], Sequence[int]], list[Image.Image]]
+    generate: Callable[[Wish, Sequence[str], Sequence[int]], list[Image.Image]]
     networks: dict[str, list[nn.Module]]
     engine: OpenVinoEngine | CompiledEngine | None = None
 
@@ -86,7 +86,7 @@ def fewstep(
     )
     pipeline = load_pipeline(spec, settings)
 
-    def paint(wish: Wish, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def generate(wish: Wish, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         requests = [
             Request.create(
                 spec,
@@ -101,14 +101,14 @@ def fewstep(
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         images: list[Image.Image] = []
-        for painting in pipeline.generate(requests):
-            if isinstance(painting, FewstepError):
-                raise painting
-            images += painting.images
+        for result in pipeline.generate(requests):
+            if isinstance(result, FewstepError):
+                raise result
+            images += result.images
         return images
 
     networks = _networks(pipeline.diffusion) | {"vae": [pipeline.decoder.decoder]}
-    return System(name_of(pipeline.dtype), paint, networks, pipeline.engine)
+    return System(name_of(pipeline.dtype), generate, networks, pipeline.engine)
 
 
 def _networks(diffusion: Any) -> dict[str, list[nn.Module]]:
@@ -126,7 +126,7 @@ def diffusers(model: str, weights: Path, size: int, dtype: torch.dtype = torch.f
 
 def reference(model: str, weights: Path, size: int) -> System:
     """What the few-step container does that is copied most: slices, tiles and an fp32 VAE against a lack of
-    memory, channels_last, fused QKV, emptied caches and a PNG with every picture."""
+    memory, channels_last, fused QKV, emptied caches and a PNG with every image."""
     pipe = _with_lcm_lora(model, weights, torch.float32)
     pipe.enable_attention_slicing()
     pipe.vae.enable_slicing()
@@ -135,7 +135,7 @@ def reference(model: str, weights: Path, size: int) -> System:
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.fuse_qkv_projections()
 
-    def paint(wish: Wish, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def generate(wish: Wish, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -144,7 +144,7 @@ def reference(model: str, weights: Path, size: int) -> System:
             image.save(io.BytesIO(), "png")
         return images
 
-    return System(name_of(torch.float32), paint, _networks(pipe))
+    return System(name_of(torch.float32), generate, _networks(pipe))
 
 
 def openvino(model: str, weights: Path, size: int) -> System:

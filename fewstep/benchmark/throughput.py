@@ -1,4 +1,4 @@
-"""Many callers of one server: pictures a second, and what a caller waits, of the miniature in 4 steps."""
+"""Many callers of one server: images a second, and what a caller waits, of the miniature in 4 steps."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from fewstep.benchmark.systems import PROMPT, SYSTEMS, Wish, prompts_and_seeds
 from fewstep.coglet.server import ROOT, Server
 
 PLAIN = Path(__file__).parent / "plain"
-SLOTS = 8  # as many requests as the server takes at a time, and pictures in a batch
+SLOTS = 8  # as many requests as the server takes at a time, and images in a batch
 CLIENTS = (1, 2, 4, 8, 16)
 # After the server said that it has no room, doubled from the one up to the other. It has room for a caller
 # again a moment after the caller has its answer.
 RETRY_S = (0.001, 0.2)
 GENERATE = Wish(128, batch=SLOTS)
-# In a round, of SLOTS callers between pictures of `Pipeline.generate`; they ask for twice as many pictures as
+# In a round, of SLOTS callers between images of `Pipeline.generate`; they ask for twice as many images as
 # others do, since the first batch of a load and the last are seldom full.
 TURNS = 4
 
@@ -49,7 +49,7 @@ class Load:
     seconds: float
     waited: list[float]  # of each answered request, in seconds
     lost: int
-    together: float  # pictures in the batch of an answer, on average
+    together: float  # images in the batch of an answer, on average
 
     @property
     def images_per_s(self) -> float:
@@ -68,7 +68,7 @@ class Answer:
 
     file: bytes | None  # None: it was lost
     seconds: float
-    batch: int = 1  # how many pictures were painted together
+    batch: int = 1  # how many images were generated together
 
 
 def ask(server: Server, number: int, **more: Any) -> Answer:
@@ -100,7 +100,7 @@ def put_load(server: Server, clients: int, numbers: Iterable[int]) -> Load:
 
 
 def differences(server: Server, requests: int) -> dict[str, float]:
-    """Of pictures that were painted beside others, to the same alone: the largest in any value, of 255, and
+    """Of images that were generated beside others, to the same alone: the largest in any value, of 255, and
     the share of the values that differ by more than 1, in percent."""
     lossless = partial(ask, server, output_format="png")
     with ThreadPoolExecutor(SLOTS) as callers:
@@ -117,7 +117,7 @@ def _values(answer: Answer) -> Any:
 
 
 def lone_waits(weights: Path, requests: int) -> dict[int, float]:
-    """The median wait of a caller who is alone, in seconds, by how many pictures the server would put into a
+    """The median wait of a caller who is alone, in seconds, by how many images the server would put into a
     batch; the servers are asked in turns."""
     waited: dict[int, list[float]] = {SLOTS: [], 1: []}
     with ExitStack() as stack:
@@ -135,12 +135,12 @@ def in_turns(
 ) -> list[tuple[Load, float]]:
     """What as many callers as the server has slots get, each time with the images a second that
     `Pipeline.generate` makes in this process right before and after: what slows the machine slows both."""
-    paint, seed = SYSTEMS[name]("miniature", weights, GENERATE.size).paint, count(step=SLOTS)
+    system, seed = SYSTEMS[name]("miniature", weights, GENERATE.size), count(step=SLOTS)
 
     def generate(batches: int) -> float:
         started = time.perf_counter()
         for _ in range(batches):
-            paint(GENERATE, *prompts_and_seeds(GENERATE, next(seed)))
+            system.generate(GENERATE, *prompts_and_seeds(GENERATE, next(seed)))
         return time.perf_counter() - started
 
     generate(2)
@@ -157,7 +157,7 @@ def run(
     weights: Path, rounds: int, requests: int, told: Callable[[str], None]
 ) -> tuple[dict[tuple[str, int], list[Load]], dict[str, list[float]], dict[str, dict[str, float]]]:
     """The loads by server and number of clients; of fewstep the images a second of `Pipeline.generate` beside
-    each load of SLOTS clients, and how far batched pictures are from lone ones."""
+    each load of SLOTS clients, and how far batched images are from lone ones."""
     loads: dict[tuple[str, int], list[Load]] = {}
     generated: dict[str, list[float]] = {}
     far: dict[str, dict[str, float]] = {}

@@ -1,7 +1,7 @@
 """Many visitors who type at once, before scripts/web as people start it: what they wait, and its memory.
 
-Each types a sentence at ten keys a second, waits until its picture is there, and types the next. A fair share
-is a turn after each of the others has had one: visitors / pictures a second.
+Each types a sentence at ten keys a second, waits until its image is there, and types the next. A fair share
+is a turn after each of the others has had one: visitors / images a second.
 """
 
 from __future__ import annotations

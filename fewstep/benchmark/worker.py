@@ -2,8 +2,8 @@
 
     python -m fewstep.benchmark.worker SYSTEM MODEL WEIGHTS REPEATS CAPTIONS PICTURES WISH...
 
-Each WISH is JSON. Of every timed picture one line of JSON is written, after one that is not timed. PICTURES
-is a folder for what was painted: these and, of the miniature, one picture of each of the judge's CAPTIONS.
+Each WISH is JSON. Of every timed image one line of JSON is written, after one that is not timed. PICTURES
+is a folder for what was generated: these and, of the miniature, one image of each of the judge's CAPTIONS.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from zlib import crc32
 
 from torch import nn
 
-from fewstep.benchmark.quality import paint_captions, save
+from fewstep.benchmark.quality import generate_captions, save
 from fewstep.benchmark.systems import SYSTEMS, System, Wish, prompts_and_seeds
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Load, and paint every wish."""
+    """Load, and generate every wish."""
     name, model, weights, repeats, captions, pictures, *wishes = arguments
     asked = [Wish(**json.loads(text)) for text in wishes]
     system = SYSTEMS[name](model, Path(weights), asked[0].size)
     for wish in asked:
         # The first of a size is slower.
-        system.paint(Wish(wish.size, 1, wish.guidance, wish.batch), *prompts_and_seeds(wish, 10**6))
+        system.generate(Wish(wish.size, 1, wish.guidance, wish.batch), *prompts_and_seeds(wish, 10**6))
         for repeat in range(int(repeats)):
-            # Another one for every picture, and the same for every system.
+            # Another one for every image, and the same for every system.
             prompts, seeds = prompts_and_seeds(wish, crc32(f"{wish.name}-{repeat}".encode()) // 4)
             with stopwatches(system) as spent:
                 started = time.perf_counter()
-                images = system.paint(wish, prompts, seeds)
+                images = system.generate(wish, prompts, seeds)
                 seconds = time.perf_counter() - started
             row = {"seconds": seconds, **spent, "dtype": system.dtype, "peak_gb": _peak_gb()}
             print(json.dumps(row), flush=True)
             save(images, Path(pictures), f"{wish.name}-{repeat}")
     if int(captions):
-        save(paint_captions(system, int(captions)), Path(pictures), "caption")
+        save(generate_captions(system, int(captions)), Path(pictures), "caption")
 
 
 @contextmanager

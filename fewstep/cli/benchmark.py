@@ -79,12 +79,12 @@ def _load(rounds: int) -> None:
 def _encode(rounds: int) -> None:
     from fewstep.benchmark.encoding import SIDE, measure, tiled
     from fewstep.benchmark.measure import describe_machine
-    from fewstep.benchmark.quality import paint_captions
+    from fewstep.benchmark.quality import generate_captions
     from fewstep.benchmark.systems import fewstep
     from fewstep.settings import Settings
 
     system = fewstep("miniature", Settings.from_env().weights_root, 128)
-    rows = measure(tiled(paint_captions(system, (SIDE // 128) ** 2)), 5 * rounds)
+    rows = measure(tiled(generate_captions(system, (SIDE // 128) ** 2)), 5 * rounds)
     _write([{**describe_machine(), **row} for row in rows], "encoding")
     for row in rows:
         say(f"{row['format']:>5} {row['options']:<45} {row['ms']:>6} ms {row['bytes']:>8} bytes")

@@ -76,17 +76,17 @@ def _distil(chosen: argparse.Namespace) -> None:
         check_shares(plan.schedule, accelerator)
         check_side(chosen.resolution)
         with accelerator.main_process_first():
-            pictures = _pictures(chosen)
+            images = _images(chosen)
         diffusion = load_base(chosen.model, settings, device)
         with accelerator.main_process_first():
             encoder = Encoder(diffusion, folder / "encoded", chosen.resolution)
-            encoded = encoder.encode_all(pictures, chosen.limit)
+            encoded = encoder.encode_all(images, chosen.limit)
         data = Data(encoded, encoder.captions[:4], encoder.no_prompt())
         train(diffusion, plan, data, folder, accelerator, chosen.model)
     say("done; README.md in the folder that --out names tells how to use it")
 
 
-def _pictures(chosen: argparse.Namespace) -> "Iterable[Captioned]":
+def _images(chosen: argparse.Namespace) -> "Iterable[Captioned]":
     from fewstep.training.datasets import find, read_shards
 
     place = Path(chosen.data)
@@ -128,7 +128,7 @@ def tracked(folder: Path) -> Iterator["Accelerator"]:
     trackers = ["tensorboard"]
     if find_spec("wandb") and os.environ.get("WANDB_API_KEY"):
         trackers.append("wandb")
-    # The others wait while one process encodes, or paints samples: longer than the usual ten minutes.
+    # The others wait while one process encodes, or generates samples: longer than the usual ten minutes.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
     lean = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of all gradients
     accelerator = Accelerator(

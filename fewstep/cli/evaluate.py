@@ -93,7 +93,7 @@ def _evaluate(chosen: argparse.Namespace) -> None:
         partial(load_base, chosen.model, settings, device), guidance, lora, chosen.lcm
     )
     chosen.out.mkdir(parents=True, exist_ok=True)
-    rows, pictures = evaluation.evaluate(
+    rows, images = evaluation.evaluate(
         every,
         prompts,
         chosen.steps,
@@ -102,7 +102,7 @@ def _evaluate(chosen: argparse.Namespace) -> None:
         partial(evaluation.write_rows, path=chosen.out / "scores.csv"),
     )
     evaluation.plot(rows, chosen.out / "plot.png")
-    grid(pictures, len(chosen.steps)).save(chosen.out / "grid.webp", quality=90)
+    grid(images, len(chosen.steps)).save(chosen.out / "grid.webp", quality=90)
     names = [name for name in rows[0] if name not in ("sampler", "steps")]
     text = "\n\n".join(f"{name}, by steps\n\n{evaluation.table(rows, name)}" for name in names)
     (chosen.out / "README.md").write_text(

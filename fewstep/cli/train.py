@@ -63,12 +63,12 @@ def _train(chosen: argparse.Namespace) -> None:
     settings = Settings.from_env()
     wish = Wish(**{one.name: getattr(chosen, one.name) for one in fields(Wish)})
     with tempfile.TemporaryDirectory() as unpacked, tracked(chosen.out) as accelerator:
-        pictures = chosen.pictures
-        if pictures.is_file():
-            unpack(pictures, Path(unpacked))
-            pictures = Path(unpacked)
+        images = chosen.pictures
+        if images.is_file():
+            unpack(images, Path(unpacked))
+            images = Path(unpacked)
         spec = get_model(settings.model)
-        path = fine_tune(spec, settings, wish, pictures, chosen.out, chosen.caption, accelerator)
+        path = fine_tune(spec, settings, wish, images, chosen.out, chosen.caption, accelerator)
     say(f"{path.name} is in the folder that --out names; put it into styles/{spec.name} and name it as style")
 
 

@@ -38,9 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a name by which visitors reach this server, besides localhost; * is any",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="Cog servers (one for each GPU, or one)")
-    painters = parser.add_mutually_exclusive_group()
-    painters.add_argument("--cog-url", metavar="URL", help="a Cog container of fewstep that runs elsewhere")
-    painters.add_argument(
+    generators = parser.add_mutually_exclusive_group()
+    generators.add_argument("--cog-url", metavar="URL", help="a Cog container of fewstep that runs elsewhere")
+    generators.add_argument(
         "--replicate", metavar="OWNER/MODEL", help="fewstep on Replicate, by the token in REPLICATE_API_TOKEN"
     )
     parser.add_argument("--no-open", action="store_true", help="do not open a browser")
@@ -91,7 +91,7 @@ async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from fewstep.web.serving import WebServer
     from fewstep.web.settings import WebSettings
 
-    if sys.stderr.isatty():  # a person is told what matters; a log holds every picture
+    if sys.stderr.isatty():  # a person is told what matters; a log holds every image
         logging.getLogger("fewstep.web").setLevel(logging.WARNING)
     else:
         for handler in logging.getLogger().handlers:
@@ -117,16 +117,16 @@ async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _crew(chosen: argparse.Namespace, environ: Mapping[str, str], settings: Any) -> Any:
-    from fewstep.web.worker_pool import OneServer, OnReplicate, OwnServers
+    from fewstep.web.worker_pool import LocalWorkers, RemoteWorker, ReplicateWorker
 
     timeout_s = settings.deadline_s + 60  # of the server's own, and for its answer
     if chosen.cog_url:
-        return OneServer(chosen.cog_url, timeout_s)
+        return RemoteWorker(chosen.cog_url, timeout_s)
     if chosen.replicate:
         if not settings.replicate_token:
             raise SettingsError("--replicate needs a token; set REPLICATE_API_TOKEN to it")
-        return OnReplicate(chosen.replicate, settings.replicate_token)
-    return OwnServers(environs_of(chosen.workers, environ), timeout_s, log=settings.data / "painters.log")
+        return ReplicateWorker(chosen.replicate, settings.replicate_token)
+    return LocalWorkers(environs_of(chosen.workers, environ), timeout_s, log=settings.data / "painters.log")
 
 
 async def _announce(chosen: argparse.Namespace, model: str, crew: Any, app: Any, server: Any) -> int:

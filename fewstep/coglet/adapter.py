@@ -44,7 +44,7 @@ def fetched_file(name: str, value: object) -> Path:
 
 
 @contextmanager
-def told_to_callers() -> Iterator[None]:
+def mask_unexpected_errors() -> Iterator[None]:
     """Let a FewstepError through, since callers may read it; turn the unforeseen into InternalError.
 
     The details of the latter go to the server's log alone. Being cancelled passes through as it is.

@@ -74,7 +74,7 @@ class Server:
         return self._ask("POST", path, json.dumps(body), timeout_s)
 
     def stop(self) -> None:
-        """End the server and its worker: kindly at first, so that what is being painted is still answered."""
+        """End the server and its worker: kindly at first, so that what is running is still answered."""
         try:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -190,7 +190,7 @@ def code_and_sentence(text: str) -> str:
     return found.group() if found else text
 
 
-def require_free(host: str, port: int, remedy: str) -> None:
+def require_free(host: str, port: int, fix: str) -> None:
     """Raise ServerFailed when the port is taken, or not to be had."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -198,7 +198,7 @@ def require_free(host: str, port: int, remedy: str) -> None:
             listener.bind((host, port))
         except OSError as error:
             reason = error.strerror
-            raise ServerFailed(f"port {port} of {host} cannot be had ({reason}); {remedy}") from None
+            raise ServerFailed(f"port {port} of {host} cannot be had ({reason}); {fix}") from None
 
 
 def _environment(environ: Mapping[str, str], port: int, concurrency: int) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""How well a model paints in 1, 2, 4 ... steps, by every way to sample it: Table 1 of "Latent Consistency
+"""How well a model generates in 1, 2, 4 ... steps, by every way to sample it: Table 1 of "Latent Consistency
 Models" (arXiv 2310.04378) for any model.
 
-The miniature's pictures are judged. Those of other models are measured by what the caller has at hand: a
-vision model whose features are compared with those of real pictures, and a CLIP model.
+The miniature's images are judged. Those of other models are measured by what the caller has at hand: a
+vision model whose features are compared with those of real images, and a CLIP model.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from fewstep.training.sources import halve_if_large
 logger = logging.getLogger(__name__)
 
 TEACHER = "DDIM"
-BATCH, BATCH_SIDE = 25, 128  # pictures of so many px a side
+BATCH, BATCH_SIDE = 25, 128  # images of so many px a side
 SEED = 1000
 
 
 class Meter(Protocol):
-    """Figures by their names, of one picture of each prompt."""
+    """Figures by their names, of one image of each prompt."""
 
     def measure(self, pictures: Sequence[Image.Image]) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A way to paint: a loaded pipeline with its scheduler, and the guidance that it is called with."""
+    """A way to generate: a loaded pipeline with its scheduler, and the guidance that it is called with."""
 
     name: str
     diffusion: Diffusion
     guidance: float
 
-    def paint(self, prompts: Sequence[str], steps: int) -> list[Image.Image]:
-        """One picture of each, always with the same seeds."""
+    def generate(self, prompts: Sequence[str], steps: int) -> list[Image.Image]:
+        """One image of each, always with the same seeds."""
         # As many pixels at once, whatever the size.
         batch = max(1, round(BATCH * (BATCH_SIDE / native_size(self.diffusion)) ** 2))
         images: list[Image.Image] = []
@@ -104,9 +104,9 @@ def samplers(
 
 
 class FeatureMeter:
-    """Fréchet's distance (arXiv 1706.08500) to real pictures, in the features of a transformers vision model
-    in `folder`, safetensors only; the distance is small for like sets of pictures, and of one model and
-    number of pictures only."""
+    """Fréchet's distance (arXiv 1706.08500) to real images, in the features of a transformers vision model
+    in `folder`, safetensors only; the distance is small for like sets of images, and of one model and
+    number of images only."""
 
     def __init__(self, folder: Path, real: Sequence[Path]) -> None:
         self._processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
@@ -130,7 +130,7 @@ class FeatureMeter:
 
 
 class ClipMeter:
-    """CLIP score (arXiv 2104.08718): 100 times the cosine between prompt and picture, at least 0; by the CLIP
+    """CLIP score (arXiv 2104.08718): 100 times the cosine between prompt and image, at least 0; by the CLIP
     model in `folder`."""
 
     def __init__(self, folder: Path, prompts: Sequence[str]) -> None:
@@ -163,9 +163,9 @@ def evaluate(
     teacher_steps: int = 0,
     keep: Callable[[Sequence[dict[str, Any]]], None] = lambda rows: None,
 ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-    """A row of figures for each sampler and number of steps, and a picture of the first prompt for each.
+    """A row of figures for each sampler and number of steps, and an image of the first prompt for each.
 
-    DDIM is measured at `teacher_steps`, too, without a picture: what a student is to equal. `keep` is called
+    DDIM is measured at `teacher_steps`, too, without an image: what a student is to equal. `keep` is called
     with the rows so far after each.
     """
     rows: list[dict[str, Any]] = []
@@ -173,13 +173,13 @@ def evaluate(
     for sampler in every:
         more = [teacher_steps] if sampler.name == TEACHER and teacher_steps not in (0, *steps) else []
         for count in (*steps, *more):
-            painted = sampler.paint(prompts, count)
-            figures = [meter.measure(painted) for meter in meters]
+            generated = sampler.generate(prompts, count)
+            figures = [meter.measure(generated) for meter in meters]
             row: dict[str, Any] = {"sampler": sampler.name, "steps": count}
             rows.append(row | {name: round(value, 2) for one in figures for name, value in one.items()})
             logger.info("%s", rows[-1])
             keep(rows)
-            pictures += painted[:1] if count in steps else []
+            pictures += generated[:1] if count in steps else []
         del sampler  # before the next is loaded
     return rows, pictures
 

@@ -1,7 +1,7 @@
 """Many callers, one model: requests that arrive together share a forward pass.
 
 One thread owns the model and is the only one to touch it, since two threads in one diffusers pipeline gave
-wrong pictures and no error. Callers wait on an event loop; between the two lie one queue and one lock.
+wrong images and no error. Callers wait on an event loop; between the two lie one queue and one lock.
 Batching never waits: whenever the model is free, it takes what has queued up.
 """
 

@@ -1,4 +1,4 @@
-"""The model: load its weights, fuse the LCM-LoRA, paint batches of requests.
+"""The model: load its weights, fuse the LCM-LoRA, generate batches of requests.
 
     pipeline = load_pipeline(get_model("miniature"), Settings.from_env())
     paintings = pipeline.generate([Request.create(pipeline.spec, prompt="a red house in the snow")])
@@ -33,9 +33,9 @@ from fewstep.generation.engines.openvino import OpenVinoEngine
 from fewstep.generation.engines.openvino_conversion import converted
 from fewstep.generation.safety import SafetyChecker, load_safety_checker
 from fewstep.generation.sampler import Job, sample
-from fewstep.generation.text_encoder import Diffusion, TextEncoding
+from fewstep.generation.text_encoder import Diffusion, TextEncoder
 from fewstep.generation.upsampling import fold_upsamplers
-from fewstep.lora.merge import NETWORKS, Adapters
+from fewstep.lora.merge import NETWORKS, WeightMerger
 from fewstep.models.device import device_and_dtype, order_channels_last
 from fewstep.models.load import load_tiny_vae, load_verified, read_lcm_lora, usual_size
 from fewstep.models.manifest import verify_weights
@@ -49,7 +49,7 @@ SEAM_PX = 2  # over which what is repainted and what is kept run into each other
 
 
 @dataclass(frozen=True)
-class Painting:
+class GenerationResult:
     """What one request gets: its images, but for those that were flagged, and what making them cost."""
 
     images: list[Image.Image]
@@ -60,17 +60,17 @@ class Painting:
 def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     """Load the weights of `spec` straight to the device, verify them meanwhile, and fuse the LCM-LoRA.
 
-    Raises WeightsError that names a missing or damaged file and its remedy, SettingsError for a device that
+    Raises WeightsError that names a missing or damaged file and its fix, SettingsError for a device that
     is not there. Nothing is fetched: what is not in the folder does not exist.
     """
     folder = settings.weights_root / spec.name
     device, dtype = device_and_dtype(settings)
     size = usual_size(spec, settings)
-    manifest = verify_weights(folder, remedy=spec.remedy, mode="size")
+    manifest = verify_weights(folder, fix=spec.fix, mode="size")
     # First, while nothing else takes memory.
     place = converted(folder, settings, device, dtype) if settings.engine in OPENVINO else None
     diffusion = load_verified(folder, spec, manifest, settings.verify, device, dtype)
-    tiny = load_tiny_vae(folder, manifest, spec.remedy).to(device, dtype) if settings.vae == "tiny" else None
+    tiny = load_tiny_vae(folder, manifest, spec.fix).to(device, dtype) if settings.vae == "tiny" else None
     for module in (part for part in (*diffusion.components.values(), tiny) if isinstance(part, nn.Module)):
         module.eval().requires_grad_(False)
     if device.type == "cpu":
@@ -78,16 +78,16 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         order_channels_last(diffusion, spec)
         if tiny:
             tiny.to(memory_format=torch.channels_last)
-    adapters = Adapters(folder, {name: diffusion.components[name] for name in NETWORKS[spec.family]})
+    adapters = WeightMerger(folder, {name: diffusion.components[name] for name in NETWORKS[spec.family]})
     if spec.lcm_lora:
-        adapters.lcm_lora = read_lcm_lora(adapters, folder, manifest, spec.remedy)
+        adapters.lcm_lora = read_lcm_lora(adapters, folder, manifest, spec.fix)
         logger.info("fused the LCM-LoRA into %d layers", adapters.apply(Mix()))
     checker = None
     if settings.safety == "off" or not spec.checked:
         logger.info("pictures of %s are not checked for safety", spec.name)
     else:
-        remedy = manifest.remedy(spec.remedy)
-        checker = load_safety_checker(folder, settings.safety, device, dtype, remedy)
+        fix = manifest.fix(spec.fix)
+        checker = load_safety_checker(folder, settings.safety, device, dtype, fix)
     pipeline = Pipeline(
         spec,
         diffusion,
@@ -109,13 +109,13 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
 
 
 class Pipeline:
-    """A loaded model that paints in few steps: its LCM-LoRA is fused, or it is a full LCM."""
+    """A loaded model that generates in few steps: its LCM-LoRA is fused, or it is a full LCM."""
 
     def __init__(
         self,
         spec: ModelSpec,
         diffusion: Diffusion,
-        adapters: Adapters,
+        adapters: WeightMerger,
         max_batch: int,
         *,
         revision: str = "",
@@ -128,13 +128,13 @@ class Pipeline:
         self.spec = spec
         self.revision = revision  # of the weights
         self.diffusion = diffusion
-        self.text = TextEncoding(diffusion)
+        self.text = TextEncoder(diffusion)
         self.adapters = adapters
         self.max_batch = max_batch
         self.checker = checker
         self.allow_unsafe = allow_unsafe
         self.engine = engine
-        # In px, of the pictures that the engine is made for.
+        # In px, of the images that the engine is made for.
         self.usual_size = usual_size or (spec.native_size, spec.native_size)
         self.decoder: Any = tiny_vae or diffusion.vae  # its latents are scaled by its own factor
         self.device: torch.device = diffusion.unet.device
@@ -166,8 +166,8 @@ class Pipeline:
         requests: Sequence[Request],
         stopped: Callable[[], bool] = lambda: False,
         more: Callable[[], Sequence[Request]] = tuple,
-    ) -> list[Painting | FewstepError]:
-        """Paint `requests`, all of one shape key; an image that failed fails its own request only.
+    ) -> list[GenerationResult | FewstepError]:
+        """Generate `requests`, all of one shape key; an image that failed fails its own request only.
 
         Whenever prompts are encoded, `more` is asked for requests to add, until it has none. `stopped` is
         asked before every step. Raises Stopped when it says so, ValueError for keys that differ.
@@ -206,8 +206,8 @@ class Pipeline:
             started = time.perf_counter()
             images += self._checked(decoded, [requests[job.request] for job in group])
             metrics["safety_ms"] = metrics.get("safety_ms", 0.0) + _ms_since(started)
-        painted = groupby(zip(jobs, images, strict=True), key=lambda pair: pair[0].request)
-        return [_painting(list(pairs), metrics) for _, pairs in painted]
+        generated = groupby(zip(jobs, images, strict=True), key=lambda pair: pair[0].request)
+        return [_result(list(pairs), metrics) for _, pairs in generated]
 
     def _of_one_shape(self, requests: Sequence[Request]) -> list[Request]:
         counted = [self.counted(request) for request in requests]
@@ -225,7 +225,7 @@ class Pipeline:
         for i, (image, request) in enumerate(zip(images, requests, strict=True)):
             if isinstance(image, FewstepError) or (request.unchecked and self.allow_unsafe):
                 continue
-            try:  # one by one: a mate's picture must not decide, nor fail, another's
+            try:  # one by one: a mate's image must not decide, nor fail, another's
                 if self.checker.flagged([image])[0]:
                     found[i] = UnsafeImage("every picture was flagged as unsafe; try another prompt or seed")
             except SafetyError as error:
@@ -282,16 +282,16 @@ def _finite(values: Tensor) -> Tensor:
     return values.isfinite().flatten(1).all(1)
 
 
-def _with_kept_parts(painted: Image.Image | FewstepError, job: Job) -> Image.Image | FewstepError:
+def _with_kept_parts(generated: Image.Image | FewstepError, job: Job) -> Image.Image | FewstepError:
     """What the mask keeps, from the caller's own pixels: the VAE would return it slightly changed."""
-    if isinstance(painted, FewstepError) or job.image is None or job.mask is None:
-        return painted
-    return Image.composite(painted, job.image, job.mask.filter(ImageFilter.GaussianBlur(SEAM_PX)))
+    if isinstance(generated, FewstepError) or job.image is None or job.mask is None:
+        return generated
+    return Image.composite(generated, job.image, job.mask.filter(ImageFilter.GaussianBlur(SEAM_PX)))
 
 
-def _painting(
+def _result(
     outcomes: Sequence[tuple[Job, Image.Image | FewstepError]], metrics: dict[str, int | float]
-) -> Painting | FewstepError:
+) -> GenerationResult | FewstepError:
     """One request's: flagged images are dropped, all flagged is an error, and so is any other failure."""
     failures = [image for _, image in outcomes if isinstance(image, FewstepError)]
     unsafe = [failure for failure in failures if isinstance(failure, UnsafeImage)]
@@ -301,7 +301,7 @@ def _painting(
         return unsafe[0]
     sound = [(job.seed, image) for job, image in outcomes if isinstance(image, Image.Image)]
     seeds, images = zip(*sound, strict=True)
-    return Painting(list(images), list(seeds), {**metrics, "flagged": len(unsafe)})
+    return GenerationResult(list(images), list(seeds), {**metrics, "flagged": len(unsafe)})
 
 
 def _ms_since(started: float) -> float:

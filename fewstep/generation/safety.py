@@ -1,4 +1,4 @@
-"""Whether a finished picture may be given out. What cannot be checked is not.
+"""Whether a finished image may be given out. What cannot be checked is not.
 
 Two checkers, chosen by FEWSTEP_SAFETY: "clip", which comes with Stable Diffusion, and "vit", Falconsai's
 classifier of 344 MB.
@@ -29,7 +29,7 @@ Decide = Callable[[list[Image.Image]], tuple[Tensor, Sequence[bool]]]
 
 
 class SafetyChecker:
-    """Looks at finished pictures; `decide` gives the numbers it went by, (N, ...), and N verdicts."""
+    """Looks at finished images; `decide` gives the numbers it went by, (N, ...), and N verdicts."""
 
     def __init__(self, decide: Decide) -> None:
         self._decide = decide
@@ -43,7 +43,7 @@ class SafetyChecker:
         try:
             numbers, verdicts = self._decide(list(images))
             sound = len(numbers) == len(verdicts) == len(images) and bool(numbers.isfinite().all())
-        except Exception as error:  # whatever it was, the pictures were not checked
+        except Exception as error:  # whatever it was, the images were not checked
             logger.error("the safety checker failed", exc_info=error)
             sound = False
         if not sound:
@@ -52,25 +52,25 @@ class SafetyChecker:
 
 
 def load_safety_checker(
-    folder: Path, kind: str, device: torch.device, dtype: torch.dtype, remedy: str
+    folder: Path, kind: str, device: torch.device, dtype: torch.dtype, fix: str
 ) -> SafetyChecker:
     """The checker `kind` of the model in `folder`. Raises WeightsError unless all its weights are there."""
     place = folder / FOLDERS[kind]
     shown = f"weights/{folder.name}/{FOLDERS[kind]}"
     if not (place / "model.safetensors").is_file():
-        raise WeightsError(f"{shown} is missing; run: {remedy} (or set FEWSTEP_SAFETY=off)")
+        raise WeightsError(f"{shown} is missing; run: {fix} (or set FEWSTEP_SAFETY=off)")
     loaders: dict[str, Any] = {"clip": StableDiffusionSafetyChecker, "vit": ViTForImageClassification}
     model, found = loaders[kind].from_pretrained(
         place, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
     )
     if found["missing_keys"] or found["mismatched_keys"]:  # they would be random numbers
-        raise WeightsError(f"{shown} is not the checker that its config describes; run: {remedy}")
+        raise WeightsError(f"{shown} is not the checker that its config describes; run: {fix}")
     model = model.to(device).eval().requires_grad_(False)
     return SafetyChecker(_clip(folder, model) if kind == "clip" else _vit(place, model))
 
 
 def _clip(folder: Path, checker: StableDiffusionSafetyChecker) -> Decide:
-    """CompVis' checker: the picture's CLIP embedding is compared with those of 20 unnamed concepts."""
+    """CompVis' checker: the image's CLIP embedding is compared with those of 20 unnamed concepts."""
     processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor", local_files_only=True)
     embeddings: list[Tensor] = []
     checker.visual_projection.register_forward_hook(lambda _, __, output: embeddings.append(output))

@@ -1,4 +1,4 @@
-"""The few-step loop: from encoded prompts, seeds and perhaps pictures to latents, with the LCMScheduler."""
+"""The few-step loop: from encoded prompts, seeds and perhaps images to latents, with the LCMScheduler."""
 
 from __future__ import annotations
 

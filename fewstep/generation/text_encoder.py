@@ -42,7 +42,7 @@ class Prompt:
         return self.states.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
 
-class TextEncoding:
+class TextEncoder:
     """The text encoders of a pipeline and their tokenizers: SDXL has two, SD one."""
 
     def __init__(self, diffusion: Diffusion) -> None:

@@ -1,4 +1,4 @@
-"""A VAE's upsampling in fewer multiplications, and the same pictures.
+"""A VAE's upsampling in fewer multiplications, and the same images.
 
 Doubling by nearest neighbours and then a 3x3 convolution looks at every pixel more than once: of the nine
 taps of an output pixel only four see different inputs. Summing the taps that see the same one leaves a 2x2

@@ -1,4 +1,4 @@
-"""Pictures to files and back: encode what was painted, open what a caller sent. It takes milliseconds to
+"""Images to files and back: encode what was generated, open what a caller sent. It takes milliseconds to
 tenths of a second, for a large upload seconds: call it off the model thread and off the event loop."""
 
 import hashlib
@@ -21,7 +21,7 @@ from fewstep.errors import InvalidRequest
 MIME_TYPES = {"webp": "image/webp", "jpg": "image/jpeg", "png": "image/png"}
 
 INPUT_FORMATS = ("JPEG", "PNG", "WEBP")
-# Phones send 12 to 24 million pixels in 2 to 15 MB. A picture at this limit takes up to 620 MB to open,
+# Phones send 12 to 24 million pixels in 2 to 15 MB. An image at this limit takes up to 620 MB to open,
 # where a bomb of 50 kB would take gigabytes.
 INPUT_MAX_PIXELS = 32_000_000
 INPUT_MAX_BYTES = 30_000_000
@@ -41,7 +41,7 @@ _PNG_METADATA = frozenset({b"tRNS", b"iCCP", b"eXIf"})
 def encode_image(image: Image.Image, output_format: str, quality: int, **metadata: Any) -> bytes:
     """`image` (RGB) as a file of one of the formats in MIME_TYPES; `quality` is 1 to 100, and PNG has none.
 
-    `metadata` goes to Pillow's `save`. The same picture always gives the same bytes.
+    `metadata` goes to Pillow's `save`. The same image always gives the same bytes.
     """
     file = io.BytesIO()
     image.save(file, **_save_options(output_format, quality), **metadata)
@@ -62,7 +62,7 @@ def _save_options(output_format: str, quality: int) -> dict[str, Any]:
 
 
 def open_image(path: Path, name: str) -> Image.Image:
-    """The picture in a JPEG, PNG or WebP file as RGB: upright, in sRGB, on white where it is transparent.
+    """The image in a JPEG, PNG or WebP file as RGB: upright, in sRGB, on white where it is transparent.
 
     Of an animation it is the first frame. Nothing else of the file is kept, such as where a photo was taken,
     but its hash: `info["sha256"]`.
@@ -89,7 +89,7 @@ def open_alpha_mask(path: Path, name: str) -> Image.Image:
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     """`image` scaled until it covers width x height px, with what juts out cut off evenly on both sides.
 
-    Pictures of equal size lose equal parts, so that a mask (L) stays where it was on its image.
+    Images of equal size lose equal parts, so that a mask (L) stays where it was on its image.
     """
     # Lanczos draws faint echoes along a mask's hard edges.
     method = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS
@@ -97,7 +97,7 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def same_shape(size: tuple[int, int], native_size: int) -> tuple[int, int]:
-    """The size to paint an input of `size` at: of its shape, about native_size**2 px, in multiples of 8.
+    """The size to generate an input of `size` at: of its shape, about native_size**2 px, in multiples of 8.
 
     What is longer than 21:9 becomes 21:9, and the area is never over 1.1 * native_size**2.
     """
@@ -210,7 +210,7 @@ def _bare_png(data: bytes) -> bytes:
 
 
 def _orientation(exif: bytes) -> int:
-    """How EXIF says the picture is held, 1 for upright. Pillow's own reader warns about every odd tag."""
+    """How EXIF says the image is held, 1 for upright. Pillow's own reader warns about every odd tag."""
     tiff = exif.removeprefix(b"Exif\0\0")
     order = ">" if tiff.startswith(b"MM") else "<"
     try:
@@ -247,7 +247,7 @@ def _to_inverse_alpha(file: Image.Image) -> Image.Image:
 
 
 def _opaque(file: Image.Image, ground: str) -> Image.Image:
-    """The picture as L, RGB or CMYK."""
+    """The image as L, RGB or CMYK."""
     if file.mode == "I;16":
         # Pillow would clip at 255.
         return file.point(lambda value: value / 256).convert("L")

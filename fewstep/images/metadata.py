@@ -1,4 +1,4 @@
-"""What a picture was painted from, kept in its file: one JSON for us, one text for everybody else's tools.
+"""What an image was generated from, kept in its file: one JSON for us, one text for everybody else's tools.
 
 The text is that of AUTOMATIC1111's `parameters`, which Civitai and many viewers read. A PNG has both as text
 chunks, `parameters` and `fewstep`; a JPEG or WebP has them in EXIF, as UserComment and as MakerNote.
@@ -27,7 +27,7 @@ _UNICODE = b"UNICODE\0"  # what EXIF wants before a UserComment in UTF-16
 
 
 def recipe_of(request: Request, seed: int, model: str, revision: str) -> Recipe:
-    """The inputs that paint one picture of `request` again, alone; `revision` is of the model's weights."""
+    """The inputs that generate one image of `request` again, alone; `revision` is of the model's weights."""
     recipe: Recipe = {
         KEY: __version__,
         "model": model,
@@ -55,7 +55,7 @@ def recipe_of(request: Request, seed: int, model: str, revision: str) -> Recipe:
 
 
 def inputs_of(recipe: Recipe) -> dict[str, Any]:
-    """The inputs of predict() that a recipe stands for, but for the pictures."""
+    """The inputs of predict() that a recipe stands for, but for the images."""
     inputs = {
         name: recipe[name]
         for name in ("prompt", "negative_prompt", "steps", "guidance", "seed", "width", "height", "lcm_scale")
@@ -107,7 +107,7 @@ def save_options(recipe: Recipe, output_format: str) -> dict[str, Any]:
 
 
 def read_recipe(file: Path | BinaryIO) -> Recipe:
-    """The recipe in a picture that fewstep painted.
+    """The recipe in an image that fewstep generated.
 
     Raises InvalidRequest for a file that holds none, OSError for one that cannot be read.
     """

@@ -25,7 +25,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fewstep.lora.resolve import MAX_BYTES, AdapterError
+from fewstep.lora.resolve import MAX_BYTES, LoraError
 from fewstep.request import Mix
 
 # What a LoRA may change, by the model's family.
@@ -102,7 +102,7 @@ class Lora:
         return any(layer.startswith("text_encoder") for layer in self.modules)
 
 
-class Adapters:
+class WeightMerger:
     """A model's weights as the sum of what its files hold and of adapters.
 
     `folder` is the model's. `apply` belongs to the thread that owns the model; `read` may run on any.
@@ -135,10 +135,10 @@ class Adapters:
                     tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
                     alphas = _alphas_of_networks(file.metadata() or {})
                 return Lora(sha256, self._fitted(_grouped(self._without_ldm_names(tensors)), alphas))
-            except (AdapterError, FileNotFoundError):
+            except (LoraError, FileNotFoundError):
                 raise
             except Exception as error:  # it is a stranger's file, and the parsers trust it
-                raise AdapterError("cannot be read", f" ({type(error).__name__}: {error})") from None
+                raise LoraError("cannot be read", f" ({type(error).__name__}: {error})") from None
 
     @torch.no_grad()
     def apply(self, mix: Mix) -> int:
@@ -173,7 +173,7 @@ class Adapters:
 
     def _fitted(self, parts: dict[str, dict[str, Tensor]], alphas: dict[str, float]) -> dict[str, LoraModule]:
         if not parts:
-            raise AdapterError("has no modules")
+            raise LoraError("has no modules")
         found = {
             name: _module(part, alphas.get(name.partition(".")[0]), self._weights.get(name))
             for name, part in parts.items()
@@ -185,13 +185,13 @@ class Adapters:
         }.items():
             if names:
                 counted = f"has {len(names)} of {len(found)} modules that {what}"
-                raise AdapterError(counted, f", first {names[0]}")
+                raise LoraError(counted, f", first {names[0]}")
         added, there = (
             math.hypot(*norms)
             for norms in ((one.norm() for one in modules.values()), (self._norms[name] for name in modules))
         )
         if added > MAX_SHARE * there:
-            raise AdapterError(f"adds {added / there:.0f} times as much as the weights that it changes hold")
+            raise LoraError(f"adds {added / there:.0f} times as much as the weights that it changes hold")
         return modules
 
     def _without_ldm_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -205,7 +205,7 @@ class Adapters:
         for key, alpha in convert_unet_state_dict_to_peft(alphas or {}).items():
             found[key.replace(".lora_A.weight", "")] = torch.tensor(alpha)
         if len(found) != len(ldm):  # it passes over some kinds of keys, such as DoRA's
-            raise AdapterError(f"has {len(ldm) - len(found)} of {len(ldm)} tensors of an unknown kind")
+            raise LoraError(f"has {len(ldm) - len(found)} of {len(ldm)} tensors of an unknown kind")
         return others | found
 
 
@@ -234,11 +234,11 @@ def _layer(network: str, path: str) -> str:
 def _check_header(path: Path) -> None:
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise AdapterError(f"has {size} bytes; at most {MAX_BYTES} are allowed")
+        raise LoraError(f"has {size} bytes; at most {MAX_BYTES} are allowed")
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     if header > MAX_HEADER_BYTES:
-        raise AdapterError("is not a safetensors file, or has a header of more than 4 MB")
+        raise LoraError("is not a safetensors file, or has a header of more than 4 MB")
 
 
 def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -247,7 +247,7 @@ def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for key, tensor in tensors.items():
         layer, kind = _split(key)
         if kind in parts.setdefault(layer, {}):
-            raise AdapterError("has a layer twice, under two names", f", {layer}")
+            raise LoraError("has a layer twice, under two names", f", {layer}")
         parts[layer][kind] = tensor
     return parts
 
@@ -272,7 +272,7 @@ def _alphas_of_networks(metadata: Mapping[str, str]) -> dict[str, float]:
     for key, value in written.items():
         network, _, option = key.rpartition(".")
         if option in _OTHER_SUMS and value:
-            raise AdapterError("is not a plain LoRA but a DoRA, rsLoRA or one of many alphas")
+            raise LoraError("is not a plain LoRA but a DoRA, rsLoRA or one of many alphas")
         if option == "lora_alpha" and value is not None:
             found[network or "unet"] = float(value)
     return found

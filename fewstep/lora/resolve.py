@@ -31,7 +31,7 @@ from fewstep.settings import HUB, Settings
 
 if TYPE_CHECKING:
     from fewstep.lora.merge import Lora
-    from fewstep.request import StyleWish
+    from fewstep.request import LoraRef
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ LATE = "the style did not arrive in time; send the request again later"
 
 
 @dataclass(frozen=True, slots=True)
-class StyleSource:
+class LoraSource:
     """Where a style LoRA is."""
 
     kind: Literal["folder", "hub", "url"]
@@ -65,26 +65,26 @@ class StyleSource:
         return f"{self.place}/{self.file}" if self.file else re.split("[?#]", self.place)[0]
 
 
-def parse_source(name: str, text: str) -> StyleSource:
+def parse_source(name: str, text: str) -> LoraSource:
     """What `text`, given as the input `name`, means. Raises InvalidRequest if it means nothing."""
     if "://" in text:
         if text.lower().startswith("https://"):
-            return StyleSource("url", text)
+            return LoraSource("url", text)
     elif NAME.fullmatch(text):
         if text.strip("."):
-            return StyleSource("folder", text)
+            return LoraSource("folder", text)
     elif found := HUB_ID.fullmatch(text):
         parts = text.split("/")
         file = found["file"] or ""
         if all(part.strip(". ") for part in parts) and (not file or file.endswith(SUFFIX)):
-            return StyleSource("hub", found["repo"], file)
+            return LoraSource("hub", found["repo"], file)
     raise InvalidRequest(
         f"{name} names no LoRA; give the name of a style of this server, a hub id as owner/repo or "
         f"owner/repo/file{SUFFIX}, or an https address of a {SUFFIX} file"
     )
 
 
-class AdapterError(ValueError):
+class LoraError(ValueError):
     """Why a LoRA is refused, as the rest of a sentence that begins with its name.
 
     `detail` may hold words from the file: it is for the log, and for files of the operator's own.
@@ -104,7 +104,7 @@ class _Found:
     stamp: tuple[int, ...]  # the beginning of `_stamp`; without times where using the file changes them
 
 
-class Styles:
+class LoraResolver:
     """Finds, fetches and reads style LoRAs; many threads may ask at once.
 
     `read(path, sha256)` reads a file and raises AdapterError unless it fits the model.
@@ -120,7 +120,7 @@ class Styles:
         self._answers: OrderedDict[object, tuple[tuple[str, ...], float]] = OrderedDict()
         self._in_memory: OrderedDict[str, Lora] = OrderedDict()
 
-    async def load(self, wishes: Sequence[StyleWish], spent_s: float = 0.0) -> list[Lora]:
+    async def load(self, wishes: Sequence[LoraRef], spent_s: float = 0.0) -> list[Lora]:
         """The LoRAs that `wishes` name, in order; `spent_s` of the request's time are gone already.
 
         Raises InvalidRequest for one that is not there or does not fit the model, DownloadError when it
@@ -136,7 +136,7 @@ class Styles:
         except TimeoutError:
             raise DeadlineExceeded(LATE) from None
 
-    def _load(self, name: str, source: StyleSource, until: float) -> Lora:
+    def _load(self, name: str, source: LoraSource, until: float) -> Lora:
         for _ in range(3):
             with self._alone(source, until):
                 find = {"folder": self._in_folder, "hub": self._on_hub, "url": self._at_address}[source.kind]
@@ -155,13 +155,13 @@ class Styles:
                 return None
         except FileNotFoundError:
             return None
-        except AdapterError as error:
+        except LoraError as error:
             logger.info("%s was refused: it %s", name, error)
             raise InvalidRequest(f"{name} {error.reason}; give another LoRA") from None
         self._keep_in_memory(lora)
         return lora
 
-    def _in_folder(self, name: str, source: StyleSource, until: float) -> _Found:
+    def _in_folder(self, name: str, source: LoraSource, until: float) -> _Found:
         folder = (self._settings.styles_root / self._settings.model).resolve()
         path = (folder / f"{source.place.removesuffix(SUFFIX)}{SUFFIX}").resolve()
         if not path.is_relative_to(folder) or not path.is_file():
@@ -174,7 +174,7 @@ class Styles:
             self._remember((path, stamp), known)
         return _Found(path, known[0], stamp)
 
-    def _on_hub(self, name: str, source: StyleSource, until: float) -> _Found:
+    def _on_hub(self, name: str, source: LoraSource, until: float) -> _Found:
         settings, repo = self._settings, source.place
         token = settings.hf_token if repo in settings.style_repos else None
         revision, file = ("main", source.file) if source.file else (self._recall(repo) or ("", ""))
@@ -188,7 +188,7 @@ class Styles:
         address = f"{settings.hf_endpoint}/{repo}/resolve/{revision}/{quote(file)}"
         return self._fetched(name, address, token, until)
 
-    def _at_address(self, name: str, source: StyleSource, until: float) -> _Found:
+    def _at_address(self, name: str, source: LoraSource, until: float) -> _Found:
         return self._fetched(name, source.place, None, until)
 
     def _fetched(self, name: str, address: str, token: str | None, until: float) -> _Found:

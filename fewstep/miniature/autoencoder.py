@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.miniature.world.dataset import Pixels
 from fewstep.models.device import autocast
-from fewstep.training.trainer import Schedule, Share, optimise, step_generator
+from fewstep.training.trainer import Schedule, Shard, optimise, step_generator
 
 CROP_PX = 64
 BATCH = 16
@@ -32,39 +32,39 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def reconstruction_loss(painted: Tensor, drawn: Tensor) -> Tensor:
+def reconstruction_loss(generated: Tensor, drawn: Tensor) -> Tensor:
     """L1 + MSE + L1 of the image gradients, for flat colours with sharp edges; (N, 3, H, W) in [-1, 1]."""
-    error = painted - drawn
+    error = generated - drawn
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     total: Tensor = error.abs().mean() + error.square().mean() + edges
     return total
 
 
-def train_vae(pictures: Pixels, steps: int, checkpoints: Path, device: torch.device) -> AutoencoderKL:
-    """Train on random crops of drawn `pictures`; `config.scaling_factor` then gives latents unit variance."""
+def train_vae(images: Pixels, steps: int, checkpoints: Path, device: torch.device) -> AutoencoderKL:
+    """Train on random crops of drawn `images`; `config.scaling_factor` then gives latents unit variance."""
     torch.manual_seed(2)
     vae = make_vae().to(device, memory_format=torch.channels_last)
 
-    def loss(step: int, share: Share) -> Tensor:
-        x = _crops(pictures, step_generator(2, step), device)
+    def loss(step: int, share: Shard) -> Tensor:
+        x = _crops(images, step_generator(2, step), device)
         with autocast(device):
             posterior = vae.encode(x).latent_dist
-            painted = vae.decode(posterior.sample()).sample
+            generated = vae.decode(posterior.sample()).sample
         kl: Tensor = posterior.kl().mean() / (CROP_PX // 8) ** 2  # per latent pixel
-        return reconstruction_loss(painted.float(), x) + KL_WEIGHT * kl
+        return reconstruction_loss(generated.float(), x) + KL_WEIGHT * kl
 
     optimise("VAE", vae, loss, Schedule(steps, lr=2e-3, batch=BATCH, weight_decay=1e-4), checkpoints)
     vae.eval().requires_grad_(False)
-    vae.register_to_config(scaling_factor=float(1.0 / encode(vae, pictures[:1024]).std()))
+    vae.register_to_config(scaling_factor=float(1.0 / encode(vae, images[:1024]).std()))
     return vae
 
 
-def _crops(pictures: Pixels, generator: torch.Generator, device: torch.device) -> Tensor:
+def _crops(images: Pixels, generator: torch.Generator, device: torch.device) -> Tensor:
     """(BATCH, 3, CROP_PX, CROP_PX) in [-1, 1]."""
-    index = torch.randint(len(pictures), (BATCH,), generator=generator)
-    corners = torch.randint(pictures.shape[1] - CROP_PX + 1, (BATCH, 2), generator=generator)
+    index = torch.randint(len(images), (BATCH,), generator=generator)
+    corners = torch.randint(images.shape[1] - CROP_PX + 1, (BATCH, 2), generator=generator)
     rows = [
-        torch.from_numpy(pictures[i, y : y + CROP_PX, x : x + CROP_PX].copy())
+        torch.from_numpy(images[i, y : y + CROP_PX, x : x + CROP_PX].copy())
         for i, (y, x) in zip(index.tolist(), corners.tolist(), strict=True)
     ]
     x = torch.stack(rows).permute(0, 3, 1, 2).float() / 127.5 - 1.0
@@ -72,11 +72,11 @@ def _crops(pictures: Pixels, generator: torch.Generator, device: torch.device) -
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderKL, pictures: Pixels) -> Tensor:
+def encode(vae: AutoencoderKL, images: Pixels) -> Tensor:
     """uint8 (N, H, W, 3) -> unscaled latents (N, 4, H / 8, W / 8), fp32 on the CPU."""
     latents = []
-    for start in range(0, len(pictures), 64):
-        x = torch.from_numpy(pictures[start : start + 64].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    for start in range(0, len(images), 64):
+        x = torch.from_numpy(images[start : start + 64].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         x = x.to(vae.device, memory_format=torch.channels_last)
         with autocast(vae.device):
             latents.append(vae.encode(x).latent_dist.mean.float().cpu())
@@ -86,8 +86,8 @@ def encode(vae: AutoencoderKL, pictures: Pixels) -> Tensor:
 @torch.inference_mode()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Pixels:
     """Unscaled latents -> uint8 (N, H, W, 3)."""
-    pictures = []
+    images = []
     for part in torch.split(latents.to(vae.device), 64):
         x = vae.decode(part.to(vae.dtype)).sample.float() * 127.5 + 127.5
-        pictures.append(x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
-    return torch.cat(pictures).numpy()
+        images.append(x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
+    return torch.cat(images).numpy()

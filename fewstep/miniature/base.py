@@ -20,7 +20,7 @@ from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, all_scenes, captio
 from fewstep.models.device import autocast
 from fewstep.training import consistency as cm
 from fewstep.training.distill import Batch, order_for_training, predict
-from fewstep.training.trainer import WHOLE, Draws, Schedule, Share, optimise, step_generator
+from fewstep.training.trainer import WHOLE, Schedule, Shard, StepRandom, optimise, step_generator
 
 TOKENS = 48
 TEXT_WIDTH = 96
@@ -65,7 +65,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 def make_scheduler() -> EulerDiscreteScheduler:
     """SDXL's noise schedule, rescaled to end in pure noise (zero terminal SNR, arXiv 2305.08891).
 
-    Otherwise what is left of the picture at the last timestep tells the network on which side the object
+    Otherwise what is left of the image at the last timestep tells the network on which side the object
     stands, and the prompt's word for it is never learnt. Pure noise holds no answer in terms of noise, so the
     network predicts v, as SDXL's own fine-tunes on this schedule do.
     """
@@ -130,7 +130,7 @@ class Base(nn.Module):
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Scaled latents (N, 4, H, W), fp16, of pictures of one shape, and what each shows."""
+    """Scaled latents (N, 4, H, W), fp16, of images of one shape, and what each shows."""
 
     latents: Tensor
     scenes: list[Scene]
@@ -144,7 +144,7 @@ class Sampler:
     ) -> None:
         self.base, self.sets, self.batch, self.seed, self.square_share = base, sets, batch, seed, square_share
 
-    def __call__(self, step: int, share: Share = WHOLE) -> Batch:
+    def __call__(self, step: int, share: Shard = WHOLE) -> Batch:
         generator = step_generator(self.seed, step)
         rng = random.Random(f"{self.seed} {step}")
         square, *others = self.sets
@@ -162,8 +162,8 @@ class Sampler:
 
 
 def _with_strange_words(text: str, rng: random.Random) -> str:
-    """Now and then a word that means nothing, so that prompts with unknown words still paint the words that
-    are known."""
+    """Now and then a word that means nothing, so that a prompt with unknown words still shows those that are
+    known."""
     if rng.random() > 0.08:
         return text
     words = text.split(" ")
@@ -207,7 +207,7 @@ def train_text(base: Base, steps: int, checkpoints: Path) -> None:
     scenes = training_scenes()
     reader = Reader(base)
 
-    def loss(step: int, share: Share) -> Tensor:
+    def loss(step: int, share: Shard) -> Tensor:
         rng = random.Random(f"text {step}")
         shown = rng.choices(scenes, k=TEXT_BATCH)
         labels = torch.tensor([scene.labels for scene in shown], device=base.unet.device)
@@ -220,10 +220,10 @@ def train_text(base: Base, steps: int, checkpoints: Path) -> None:
     optimise("text", reader.to(base.unet.device), loss, schedule, checkpoints)
 
 
-def diffusion_loss(base: Base, batch: Batch, noise_schedule: cm.NoiseSchedule, draws: Draws) -> Tensor:
+def diffusion_loss(base: Base, batch: Batch, noise_schedule: cm.NoiseSchedule, draws: StepRandom) -> Tensor:
     """Mean squared error of v at stratified timesteps, one batch row in ten without its prompt."""
     count, device = len(batch.latents), batch.latents.device
-    # Stratified, and leaning to noisy timesteps: there it is decided what the picture shows.
+    # Stratified, and leaning to noisy timesteps: there it is decided what the image shows.
     u = draws.stratified(count)
     last = len(noise_schedule.alphas_cumprod) - 1
     t = (u**0.8 * (last + 1)).long().clamp(max=last).to(device)
@@ -246,7 +246,7 @@ def train_base(base: Base, sampler: Sampler, steps: int, checkpoints: Path) -> N
     noise_schedule = cm.NoiseSchedule.of(make_scheduler(), base.unet.device)
     order_for_training(base.unet)
 
-    def loss(step: int, share: Share) -> Tensor:
-        return diffusion_loss(base, sampler(step, share), noise_schedule, Draws(4, step, share))
+    def loss(step: int, share: Shard) -> Tensor:
+        return diffusion_loss(base, sampler(step, share), noise_schedule, StepRandom(4, step, share))
 
     optimise("base", base, loss, Schedule(steps, lr=1e-3, warmup=100, batch=sampler.batch), checkpoints)

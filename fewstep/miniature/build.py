@@ -30,7 +30,7 @@ from fewstep.miniature.card import Facts, write_card
 from fewstep.miniature.judge import Judge, load_judge, train_judge
 from fewstep.miniature.scoring import score_all
 from fewstep.miniature.tiny_vae import train_tiny_vae
-from fewstep.miniature.world.dataset import Pixels, cached_pictures, pick_scenes
+from fewstep.miniature.world.dataset import Pixels, cached_images, pick_scenes
 from fewstep.miniature.world.restyling import STYLES, draw_restyled
 from fewstep.miniature.world.scenes import Scene, all_scenes, training_scenes
 from fewstep.models.sources import TINY_VAE
@@ -57,18 +57,18 @@ OTHER_SHAPES = ((144, 112), (112, 144), (152, 104), (104, 152), (168, 96), (96, 
 class Sizes:
     """How much of everything. A build's own sizes stand in its manifest and its card."""
 
-    judge_pictures: int = 12_000
+    judge_images: int = 12_000
     judge_steps: int = 800
-    vae_pictures: int = 12_000
+    vae_images: int = 12_000
     vae_steps: int = 7_600
     text_steps: int = 200
-    base_pictures: int = 20_000
-    other_pictures: int = 400  # of each other shape
+    base_images: int = 20_000
+    other_images: int = 400  # of each other shape
     base_steps: int = 2_900
     base_batch: int = 64
     lora_steps: int = 180
     lora_batch: int = 48
-    style_pictures: int = 1_500  # of each
+    style_images: int = 1_500  # of each
     style_steps: int = 250
     style_batch: int = 32
     tiny_vae_steps: int = 2_000
@@ -98,9 +98,9 @@ class Build:
     def judge(self) -> Judge:
         path = self.judge_path
         if "judge" not in self.kept:
-            scenes = pick_scenes(all_scenes(), self.sizes.judge_pictures, seed=0)
-            pictures = cached_pictures(self.work / "judge-pictures.npy", scenes, 0, *SQUARE)
-            judge = train_judge(pictures, scenes, self.sizes.judge_steps, self.work / "judge", self.device)
+            scenes = pick_scenes(all_scenes(), self.sizes.judge_images, seed=0)
+            images = cached_images(self.work / "judge-pictures.npy", scenes, 0, *SQUARE)
+            judge = train_judge(images, scenes, self.sizes.judge_steps, self.work / "judge", self.device)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({key: value.half().contiguous() for key, value in judge.state_dict().items()}, path)
         return load_judge(path)
@@ -108,9 +108,9 @@ class Build:
     @cached_property
     def vae(self) -> AutoencoderKL:
         if "vae" not in self.kept:
-            scenes = pick_scenes([s for s in all_scenes() if not s.reserved], self.sizes.vae_pictures, seed=1)
-            pictures = cached_pictures(self.work / "vae-pictures.npy", scenes, 20_000_000, *SQUARE)
-            vae = train_vae(pictures, self.sizes.vae_steps, self.work / "vae", self.device)
+            scenes = pick_scenes([s for s in all_scenes() if not s.reserved], self.sizes.vae_images, seed=1)
+            images = cached_images(self.work / "vae-pictures.npy", scenes, 20_000_000, *SQUARE)
+            vae = train_vae(images, self.sizes.vae_steps, self.work / "vae", self.device)
             vae.half().save_pretrained(self.weights / "vae")
         vae = AutoencoderKL.from_pretrained(self.weights / "vae").to(self.device)
         return vae.eval().requires_grad_(False)
@@ -119,16 +119,16 @@ class Build:
     def latents(self) -> list[LatentSet]:
         """What the base and the LoRA learn from: scaled latents of drawn scenes, square ones first."""
         scenes = training_scenes()
-        sets = [self._latents(pick_scenes(scenes, self.sizes.base_pictures, seed=2), 40_000_000, SQUARE)]
+        sets = [self._latents(pick_scenes(scenes, self.sizes.base_images, seed=2), 40_000_000, SQUARE)]
         for i, shape in enumerate(OTHER_SHAPES):
-            picked = pick_scenes(scenes, self.sizes.other_pictures, seed=3 + i)
+            picked = pick_scenes(scenes, self.sizes.other_images, seed=3 + i)
             sets.append(self._latents(picked, 60_000_000 + 1_000_000 * i, shape))
         return sets
 
     def _latents(self, scenes: list[Scene], seed: int, shape: tuple[int, int]) -> LatentSet:
         name = f"{shape[0]}x{shape[1]}"
         cache = self.work / f"base-pictures-{name}.npy"
-        return self._encoded(name, scenes, lambda: cached_pictures(cache, scenes, seed, *shape))
+        return self._encoded(name, scenes, lambda: cached_images(cache, scenes, seed, *shape))
 
     def _encoded(self, name: str, scenes: list[Scene], draw: Callable[[], Pixels]) -> LatentSet:
         path = self.work / f"latents-{name}.safetensors"
@@ -224,7 +224,7 @@ class Build:
         tiny.half().save_pretrained(self.weights / TINY_VAE)
 
     def _restyled(self, name: str, place: int) -> LatentSet:
-        scenes = pick_scenes(training_scenes(), self.sizes.style_pictures, seed=20 + place)
+        scenes = pick_scenes(training_scenes(), self.sizes.style_images, seed=20 + place)
 
         return self._encoded(
             f"style-{name}", scenes, lambda: draw_restyled(name, scenes, 80_000_000, *SQUARE)

@@ -1,4 +1,4 @@
-"""A strip of pictures for every input, for the README: python -m fewstep.miniature.examples docs"""
+"""A strip of images for every input, for the README: python -m fewstep.miniature.examples docs"""
 
 from __future__ import annotations
 
@@ -66,18 +66,18 @@ EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 @dataclass
-class Painter:
-    """Paints what EXAMPLES names."""
+class Generator:
+    """Generates what EXAMPLES names."""
 
     pipeline: Pipeline
     styles: Path
 
     def strip(self, wishes: Sequence[dict[str, Any]]) -> Image.Image:
-        """The pictures of all wishes side by side, as their files show them."""
-        pictures = [picture for wish in wishes for picture in self._paint(wish)]
+        """The images of all wishes side by side, as their files show them."""
+        images = [picture for wish in wishes for picture in self._generate(wish)]
         scaled = [
             picture.resize((round(picture.width * HEIGHT / picture.height), HEIGHT), Image.Resampling.LANCZOS)
-            for picture in pictures
+            for picture in images
         ]
         sheet = Image.new("RGB", (sum(one.width + GAP for one in scaled) - GAP, HEIGHT), "white")
         x = 0
@@ -86,10 +86,10 @@ class Painter:
             x += one.width + GAP
         return sheet
 
-    def _paint(self, wish: dict[str, Any]) -> list[Image.Image]:
+    def _generate(self, wish: dict[str, Any]) -> list[Image.Image]:
         inputs = COMMON | wish
         if "image" in inputs:
-            [castle] = self._paint(CASTLE)
+            [castle] = self._generate(CASTLE)
             inputs |= {"image": castle, "seed": CASTLE["seed"]}
         if "mask" in inputs:
             inputs["mask"] = Image.new("L", castle.size, 0)
@@ -116,9 +116,9 @@ def main() -> None:
     folder = parser.parse_args().folder / "inputs"
     folder.mkdir(parents=True, exist_ok=True)
     settings, spec = Settings(dtype="fp32"), get_model("miniature")
-    painter = Painter(load_pipeline(spec, settings), settings.styles_root / spec.name)
+    generator = Generator(load_pipeline(spec, settings), settings.styles_root / spec.name)
     for name, wishes in EXAMPLES.items():
-        painter.strip(wishes).save(folder / f"{name}.webp", quality=90)
+        generator.strip(wishes).save(folder / f"{name}.webp", quality=90)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from fewstep.evaluation.compare import Sampler, write_rows
 from fewstep.generation.text_encoder import Diffusion
 from fewstep.miniature.scoring import TEACHER_GUIDANCE, TEACHER_STEPS, JudgeMeter
 from fewstep.miniature.showcase import grid
-from fewstep.miniature.world.dataset import pick_scenes, write_pictures, write_world
+from fewstep.miniature.world.dataset import pick_scenes, write_images, write_world
 from fewstep.miniature.world.scenes import (
     Scene,
     all_scenes,
@@ -85,8 +85,8 @@ class Laboratory:
         return Data(found, encoder.captions[:4])
 
     def drawn(self, name: str, scenes: list[Scene], seed: int) -> Data:
-        """Pictures of `scenes`, to be learnt."""
-        write_pictures(self.work / name, scenes, seed)
+        """Images of `scenes`, to be learnt."""
+        write_images(self.work / name, scenes, seed)
         return self.encoded(self.work / name)
 
     def distilled(self, name: str, plan: Plan) -> Path:
@@ -114,7 +114,7 @@ class Laboratory:
 
 
 class Exam:
-    """The judge's questions: one picture of each of `scenes`."""
+    """The judge's questions: one image of each of `scenes`."""
 
     def __init__(self, laboratory: Laboratory, scenes: Sequence[Scene]) -> None:
         rng = random.Random(11)
@@ -122,9 +122,9 @@ class Exam:
         self._meter = JudgeMeter(laboratory.weights, scenes)
 
     def mark(self, sampler: Sampler, steps: int) -> tuple[dict[str, float], list[Image.Image]]:
-        """Figures, rounded, and the pictures."""
-        pictures = sampler.paint(self.prompts, steps)
-        return {name: round(value, 1) for name, value in self._meter.measure(pictures).items()}, pictures
+        """Figures, rounded, and the images."""
+        images = sampler.generate(self.prompts, steps)
+        return {name: round(value, 1) for name, value in self._meter.measure(images).items()}, images
 
 
 def curve(laboratory: Laboratory, out: Path) -> None:
@@ -237,18 +237,18 @@ def universal(laboratory: Laboratory, out: Path) -> None:
         ("fine-tuned base", laboratory.teacher(tuned), TEACHER_STEPS),
     ]
     rows: list[dict[str, Any]] = []
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for name, sampler, count in systems:
-        _mark(name, sampler, count, exams, rows, pictures)
+        _mark(name, sampler, count, exams, rows, images)
     fused = laboratory.few_step(lora, tuned)
     for count in STEPS:
-        _mark("fine-tuned base, LCM-LoRA", fused, count, exams, rows, pictures)
+        _mark("fine-tuned base, LCM-LoRA", fused, count, exams, rows, images)
     # Fusing adds up, so the style joins the LCM-LoRA; it leaves all attributes alone.
     tuned.load_lora_weights(laboratory.settings.styles_root / "miniature", weight_name=f"{STYLE}.safetensors")
     tuned.fuse_lora(lora_scale=0.8)
-    _mark(f"fine-tuned base, LCM-LoRA, {STYLE} at 0.8", fused, 4, exams, rows, pictures)
+    _mark(f"fine-tuned base, LCM-LoRA, {STYLE} at 0.8", fused, 4, exams, rows, images)
     write_rows(rows, out / "training-universal.csv")
-    grid(pictures, 6).save(out / "training-universal.webp", quality=90)
+    grid(images, 6).save(out / "training-universal.webp", quality=90)
 
 
 def _mark(
@@ -257,46 +257,46 @@ def _mark(
     count: int,
     exams: dict[str, Exam],
     rows: list[dict[str, Any]],
-    pictures: list[Image.Image],
+    images: list[Image.Image],
 ) -> None:
     row: dict[str, Any] = {"system": name, "steps": count}
     for what, exam in exams.items():
-        figures, painted = exam.mark(sampler, count)
+        figures, generated = exam.mark(sampler, count)
         row |= {f"{what}: {figure}": value for figure, value in figures.items()}
         if what == next(iter(exams)):
-            pictures += painted[:6]
+            images += generated[:6]
     rows.append(row)
     logger.info("%s", row)
 
 
 def finetuning(laboratory: Laboratory, out: Path) -> None:
-    """200 pictures of an object that the model has never seen, by the two methods of `scripts/train`."""
+    """200 images of an object that the model has never seen, by the two methods of `scripts/train`."""
     new = [scene for scene in all_scenes() if scene.new_object and not scene.new_backdrop]
     taught = pick_scenes([one for one in new if not one.reserved], 200, seed=5)
-    write_pictures(laboratory.work / "windmills", taught, 130_000_000)
+    write_images(laboratory.work / "windmills", taught, 130_000_000)
     exams = {
         "new object": Exam(laboratory, pick_scenes([one for one in new if one.reserved], 100, seed=6)),
         "known scenes": Exam(laboratory, unseen_scenes(CAPTIONS)),
     }
     lora = laboratory.weights / LCM_LORA
     rows: list[dict[str, Any]] = []
-    pictures: list[Image.Image] = []
-    _mark("before", laboratory.few_step(lora), 4, exams, rows, pictures)
+    images: list[Image.Image] = []
+    _mark("before", laboratory.few_step(lora), 4, exams, rows, images)
     spec = get_model("miniature")
     for method, rehearse in product(("lcf", "style"), (None, 0)):
         name = method if rehearse is None else f"{method}, without rehearsal"
         folder = laboratory.work / f"finetuning-{name}"
         steps = preset("miniature", method).schedule.steps
-        # As many steps for the new pictures in both.
+        # As many steps for the new images in both.
         wish = Wish(method, steps if rehearse is None else steps // 2, rehearse=rehearse, watch_every=0)
         path = fine_tune(spec, laboratory.settings, wish, laboratory.work / "windmills", folder)
         both = laboratory.base()
         both.load_lora_weights(folder, weight_name=path.name)
         both.fuse_lora()
         both.unload_lora_weights()
-        _mark(name, laboratory.few_step(lora, both), 4, exams, rows, pictures)
+        _mark(name, laboratory.few_step(lora, both), 4, exams, rows, images)
     write_rows(rows, out / "training-finetuning.csv")
-    grid(pictures, 6).save(out / "training-finetuning.webp", quality=90)
+    grid(images, 6).save(out / "training-finetuning.webp", quality=90)
 
 
 EXPERIMENTS = {"curve": curve, "ablation": ablation, "universal": universal, "finetuning": finetuning}

@@ -1,6 +1,6 @@
 """The judge: a small classifier that reads a scene's six attributes back from the pixels.
 
-It is trained on drawings and their augmentations only, never on a painted picture, and frozen before anything
+It is trained on drawings and their augmentations only, never on a generated image, and frozen before anything
 that it judges is trained. Its hash stands in the miniature's manifest, so that scores of different days
 compare.
 """
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from fewstep.miniature.world.dataset import Pixels
 from fewstep.miniature.world.scenes import ATTRIBUTES, Scene
 from fewstep.models.device import autocast
-from fewstep.training.trainer import Schedule, Share, optimise, step_generator
+from fewstep.training.trainer import Schedule, Shard, optimise, step_generator
 
 BATCH = 96
-INPUT_PX = 96  # pictures of any size and shape are judged at 96 x 96
+INPUT_PX = 96  # images of any size and shape are judged at 96 x 96
 
 
 class Judge(nn.Module):
@@ -46,8 +46,8 @@ class Judge(nn.Module):
             {name: nn.Linear(192, len(values)) for name, values in ATTRIBUTES.items()}
         )
 
-    def forward(self, pictures: Tensor) -> list[Tensor]:
-        hidden = self.head(self.features(pictures))
+    def forward(self, images: Tensor) -> list[Tensor]:
+        hidden = self.head(self.features(images))
         return [layer(hidden) for layer in self.logits.values()]
 
 
@@ -62,29 +62,29 @@ def load_judge(path: Path) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
-def judge_input(pictures: Pixels | Sequence[Image.Image]) -> Tensor:
+def judge_input(images: Pixels | Sequence[Image.Image]) -> Tensor:
     """uint8 (N, H, W, 3) or PIL images of one size -> (N, 3, 96, 96) in [-1, 1]."""
-    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    pixels = np.stack([np.asarray(image) for image in images])
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     return F.interpolate(x, (INPUT_PX, INPUT_PX), mode="bilinear", antialias=True)
 
 
 @torch.inference_mode()
-def read_attributes(judge: Judge, pictures: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.int64]:
+def read_attributes(judge: Judge, images: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.int64]:
     """What the judge sees: indices into `ATTRIBUTES`, shape (N, 6)."""
     rows = []
-    for start in range(0, len(pictures), 128):
-        logits = judge(judge_input(pictures[start : start + 128]))
+    for start in range(0, len(images), 128):
+        logits = judge(judge_input(images[start : start + 128]))
         rows.append(torch.stack([row.argmax(1) for row in logits], 1).numpy())
     return np.concatenate(rows)
 
 
 @torch.inference_mode()
-def describe(judge: Judge, pictures: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.float64]:
-    """What the judge's last layer decides by: (N, 192), for the distance between sets of pictures."""
+def describe(judge: Judge, images: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.float64]:
+    """What the judge's last layer decides by: (N, 192), for the distance between sets of images."""
     rows = [
-        judge.head(judge.features(judge_input(pictures[start : start + 128])))
-        for start in range(0, len(pictures), 128)
+        judge.head(judge.features(judge_input(images[start : start + 128])))
+        for start in range(0, len(images), 128)
     ]
     return torch.cat(rows).double().numpy()
 
@@ -102,10 +102,10 @@ def frechet_distance(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> 
 
 
 def score(
-    judge: Judge, pictures: Pixels | Sequence[Image.Image], scenes: Sequence[Scene]
+    judge: Judge, images: Pixels | Sequence[Image.Image], scenes: Sequence[Scene]
 ) -> npt.NDArray[np.bool_]:
-    """Which attributes of which picture are right, bool (N, 6)."""
-    right: npt.NDArray[np.bool_] = read_attributes(judge, pictures) == [scene.labels for scene in scenes]
+    """Which attributes of which image are right, bool (N, 6)."""
+    right: npt.NDArray[np.bool_] = read_attributes(judge, images) == [scene.labels for scene in scenes]
     return right
 
 
@@ -134,17 +134,17 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_judge(
-    pictures: Pixels, scenes: list[Scene], steps: int, checkpoints: Path, device: torch.device
+    images: Pixels, scenes: list[Scene], steps: int, checkpoints: Path, device: torch.device
 ) -> Judge:
-    """Train on drawn `pictures` of `scenes`, two thirds of each batch augmented."""
+    """Train on drawn `images` of `scenes`, two thirds of each batch augmented."""
     torch.manual_seed(1)
     judge = Judge().to(device)
     labels = torch.tensor([scene.labels for scene in scenes], device=device)
 
-    def loss(step: int, share: Share) -> Tensor:
+    def loss(step: int, share: Shard) -> Tensor:
         generator = step_generator(1, step)
         index = torch.randint(len(scenes), (BATCH,), generator=generator).sort().values
-        x = judge_input(pictures[index.numpy()])
+        x = judge_input(images[index.numpy()])
         x = torch.cat([augment(x[:64], generator), x[64:]]).to(device, memory_format=torch.channels_last)
         with autocast(device):
             logits = judge(x)

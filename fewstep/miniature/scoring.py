@@ -34,7 +34,7 @@ PIPELINE_GUIDANCE = 5.0  # what StableDiffusionXLPipeline takes when it is not t
 BATCH = 25
 CAPTIONS_SEED = 11
 
-Painter = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]
+Generator = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def held_out_captions(count: int) -> tuple[list[Scene], list[str]]:
 
 
 class Examiner:
-    """The judge with an exam: `seeds` pictures of each scene, and drawings to compare their looks with."""
+    """The judge with an exam: `seeds` images of each scene, and drawings to compare their looks with."""
 
     def __init__(self, judge: Judge, scenes: Sequence[Scene], prompts: Sequence[str], seeds: int) -> None:
         self.judge, self.prompts, self.seeds = judge, prompts, seeds
@@ -63,10 +63,10 @@ class Examiner:
         self.drawn = describe(judge, draw_many(self.scenes, 2 * 10**9, 128, 128))
 
     def mark(self, system: str, pictures: Pixels | Sequence[Image.Image]) -> Score:
-        """`pictures` in the order of `self.scenes`."""
+        """`images` in the order of `self.scenes`."""
         right = score(self.judge, pictures, self.scenes).reshape(-1, self.seeds, len(ATTRIBUTES))
         percent = 100 * right.mean((0, 1))
-        # Pictures of one caption are not independent, captions are.
+        # Images of one caption are not independent, captions are.
         per_caption = 100 * right.all(2).mean(1)
         interval = 1.96 * per_caption.std(ddof=1) / len(per_caption) ** 0.5
         return Score(
@@ -77,18 +77,18 @@ class Examiner:
             frechet_distance(describe(self.judge, pictures), self.drawn),
         )
 
-    def mark_painter(self, system: str, paint: Painter) -> Score:
-        """Paint every prompt with every seed, in batches, and let the judge look."""
+    def mark_generator(self, system: str, generate: Generator) -> Score:
+        """Generate every prompt with every seed, in batches, and let the judge look."""
         wishes = [(prompt, 1000 * i + s) for i, prompt in enumerate(self.prompts) for s in range(self.seeds)]
         pictures: list[Image.Image] = []
         for start in tqdm(range(0, len(wishes), BATCH), system, mininterval=5.0):
             texts, numbers = zip(*wishes[start : start + BATCH], strict=True)
-            pictures += paint(texts, numbers)
+            pictures += generate(texts, numbers)
         return self.mark(system, pictures)
 
 
 class JudgeMeter:
-    """What the judge in a folder of the miniature's weights says of one picture of each of `scenes`."""
+    """What the judge in a folder of the miniature's weights says of one image of each of `scenes`."""
 
     def __init__(self, weights: Path, scenes: Sequence[Scene]) -> None:
         self._judge, self._scenes = load_judge(weights / "judge" / "judge.safetensors"), list(scenes)
@@ -101,27 +101,27 @@ class JudgeMeter:
         return {"all_right": 100 * float(right), "distance": distance}
 
 
-def few_step_painter(pipeline: Pipeline, steps: int) -> Painter:
+def few_step_generator(pipeline: Pipeline, steps: int) -> Generator:
     """What users run: `Pipeline.generate`, unguided."""
 
-    def paint(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         wishes = [
             Request.create(pipeline.spec, prompt=prompt, steps=steps, seed=seed)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         images: list[Image.Image] = []
-        for painting in pipeline.generate(wishes):
-            if isinstance(painting, FewstepError):
-                raise painting
-            images += painting.images
+        for result in pipeline.generate(wishes):
+            if isinstance(result, FewstepError):
+                raise result
+            images += result.images
         return images
 
-    return paint
+    return generate
 
 
-def ddim_painter(
+def ddim_generator(
     base: StableDiffusionXLPipeline, steps: int, guidance: float, spacing: str = "leading"
-) -> Painter:
+) -> Generator:
     """The base without its LoRA, by diffusers' own SDXL pipeline with the DDIM scheduler; guidance 1 is
     none.
 
@@ -133,7 +133,7 @@ def ddim_painter(
     )
     base.set_progress_bar_config(disable=True)
 
-    def paint(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         base.scheduler = scheduler
         # Latents and scheduler stay in fp32; only the networks run in bf16 where a CPU multiplies that, which
         # halves half an hour.
@@ -146,7 +146,7 @@ def ddim_painter(
             ).images
         return list(images)
 
-    return paint
+    return generate
 
 
 def load_base(folder: Path, device: torch.device) -> StableDiffusionXLPipeline:
@@ -167,21 +167,21 @@ def score_all(weights: Path, judge: Judge, captions: int, seeds: int) -> list[Sc
         examiner.mark("drawn pictures", drawn),
         examiner.mark("VAE's reconstruction", reconstruct(base.vae, drawn)),
     ]
-    painters = {
-        f"LCM-LoRA, {n} step{'s' if n > 1 else ''}, unguided": few_step_painter(pipeline, n)
+    generators = {
+        f"LCM-LoRA, {n} step{'s' if n > 1 else ''}, unguided": few_step_generator(pipeline, n)
         for n in (1, 2, 4, 8)
     }
-    painters["LCM-LoRA, 4 steps, unguided, tiny VAE"] = few_step_painter(tiny, 4)
+    generators["LCM-LoRA, 4 steps, unguided, tiny VAE"] = few_step_generator(tiny, 4)
     for n, spacing, guidance in product(
         (2, 4), ("leading", "trailing"), (TEACHER_GUIDANCE, PIPELINE_GUIDANCE, 1.0)
     ):
         how = "unguided" if guidance == 1.0 else f"guidance {guidance:g}"
         row = f"base, {n} DDIM steps, {how}" + (", trailing" if spacing == "trailing" else "")
-        painters[row] = ddim_painter(base, n, guidance, spacing)
+        generators[row] = ddim_generator(base, n, guidance, spacing)
     teacher = f"base, {TEACHER_STEPS} DDIM steps, guidance {TEACHER_GUIDANCE:g} (the teacher)"
-    painters[teacher] = ddim_painter(base, TEACHER_STEPS, TEACHER_GUIDANCE)
-    for system, paint in painters.items():
-        scores.append(examiner.mark_painter(system, paint))
+    generators[teacher] = ddim_generator(base, TEACHER_STEPS, TEACHER_GUIDANCE)
+    for system, generate in generators.items():
+        scores.append(examiner.mark_generator(system, generate))
         logger.info("%s: %.1f ± %.1f", system, scores[-1].all_right, scores[-1].interval)
     return scores
 

@@ -1,4 +1,4 @@
-"""Paint the README's pictures: python -m fewstep.miniature.showcase docs"""
+"""Generate the README's images: python -m fewstep.miniature.showcase docs"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from fewstep.errors import FewstepError
 from fewstep.generation.pipeline import Pipeline, load_pipeline
-from fewstep.miniature.scoring import TEACHER_GUIDANCE, ddim_painter, few_step_painter, load_base
+from fewstep.miniature.scoring import TEACHER_GUIDANCE, ddim_generator, few_step_generator, load_base
 from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
@@ -39,35 +39,35 @@ STRENGTHS = (0.15, 0.3, 0.6)
 UNDER_MASK = "a red castle in the snow with a volcano at sunset, in the middle"
 
 
-def grid(pictures: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Pictures of one size on a white sheet, row by row."""
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
+def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
+    """Images of one size on a white sheet, row by row."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, picture in enumerate(pictures):
+    for i, picture in enumerate(images):
         sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
     return sheet
 
 
 def repaintings(pipeline: Pipeline) -> list[Image.Image]:
-    """A picture; others from it at rising prompt_strength; a mask; and another sky under that mask."""
+    """An image; others from it at rising prompt_strength; a mask; and another sky under that mask."""
 
-    def paint(prompt: str, seed: int, **inputs: Any) -> Image.Image:
+    def generate(prompt: str, seed: int, **inputs: Any) -> Image.Image:
         [found] = pipeline.generate([Request.create(pipeline.spec, prompt=prompt, seed=seed, **inputs)])
         if isinstance(found, FewstepError):
             raise found
         return found.images[0]
 
-    image = paint(IMAGE_PROMPT, 3)
-    again = [paint(REPAINTED, 3, image=image, prompt_strength=strength) for strength in STRENGTHS]
+    image = generate(IMAGE_PROMPT, 3)
+    again = [generate(REPAINTED, 3, image=image, prompt_strength=strength) for strength in STRENGTHS]
     mask = Image.new("L", image.size, 0)
     mask.paste(255, (0, 0, image.width, round(0.58 * image.height)))
-    masked = paint(UNDER_MASK, 5, image=image, mask=mask, prompt_strength=1.0)
+    masked = generate(UNDER_MASK, 5, image=image, mask=mask, prompt_strength=1.0)
     return [image, *again, mask.convert("RGB"), masked]
 
 
 def main() -> None:
-    """pictures.webp: all prompts in four steps. steps.webp: six of them by the base, then by the LCM-LoRA.
+    """images.webp: all prompts in four steps. steps.webp: six of them by the base, then by the LCM-LoRA.
     images.webp: image to image and inpainting."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the pictures go")
@@ -75,15 +75,15 @@ def main() -> None:
     settings, spec = Settings(dtype="fp32"), get_model("miniature")
     pipeline = load_pipeline(spec, settings)
     seeds = range(len(PROMPTS))
-    grid(few_step_painter(pipeline, 4)(PROMPTS, seeds), COLUMNS).save(folder / "pictures.webp", quality=92)
+    grid(few_step_generator(pipeline, 4)(PROMPTS, seeds), COLUMNS).save(folder / "pictures.webp", quality=92)
 
     grid(repaintings(pipeline), COLUMNS).save(folder / "images.webp", quality=92)
 
     base = load_base(settings.weights_root / spec.name, pipeline.device)
     prompts, seeds = PROMPTS[:COLUMNS], range(COLUMNS)
-    rows = list(ddim_painter(base, BASE_STEPS, TEACHER_GUIDANCE)(prompts, seeds))
+    rows = list(ddim_generator(base, BASE_STEPS, TEACHER_GUIDANCE)(prompts, seeds))
     for steps in STEPS:
-        rows += few_step_painter(pipeline, steps)(prompts, seeds)
+        rows += few_step_generator(pipeline, steps)(prompts, seeds)
     grid(rows, COLUMNS).save(folder / "steps.webp", quality=92)
 
 

@@ -1,6 +1,6 @@
 """What the miniature's styles do on top of its LCM-LoRA: python -m fewstep.miniature.styling
 
-Paints held-out captions in four steps at rising style_scale and writes styles/miniature/README.md with how
+Generates held-out captions in four steps at rising style_scale and writes styles/miniature/README.md with how
 much of the style there is and how much of the prompt is still right; and docs/styles.webp, a grid like
 Figure 3 of the LCM-LoRA report (arXiv 2311.05556): scales from top to bottom, steps from left to right.
 """
@@ -65,10 +65,10 @@ def load_style(pipeline: Pipeline, path: Path) -> Lora:
     return pipeline.adapters.read(path, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def paint_styled(
+def generate_styled(
     pipeline: Pipeline, prompts: Sequence[str], style: Lora, scale: float, *, steps: int = 4, seed: int = 0
 ) -> list[Image.Image]:
-    """One picture of each prompt, the i-th with seed `seed + i`."""
+    """One image of each prompt, the i-th with seed `seed + i`."""
     images: list[Image.Image] = []
     for start in range(0, len(prompts), BATCH):
         wishes = [
@@ -77,15 +77,15 @@ def paint_styled(
             ).with_styles([style])
             for i, prompt in enumerate(prompts[start : start + BATCH])
         ]
-        for painting in pipeline.generate(wishes):
-            if isinstance(painting, FewstepError):
-                raise painting
-            images += painting.images
+        for result in pipeline.generate(wishes):
+            if isinstance(result, FewstepError):
+                raise result
+            images += result.images
     return images
 
 
 def meter_of(name: str, pipeline: Pipeline, drawings: int) -> StyleMeter:
-    """Fitted to drawings that went through the VAE, as all that is painted does."""
+    """Fitted to drawings that went through the VAE, as all that is generated does."""
     scenes, vae = unseen_scenes(drawings, seed=9), pipeline.diffusion.vae
     plain, styled = draw_many(scenes, 5, 128, 128), draw_restyled(name, scenes, 5, 128, 128)
     return StyleMeter(reconstruct(vae, plain), reconstruct(vae, styled))
@@ -108,7 +108,7 @@ def score_style(
     )
     scores = []
     for scale in tqdm(scales, name):
-        images = paint_styled(pipeline, prompts, style, scale)
+        images = generate_styled(pipeline, prompts, style, scale)
         right = score(judge, images, scenes)[:, kept].all(1)
         scores.append(StyleScore(scale, float(meter(images).mean()), 100 * float(right.mean())))
     return scores
@@ -144,13 +144,13 @@ def _table(found: dict[str, list[StyleScore]]) -> str:
 def _grid(pipeline: Pipeline, styles: Sequence[Lora]) -> Image.Image:
     rows = [
         [
-            paint_styled(pipeline, [GRID_PROMPT], style, scale, steps=steps, seed=GRID_SEED)[0]
+            generate_styled(pipeline, [GRID_PROMPT], style, scale, steps=steps, seed=GRID_SEED)[0]
             for style in styles
             for steps in GRID_STEPS
         ]
         for scale in SCALES
     ]
-    return grid([picture for row in rows for picture in row], len(rows[0]))
+    return grid([image for row in rows for image in row], len(rows[0]))
 
 
 if __name__ == "__main__":

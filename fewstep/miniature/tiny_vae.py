@@ -1,4 +1,4 @@
-"""The miniature's tiny VAE: a decoder of a few small convolutions that repeats what the VAE's decoder paints.
+"""The miniature's tiny VAE: a decoder of a few small convolutions that repeats what the VAE's decoder makes.
 
 Its architecture is TAESD's, diffusers' `AutoencoderTiny`, which real SDXL has one of, too.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fewstep.miniature.autoencoder import reconstruction_loss
 from fewstep.models.device import autocast
-from fewstep.training.trainer import Schedule, Share, optimise, step_generator
+from fewstep.training.trainer import Schedule, Shard, optimise, step_generator
 
 CROP = 8  # in latent pixels
 BATCH = 32
 
 
 def make_tiny_vae() -> AutoencoderTiny:
-    """Untrained. Its encoder is as small as can be and stays so: callers' pictures go through the VAE's."""
+    """Untrained. Its encoder is as small as can be and stays so: callers' images go through the VAE's."""
     return AutoencoderTiny(
         encoder_block_out_channels=(8, 8, 8, 8),
         decoder_block_out_channels=(32, 32, 32, 32),
@@ -38,13 +38,13 @@ def train_tiny_vae(
     tiny = make_tiny_vae().to(device, memory_format=torch.channels_last)
     tiny.encoder.requires_grad_(False)
 
-    def loss(step: int, share: Share) -> Tensor:
+    def loss(step: int, share: Shard) -> Tensor:
         x = _crops(latents, step_generator(10, step)).to(device, memory_format=torch.channels_last)
         with autocast(device):
             with torch.no_grad():
                 expected = vae.decode(x / vae.config.scaling_factor).sample
-            painted = tiny.decode(x).sample
-        return reconstruction_loss(painted.float(), expected.float())
+            generated = tiny.decode(x).sample
+        return reconstruction_loss(generated.float(), expected.float())
 
     optimise("tiny VAE", tiny, loss, Schedule(steps, lr=2e-3, batch=BATCH, weight_decay=0.0), checkpoints)
     return tiny.eval().requires_grad_(False)

@@ -81,8 +81,8 @@ def download(repos: Sequence[HubRepo], folder: Path) -> list[Download]:
     return wanted
 
 
-def downloaded(repos: Sequence[HubRepo], folder: Path, remedy: str) -> list[Download]:
-    """What `download` has left in `folder`, verified, without a hub. Raises DownloadError with `remedy`."""
+def downloaded(repos: Sequence[HubRepo], folder: Path, fix: str) -> list[Download]:
+    """What `download` has left in `folder`, verified, without a hub. Raises DownloadError with `fix`."""
     found = []
     for repo in repos:
         stated = _read_stated(folder / repo.name / repo.revision)
@@ -90,9 +90,9 @@ def downloaded(repos: Sequence[HubRepo], folder: Path, remedy: str) -> list[Down
             expected = _pinned(file) or stated.get(file.path)
             path = folder / repo.name / repo.revision / file.path
             if expected is None or not path.is_file():
-                raise DownloadError(f"{repo.name}/{file.path} has not been downloaded; run: {remedy}")
+                raise DownloadError(f"{repo.name}/{file.path} has not been downloaded; run: {fix}")
             if not _matches(path, expected):
-                raise DownloadError(f"{repo.name}/{file.path} is damaged on this disk; run: {remedy}")
+                raise DownloadError(f"{repo.name}/{file.path} is damaged on this disk; run: {fix}")
             found.append(Download(repo, file, path, expected))
     return found
 

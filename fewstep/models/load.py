@@ -11,8 +11,8 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionX
 
 from fewstep.errors import InvalidRequest, SettingsError, WeightsError
 from fewstep.generation.text_encoder import Diffusion
-from fewstep.lora.merge import Adapters, Lora
-from fewstep.lora.resolve import AdapterError
+from fewstep.lora.merge import Lora, WeightMerger
+from fewstep.lora.resolve import LoraError
 from fewstep.models.manifest import Manifest, check_hashes
 from fewstep.models.sources import LCM_LORA, TINY_VAE
 from fewstep.models.specs import ModelSpec
@@ -25,7 +25,7 @@ PIPELINES = {"sdxl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}
 
 
 def usual_size(spec: ModelSpec, settings: Settings) -> tuple[int, int]:
-    """Of the pictures that the engine is made for, in px. Raises SettingsError for what cannot be painted."""
+    """Of the images that the engine is made for, in px. Raises SettingsError for what cannot be generated."""
     native = (spec.native_size, spec.native_size)
     if settings.engine == "compiled":
         name, sizes = "FEWSTEP_COMPILED", [(shape.width, shape.height) for shape in settings.compiled]
@@ -41,22 +41,22 @@ def usual_size(spec: ModelSpec, settings: Settings) -> tuple[int, int]:
     return sizes[0] if sizes else native
 
 
-def load_tiny_vae(folder: Path, manifest: Manifest, remedy: str) -> AutoencoderTiny:
+def load_tiny_vae(folder: Path, manifest: Manifest, fix: str) -> AutoencoderTiny:
     """Raises WeightsError where the folder has none."""
     if not any(file.path.startswith(f"{TINY_VAE}/") for file in manifest.files):
         # Saved by an earlier version.
-        raise WeightsError(f"weights/{folder.name}/{TINY_VAE} is missing; run: {manifest.remedy(remedy)}")
+        raise WeightsError(f"weights/{folder.name}/{TINY_VAE} is missing; run: {manifest.fix(fix)}")
     return AutoencoderTiny.from_pretrained(folder / TINY_VAE, use_safetensors=True, local_files_only=True)
 
 
-def read_lcm_lora(adapters: Adapters, folder: Path, manifest: Manifest, remedy: str) -> Lora:
+def read_lcm_lora(adapters: WeightMerger, folder: Path, manifest: Manifest, fix: str) -> Lora:
     """The folder's. Raises WeightsError, with the reason, for one that does not fit."""
     (listed,) = (file for file in manifest.files if file.path == LCM_LORA)
     try:
         return adapters.read(folder / LCM_LORA, listed.sha256)
-    except AdapterError as error:
+    except LoraError as error:
         shown = f"weights/{folder.name}/{LCM_LORA}"
-        raise WeightsError(f"{shown} {error}; run: {manifest.remedy(remedy)}") from None
+        raise WeightsError(f"{shown} {error}; run: {manifest.fix(fix)}") from None
 
 
 def load_verified(
@@ -83,7 +83,7 @@ def load_verified(
         logger.warning("FEWSTEP_VERIFY is size: a damaged file of the right length will not be noticed")
         return load()
     with ThreadPoolExecutor(1, "verify") as thread:
-        hashed = thread.submit(check_hashes, folder, manifest, remedy=spec.remedy)
+        hashed = thread.submit(check_hashes, folder, manifest, fix=spec.fix)
         try:
             diffusion = load()
         finally:

@@ -60,7 +60,7 @@ class Manifest:
         lines = "".join(f"{file.path} {file.sha256}\n" for file in self.files)
         return hashlib.sha256(lines.encode()).hexdigest()
 
-    def remedy(self, usual: str) -> str:
+    def fix(self, usual: str) -> str:
         """The command that makes this folder again: `usual`, unless the folder's maker wrote down another."""
         return str(self.extra.get("remedy", usual))
 
@@ -93,58 +93,58 @@ def write_manifest(
     return manifest
 
 
-def read_manifest(folder: Path, *, remedy: str) -> Manifest:
-    """The manifest of `folder`. Raises WeightsError with the command `remedy` when there is no sound one."""
+def read_manifest(folder: Path, *, fix: str) -> Manifest:
+    """The manifest of `folder`. Raises WeightsError with the command `fix` when there is no sound one."""
     if not folder.is_dir():
-        raise WeightsError(f"weights/{folder.name} is missing; run: {remedy}")
+        raise WeightsError(f"weights/{folder.name} is missing; run: {fix}")
     try:
         manifest = _parse((folder / MANIFEST).read_bytes())
         _check_paths(folder, manifest)
     except FileNotFoundError:
-        raise _damaged(folder, MANIFEST, "is missing", remedy) from None
+        raise _damaged(folder, MANIFEST, "is missing", fix) from None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        raise _damaged(folder, MANIFEST, "is not a sound manifest", remedy) from None
+        raise _damaged(folder, MANIFEST, "is not a sound manifest", fix) from None
     if manifest.model != folder.name:
-        raise _damaged(folder, MANIFEST, "is the manifest of another model", remedy)
+        raise _damaged(folder, MANIFEST, "is the manifest of another model", fix)
     return manifest
 
 
-def verify_weights(folder: Path, *, remedy: str, mode: Literal["sha256", "size"] = "sha256") -> Manifest:
+def verify_weights(folder: Path, *, fix: str, mode: Literal["sha256", "size"] = "sha256") -> Manifest:
     """Check that `folder` holds what its manifest lists, and no weights besides.
 
     "sha256" reads every byte, in threads; "size" looks only at sizes. Raises WeightsError that names the
-    first bad file, relative to the weights folder, and the command `remedy` that mends it.
+    first bad file, relative to the weights folder, and the command `fix` that mends it.
     """
-    manifest = read_manifest(folder, remedy=remedy)
-    remedy = manifest.remedy(remedy)
-    check_sizes(folder, manifest, remedy=remedy)
-    _check_strangers(folder, manifest, remedy)
+    manifest = read_manifest(folder, fix=fix)
+    fix = manifest.fix(fix)
+    check_sizes(folder, manifest, fix=fix)
+    _check_strangers(folder, manifest, fix)
     if mode == "sha256":
-        check_hashes(folder, manifest, remedy=remedy)
+        check_hashes(folder, manifest, fix=fix)
     return manifest
 
 
-def check_sizes(folder: Path, manifest: Manifest, *, remedy: str) -> None:
+def check_sizes(folder: Path, manifest: Manifest, *, fix: str) -> None:
     """Raises WeightsError, as `verify_weights` does, for a file that is missing or of another size."""
     for file in manifest.files:
-        _check_size(folder, file, manifest.remedy(remedy))
+        _check_size(folder, file, manifest.fix(fix))
 
 
-def check_hashes(folder: Path, manifest: Manifest, *, remedy: str) -> None:
+def check_hashes(folder: Path, manifest: Manifest, *, fix: str) -> None:
     """Read every byte of what `manifest` lists, in threads. Raises WeightsError as `verify_weights` does."""
-    remedy = manifest.remedy(remedy)
+    fix = manifest.fix(fix)
     try:
         hashes = _hash_all([folder / file.path for file in manifest.files])
     except OSError:
-        raise WeightsError(f"weights/{folder.name} holds a file that cannot be read; run: {remedy}") from None
+        raise WeightsError(f"weights/{folder.name} holds a file that cannot be read; run: {fix}") from None
     for file, sha256 in zip(manifest.files, hashes, strict=True):
         if sha256 != file.sha256:
             what = f"is damaged: its sha256 is {sha256[:12]}..., where {file.sha256[:12]}... is expected"
-            raise _damaged(folder, file.path, what, remedy)
+            raise _damaged(folder, file.path, what, fix)
 
 
-def _damaged(folder: Path, path: str, what: str, remedy: str) -> WeightsError:
-    return WeightsError(f"weights/{folder.name}/{path} {what}; run: {remedy}")
+def _damaged(folder: Path, path: str, what: str, fix: str) -> WeightsError:
+    return WeightsError(f"weights/{folder.name}/{path} {what}; run: {fix}")
 
 
 def _parse(text: bytes) -> Manifest:
@@ -172,23 +172,23 @@ def _check_paths(folder: Path, manifest: Manifest) -> None:
             raise ValueError("a path leads out of the folder")
 
 
-def _check_size(folder: Path, file: ManifestFile, remedy: str) -> None:
+def _check_size(folder: Path, file: ManifestFile, fix: str) -> None:
     path = folder / file.path
     if not path.is_file():
-        raise _damaged(folder, file.path, "is missing", remedy)
+        raise _damaged(folder, file.path, "is missing", fix)
     size = path.stat().st_size
     if size != file.size:
-        raise _damaged(folder, file.path, f"has {size} bytes where {file.size} are expected", remedy)
+        raise _damaged(folder, file.path, f"has {size} bytes where {file.size} are expected", fix)
 
 
-def _check_strangers(folder: Path, manifest: Manifest, remedy: str) -> None:
+def _check_strangers(folder: Path, manifest: Manifest, fix: str) -> None:
     """A weights file that nobody listed might be loaded in place of one that was checked."""
     listed = {file.path for file in manifest.files}
     for path in sorted(_paths_below(folder)):
         if path.lower().endswith(_PICKLED):
-            raise _damaged(folder, path, "is a pickle, which is never loaded; remove it, then", remedy)
+            raise _damaged(folder, path, "is a pickle, which is never loaded; remove it, then", fix)
         if path.endswith(".safetensors") and path not in listed:
-            raise _damaged(folder, path, "is not in the manifest; remove it, then", remedy)
+            raise _damaged(folder, path, "is not in the manifest; remove it, then", fix)
 
 
 def _hash_all(paths: list[Path]) -> list[str]:

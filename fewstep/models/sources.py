@@ -120,7 +120,7 @@ _SDXL_BASE = HubRepo(
     ),
 )
 
-# SDXL's own VAE overflows in fp16; this one paints the same and does not.
+# SDXL's own VAE overflows in fp16; this one generates the same and does not.
 _SDXL_VAE = HubRepo(
     "madebyollin/sdxl-vae-fp16-fix",
     "207b116dae70ace3637169f1ddd2434b91b3a8cd",

@@ -13,14 +13,14 @@ class ModelSpec:
 
     name: str
     family: Literal["sdxl", "sd"]
-    native_size: int  # side in px of the square pictures that it was trained on
+    native_size: int  # side in px of the square images that it was trained on
     max_pixels: int  # width times height, above which a size is refused
     default_guidance: float  # used when a request names none
     embedded_guidance: bool  # a full LCM: guidance is an input of the UNet, not a second evaluation
     lcm_lora: bool  # an LCM-LoRA is fused into the UNet at setup
-    max_clip_skip: int  # of the text encoders' layers; their pictures grow vague long before this
+    max_clip_skip: int  # of the text encoders' layers; their images grow vague long before this
     licence: str
-    remedy: str  # the command that mends missing or damaged weights
+    fix: str  # the command that mends missing or damaged weights
 
     @property
     def sources(self) -> tuple[HubRepo, ...]:
@@ -29,8 +29,8 @@ class ModelSpec:
 
     @property
     def checked(self) -> bool:
-        """Whether its pictures need a safety checker: the miniature can paint nothing that does, and random
-        weights paint noise."""
+        """Whether its images need a safety checker: the miniature can generate nothing that does, and random
+        weights generate noise."""
         return bool(self.sources)
 
     @property
@@ -60,7 +60,7 @@ _IN_CHECKPOINT = {
 }
 
 
-def _remedy(name: str) -> str:
+def _fix(name: str) -> str:
     return f"scripts/download-weights {name} && scripts/save-weights {name}"
 
 
@@ -76,7 +76,7 @@ _SPECS = (
         lcm_lora=True,
         max_clip_skip=4,
         licence="CreativeML Open RAIL++-M (base, LCM-LoRA), MIT (VAE)",
-        remedy=_remedy("sdxl"),
+        fix=_fix("sdxl"),
     ),
     ModelSpec(
         name="ssd-1b",
@@ -88,7 +88,7 @@ _SPECS = (
         lcm_lora=True,
         max_clip_skip=4,
         licence="Apache-2.0 (base), CreativeML Open RAIL++-M (LCM-LoRA), MIT (VAE)",
-        remedy=_remedy("ssd-1b"),
+        fix=_fix("ssd-1b"),
     ),
     ModelSpec(
         name="sd15",
@@ -100,7 +100,7 @@ _SPECS = (
         lcm_lora=True,
         max_clip_skip=4,
         licence="CreativeML OpenRAIL-M (base), CreativeML Open RAIL++-M (LCM-LoRA)",
-        remedy=_remedy("sd15"),
+        fix=_fix("sd15"),
     ),
     ModelSpec(
         name="lcm-dreamshaper-v7",
@@ -112,20 +112,20 @@ _SPECS = (
         lcm_lora=False,
         max_clip_skip=4,
         licence="MIT (UNet), CreativeML OpenRAIL-M (text encoder, VAE)",
-        remedy=_remedy("lcm-dreamshaper-v7"),
+        fix=_fix("lcm-dreamshaper-v7"),
     ),
     ModelSpec(
         name="miniature",
         family="sdxl",
         native_size=128,
-        # Four times the area of training: still painted within seconds on two CPU cores.
+        # Four times the area of training: still generated within seconds on two CPU cores.
         max_pixels=256 * 256,
         default_guidance=1.0,
         embedded_guidance=False,
         lcm_lora=True,
         max_clip_skip=1,
         licence="Apache-2.0",
-        remedy="git checkout -- weights/miniature",
+        fix="git checkout -- weights/miniature",
     ),
 )
 
@@ -141,4 +141,4 @@ def get_model(name: str) -> ModelSpec:
     if plain not in MODELS or (plain != name and not MODELS[plain].sources):
         raise SettingsError(f"FEWSTEP_MODEL holds no known model; set it to one of {', '.join(MODELS)}")
     spec = MODELS[plain]
-    return spec if plain == name else replace(spec, name=name, remedy=f"scripts/full-size {plain}")
+    return spec if plain == name else replace(spec, name=name, fix=f"scripts/full-size {plain}")

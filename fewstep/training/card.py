@@ -60,7 +60,7 @@ def write_card(folder: Path, told: Mapping[str, object], guidance: float) -> Non
         model=told["model"],
         kind="full-lcm" if method == "full" else "lora",
         title=title[0].upper() + title[1:],
-        picture=f"![the same prompts and seeds as ever](samples/{samples[-1].name})" if samples else "",
+        image=f"![the same prompts and seeds as ever](samples/{samples[-1].name})" if samples else "",
         use=_USE[method].format(guidance=guidance),
         table="\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in told.items())]),
     )

@@ -87,7 +87,7 @@ def guided_estimate(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Te
 
 def guidance_embedding(w: Tensor, width: int) -> Tensor:
     """The sines and cosines (N, `width`) of w (N,) that a full LCM's UNet takes as `timestep_cond` (LCM,
-    section 4.3; Meng et al., arXiv 2210.03142); those with which diffusers' LCM pipelines paint."""
+    section 4.3; Meng et al., arXiv 2210.03142); those with which diffusers' LCM pipelines generate."""
     embedded: Tensor = get_timestep_embedding(1000 * w, width, downscale_freq_shift=1)
     return embedded
 

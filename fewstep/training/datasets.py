@@ -1,6 +1,6 @@
-"""Pictures and captions: found in a folder, a zip or webdataset shards.
+"""Images and captions: found in a folder, a zip or webdataset shards.
 
-A picture's caption is its line in `metadata.jsonl` ({"file_name": "a.jpg", "text": "..."}, as Hugging Face's
+An image's caption is its line in `metadata.jsonl` ({"file_name": "a.jpg", "text": "..."}, as Hugging Face's
 ImageFolder has it) or the text file beside it (a.txt beside a.jpg).
 """
 
@@ -33,7 +33,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Captioned:
-    """A picture's file, not opened yet, what it shows, and what to call it."""
+    """An image's file, not opened yet, what it shows, and what to call it."""
 
     path: Path
     caption: str
@@ -86,9 +86,9 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def find(folder: Path, caption: str | None = None) -> list[Captioned]:
-    """The pictures below `folder` by path; `caption` is for those that have none.
+    """The images below `folder` by path; `caption` is for those that have none.
 
-    Raises DatasetError when there is no picture, a caption is missing or `metadata.jsonl` is not one.
+    Raises DatasetError when there is no image, a caption is missing or `metadata.jsonl` is not one.
     """
     listed = _listed(folder)
     found, bare = [], []
@@ -138,10 +138,10 @@ def _text(path: Path, limit: int = MAX_CAPTION_BYTES) -> str:
 
 
 def read_shards(shards: str, caption: str | None = None) -> Iterator[Captioned]:
-    """The pictures of webdataset tars, local or at addresses, with braces for ranges: "set-{000..012}.tar".
+    """The images of webdataset tars, local or at addresses, with braces for ranges: "set-{000..012}.tar".
 
     A sample's caption is its .txt, or "caption" or "text" of its .json; one without any takes `caption`, or
-    is named and left out, and so is a shard that is not there or breaks off. Each picture's file lives until
+    is named and left out, and so is a shard that is not there or breaks off. Each image's file lives until
     the next is asked for.
     """
     import webdataset  # a library of the extra [train], which the container has not

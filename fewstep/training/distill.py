@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fewstep.models.device import autocast
 from fewstep.training import consistency as cm
-from fewstep.training.trainer import Draws, Loss, Share
+from fewstep.training.trainer import Loss, Shard, StepRandom
 
 # The modules of the published LCM-LoRAs: all attention and feed-forward layers, and the convolutions of every
 # block.
@@ -57,7 +57,7 @@ class Batch:
         return replace(self, prompt_embeds=states, pooled=pooled[0] if pooled else None)
 
 
-NextBatch: TypeAlias = Callable[[int, Share], Batch]  # the share of a step
+NextBatch: TypeAlias = Callable[[int, Shard], Batch]  # the share of a step
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Distillation:
     """How a teacher is distilled; w is drawn uniformly from `guidance` = (low, high).
 
     The teacher's ODE has `solver_steps` timesteps, and one consistency step goes back `skip` of them: LCM's k
-    is skip * 1000 / solver_steps. A longer k carries what is known of clean pictures to pure noise in fewer
+    is skip * 1000 / solver_steps. A longer k carries what is known of clean images to pure noise in fewer
     links, each a coarser solution of the ODE. With `inverse_sigma`, answers are compared after a division by
     sigma at the noisier timestep: a network that predicts v has its say in x_0 times sigma, and would
-    otherwise unlearn the last, least noisy part of the way, so that more steps paint worse pictures. There, a
+    otherwise unlearn the last, least noisy part of the way, so that more steps make worse images. There, a
     larger `huber_c` pulls large errors back with more force than small ones; without one, errors are squared.
     """
 
@@ -108,7 +108,7 @@ class Answer(Protocol):
 @dataclass(frozen=True)
 class Roles:
     """Who answers in Algorithm 1; only the student's answers are differentiated. Without a teacher, its place
-    is taken by the picture and the noise themselves: Latent Consistency Fine-tuning (LCM, section 4.4)."""
+    is taken by the image and the noise themselves: Latent Consistency Fine-tuning (LCM, section 4.4)."""
 
     student: Answer
     target: Answer
@@ -142,8 +142,8 @@ def make_full_student(teacher: UNet2DConditionModel, student: FullStudent) -> UN
 
 
 def finetuning_roles(unet: UNet2DConditionModel) -> Roles:
-    """`unet`, which paints in few steps and was given a LoRA by `add_lora`, learns from itself and from
-    pictures."""
+    """`unet`, which generates in few steps and was given a LoRA by `add_lora`, learns from itself and from
+    images."""
     own = partial(predict, unet)
     return Roles(student=own, target=own)
 
@@ -192,7 +192,7 @@ def predict_without_lora(
 
 
 def consistency_loss(
-    roles: Roles, batch: Batch, noise_schedule: cm.NoiseSchedule, how: Distillation, draws: Draws
+    roles: Roles, batch: Batch, noise_schedule: cm.NoiseSchedule, how: Distillation, draws: StepRandom
 ) -> Tensor:
     """One step of Algorithm 1: the distance between the student at t_{n+k} and the target at t_n."""
     device, count = batch.latents.device, len(batch.latents)
@@ -247,7 +247,9 @@ def consistency_training(
 ) -> Loss:
     """What `optimise` minimises: `consistency_loss` of each step's own batch and random numbers."""
 
-    def loss(step: int, share: Share) -> Tensor:
-        return consistency_loss(roles, next_batch(step, share), noise_schedule, how, Draws(seed, step, share))
+    def loss(step: int, share: Shard) -> Tensor:
+        return consistency_loss(
+            roles, next_batch(step, share), noise_schedule, how, StepRandom(seed, step, share)
+        )
 
     return loss

@@ -1,4 +1,4 @@
-"""Pictures and captions as a network sees them: encoded once, each into a file, given out in batches."""
+"""Images and captions as a network sees them: encoded once, each into a file, given out in batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fewstep.request import SIDE, sizes_of
 from fewstep.training.datasets import Captioned
 from fewstep.training.distill import Batch
 from fewstep.training.tensor_files import write_tensors
-from fewstep.training.trainer import WHOLE, Share, step_generator
+from fewstep.training.trainer import WHOLE, Shard, step_generator
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def check_side(side: int | None) -> None:
 
 
 class Encoder:
-    """Encodes pictures into `folder`, one file each, where a later run finds them again.
+    """Encodes images into `folder`, one file each, where a later run finds them again.
 
     `side` is of the squares to train on, in px; other shapes are SDXL's, of the same area. Raises
     DatasetError as `check_side` does.
@@ -59,12 +59,12 @@ class Encoder:
         self._model = _digest(part for part in parts if part is not None)
         folder.mkdir(parents=True, exist_ok=True)
 
-    def encode_all(self, pictures: Iterable[Captioned], limit: int | None = None) -> list[Path]:
-        """The files of the first `limit` of `pictures` that can be opened; what is broken is named in the
+    def encode_all(self, images: Iterable[Captioned], limit: int | None = None) -> list[Path]:
+        """The files of the first `limit` of `images` that can be opened; what is broken is named in the
         log and left out. Raises DatasetError when none is left."""
         encoded, count = [], 0
         self.captions = []
-        for picture in islice(pictures, limit):
+        for picture in islice(images, limit):
             count += 1
             try:
                 encoded.append(self._encoded(picture))
@@ -127,7 +127,7 @@ def _digest(modules: Iterable[torch.nn.Module]) -> str:
 
 
 class Batches:
-    """`batches(step, share)`: of one shape each, every picture once an epoch; a last batch is filled up with
+    """`batches(step, share)`: of one shape each, every image once an epoch; a last batch is filled up with
     others of its shape, and if there are fewer than a batch, with the same ones.
 
     The answer depends on the step, the share and the seed only, so that a resumed run sees what it would
@@ -151,7 +151,7 @@ class Batches:
         self.per_epoch = sum(math.ceil(len(group) / size) for group in self._groups)
         self._epoch = lru_cache(maxsize=1)(self._plan)
 
-    def __call__(self, step: int, share: Share = WHOLE) -> Batch:
+    def __call__(self, step: int, share: Shard = WHOLE) -> Batch:
         epoch, place = divmod(step, self.per_epoch)
         rows = [load_file(self.encoded[i]) for i in share.of(self._epoch(epoch)[place])]
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,8 +1,8 @@
-"""Teach a user's pictures to a model that paints in few steps, or to its base.
+"""Teach a user's images to a model that generates in few steps, or to its base.
 
 Latent Consistency Fine-tuning ("Latent Consistency Models", arXiv 2310.04378, section 4.4) needs no teacher:
-its loss is Algorithm 1's, see distill.py, and the pictures and their noise answer in the teacher's place. So
-the model goes on painting in few steps.
+its loss is Algorithm 1's, see distill.py, and the images and their noise answer in the teacher's place. So
+the model goes on generating in few steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fewstep.training.datasets import find
 from fewstep.training.encoded import Encoder, check_side
 from fewstep.training.plan import Plan
 from fewstep.training.presets import preset
-from fewstep.training.prior_preservation import paint_rehearsal, prompts_of
+from fewstep.training.prior_preservation import generate_prior_images, prompts_of
 from fewstep.training.run import DIFFUSERS_FILE, Data, train
 from fewstep.training.sources import load_base, load_few_step, training_device
 from fewstep.training.trainer import check_shares
@@ -69,14 +69,14 @@ def fine_tune(
     spec: ModelSpec,
     settings: Settings,
     wish: Wish,
-    pictures: Path,
+    images: Path,
     folder: Path,
     caption: str | None = None,
     accelerator: Accelerator | None = None,
 ) -> Path:
-    """Train on the folder `pictures` and return the LoRA, in `folder`; see `train` for what else is there.
+    """Train on the folder `images` and return the LoRA, in `folder`; see `train` for what else is there.
 
-    `caption` is for pictures that have none. Raises DatasetError for pictures, WeightsError for weights,
+    `caption` is for images that have none. Raises DatasetError for images, WeightsError for weights,
     SettingsError for a device that cannot be used or a style of a full LCM, and TrainingError.
     """
     accelerator = accelerator or Accelerator(device_placement=False)
@@ -86,7 +86,7 @@ def fine_tune(
     check_side(wish.resolution)
     if wish.method == "style" and not spec.lcm_lora:
         raise SettingsError("the model is a full LCM and has no base for a style; train it with lcf")
-    found = find(pictures, caption)
+    found = find(images, caption)
     logger.info("training %s on %d pictures, seed %d", wish.method, len(found), wish.seed)
     if wish.method == "lcf":
         diffusion = load_few_step(spec, settings, device)
@@ -98,7 +98,7 @@ def fine_tune(
         if plan.rehearse:
             own = folder / "rehearsal" / _fingerprint(settings.weights_root / spec.name, plan.rehearse)
             with _few_steps(diffusion, settings.weights_root / spec.name / LCM_LORA, wish.method):
-                paint_rehearsal(own, prompts_of(spec.name, plan.rehearse), diffusion)
+                generate_prior_images(own, prompts_of(spec.name, plan.rehearse), diffusion)
             rehearsed = encoder.encode_all(find(own))
     prompts = list(dict.fromkeys(one.caption for one in found))[:SAMPLES]
     data = Data(encoded, prompts, encoder.no_prompt(), rehearsed)
@@ -107,13 +107,13 @@ def fine_tune(
 
 
 def _fingerprint(weights: Path, count: int) -> str:
-    """Of the pictures that a model paints to rehearse."""
+    """Of the images that a model generates to rehearse."""
     return hashlib.sha256(f"{count} {(weights / MANIFEST).read_text()}".encode()).hexdigest()[:16]
 
 
 @contextmanager
 def _few_steps(diffusion: Diffusion, lora: Path, method: str) -> Iterator[None]:
-    """A base paints in few steps meanwhile, too."""
+    """A base generates in few steps meanwhile, too."""
     if method == "lcf":
         yield
         return

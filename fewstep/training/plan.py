@@ -29,7 +29,7 @@ class Plan:
     seed: int = 0
     watch_every: int = 200  # steps between two validations, each with a row of samples; 0: none
     gradient_checkpointing: bool = False  # a third more time, a fraction of the memory
-    rehearse: int = 0  # pictures of its own that a model is not to forget; every other step is for them
+    rehearse: int = 0  # images of its own that a model is not to forget; every other step is for them
 
     def with_student(self, **figures: Any) -> Plan:
         """With other figures for what is trained. Raises TypeError for those that it has not."""

@@ -31,7 +31,7 @@ _REAL_LORA = Plan(
         checkpoint_every=200,  # of some seconds each: minutes are lost at most
     ),
     watch_every=500,
-    gradient_checkpointing=True,  # without it, one picture of 1024 px fills 24 GB
+    gradient_checkpointing=True,  # without it, one image of 1024 px fills 24 GB
 )
 
 _REAL_FULL = Plan(
@@ -52,7 +52,7 @@ _REAL_FULL = Plan(
     gradient_checkpointing=True,
 )
 
-# Fine-tuning of a few-step model: the LoRA of a user's pictures, some dozens of them.
+# Fine-tuning of a few-step model: the LoRA of a user's images, some dozens of them.
 _REAL_LCF = Plan(
     method="lcf",
     student=LoraStudent(
@@ -91,7 +91,7 @@ _MINIATURE_LORA = Plan(
         rank=32,  # of a UNet whose widest layer has 192 channels
         guidance=(0.8, 1.6),  # 1.8 to 2.6 for the teacher: from 3 on, colours burn
         skip=5,  # k = 100: noise is reached in few links, so that 180 steps suffice
-        inverse_sigma=True,  # else more steps paint worse pictures, see Distillation
+        inverse_sigma=True,  # else more steps generate worse images, see Distillation
         huber_c=0.3,
     ),
     schedule=Schedule(

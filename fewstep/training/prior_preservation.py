@@ -1,7 +1,7 @@
-"""Against forgetting: while a few pictures are learnt, a model rehearses what it painted before.
+"""Against forgetting: while a few images are learnt, a model rehearses what it generated before.
 
-DreamBooth's prior preservation (arXiv 2208.12242) trains on a model's own pictures, too. Here its own answers
-are kept (Learning without Forgetting, arXiv 1606.09282): on noisy versions of those pictures, the network
+DreamBooth's prior preservation (arXiv 2208.12242) trains on a model's own images, too. Here its own answers
+are kept (Learning without Forgetting, arXiv 1606.09282): on noisy versions of those images, the network
 with its LoRA is to say what it says without.
 """
 
@@ -25,8 +25,8 @@ from fewstep.miniature.world.scenes import caption, training_scenes
 from fewstep.training import consistency as cm
 from fewstep.training.datasets import METADATA
 from fewstep.training.distill import NextBatch, predict, predict_without_lora
-from fewstep.training.samples import paint
-from fewstep.training.trainer import Draws, Loss, Share
+from fewstep.training.samples import generate
+from fewstep.training.trainer import Loss, Shard, StepRandom
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,9 @@ def prompts_of(model: str, count: int) -> list[str]:
     return [text for _ in range(0, count, len(every)) for text in rng.sample(every, len(every))][:count]
 
 
-def paint_rehearsal(folder: Path, prompts: Sequence[str], diffusion: Diffusion) -> None:
-    """A picture of each of `prompts` in `folder`, with captions in metadata.jsonl, by `diffusion`, which
-    paints in few steps; kept, so that a run that goes on sees the same ones."""
+def generate_prior_images(folder: Path, prompts: Sequence[str], diffusion: Diffusion) -> None:
+    """An image of each of `prompts` in `folder`, with captions in metadata.jsonl, by `diffusion`, which
+    generates in few steps; kept, so that a run that goes on sees the same ones."""
     listed = folder / METADATA
     rows = [{"file_name": f"{i:05}.png", "text": text} for i, text in enumerate(prompts)]
     wanted = "".join(f"{json.dumps(row)}\n" for row in rows)
@@ -67,7 +67,7 @@ def paint_rehearsal(folder: Path, prompts: Sequence[str], diffusion: Diffusion) 
     logger.info("painting %d pictures to rehearse", len(prompts))
     guidance = FULL_LCM_GUIDANCE if diffusion.unet.config.time_cond_proj_dim else 1.0
     folder.mkdir(parents=True, exist_ok=True)
-    for row, image in zip(rows, paint(diffusion, diffusion.unet, prompts, guidance=guidance), strict=True):
+    for row, image in zip(rows, generate(diffusion, diffusion.unet, prompts, guidance=guidance), strict=True):
         image.save(folder / row["file_name"])
     part = listed.with_suffix(".part")
     part.write_text(wanted, encoding="utf-8")
@@ -88,8 +88,8 @@ def keeping_training(
     """
     low, high = guidance
 
-    def loss(step: int, share: Share) -> Tensor:
-        batch, draws = next_batch(step, share), Draws(seed, step, share)
+    def loss(step: int, share: Shard) -> Tensor:
+        batch, draws = next_batch(step, share), StepRandom(seed, step, share)
         count, device = len(batch.latents), batch.latents.device
         t = (draws.stratified(count) * len(noise_schedule.alphas_cumprod)).long().to(device)
         noise = draws.normal(*batch.latents.shape).to(device)
@@ -106,7 +106,7 @@ def keeping_training(
 def in_turns(learnt: Loss, kept: Loss) -> Loss:
     """Every other step is for what is kept."""
 
-    def loss(step: int, share: Share) -> Tensor:
+    def loss(step: int, share: Shard) -> Tensor:
         return (learnt, kept)[step % 2](step // 2, share)
 
     return loss

@@ -1,4 +1,4 @@
-"""One training, from a loaded diffusers pipeline and encoded pictures to files that others can load."""
+"""One training, from a loaded diffusers pipeline and encoded images to files that others can load."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from fewstep.training.encoded import Batches
 from fewstep.training.lora_files import save_lora
 from fewstep.training.plan import Plan
 from fewstep.training.prior_preservation import in_turns, keeping_training
-from fewstep.training.samples import paint_samples
+from fewstep.training.samples import generate_samples
 from fewstep.training.sources import halve_if_large
 from fewstep.training.style import StyleStudent, add_style, style_training
-from fewstep.training.trainer import WHOLE, Loss, Watch, optimise
+from fewstep.training.trainer import WHOLE, Loss, Validation, optimise
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +49,16 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya.safetensors"
 VALIDATION_BATCH = 4  # whatever the training's is, and however many processes share it
 VALIDATION_SEED = 999
-# Pictures are held out for validation when there are that many; else it uses those of the training.
+# Images are held out for validation when there are that many; else it uses those of the training.
 ENOUGH_TO_HOLD_OUT = 100
 HELD_OUT = 16
 
 
 @dataclass(frozen=True)
 class Data:
-    """Encoded pictures (see `Encoder`), prompts of the samples, and the encoded empty prompt, see `Batch`.
+    """Encoded images (see `Encoder`), prompts of the samples, and the encoded empty prompt, see `Batch`.
 
-    `rehearsed` are encoded pictures of the model's own, on which a LoRA is to change nothing.
+    `rehearsed` are encoded images of the model's own, on which a LoRA is to change nothing.
     """
 
     encoded: Sequence[Path]
@@ -101,19 +101,19 @@ def train(
     validate = loss_of(watched, VALIDATION_SEED)
     loss = loss_of(batches, plan.seed)
     if data.rehearsed:
-        own_pictures = Batches(data.rehearsed, size, plan.seed, device, data.empty)
+        own_images = Batches(data.rehearsed, size, plan.seed, device, data.empty)
         guidance = plan.student.guidance if isinstance(plan.student, Distillation) else (0.0, 0.0)
-        kept = keeping_training(own, own_pictures, noise_schedule, guidance, plan.seed + 1)
+        kept = keeping_training(own, own_images, noise_schedule, guidance, plan.seed + 1)
         loss = in_turns(loss, kept)
     told = {"model": model, **plan.told()}
     # A file's name is a hash of what was encoded.
     names = " ".join(path.name for path in (*encoded, *data.rehearsed))
-    pictures = hashlib.sha256(names.encode()).hexdigest()
-    _check_same(pictures, accelerator)
+    images = hashlib.sha256(names.encode()).hexdigest()
+    _check_same(images, accelerator)
     result = average or own  # with a LoRA, the loop leaves the average in its place
 
     def look(step: int) -> float:
-        _paint(
+        _generate(
             diffusion, result, plan, data.prompts, folder / "samples" / f"step-{step:06}.webp", accelerator
         )
         with torch.no_grad():
@@ -123,7 +123,7 @@ def train(
     def save(place: Path, step: int) -> None:
         _save(result, place, {**told, "step": step})
 
-    watch = Watch(plan.watch_every, look, lambda step: save(folder / "best", step))
+    watch = Validation(plan.watch_every, look, lambda step: save(folder / "best", step))
     optimise(
         plan.method,
         own,
@@ -132,7 +132,7 @@ def train(
         folder / "checkpoints",
         average,
         accelerator=accelerator,
-        config={**told, "pictures": pictures, "fp16": accelerator.mixed_precision == "fp16"},
+        config={**told, "pictures": images, "fp16": accelerator.mixed_precision == "fp16"},
         watch=watch if plan.watch_every else None,
     )
     if accelerator.is_main_process:
@@ -141,9 +141,9 @@ def train(
     accelerator.wait_for_everyone()
 
 
-def _check_same(pictures: str, accelerator: Accelerator) -> None:
-    """Raises TrainingError when a process sees other pictures, as after a download that failed there."""
-    own = torch.tensor([int(pictures[:15], 16)], device=accelerator.device)
+def _check_same(images: str, accelerator: Accelerator) -> None:
+    """Raises TrainingError when a process sees other images, as after a download that failed there."""
+    own = torch.tensor([int(images[:15], 16)], device=accelerator.device)
     if (accelerator.gather(own) != own).any():
         raise TrainingError("the processes see different pictures; run it again")
 
@@ -177,7 +177,7 @@ def _trained(
     )
 
 
-def _paint(
+def _generate(
     diffusion: Diffusion,
     unet: UNet2DConditionModel,
     plan: Plan,
@@ -187,7 +187,7 @@ def _paint(
 ) -> None:
     """A row of samples, to `path` and to whoever tracks the run."""
     few_steps = plan.method != "style"
-    row = paint_samples(diffusion, unet, prompts, few_steps=few_steps, guidance=_guidance(unet, plan))
+    row = generate_samples(diffusion, unet, prompts, few_steps=few_steps, guidance=_guidance(unet, plan))
     path.parent.mkdir(parents=True, exist_ok=True)
     row.save(path, quality=90)
     step = int(path.stem.removeprefix("step-"))
@@ -197,7 +197,7 @@ def _paint(
 
 
 def _guidance(unet: UNet2DConditionModel, plan: Plan) -> float:
-    """What samples are painted with: of a full LCM, which is told w, the middle of what it was told."""
+    """What samples are generated with: of a full LCM, which is told w, the middle of what it was told."""
     student = plan.student
     if unet.config.time_cond_proj_dim and isinstance(student, Distillation):
         return 1.0 + sum(student.guidance) / 2

@@ -1,4 +1,4 @@
-"""What a network paints while it is trained: one row of pictures, always of the same prompts and seeds."""
+"""What a network generates while it is trained: one row of images, always of the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS = 4
 BASE_STEPS, BASE_GUIDANCE = 20, 5.0
 
 
-def paint(
+def generate(
     diffusion: Diffusion,
     unet: UNet2DConditionModel,
     prompts: Sequence[str],
@@ -25,7 +25,7 @@ def paint(
     few_steps: bool = True,
     guidance: float = 1.0,
 ) -> Iterator[Image.Image]:
-    """One picture of each of `prompts` by `unet`, with what else `diffusion` has; picture i has seed i."""
+    """One image of each of `prompts` by `unet`, with what else `diffusion` has; image i has seed i."""
     kept: dict[str, Any] = diffusion.components | {"unet": unet}
     options: dict[str, Any] = {"requires_safety_checker": False, "safety_checker": None}
     if isinstance(diffusion, StableDiffusionXLPipeline):
@@ -46,7 +46,7 @@ def paint(
         yield image  # with autocast off again, which is not the caller's
 
 
-def paint_samples(
+def generate_samples(
     diffusion: Diffusion,
     unet: UNet2DConditionModel,
     prompts: Sequence[str],
@@ -54,8 +54,8 @@ def paint_samples(
     few_steps: bool = True,
     guidance: float = 1.0,
 ) -> Image.Image:
-    """What `paint` paints, side by side."""
-    images = list(paint(diffusion, unet, prompts, few_steps=few_steps, guidance=guidance))
+    """What `generate` generates, side by side."""
+    images = list(generate(diffusion, unet, prompts, few_steps=few_steps, guidance=guidance))
     width, height = images[0].size
     row = Image.new("RGB", (width * len(images), height))
     for i, image in enumerate(images):

@@ -42,9 +42,9 @@ def load_base(name: str, settings: Settings, device: torch.device) -> Diffusion:
         kind = _kind_of(folder)
     else:
         spec, folder = get_model(name), settings.weights_root / name
-        manifest = verify_weights(folder, remedy=spec.remedy, mode="size")
+        manifest = verify_weights(folder, fix=spec.fix, mode="size")
         if settings.verify != "size":
-            check_hashes(folder, manifest, remedy=spec.remedy)
+            check_hashes(folder, manifest, fix=spec.fix)
         kind = PIPELINES[spec.family]
     options = {"add_watermarker": False} if kind is StableDiffusionXLPipeline else {"safety_checker": None}
     diffusion: Diffusion = kind.from_pretrained(
@@ -56,7 +56,7 @@ def load_base(name: str, settings: Settings, device: torch.device) -> Diffusion:
 
 
 def load_few_step(spec: ModelSpec, settings: Settings, device: torch.device) -> Diffusion:
-    """A model that paints in few steps, its LCM-LoRA fused, in fp32. Raises as `load_pipeline` does."""
+    """A model that generates in few steps, its LCM-LoRA fused, in fp32. Raises as `load_pipeline` does."""
     plain = replace(settings, device=device.type, dtype="fp32", engine="torch", vae="full", safety="off")
     return _placed(load_pipeline(spec, plain).diffusion, device)
 

@@ -1,7 +1,7 @@
-"""An ordinary style LoRA: the base's own denoising loss on pictures of one style, with the base frozen.
+"""An ordinary style LoRA: the base's own denoising loss on images of one style, with the base frozen.
 
-It knows nothing of few steps. Added to the weights together with an LCM-LoRA, it is painted in few steps all
-the same (arXiv 2311.05556, section 3): tau' = lambda_1 * tau_style + lambda_2 * tau_LCM.
+It knows nothing of few steps. Added to the weights together with an LCM-LoRA, it works in few steps all the
+same (arXiv 2311.05556, section 3): tau' = lambda_1 * tau_style + lambda_2 * tau_LCM.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.training import consistency as cm
 from fewstep.training.distill import Batch, NextBatch, predict
-from fewstep.training.trainer import Draws, Loss, Share
+from fewstep.training.trainer import Loss, Shard, StepRandom
 
 # The attention of the published style LoRAs, and half of the convolutions, which carry texture.
 STYLE_TARGETS = (
@@ -40,7 +40,7 @@ def add_style(unet: UNet2DConditionModel, student: StyleStudent) -> None:
 
 
 def style_loss(
-    unet: UNet2DConditionModel, batch: Batch, noise_schedule: cm.NoiseSchedule, draws: Draws
+    unet: UNet2DConditionModel, batch: Batch, noise_schedule: cm.NoiseSchedule, draws: StepRandom
 ) -> Tensor:
     """Mean squared error of what the network predicts, noise or v, at timesteps spread evenly over the
     schedule."""
@@ -61,7 +61,7 @@ def style_training(
 ) -> Loss:
     """What `optimise` minimises to train the LoRA that `add_style` gave to `unet`."""
 
-    def loss(step: int, share: Share) -> Tensor:
-        return style_loss(unet, next_batch(step, share), noise_schedule, Draws(seed, step, share))
+    def loss(step: int, share: Shard) -> Tensor:
+        return style_loss(unet, next_batch(step, share), noise_schedule, StepRandom(seed, step, share))
 
     return loss

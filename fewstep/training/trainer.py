@@ -53,7 +53,7 @@ Rows = TypeVar("Rows", Tensor, list[Any])
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """Part `index` of `count` equal parts of a step's batch."""
 
     index: int = 0
@@ -65,17 +65,17 @@ class Share:
         return rows[self.index * size : (self.index + 1) * size]
 
 
-WHOLE = Share()
+WHOLE = Shard()
 BELOW_ONE = 1.0 - 2.0**-24
 
 
-class Draws:
+class StepRandom:
     """The random numbers of one share of one step, on the CPU whatever the device.
 
     All shares together draw the same numbers, however many they are.
     """
 
-    def __init__(self, seed: int, step: int, share: Share = WHOLE) -> None:
+    def __init__(self, seed: int, step: int, share: Shard = WHOLE) -> None:
         self._generator = step_generator(seed, step)
         self._share = share
 
@@ -105,7 +105,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class Watch:
+class Validation:
     """Every `every` steps and at the end, `look(step)` finds the averaged weights in the module, or in
     `average`, and returns a validation loss; when it is the lowest so far, `keep(step)` may save them."""
 
@@ -114,7 +114,7 @@ class Watch:
     keep: Callable[[int], None]
 
 
-Loss: TypeAlias = Callable[[int, Share], Tensor]
+Loss: TypeAlias = Callable[[int, Shard], Tensor]
 
 
 class _StepLoss(nn.Module):
@@ -125,7 +125,7 @@ class _StepLoss(nn.Module):
         super().__init__()
         self.module, self.loss = module, loss
 
-    def forward(self, step: int, share: Share) -> Tensor:
+    def forward(self, step: int, share: Shard) -> Tensor:
         return self.loss(step, share)
 
 
@@ -139,7 +139,7 @@ def optimise(
     *,
     accelerator: Accelerator | None = None,
     config: Mapping[str, object] | None = None,
-    watch: Watch | None = None,
+    watch: Validation | None = None,
 ) -> None:
     """Train the parameters of `module` that require a gradient; leave their EMA in it.
 
@@ -234,7 +234,7 @@ def _backward(accelerator: Accelerator, step_loss: nn.Module, step: int, accumul
     for part in range(accumulate):
         waits = part + 1 < accumulate  # the processes exchange gradients once a step
         with accelerator.no_sync(step_loss) if waits else nullcontext():
-            value = step_loss(step, Share(accelerator.process_index * accumulate + part, count)) / accumulate
+            value = step_loss(step, Shard(accelerator.process_index * accumulate + part, count)) / accumulate
             accelerator.backward(value)
         total += value.detach()
     mean: Tensor = accelerator.reduce(total, "mean")

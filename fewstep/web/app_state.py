@@ -15,15 +15,15 @@ from starlette.responses import JSONResponse, Response
 
 from fewstep.errors import FewstepError, InvalidRequest
 from fewstep.models.specs import ModelSpec
-from fewstep.web.cog_inputs import PictureReader
+from fewstep.web.cog_inputs import ImageReader
 from fewstep.web.live import LiveSession
 from fewstep.web.monitoring import Metrics
-from fewstep.web.prompt_enhancer import PromptHelp
-from fewstep.web.queue import PaintQueue
-from fewstep.web.recent import RecentPictures
+from fewstep.web.prompt_enhancer import PromptEnhancer
+from fewstep.web.queue import RequestQueue
+from fewstep.web.recent import RecentImages
 from fewstep.web.settings import WebSettings
 from fewstep.web.store import Store
-from fewstep.web.worker_pool import Crew
+from fewstep.web.worker_pool import WorkerPool
 
 COOKIE = "fewstep_visitor"
 RETRY_AFTER_S = 5
@@ -33,19 +33,19 @@ STATUS = {"invalid_request": 422, "unsafe": 422, "deadline": 503, "stopped": 503
 
 
 @dataclass(eq=False, kw_only=True)
-class Front:
+class AppState:
     """One front door, on one event loop."""
 
     spec: ModelSpec
     settings: WebSettings
-    crew: Crew
+    crew: WorkerPool
     store: Store
-    queue: PaintQueue
+    queue: RequestQueue
     metrics: Metrics
-    help: PromptHelp | None = None
+    help: PromptEnhancer | None = None
     helping: set[str] = field(default_factory=set)  # visitors
-    reader: PictureReader = field(default_factory=PictureReader)
-    recent: RecentPictures = field(default_factory=RecentPictures)
+    reader: ImageReader = field(default_factory=ImageReader)
+    recent: RecentImages = field(default_factory=RecentImages)
     sessions: set[LiveSession] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class Front:
         return visitor
 
     async def end(self, grace_s: float) -> None:
-        """Take no more wishes, finish what is being painted, and let the pages go, which come again."""
+        """Take no more wishes, finish what is being generated, and let the pages go, which come again."""
         await self.queue.close(grace_s)
         closing = (session.close(GOING_AWAY) for session in tuple(self.sessions))
         await asyncio.gather(*closing, return_exceptions=True)
@@ -82,9 +82,9 @@ class Front:
             )
 
 
-def front_of(connection: HTTPConnection) -> Front:
+def app_state(connection: HTTPConnection) -> AppState:
     """The one that serves `connection`."""
-    front: Front = connection.app.state.front
+    front: AppState = connection.app.state.front
     return front
 
 

@@ -1,4 +1,4 @@
-"""Whoever paints: a Cog server near or far, or a model on Replicate; each takes the inputs of predict()."""
+"""Backends: a Cog server near or far, or a model on Replicate; each takes the inputs of predict()."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ _PARTS = ("text_ms", "steps_ms", "decode_ms", "safety_ms", "encode_ms", "weights
 
 
 @dataclass(frozen=True, slots=True)
-class Painted:
+class BackendResult:
     """Files as they came, and the milliseconds that the model says it took, or that the call took."""
 
     files: list[bytes]
-    paint_ms: float
+    generate_ms: float
 
 
-class PainterGone(Exception):
+class BackendUnavailable(Exception):
     """There was no answer, or none of the model's: the same may be asked again, of another."""
 
 
-class PainterFull(Exception):
+class BackendBusy(Exception):
     """All of its places are taken at this moment."""
 
 
-class Painter(Protocol):
-    """Paints; leaving it, by being cancelled, ends the work there too."""
+class Generator(Protocol):
+    """Generates; leaving it, by being cancelled, ends the work there too."""
 
-    async def paint(self, inputs: Mapping[str, Any]) -> Painted:
+    async def generate(self, inputs: Mapping[str, Any]) -> BackendResult:
         """Raises the FewstepError that the model told, PainterGone or PainterFull."""
         ...
 
 
-class CogPainter:
+class CogBackend:
     """A Cog server at `url`; a request takes at most `timeout_s`, its own deadline included."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
@@ -56,7 +56,7 @@ class CogPainter:
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=32)
         self._client = httpx2.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False)
 
-    async def paint(self, inputs: Mapping[str, Any]) -> Painted:
+    async def generate(self, inputs: Mapping[str, Any]) -> BackendResult:
         began = time.perf_counter()
         # An id of our own: coglet makes a path of it, and whoever knows one can end a prediction.
         body = {"id": uuid.uuid4().hex, "input": dict(inputs)}
@@ -64,14 +64,14 @@ class CogPainter:
             response = await self._client.post(f"{self.url}/predictions", json=body)
             answer = response.json()
         except (httpx2.HTTPError, ValueError) as error:
-            raise PainterGone(type(error).__name__) from None
+            raise BackendUnavailable(type(error).__name__) from None
         if response.status_code == 409:
-            raise PainterFull
+            raise BackendBusy
         if response.status_code == 422:
             raise InternalError("the Cog server takes other inputs than this page sends; update both")
         if response.status_code != 200 or not isinstance(answer, dict):
-            raise PainterGone(f"status {response.status_code}")
-        return _painted(answer, (time.perf_counter() - began) * 1000)
+            raise BackendUnavailable(f"status {response.status_code}")
+        return _generated(answer, (time.perf_counter() - began) * 1000)
 
     async def is_ready(self) -> bool:
         """Whether the server says so; for one that somebody else keeps."""
@@ -86,18 +86,18 @@ class CogPainter:
         await self._client.aclose()
 
 
-class ReplicatePainter:
-    """A model on Replicate, as owner/name or owner/name:version; each picture is billed to the token."""
+class ReplicateBackend:
+    """A model on Replicate, as owner/name or owner/name:version; each image is billed to the token."""
 
     def __init__(self, model: str, token: str, base_url: str | None = None) -> None:
         from replicate.client import Client  # takes a moment
 
         self._model = model
         self._client = Client(api_token=token, base_url=base_url)
-        # Its own client would send the token along to wherever the pictures are.
+        # Its own client would send the token along to wherever the images are.
         self._files = httpx2.AsyncClient(timeout=FETCH_S, trust_env=False)
 
-    async def paint(self, inputs: Mapping[str, Any]) -> Painted:
+    async def generate(self, inputs: Mapping[str, Any]) -> BackendResult:
         name, _, version = self._model.partition(":")
         target: dict[str, Any] = {"version": version} if version else {"model": name}
         began = time.perf_counter()
@@ -121,8 +121,8 @@ class ReplicatePainter:
             ) from None
         answer = {name: getattr(prediction, name) for name in ("status", "output", "error", "metrics")}
         try:
-            return _painted(answer, (time.perf_counter() - began) * 1000)
-        except PainterGone:
+            return _generated(answer, (time.perf_counter() - began) * 1000)
+        except BackendUnavailable:
             raise GenerationError("the model failed on Replicate without a reason; ask again") from None
 
     async def _embedded(self, url: str) -> str:
@@ -134,23 +134,23 @@ class ReplicatePainter:
         return f"data:image/webp;base64,{base64.b64encode(response.content).decode()}"
 
 
-def _painted(answer: Mapping[str, Any], took_ms: float) -> Painted:
+def _generated(answer: Mapping[str, Any], took_ms: float) -> BackendResult:
     status, output = answer.get("status"), answer.get("output")
     if status == "canceled":
-        raise PainterGone("it was stopped there")  # not by us, who would have left
+        raise BackendUnavailable("it was stopped there")  # not by us, who would have left
     if status != "succeeded":
         found = CODE_AND_SENTENCE.search(str(answer.get("error")))
         if not found:  # coglet's own: its worker died, or cannot be reached
-            raise PainterGone("failed without a reason")
+            raise BackendUnavailable("failed without a reason")
         code, _, sentence = found.group()[1:].partition("] ")
         if code == Stopped.code:  # the server is going down
-            raise PainterGone("it is ending")
+            raise BackendUnavailable("it is ending")
         raise _ERRORS.get(code, GenerationError)(sentence)
     if not isinstance(output, list) or not output:
         raise GenerationError("the model gave no picture; ask again")
     metrics = answer.get("metrics") or {}
     known = [metrics[part] for part in _PARTS if part in metrics]
-    return Painted([_content(url) for url in output], sum(known) if known else took_ms)
+    return BackendResult([_content(url) for url in output], sum(known) if known else took_ms)
 
 
 def _content(url: object) -> bytes:

@@ -53,12 +53,12 @@ class Wish:
 
     @property
     def seeds(self) -> list[int]:
-        """Of each picture."""
+        """Of each image."""
         return [(self.inputs["seed"] + i) % 2**31 for i in range(self.inputs["num_outputs"])]
 
 
 def has_quick_size(spec: ModelSpec) -> bool:
-    """Whether the model paints well at a size that is much quicker than its own."""
+    """Whether the model generates well at a size that is much quicker than its own."""
     return spec.native_size > QUICK_SIDE
 
 
@@ -72,10 +72,10 @@ def make_wish(
     mask: Image.Image | None = None,
     quick: bool = False,
 ) -> Wish:
-    """Check `fields`, which are named as predict()'s inputs; a `quick` wish is one small picture.
+    """Check `fields`, which are named as predict()'s inputs; a `quick` wish is one small image.
 
     The inputs that come of it are written here, one by one: nothing that was not checked is handed on, and
-    pictures go as our own PNG, of the size that is painted. Raises InvalidRequest.
+    images go as our own PNG, of the size that is generated. Raises InvalidRequest.
     """
     if not set(known).issuperset(fields):
         raise InvalidRequest(f"a field is unknown; send only {', '.join(sorted(known))}")
@@ -114,15 +114,15 @@ def make_wish(
     return Wish(inputs, recipe)
 
 
-class PictureReader:
-    """Opens visitors' pictures, `AT_ONCE` at a time, since one of 32 megapixels takes up to 620 MB."""
+class ImageReader:
+    """Opens visitors' images, `AT_ONCE` at a time, since one of 32 megapixels takes up to 620 MB."""
 
     def __init__(self) -> None:
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def read(self, content: bytes, name: str, opened: Opened) -> Image.Image:
         """What `opened`, one of images.codec's open functions, makes of it, scaled down to what is ever
-        painted. Raises InvalidRequest."""
+        generated. Raises InvalidRequest."""
         async with self._places:
             return await asyncio.to_thread(_read, content, name, opened)
 

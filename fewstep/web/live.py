@@ -1,10 +1,10 @@
-"""Painting while one types: one WebSocket per visitor, of whose wishes only the latest counts.
+"""Generating while one types: one WebSocket per visitor, of whose wishes only the latest counts.
 
-The visitor's messages are JSON, {"type": "paint", "n": 7, "quick": true, "wish": {...}}, and pictures are
+The visitor's messages are JSON, {"type": "paint", "n": 7, "quick": true, "wish": {...}}, and images are
 binary frames after a "painted" message that announces them. A wish that waits is replaced by a newer one and
-keeps its place. One that is being painted is given up for a newer one only when that costs little to look at:
-when it has not begun, or when a picture was shown a moment ago; else it is finished and shown, so that
-pictures keep coming while somebody types on.
+keeps its place. One that is running is given up for a newer one only when that costs little to look at:
+when it has not begun, or when an image was shown a moment ago; else it is finished and shown, so that
+images keep coming while somebody types on.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from fewstep.errors import FewstepError, InvalidRequest, Stopped
 from fewstep.images.codec import INPUT_MAX_BYTES, open_image, open_mask
 from fewstep.models.specs import ModelSpec
-from fewstep.web.backends import Painted
-from fewstep.web.cog_inputs import PAGE_FIELDS, PictureReader, Wish, make_wish
-from fewstep.web.queue import PaintQueue, Ticket
-from fewstep.web.recent import RecentPictures
+from fewstep.web.backends import BackendResult
+from fewstep.web.cog_inputs import PAGE_FIELDS, ImageReader, Wish, make_wish
+from fewstep.web.queue import QueuedRequest, RequestQueue
+from fewstep.web.recent import RecentImages
 
 logger = logging.getLogger(__name__)
 
 JUST_SHOWN_S = 0.3
 UNSUPPORTED = 1003
 MAX_MESSAGE = 16_384  # characters of JSON
-MAX_INPUT = 8 * 10**6  # bytes of a picture; the page scales larger ones down
+MAX_INPUT = 8 * 10**6  # bytes of an image; the page scales larger ones down
 SLOTS = {"image": open_image, "mask": open_mask}
 assert MAX_INPUT <= INPUT_MAX_BYTES
 
@@ -56,9 +56,9 @@ class LiveSession:
         *,
         spec: ModelSpec,
         styles: Callable[[], Collection[str]],
-        queue: PaintQueue,
-        recent: RecentPictures,
-        reader: PictureReader,
+        queue: RequestQueue,
+        recent: RecentImages,
+        reader: ImageReader,
     ) -> None:
         self._socket = socket
         self.visitor = visitor
@@ -67,18 +67,18 @@ class LiveSession:
         self._queue = queue
         self._recent = recent
         self._reader = reader
-        self._pictures: dict[str, Image.Image] = {}
+        self._images: dict[str, Image.Image] = {}
         self._asked: _Asked | None = None  # the latest that nothing was done for yet
         self._current: _Asked | None = None  # which `_ticket` is for
-        self._ticket: Ticket | None = None
+        self._ticket: QueuedRequest | None = None
         self._came = asyncio.Event()
-        self._shown = 0.0  # when the last picture was sent
+        self._shown = 0.0  # when the last image was sent
         self._sending = asyncio.Lock()
 
     async def run(self) -> None:
         """Until the visitor leaves."""
         await self.tell_state()
-        tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._paint())}
+        tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._generate())}
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -95,7 +95,7 @@ class LiveSession:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def tell_state(self) -> None:
-        """Whether there is a model to paint; at the beginning, and whenever that changes."""
+        """Whether there is a model to generate; at the beginning, and whenever that changes."""
         await self._send({"type": "state", "ready": self._queue.ready})
 
     async def close(self, code: int) -> None:
@@ -123,9 +123,9 @@ class LiveSession:
         if kind == "paint":
             await self._take_wish(fields)
         elif kind == "input":
-            await self._take_picture(_slot(fields))
+            await self._take_image(_slot(fields))
         elif kind == "clear":
-            self._pictures.pop(_slot(fields), None)
+            self._images.pop(_slot(fields), None)
         elif kind == "stop":
             self._asked = None
             if self._ticket:
@@ -133,17 +133,17 @@ class LiveSession:
         else:
             raise InvalidRequest("type is unknown; it must be paint, input, clear or stop")
 
-    async def _take_picture(self, slot: str) -> None:
+    async def _take_image(self, slot: str) -> None:
         message = await self._socket.receive()
         content = message.get("bytes")
         if content is None:
             raise InvalidRequest(f"the {slot} did not come; send its bytes right after the message")
-        self._pictures.pop(slot, None)
+        self._images.pop(slot, None)
         if len(content) > MAX_INPUT:
             raise InvalidRequest(
                 f"{slot} has {len(content) / 1e6:.1f} MB; at most {MAX_INPUT / 1e6:g} MB are taken"
             )
-        self._pictures[slot] = await self._reader.read(content, slot, SLOTS[slot])
+        self._images[slot] = await self._reader.read(content, slot, SLOTS[slot])
 
     async def _take_wish(self, fields: Mapping[str, Any]) -> None:
         n, quick, given = fields.get("n"), fields.get("quick"), fields.get("wish")
@@ -151,20 +151,20 @@ class LiveSession:
             raise InvalidRequest("a paint message has n, a whole number, quick, true or false, and a wish")
         came = time.monotonic()
         given = dict(given)
-        pictures = {}
+        images = {}
         for slot in SLOTS:
             used = given.pop(f"use_{slot}", False) is True
-            if used and slot not in self._pictures:  # it was refused, which the page has been told
+            if used and slot not in self._images:  # it was refused, which the page has been told
                 raise InvalidRequest(f"the {slot} is not here; choose it again, or take it out")
-            pictures[slot] = self._pictures[slot] if used else None
+            images[slot] = self._images[slot] if used else None
 
         def make() -> Wish:
             return make_wish(
-                self._spec, given, known=PAGE_FIELDS, styles=self._styles(), quick=quick, **pictures
+                self._spec, given, known=PAGE_FIELDS, styles=self._styles(), quick=quick, **images
             )
 
-        # Pictures are scaled to size, which takes milliseconds.
-        wish = await asyncio.to_thread(make) if any(pictures.values()) else make()
+        # Images are scaled to size, which takes milliseconds.
+        wish = await asyncio.to_thread(make) if any(images.values()) else make()
         self._ask(_Asked(n, quick, wish, came))
 
     def _ask(self, asked: _Asked) -> None:
@@ -180,7 +180,7 @@ class LiveSession:
         if ticket and (not ticket.begun or time.monotonic() - self._shown < JUST_SHOWN_S):
             self._queue.cancel(ticket)
 
-    async def _paint(self) -> None:
+    async def _generate(self) -> None:
         while True:
             while self._asked is None:
                 self._came.clear()
@@ -188,8 +188,8 @@ class LiveSession:
             self._current, self._asked = self._asked, None
             try:
                 self._ticket = self._queue.submit(self.visitor, self._current.wish.inputs, self._tell_place)
-                painted = await self._queue.result(self._ticket)
-                await self._show(self._current, self._ticket, painted)
+                generated = await self._queue.result(self._ticket)
+                await self._show(self._current, self._ticket, generated)
             except Stopped:
                 pass  # for a newer one, or because the visitor said so
             except FewstepError as error:
@@ -203,12 +203,12 @@ class LiveSession:
         task = asyncio.create_task(self._send(message))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    async def _show(self, asked: _Asked, ticket: Ticket, painted: Painted) -> None:
+    async def _show(self, asked: _Asked, ticket: QueuedRequest, generated: BackendResult) -> None:
         assert ticket.sent
         wish = asked.wish
         width, height = wish.size
         ids = []
-        for content, seed in zip(painted.files, wish.seeds, strict=False):
+        for content, seed in zip(generated.files, wish.seeds, strict=False):
             recipe = {**wish.recipe, "seed": seed, "num_outputs": 1}
             ids.append(self._recent.add(self.visitor, content, recipe))
         message = {
@@ -218,12 +218,12 @@ class LiveSession:
             "seed": wish.inputs["seed"],
             "width": width,
             "height": height,
-            "paint_ms": round(painted.paint_ms, 1),
+            "paint_ms": round(generated.generate_ms, 1),
             "wait_ms": round((ticket.sent - asked.came) * 1000, 1),
             "images": ids,
         }
         self._shown = time.monotonic()
-        await self._send(message, painted.files)
+        await self._send(message, generated.files)
 
     async def _fail(self, n: int | None, error: FewstepError) -> None:
         message = {"type": "failed", "n": n, "code": error.code, "message": error.sentence}
@@ -231,11 +231,11 @@ class LiveSession:
             message["retry_after"] = retry
         await self._send(message)
 
-    async def _send(self, message: Mapping[str, Any], pictures: Collection[bytes] = ()) -> None:
-        async with self._sending:  # so that nothing comes between a message and its pictures
+    async def _send(self, message: Mapping[str, Any], images: Collection[bytes] = ()) -> None:
+        async with self._sending:  # so that nothing comes between a message and its images
             await self._socket.send_text(json.dumps(message))
-            for picture in pictures:
-                await self._socket.send_bytes(picture)
+            for image in images:
+                await self._socket.send_bytes(image)
 
 
 class _OutOfTurn(Exception):

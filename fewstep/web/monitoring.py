@@ -13,7 +13,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._wait = self._histogram("fewstep_wait_seconds", "From a wish's arrival until a server got it.")
-        self._paint = self._histogram("fewstep_paint_seconds", "What the model took, encoding included.")
+        self._generate = self._histogram("fewstep_paint_seconds", "What the model took, encoding included.")
         self._rejections = Counter(
             "fewstep_rejections", "Wishes that were turned away.", ["code"], registry=self.registry
         )
@@ -29,9 +29,9 @@ class Metrics:
         """A wish was sent to a server."""
         self._wait.observe(seconds)
 
-    def painted(self, milliseconds: float) -> None:
-        """A picture came."""
-        self._paint.observe(milliseconds / 1000)
+    def generated(self, milliseconds: float) -> None:
+        """An image came."""
+        self._generate.observe(milliseconds / 1000)
 
     def rejected(self, code: str) -> None:
         """A wish was turned away."""

@@ -1,7 +1,7 @@
 """OpenAI's images API, as its SDKs, Open WebUI and LibreChat call it.
 
-Liberal in what it takes: any model's name, unknown fields, sizes that the model does not paint (the nearest
-shape that it does is painted). Answers with base64 unless asked for addresses.
+Liberal in what it takes: any model's name, unknown fields, sizes that the model does not make (the nearest
+shape that it does is taken). Answers with base64 unless asked for addresses.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fewstep.errors import FewstepError, InvalidRequest, Stopped
 from fewstep.images.codec import MIME_TYPES, open_alpha_mask, open_image
 from fewstep.models.specs import ModelSpec
 from fewstep.request import GUIDANCE, LCM_LORA_MAX_GUIDANCE, NUM_OUTPUTS, SEED_MAX, SIDE, STEPS
-from fewstep.web.app_state import Front, front_of, retry_after, status_of
-from fewstep.web.backends import Painted
+from fewstep.web.app_state import AppState, app_state, retry_after, status_of
+from fewstep.web.backends import BackendResult
 from fewstep.web.cog_inputs import Wish, make_wish
-from fewstep.web.queue import PaintQueue, Ticket
+from fewstep.web.queue import QueuedRequest, RequestQueue
 
 MAX_N = 10
 QUALITY_STEPS = {"low": 2, "medium": 4, "standard": 4, "auto": 4, "high": 8, "hd": 8}
@@ -54,7 +54,7 @@ def routes() -> list[Route]:
 
 
 async def _models(request: Request) -> Response:
-    front = front_of(request)
+    front = app_state(request)
     try:
         _check_key(request, front)
     except FewstepError as error:
@@ -64,7 +64,7 @@ async def _models(request: Request) -> Response:
 
 
 async def _generations(request: Request) -> Response:
-    front = front_of(request)
+    front = app_state(request)
     try:
         _check_key(request, front)
         try:
@@ -79,7 +79,7 @@ async def _generations(request: Request) -> Response:
 
 
 async def _edits(request: Request) -> Response:
-    front = front_of(request)
+    front = app_state(request)
     try:
         _check_key(request, front)
         async with request.form(max_files=17, max_fields=64) as form:
@@ -89,29 +89,29 @@ async def _edits(request: Request) -> Response:
             if not uploads or not isinstance(uploads[0], UploadFile):
                 raise InvalidRequest("image is missing; send the picture to be edited as a file")
             read = front.reader.read
-            pictures = {"image": await read(await uploads[0].read(), "image", open_image)}
+            images = {"image": await read(await uploads[0].read(), "image", open_image)}
             if isinstance(mask, UploadFile):
-                pictures["mask"] = await read(await mask.read(), "mask", open_alpha_mask)
-        return await _answer(request, front, fields, pictures)
+                images["mask"] = await read(await mask.read(), "mask", open_alpha_mask)
+        return await _answer(request, front, fields, images)
     except FewstepError as error:
         return _told(error)
 
 
-async def _answer(request: Request, front: Front, fields: Fields, pictures: Mapping[str, Any]) -> Response:
+async def _answer(request: Request, front: AppState, fields: Fields, images: Mapping[str, Any]) -> Response:
     count = _whole(fields, "n", 1, 1, MAX_N)
-    common = _inputs(front.spec, fields, bool(pictures))
+    common = _inputs(front.spec, fields, bool(images))
     seed = common.pop("seed")
 
     def make(i: int) -> Wish:
         most = NUM_OUTPUTS[1]
         given = {**common, "seed": (seed + i) % (SEED_MAX + 1), "num_outputs": min(most, count - i)}
-        return make_wish(front.spec, given, **pictures)
+        return make_wish(front.spec, given, **images)
 
     wishes = [await asyncio.to_thread(make, i) for i in range(0, count, NUM_OUTPUTS[1])]
     visitor = f"api {request.client.host if request.client else ''}"
-    painted = await _unless_gone(request, _paint_all(front.queue, visitor, wishes))
+    generated = await _unless_gone(request, _generate_all(front.queue, visitor, wishes))
     data = []
-    for wish, one in zip(wishes, painted, strict=True):
+    for wish, one in zip(wishes, generated, strict=True):
         for content, used in zip(one.files, wish.seeds, strict=False):
             if fields.get("response_format") == "url":
                 recipe = {**wish.recipe, "seed": used, "num_outputs": 1}
@@ -126,8 +126,8 @@ async def _answer(request: Request, front: Front, fields: Fields, pictures: Mapp
     )
 
 
-async def _paint_all(queue: PaintQueue, visitor: str, wishes: Sequence[Wish]) -> list[Painted]:
-    tickets: list[Ticket] = []
+async def _generate_all(queue: RequestQueue, visitor: str, wishes: Sequence[Wish]) -> list[BackendResult]:
+    tickets: list[QueuedRequest] = []
     try:
         for wish in wishes:
             tickets.append(queue.submit(visitor, wish.inputs))
@@ -138,22 +138,24 @@ async def _paint_all(queue: PaintQueue, visitor: str, wishes: Sequence[Wish]) ->
         raise
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[Painted]]) -> list[Painted]:
-    """What `work` makes; nothing is painted for a client who has left. The body must have been read."""
-    painting = asyncio.ensure_future(work)
+async def _unless_gone(
+    request: Request, work: Coroutine[Any, Any, list[BackendResult]]
+) -> list[BackendResult]:
+    """What `work` makes; nothing is generated for a client who has left. The body must have been read."""
+    result = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(request.receive())
     try:
-        await asyncio.wait({painting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not painting.done():
-            painting.cancel()
+        await asyncio.wait({result, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            result.cancel()
             raise Stopped("the client has left")
-        return await painting
+        return await result
     finally:
         leaving.cancel()
 
 
 async def _file(request: Request) -> Response:
-    front = front_of(request)
+    front = app_state(request)
     found = front.recent.any(request.path_params["id"])
     if found is None:
         return _told(InvalidRequest("the picture is no longer here; ask for b64_json to keep them"), 404)
@@ -199,7 +201,7 @@ def _size(spec: ModelSpec, given: object, has_image: bool) -> dict[str, Any]:
     width, height = int(found[1]), int(found[2])
     if max(width, height) > 4 * min(width, height):
         raise InvalidRequest("size is more than four times as long as it is wide; ask for another shape")
-    # A client's list of sizes is of OpenAI's models: what is too large here is painted in the same shape.
+    # A client's list of sizes is of OpenAI's models: what is too large here is generated in the same shape.
     scale = min(1.0, math.sqrt(spec.max_pixels / (width * height)), SIDE[1] / max(width, height))
     if scale < 1:
         scale = min(scale, math.sqrt(spec.native_size**2 / (width * height)))
@@ -231,7 +233,7 @@ def _clamped(name: str, value: object, low: float, high: float) -> float:
     return min(max(number, low), high)
 
 
-def _check_key(request: Request, front: Front) -> None:
+def _check_key(request: Request, front: AppState) -> None:
     wanted = front.settings.api_key
     given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
     if wanted and not secrets.compare_digest(given.encode(), wanted.encode()):

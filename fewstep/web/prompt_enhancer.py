@@ -24,7 +24,7 @@ class HelpFailed(FewstepError):
     status = 502
 
 
-class PromptHelp:
+class PromptEnhancer:
     """`improve` asks the endpoint at `url` (OpenAI's own without one) for a better prompt."""
 
     def __init__(self, key: str, url: str | None, model: str) -> None:

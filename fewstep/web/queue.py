@@ -1,4 +1,4 @@
-"""Who is painted for next: a bounded queue before one or many servers, fair to every visitor.
+"""Who is generated for next: a bounded queue before one or many servers, fair to every visitor.
 
 A server that batches gets as many requests at once as it takes; the rest wait here, where their place can be
 told, and where a wish can still be replaced by a newer one.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fewstep.errors import FewstepError, InternalError, Stopped
-from fewstep.web.backends import Painted, Painter, PainterFull, PainterGone
+from fewstep.web.backends import BackendBusy, BackendResult, BackendUnavailable, Generator
 from fewstep.web.logs import FIELDS
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ MAX_ATTEMPTS = 3  # a request may itself be what ends a server
 FULL_AGAIN_S = (0.01, 1.0)
 JOIN_S = 0.01  # in which others join a batch: its prompts are being encoded
 TOLD = ("width", "height", "steps", "num_outputs")  # of the inputs, in the log
-REMEMBERED = 4096  # visitors, of whom it is known when they were last painted for
+REMEMBERED = 4096  # visitors, of whom it is known when they were last generated for
 
 
 class Busy(FewstepError):
@@ -62,33 +62,33 @@ class Watcher(Protocol):
     """Is told what happens, to count it."""
 
     def waited(self, seconds: float) -> None: ...
-    def painted(self, milliseconds: float) -> None: ...
+    def generated(self, milliseconds: float) -> None: ...
     def rejected(self, code: str) -> None: ...
 
 
 @dataclass(eq=False, kw_only=True)
 class Worker:
-    """A server, and what it is painting; `slots` requests at a time."""
+    """A server, and what it is generating; `slots` requests at a time."""
 
     name: str
     slots: int
-    painter: Painter | None = None
+    generator: Generator | None = None
     ready: bool = False
     on_gone: Callable[[], None] = lambda: None  # it did not answer as it should
-    on_stuck: Callable[[], None] = lambda: None  # it has had no room for longer than any painting takes
-    running: set[Ticket] = field(default_factory=set)
+    on_stuck: Callable[[], None] = lambda: None  # it has had no room for longer than any generating takes
+    running: set[QueuedRequest] = field(default_factory=set)
     batch_since: float = 0.0  # in seconds of time.monotonic(), as are the next two
     full_since: float | None = None
     rests_until: float = 0.0
     rest_s: float = FULL_AGAIN_S[0]
 
-    def takes(self, ticket: Ticket) -> bool:
+    def takes(self, ticket: QueuedRequest) -> bool:
         """Whether it can be sent now. What may have ended a server is sent alone, so that nobody else is
         taken along a second time."""
         suspect = bool(ticket.attempts) or any(other.attempts for other in self.running)
         room = 1 if suspect else self.slots
         rested = time.monotonic() >= self.rests_until
-        return self.ready and self.painter is not None and rested and len(self.running) < room
+        return self.ready and self.generator is not None and rested and len(self.running) < room
 
     def was_full(self) -> float:
         """It had no room, though it should: the seconds until it is asked again."""
@@ -105,19 +105,19 @@ class Worker:
 
 
 @dataclass(eq=False, kw_only=True)
-class Ticket:
+class QueuedRequest:
     """One visitor's wish on its way."""
 
     visitor: str
     inputs: Mapping[str, Any]
     came: float
     number: int
-    future: asyncio.Future[Painted]
+    future: asyncio.Future[BackendResult]
     tell: Callable[[int], None]  # the place, whenever it changes: so many are before it
     place: int = -1
     sent: float | None = None
     attempts: int = 0
-    # Whether its painting has begun, as far as can be told from outside: an idle server begins at once,
+    # Whether its generating has begun, as far as can be told from outside: an idle server begins at once,
     # who comes within moments joins, and the rest begin when something of the running batch has come back.
     begun: bool = False
     task: asyncio.Task[None] | None = None
@@ -128,17 +128,17 @@ class Ticket:
         return self.sent is None and not self.future.done()
 
 
-class PaintQueue:
+class RequestQueue:
     """Belongs to one event loop. `close` lets what is running finish."""
 
     def __init__(self, *, limit: int, per_visitor: int, deadline_s: float, watcher: Watcher) -> None:
         self.workers: list[Worker] = []
-        self.paints = 0
+        self.generates = 0
         self._limit = limit
         self._per_visitor = per_visitor
         self._deadline_s = deadline_s
         self._watcher = watcher
-        self._waiting: list[Ticket] = []
+        self._waiting: list[QueuedRequest] = []
         self._sent: Counter[str] = Counter()  # of each visitor, at a server now
         self._served: OrderedDict[str, int] = OrderedDict()  # when a visitor's turn last came
         self._numbers = itertools.count(1)
@@ -157,12 +157,12 @@ class PaintQueue:
 
     @property
     def ready(self) -> bool:
-        """Whether any server paints."""
+        """Whether any server generates."""
         return not self._closed and any(worker.ready for worker in self.workers)
 
     def submit(
         self, visitor: str, inputs: Mapping[str, Any], tell: Callable[[int], None] = lambda place: None
-    ) -> Ticket:
+    ) -> QueuedRequest:
         """Queue a wish, or send it at once. Raises TooMany or Busy, before anything is done."""
         if self._closed:
             raise self._rejected(_ending())
@@ -174,7 +174,7 @@ class PaintQueue:
             sentence = f"{len(self._waiting)} pictures are waiting, which is all that fit; come again soon"
             raise self._rejected(Busy(sentence, self._retry_after_s(len(self._waiting))))
         loop = asyncio.get_running_loop()
-        ticket = Ticket(
+        ticket = QueuedRequest(
             visitor=visitor,
             inputs=inputs,
             came=time.monotonic(),
@@ -188,7 +188,7 @@ class PaintQueue:
         self.pump()
         return ticket
 
-    async def result(self, ticket: Ticket) -> Painted:
+    async def result(self, ticket: QueuedRequest) -> BackendResult:
         """Wait for it; whoever is cancelled here takes the wish back. Raises a FewstepError."""
         try:
             return await asyncio.shield(ticket.future)
@@ -196,11 +196,11 @@ class PaintQueue:
             self.cancel(ticket)
             raise
 
-    async def paint(self, visitor: str, inputs: Mapping[str, Any]) -> Painted:
+    async def generate(self, visitor: str, inputs: Mapping[str, Any]) -> BackendResult:
         """`submit` and `result`."""
         return await self.result(self.submit(visitor, inputs))
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: QueuedRequest) -> None:
         """Take it back, wherever it is; its result is Stopped."""
         self._settle(ticket, Stopped("a newer wish took its place"))
         if ticket.task:
@@ -227,8 +227,8 @@ class PaintQueue:
             for task in late:
                 task.cancel()
 
-    def _turn(self, ticket: Ticket) -> tuple[int, int, int]:
-        """First who has nothing at a server; then who has gone without for longest, since the last picture or
+    def _turn(self, ticket: QueuedRequest) -> tuple[int, int, int]:
+        """First who has nothing at a server; then who has gone without for longest, since the last image or
         since coming."""
         since = self._served.get(ticket.visitor, ticket.number)
         return self._sent[ticket.visitor], since, ticket.number
@@ -242,7 +242,7 @@ class PaintQueue:
                 return False
         return False
 
-    def _send(self, ticket: Ticket, worker: Worker) -> None:
+    def _send(self, ticket: QueuedRequest, worker: Worker) -> None:
         self._waiting.remove(ticket)
         ticket.sent = time.monotonic()
         if not any(other.begun for other in worker.running):
@@ -254,42 +254,42 @@ class PaintQueue:
         # Not within the task: one that is cancelled before it begins never runs.
         ticket.task.add_done_callback(lambda task: self._left(ticket, worker, task))
 
-    async def _run(self, ticket: Ticket, worker: Worker) -> None:
-        assert worker.painter and ticket.sent
+    async def _run(self, ticket: QueuedRequest, worker: Worker) -> None:
+        assert worker.generator and ticket.sent
         try:
-            painted = await worker.painter.paint(ticket.inputs)
+            generated = await worker.generator.generate(ticket.inputs)
         except FewstepError as error:
             worker.answered()
             self._settle(ticket, error)
             return
         self._usual_s += 0.1 * (time.monotonic() - ticket.sent - self._usual_s)
-        self.paints += 1
+        self.generates += 1
         worker.answered()
         self._watcher.waited(ticket.sent - ticket.came)
-        self._watcher.painted(painted.paint_ms)
+        self._watcher.generated(generated.generate_ms)
         told = {
             "visitor": ticket.visitor[:8],
             "server": worker.name,
             "wait_ms": round(1000 * (ticket.sent - ticket.came), 1),
-            "paint_ms": round(painted.paint_ms, 1),
+            "paint_ms": round(generated.generate_ms, 1),
             **{name: ticket.inputs[name] for name in TOLD if name in ticket.inputs},
         }
         logger.info("painted", extra={FIELDS: told})
-        self._settle(ticket, painted)
+        self._settle(ticket, generated)
 
-    def _left(self, ticket: Ticket, worker: Worker, task: asyncio.Task[None]) -> None:
+    def _left(self, ticket: QueuedRequest, worker: Worker, task: asyncio.Task[None]) -> None:
         """It is no longer at `worker`, however that came."""
         worker.running.discard(ticket)
         self._sent[ticket.visitor] -= 1
         if not self._sent[ticket.visitor]:
             del self._sent[ticket.visitor]
         error = None if task.cancelled() else task.exception()
-        if isinstance(error, PainterFull):
+        if isinstance(error, BackendBusy):
             asyncio.get_running_loop().call_later(worker.was_full(), self.pump)
             if worker.full_since and time.monotonic() - worker.full_since > self._deadline_s:
                 worker.on_stuck()
             self._requeue(ticket)
-        elif isinstance(error, PainterGone):
+        elif isinstance(error, BackendUnavailable):
             logger.warning("%s did not answer: %s", worker.name, error)
             worker.on_gone()
             ticket.attempts += 1
@@ -306,7 +306,7 @@ class PaintQueue:
                 self._had_a_turn(ticket, worker)
         self.pump()
 
-    def _had_a_turn(self, ticket: Ticket, worker: Worker) -> None:
+    def _had_a_turn(self, ticket: QueuedRequest, worker: Worker) -> None:
         self._served[ticket.visitor] = next(self._numbers)
         self._served.move_to_end(ticket.visitor)
         if len(self._served) > REMEMBERED:
@@ -316,7 +316,7 @@ class PaintQueue:
             for other in worker.running:
                 other.begun = True
 
-    def _requeue(self, ticket: Ticket) -> None:
+    def _requeue(self, ticket: QueuedRequest) -> None:
         """Nothing was done for it: it has the turn that it had."""
         ticket.task, ticket.sent, ticket.begun = None, None, False
         if ticket.future.done():
@@ -326,7 +326,7 @@ class PaintQueue:
         else:
             self._waiting.append(ticket)
 
-    def _expire(self, ticket: Ticket) -> None:
+    def _expire(self, ticket: QueuedRequest) -> None:
         if ticket.waiting and not self.ready:
             error = Late("the model is not there yet; ask again in a moment", 2)
         else:
@@ -337,12 +337,12 @@ class PaintQueue:
             ticket.task.cancel()
         self.pump()
 
-    def _settle(self, ticket: Ticket, outcome: Painted | FewstepError) -> None:
+    def _settle(self, ticket: QueuedRequest, outcome: BackendResult | FewstepError) -> None:
         if ticket in self._waiting:
             self._waiting.remove(ticket)
         if ticket.future.done():
             return
-        if isinstance(outcome, Painted):
+        if isinstance(outcome, BackendResult):
             ticket.future.set_result(outcome)
         else:
             ticket.future.set_exception(outcome)

@@ -1,4 +1,4 @@
-"""The last pictures of each visitor, in memory: what a visitor may keep, and nobody else can."""
+"""The last images of each visitor, in memory: what a visitor may keep, and nobody else can."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_BYTES = 256 * 10**6  # of all
 
 @dataclass(frozen=True, slots=True)
 class Recent:
-    """A picture as it was sent."""
+    """An image as it was sent."""
 
     id: str
     visitor: str
@@ -21,45 +21,45 @@ class Recent:
     recipe: dict[str, Any]
 
 
-class RecentPictures:
+class RecentImages:
     """Forgets the oldest of a visitor who has many, and the oldest of all when memory is full."""
 
-    def __init__(self, max_pictures: int = MAX_PICTURES, max_bytes: int = MAX_BYTES) -> None:
-        self._max_pictures = max_pictures
+    def __init__(self, max_images: int = MAX_PICTURES, max_bytes: int = MAX_BYTES) -> None:
+        self._max_images = max_images
         self._max_bytes = max_bytes
-        self._pictures: OrderedDict[str, Recent] = OrderedDict()
+        self._images: OrderedDict[str, Recent] = OrderedDict()
         self._of: dict[str, deque[str]] = {}  # ids of each visitor, in order
         self._bytes = 0
 
     def add(self, visitor: str, content: bytes, recipe: dict[str, Any]) -> str:
-        """Remember a picture; its id cannot be guessed."""
-        picture = Recent(uuid.uuid4().hex, visitor, content, recipe)
-        self._pictures[picture.id] = picture
+        """Remember an image; its id cannot be guessed."""
+        image = Recent(uuid.uuid4().hex, visitor, content, recipe)
+        self._images[image.id] = image
         self._bytes += len(content)
         own = self._of.setdefault(visitor, deque())
-        own.append(picture.id)
-        if len(own) > self._max_pictures:
+        own.append(image.id)
+        if len(own) > self._max_images:
             self._drop(own[0])
         while self._bytes > self._max_bytes:
-            self._drop(next(iter(self._pictures)))
-        return picture.id
+            self._drop(next(iter(self._images)))
+        return image.id
 
-    def of(self, visitor: str, picture: str) -> Recent | None:
-        """The visitor's own picture of that id."""
-        found = self._pictures.get(picture)
+    def of(self, visitor: str, image: str) -> Recent | None:
+        """The visitor's own image of that id."""
+        found = self._images.get(image)
         return found if found and found.visitor == visitor else None
 
-    def any(self, picture: str) -> Recent | None:
+    def any(self, image: str) -> Recent | None:
         """For whoever was given its address."""
-        return self._pictures.get(picture)
+        return self._images.get(image)
 
     def forget(self, visitor: str) -> None:
         """Everything of this visitor's."""
         while own := self._of.get(visitor):
             self._drop(own[0])
 
-    def _drop(self, picture: str) -> None:
-        gone = self._pictures.pop(picture)
+    def _drop(self, image: str) -> None:
+        gone = self._images.pop(image)
         self._bytes -= len(gone.content)
         own = self._of[gone.visitor]
         own.popleft()  # the oldest of all is the oldest of its visitor's, too

@@ -7,13 +7,13 @@ import socket
 import uvicorn
 from starlette.applications import Starlette
 
-GRACE_S = 25.0  # for what is being painted when the server is to end
+GRACE_S = 25.0  # for what is being generated when the server is to end
 MAX_MESSAGE = 16 * 10**6  # bytes, of a WebSocket
 MAX_CONNECTIONS = 1024
 
 
 class WebServer(uvicorn.Server):
-    """Serves an app of `create_app`. When it is to end, what waits is told at once, and what is being painted
+    """Serves an app of `create_app`. When it is to end, what waits is told at once, and what is running
     is finished; uvicorn by itself would wait for both, and then cut them off."""
 
     def __init__(self, app: Starlette, host: str, port: int, log_level: str = "warning") -> None:
@@ -27,7 +27,7 @@ class WebServer(uvicorn.Server):
             server_header=False,
             limit_concurrency=MAX_CONNECTIONS,
             ws_max_size=MAX_MESSAGE,
-            ws_per_message_deflate=False,  # pictures are as small as they get
+            ws_per_message_deflate=False,  # images are as small as they get
         )
         super().__init__(config)
         self._front = app.state.front

@@ -20,7 +20,7 @@ KEY_CHARS = 32
 class WebSettings:
     """Of one front door."""
 
-    data: Path  # where pictures, the SQLite database and the cookies' key are
+    data: Path  # where images, the SQLite database and the cookies' key are
     database_url: str = field(default="", repr=False)  # may hold a password
     api_key: str = field(default="", repr=False)  # of /v1; none: open
     operator_key: str = field(default="", repr=False)  # of /operator; none: there is no such page
@@ -37,7 +37,7 @@ class WebSettings:
     def from_env(cls, root: Path, environ: Mapping[str, str] | None = None) -> WebSettings:
         """Read `environ` (the process's own by default). Raises SettingsError."""
         environ = os.environ if environ is None else environ
-        painting = Settings.from_env(environ)
+        result = Settings.from_env(environ)
         return cls(
             data=Path(environ.get("FEWSTEP_WEB_DATA") or root / "data").absolute(),
             database_url=environ.get("DATABASE_URL", ""),
@@ -47,8 +47,8 @@ class WebSettings:
             chat_url=environ.get("OPENAI_BASE_URL") or None,
             chat_model=environ.get("FEWSTEP_CHAT_MODEL") or cls.chat_model,
             replicate_token=environ.get("REPLICATE_API_TOKEN", ""),
-            deadline_s=painting.deadline_s,
-            styles=painting.styles_root / painting.model,
+            deadline_s=result.deadline_s,
+            styles=result.styles_root / result.model,
         )
 
     def cookie_key(self) -> str:

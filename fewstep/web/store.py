@@ -1,4 +1,4 @@
-"""What visitors leave: nicknames, kept pictures, reviews. SQLite in the data folder, or any DATABASE_URL.
+"""What visitors leave: nicknames, kept images, reviews. SQLite in the data folder, or any DATABASE_URL.
 
 Methods block for milliseconds: call them off the event loop, from as many threads as there are.
 """
@@ -39,7 +39,7 @@ NICKNAME_MAX = 40
 KEY_MAX = 4 * NICKNAME_MAX
 BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols that are not seen
 REVIEW_MAX = 1000
-MAX_KEPT = 200  # pictures of one visitor
+MAX_KEPT = 200  # images of one visitor
 RATING = (1, 5)
 PAGE = 24
 READS = "fewstep_reads"  # a transaction that writes nothing
@@ -74,8 +74,8 @@ class Visitor(Base):
     created: Mapped[datetime] = mapped_column(DateTime(timezone=True))
 
 
-class Picture(Base):
-    """A kept picture; its file is named by the id."""
+class Image(Base):
+    """A kept image; its file is named by the id."""
 
     __tablename__ = "pictures"
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -101,12 +101,12 @@ class Review(Base):
 class Page:
     """Some of the gallery, newest first, and the id to go on from."""
 
-    pictures: list[dict[str, Any]]
+    images: list[dict[str, Any]]
     next: str | None
 
 
 class Store:
-    """The database at `url`, and the files of the pictures below `folder`."""
+    """The database at `url`, and the files of the images below `folder`."""
 
     def __init__(self, folder: Path, url: str = "") -> None:
         """Raises SettingsError when either cannot be used."""
@@ -154,17 +154,17 @@ class Store:
         """Let go of the connections."""
         self._engine.dispose()
 
-    def file(self, picture: str) -> Path:
-        """Where a kept picture is. Raises NotFound for what is no id."""
-        if len(picture) != 32 or not set(picture) <= set("0123456789abcdef"):
+    def file(self, image: str) -> Path:
+        """Where a kept image is. Raises NotFound for what is no id."""
+        if len(image) != 32 or not set(image) <= set("0123456789abcdef"):
             raise NotFound("there is no such picture")
-        return self._files / f"{picture}.webp"
+        return self._files / f"{image}.webp"
 
     def me(self, visitor: str) -> dict[str, Any]:
         """What is known of a visitor."""
         with self._read() as session:
             row, review = session.get(Visitor, visitor), session.get(Review, visitor)
-            kept = session.scalar(select(func.count()).where(Picture.visitor == visitor))
+            kept = session.scalar(select(func.count()).where(Image.visitor == visitor))
             return {
                 "nickname": row.nickname if row else "",
                 "pictures": kept,
@@ -185,20 +185,20 @@ class Store:
     def keep(
         self, visitor: str, content: bytes, size: tuple[int, int], recipe: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Put a picture into the gallery. Raises InvalidRequest when the visitor has kept enough."""
-        picture = uuid.uuid4().hex
-        file = self.file(picture)
+        """Put an image into the gallery. Raises InvalidRequest when the visitor has kept enough."""
+        image = uuid.uuid4().hex
+        file = self.file(image)
         unfinished = file.with_suffix(".part")
         unfinished.write_bytes(content)
         unfinished.rename(file)
         try:
             with self._write() as session:
                 owner = _visitor(session, visitor)
-                kept = session.scalar(select(func.count()).where(Picture.visitor == visitor)) or 0
+                kept = session.scalar(select(func.count()).where(Image.visitor == visitor)) or 0
                 if kept >= MAX_KEPT:
                     raise InvalidRequest(f"{kept} of your pictures are kept, which is all; delete one first")
-                row = Picture(
-                    id=picture,
+                row = Image(
+                    id=image,
                     visitor=visitor,
                     created=_now(),
                     width=size[0],
@@ -212,27 +212,26 @@ class Store:
             raise
 
     def gallery(self, visitor: str, before: str | None = None, limit: int = PAGE) -> Page:
-        """What was kept, newest first, from behind the picture `before`."""
+        """What was kept, newest first, from behind the image `before`."""
         limit = max(1, min(limit, 100))
         if before:
             self.file(before)  # raises for what is no id
-        chosen = select(Picture, Visitor.nickname).join(Visitor, Visitor.id == Picture.visitor)
+        chosen = select(Image, Visitor.nickname).join(Visitor, Visitor.id == Image.visitor)
         with self._read() as session:
-            if before and (last := session.get(Picture, before)):
+            if before and (last := session.get(Image, before)):
                 chosen = chosen.where(
-                    (Picture.created < last.created)
-                    | ((Picture.created == last.created) & (Picture.id < last.id))
+                    (Image.created < last.created) | ((Image.created == last.created) & (Image.id < last.id))
                 )
-            ordered = chosen.order_by(Picture.created.desc(), Picture.id.desc()).limit(limit + 1)
+            ordered = chosen.order_by(Image.created.desc(), Image.id.desc()).limit(limit + 1)
             rows = session.execute(ordered).all()
             shown = [_shown(row, nickname, visitor) for row, nickname in rows[:limit]]
         return Page(shown, shown[-1]["id"] if len(rows) > limit else None)
 
-    def discard(self, visitor: str, picture: str) -> None:
-        """Take one's own picture out. Raises NotFound."""
-        file = self.file(picture)
+    def discard(self, visitor: str, image: str) -> None:
+        """Take one's own image out. Raises NotFound."""
+        file = self.file(image)
         with self._write() as session:
-            row = session.get(Picture, picture)
+            row = session.get(Image, image)
             if row is None or row.visitor != visitor:
                 raise NotFound("there is no such picture of yours")
             session.delete(row)
@@ -274,18 +273,18 @@ class Store:
         """Everything of a visitor's: rows and files."""
         with self._write() as session:
             session.get(Visitor, visitor, with_for_update=True)  # nothing is added meanwhile
-            pictures = session.scalars(select(Picture.id).where(Picture.visitor == visitor)).all()
-            for table in (Picture, Review):
+            images = session.scalars(select(Image.id).where(Image.visitor == visitor)).all()
+            for table in (Image, Review):
                 session.execute(delete(table).where(table.visitor == visitor))
             session.execute(delete(Visitor).where(Visitor.id == visitor))
-        for picture in pictures:
-            self.file(picture).unlink(missing_ok=True)
+        for image in images:
+            self.file(image).unlink(missing_ok=True)
 
     def summary(self) -> dict[str, Any]:
         """For the operator: how many there are of everything."""
         with self._read() as session:
             count, average = session.execute(select(func.count(), func.avg(Review.rating))).one()
-            tables = {"visitors": Visitor, "pictures": Picture}
+            tables = {"visitors": Visitor, "pictures": Image}
             counts = {
                 name: session.scalar(select(func.count()).select_from(table))
                 for name, table in tables.items()
@@ -354,7 +353,7 @@ def _text(name: str, value: object, most: int) -> str:
     return text
 
 
-def _shown(row: Picture, nickname: str, visitor: str) -> dict[str, Any]:
+def _shown(row: Image, nickname: str, visitor: str) -> dict[str, Any]:
     return {
         "id": row.id,
         "url": f"/pictures/{row.id}.webp",

@@ -31,7 +31,7 @@ FAILED_POLLS = 2  # each gives up after 12 s
 BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 MAX_LOG = 10**7  # bytes, above which it is begun anew at a start
 SETUP_TIMEOUT_S = 1800  # a large model that is compiled at setup takes minutes
-# Of the front door; a server that paints has no use for them.
+# Of the front door; a server that generates has no use for them.
 SECRETS = ("DATABASE_URL", "OPENAI_API_KEY", "OPENAI_BASE_URL", "REPLICATE_API_TOKEN", "FEWSTEP_API_KEY",
            "FEWSTEP_OPERATOR_KEY")  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fewstep.coglet.server import CONCURRENCY, ROOT
-from fewstep.web.backends import CogPainter, ReplicatePainter
+from fewstep.web.backends import CogBackend, ReplicateBackend
 from fewstep.web.queue import Worker
 from fewstep.web.supervisor import Supervisor
 
@@ -16,8 +16,8 @@ POLL_S = 2.0
 REPLICATE_AT_ONCE = 8
 
 
-class Crew(Protocol):
-    """Has `workers`, says when their readiness changes, and whether painting costs nothing but time."""
+class WorkerPool(Protocol):
+    """Has `workers`, says when their readiness changes, and whether generating costs nothing but time."""
 
     workers: list[Worker]
     live: bool
@@ -31,7 +31,7 @@ class Crew(Protocol):
     async def stop(self) -> None: ...
 
 
-class OwnServers:
+class LocalWorkers:
     """A coglet for each of `environs`, restarted whenever it is not well."""
 
     live = True
@@ -88,12 +88,12 @@ class OwnServers:
         """End them all at once."""
         await asyncio.gather(*(asyncio.to_thread(one.stop) for one in self.supervisors))
         for worker in self.workers:
-            if isinstance(worker.painter, CogPainter):
-                await worker.painter.close()
+            if isinstance(worker.generator, CogBackend):
+                await worker.generator.close()
 
     def _set(self, worker: Worker, ready: bool, url: str, on_change: Callable[[], None]) -> None:
-        if ready and (not isinstance(worker.painter, CogPainter) or worker.painter.url != url):
-            worker.painter = CogPainter(url, self._timeout_s)
+        if ready and (not isinstance(worker.generator, CogBackend) or worker.generator.url != url):
+            worker.generator = CogBackend(url, self._timeout_s)
             worker.answered()
         worker.ready = ready
         on_change()
@@ -104,15 +104,15 @@ class OwnServers:
         on_change()
 
 
-class OneServer:
+class RemoteWorker:
     """A Cog server that somebody else keeps."""
 
     live = True
     failure = ""
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        self._painter = CogPainter(url, timeout_s)
-        self.workers = [Worker(name="the Cog server", slots=CONCURRENCY, painter=self._painter)]
+        self._generator = CogBackend(url, timeout_s)
+        self.workers = [Worker(name="the Cog server", slots=CONCURRENCY, generator=self._generator)]
         self._task: asyncio.Task[None] | None = None
         self._doubted = asyncio.Event()
 
@@ -128,7 +128,7 @@ class OneServer:
         async def ask() -> None:
             while True:
                 self._doubted.clear()
-                ready = await self._painter.is_ready()
+                ready = await self._generator.is_ready()
                 if ready != worker.ready and not self._doubted.is_set():
                     worker.ready = ready
                     on_change()
@@ -145,18 +145,18 @@ class OneServer:
         """Ask no more."""
         if self._task:
             self._task.cancel()
-        await self._painter.close()
+        await self._generator.close()
 
 
-class OnReplicate:
-    """A model on Replicate: always there, and every picture is billed, so that nothing is painted unasked."""
+class ReplicateWorker:
+    """A model on Replicate: always there, and every image is billed, so that nothing is generated unasked."""
 
     live = False
     failure = ""
 
     def __init__(self, model: str, token: str) -> None:
-        painter = ReplicatePainter(model, token)
-        self.workers = [Worker(name="Replicate", slots=REPLICATE_AT_ONCE, painter=painter, ready=True)]
+        generator = ReplicateBackend(model, token)
+        self.workers = [Worker(name="Replicate", slots=REPLICATE_AT_ONCE, generator=generator, ready=True)]
 
     def start(self, on_change: Callable[[], None], on_restart: Callable[[], None]) -> None:
         """There is nothing to start."""

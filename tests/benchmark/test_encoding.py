@@ -9,16 +9,16 @@ from fewstep.miniature.world.scenes import Scene
 
 
 def test_rows_are_of_all_settings_and_those_in_use_are_among_them():
-    picture = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
-    rows = measure(picture, repeats=2)
+    image = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
+    rows = measure(image, repeats=2)
     assert len(rows) == len(OPTIONS)
     assert all(0 < row["least"] <= row["ms"] <= row["most"] for row in rows)
     sizes = {row["bytes"] for row in rows}
     for kind in MIME_TYPES:
-        assert len(encode_image(picture, kind, 90)) in sizes
+        assert len(encode_image(image, kind, 90)) in sizes
 
 
-def test_pictures_are_tiled_without_a_gap():
+def test_images_are_tiled_without_a_gap():
     whole = tiled([Image.new("RGB", (256, 256), (i, 9, 9)) for i in range(1, 17)])
     assert whole.size == (SIDE, SIDE)
     assert sorted(colour for _, (colour, _, _) in whole.getcolors()) == list(range(1, 17))

@@ -1,4 +1,4 @@
-"""The real models' shapes, counted without their memory, and the way from them to a picture at toy size."""
+"""The real models' shapes, counted without their memory, and the way from them to an image at toy size."""
 
 import csv
 import os
@@ -71,18 +71,18 @@ def toy(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd15"])
-def test_what_is_made_loads_and_paints(toy, name):
+def test_what_is_made_loads_and_generates(toy, name):
     folder = fullsize.make_random(name, toy)
 
     assert sorted(path.name for path in toy.iterdir()) == [f"{name}-random"]
     assert folder == toy / f"{name}-random"
-    assert {file.source for file in read_manifest(folder, remedy="").files} == {"fewstep"}
+    assert {file.source for file in read_manifest(folder, fix="").files} == {"fewstep"}
     spec = get_model(f"{name}-random")
     pipeline = load_pipeline(spec, Settings(weights_root=toy))
-    (painting,) = pipeline.generate(
+    (result,) = pipeline.generate(
         [Request.create(spec, prompt="noise", aspect_ratio="custom", width=64, height=64)]
     )
-    assert painting.images[0].size == (64, 64)
+    assert result.images[0].size == (64, 64)
 
 
 def test_a_measurement_is_a_row_with_its_machine(tmp_path):

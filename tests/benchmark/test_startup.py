@@ -20,7 +20,7 @@ def test_the_first_of_each_is_not_counted(monkeypatch):
     assert all((row["seconds"], row["least"], row["most"]) == (2, 1, 3) for row in rows)
 
 
-def test_a_command_that_paints_nothing_is_no_measurement(monkeypatch, tmp_path):
+def test_a_command_that_generates_nothing_is_no_measurement(monkeypatch, tmp_path):
     monkeypatch.setenv("FEWSTEP_WEIGHTS", str(tmp_path))
     with pytest.raises(startup.ServerFailed, match="painted nothing"):
         startup.predict_s()

@@ -1,4 +1,4 @@
-"""What is compared paints the same pictures, and the stopwatches add up."""
+"""What is compared generates the same images, and the stopwatches add up."""
 
 import json
 
@@ -16,28 +16,26 @@ from fewstep.settings import Settings
 WEIGHTS = Settings().weights_root
 
 
-def test_all_systems_paint_the_same_pictures():
+def test_all_systems_generate_the_same_images():
     wishes = [Wish(128, 4), Wish(128, 2, guidance=1.5), Wish(128, 1, batch=2)]
     asked = [prompts_and_seeds(wish, 7) for wish in wishes]
     exact = SYSTEMS["fewstep-fp32"]("miniature", WEIGHTS, 128)
-    expected = [exact.paint(wish, *one) for wish, one in zip(wishes, asked, strict=True)]
-    [other] = exact.paint(wishes[0], *prompts_and_seeds(wishes[0], 1007))
+    expected = [exact.generate(wish, *one) for wish, one in zip(wishes, asked, strict=True)]
+    [other] = exact.generate(wishes[0], *prompts_and_seeds(wishes[0], 1007))
     assert psnr([other], expected[0]) < 25  # another seed's, to compare
     assert [len(images) for images in expected] == [1, 1, 2]
-    coarser = {
-        name for name in SYSTEMS if name.endswith("tiny-vae")
-    }  # see test_tiny_vae.py
+    coarser = {name for name in SYSTEMS if name.endswith("tiny-vae")}  # see test_tiny_vae.py
     for name in set(SYSTEMS) - coarser - {"fewstep-fp32"}:
         system = SYSTEMS[name]("miniature", WEIGHTS, 128)
         for wish, one, images in zip(wishes, asked, expected, strict=True):
-            for found, image in zip(system.paint(wish, *one), images, strict=True):
+            for found, image in zip(system.generate(wish, *one), images, strict=True):
                 assert psnr([found], [image]) > (60 if system.dtype == "fp32" else 35), name
 
 
 @pytest.mark.parametrize(
     "name", ["fewstep", "fewstep-openvino", "fewstep-openvino-int8-tiny-vae", "openvino"]
 )
-def test_the_parts_of_a_picture_are_less_than_the_whole(name, tmp_path, capsys):
+def test_the_parts_of_a_image_are_less_than_the_whole(name, tmp_path, capsys):
     main([name, "miniature", str(WEIGHTS), "2", "0", str(tmp_path), json.dumps({"size": 128, "steps": 2})])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 2

@@ -12,7 +12,7 @@ from fewstep.settings import Settings
 WEIGHTS = Settings().weights_root
 
 
-def test_nothing_is_lost_beyond_the_servers_slots_and_batched_pictures_are_the_lone_ones():
+def test_nothing_is_lost_beyond_the_servers_slots_and_batched_images_are_the_lone_ones():
     with served("fewstep-fp32", WEIGHTS) as server:
         load = put_load(
             server, clients=12, numbers=range(24)

@@ -14,7 +14,7 @@ from fewstep.errors import InternalError, InvalidRequest, SettingsError
 def test_the_unforeseen_is_told_without_details_and_logged_with_them(
     error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(InternalError) as caught, door.told_to_callers():
+    with pytest.raises(InternalError) as caught, door.mask_unexpected_errors():
         raise error
     assert str(caught.value).startswith("[internal] ") and "hf_token" not in str(caught.value)
     assert caught.value.__cause__ is None and caught.value.__suppress_context__
@@ -24,7 +24,7 @@ def test_the_unforeseen_is_told_without_details_and_logged_with_them(
 
 @pytest.mark.parametrize("error", [InvalidRequest("steps is 9"), asyncio.CancelledError()])
 def test_what_callers_may_know_passes_through(error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, door.told_to_callers():
+    with pytest.raises(type(error)) as caught, door.mask_unexpected_errors():
         raise error
     assert caught.value is error
 

@@ -37,7 +37,7 @@ PROMPT = "a red house in a meadow with mountains at sunset"
 FAILED = re.compile(r"Prediction failed: Async prediction failed: (\w+): (\[[a-z_]+\] .+)")
 
 
-class Painter:
+class Generator:
     """A running server, its files and its log."""
 
     def __init__(self, server: Server, folder: Path) -> None:
@@ -52,7 +52,7 @@ class Painter:
         body = {"id": id or self.new_id(), "input": given}
         return self.server.post("/predictions", body, timeout_s)
 
-    def paint(self, **inputs: object) -> list[bytes]:
+    def generate(self, **inputs: object) -> list[bytes]:
         status, answer = self.ask(**inputs)
         while status == 409:  # coglet has room for a caller again only a moment after its answer
             time.sleep(0.01)
@@ -61,7 +61,7 @@ class Painter:
         return [base64.b64decode(url.partition(";base64,")[2], validate=True) for url in answer["output"]]
 
     def pixels(self, **inputs: object) -> list[np.ndarray]:
-        return [read(content) for content in self.paint(output_format="png", **inputs)]
+        return [read(content) for content in self.generate(output_format="png", **inputs)]
 
     def predictions_started(self) -> int:
         return self.log.read_text(errors="replace").count("Starting prediction")
@@ -75,7 +75,7 @@ def read(content: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(content)), dtype=np.int16)
 
 
-def assert_same_picture(found: np.ndarray, expected: np.ndarray) -> None:
+def assert_same_image(found: np.ndarray, expected: np.ndarray) -> None:
     """Equal within what other kernels at another batch size change: DESIGN's bound for fp32."""
     difference = np.abs(found - expected)
     assert difference.max() <= 1 and (difference > 0).mean() <= 0.0005
@@ -94,20 +94,20 @@ def start(folder: Path, **variables: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def painter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Painter]:
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generator]:
     folder = tmp_path_factory.mktemp("server")
     with start(folder) as server:
         server.wait_ready()
-        yield Painter(server, folder)
+        yield Generator(server, folder)
 
 
 @pytest.fixture(scope="module")
-def reference(painter: Painter) -> bytes:
-    return painter.paint()[0]
+def reference(generator: Generator) -> bytes:
+    return generator.generate()[0]
 
 
-def test_a_prompt_is_answered_with_an_image_and_its_metrics(painter: Painter) -> None:
-    status, answer = painter.ask(steps=...)
+def test_a_prompt_is_answered_with_an_image_and_its_metrics(generator: Generator) -> None:
+    status, answer = generator.ask(steps=...)
     [url] = answer["output"]
     head, _, body = url.partition(",")
     image = Image.open(io.BytesIO(base64.b64decode(body)))
@@ -120,7 +120,7 @@ def test_a_prompt_is_answered_with_an_image_and_its_metrics(painter: Painter) ->
     assert "seed 7" in answer["logs"]
 
 
-def test_styles_come_and_go_without_a_trace_in_the_pictures(painter: Painter, reference: bytes) -> None:
+def test_styles_come_and_go_without_a_trace_in_the_images(generator: Generator, reference: bytes) -> None:
     wishes: dict[str, dict[str, object]] = {
         "postcard": {"style": "postcard"},
         "spotlight": {"style": "spotlight"},
@@ -128,23 +128,23 @@ def test_styles_come_and_go_without_a_trace_in_the_pictures(painter: Painter, re
         "both": {"style": "postcard", "extra_style": "spotlight"},
         "less of the LCM-LoRA": {"lcm_scale": 0.8},
     }
-    found = {name: painter.paint(**inputs)[0] for name, inputs in wishes.items()}
-    assert np.array_equal(read(painter.paint(style="postcard", style_scale=0)[0]), read(reference))
-    assert painter.paint()[0] == reference
+    found = {name: generator.generate(**inputs)[0] for name, inputs in wishes.items()}
+    assert np.array_equal(read(generator.generate(style="postcard", style_scale=0)[0]), read(reference))
+    assert generator.generate()[0] == reference
     assert len({reference, *found.values()}) == 1 + len(wishes)
-    assert painter.paint(style="postcard")[0] == found["postcard"]
+    assert generator.generate(style="postcard")[0] == found["postcard"]
 
 
-def test_requests_of_different_styles_at_once_do_not_mix(painter: Painter) -> None:
+def test_requests_of_different_styles_at_once_do_not_mix(generator: Generator) -> None:
     wishes: list[dict[str, object]] = [
         {"seed": i, **({"style": style} if style else {})}
         for i, style in enumerate([None, "postcard", None, "spotlight", "postcard", None, "spotlight", None])
     ]
-    alone = [painter.pixels(**wish)[0] for wish in wishes]
+    alone = [generator.pixels(**wish)[0] for wish in wishes]
     with ThreadPoolExecutor(CONCURRENCY) as threads:
-        together = list(threads.map(lambda wish: painter.pixels(**wish)[0], wishes))
+        together = list(threads.map(lambda wish: generator.pixels(**wish)[0], wishes))
     for found, expected in zip(together, alone, strict=True):
-        assert_same_picture(found, expected)
+        assert_same_image(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -159,18 +159,18 @@ def test_requests_of_different_styles_at_once_do_not_mix(painter: Painter) -> No
     ],
 )
 def test_a_style_that_leads_elsewhere_is_refused_and_nothing_is_asked(
-    painter: Painter, reference: bytes, style: str
+    generator: Generator, reference: bytes, style: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.05)
-        status, answer = painter.ask(style=style.format(port=listener.getsockname()[1]))
+        status, answer = generator.ask(style=style.format(port=listener.getsockname()[1]))
         with pytest.raises(TimeoutError):
             listener.accept()
     assert status == 200 and answer["status"] == "failed"
     kind, told = FAILED.fullmatch(answer["error"]).groups()  # type: ignore[union-attr]
     assert kind == "InvalidRequest" and told.startswith("[invalid_request] style")
     assert "passwd" not in told and "127" not in told
-    assert painter.paint()[0] == reference
+    assert generator.generate()[0] == reference
 
 
 def data_url(image: Image.Image, image_format: str = "PNG") -> str:
@@ -180,29 +180,29 @@ def data_url(image: Image.Image, image_format: str = "PNG") -> str:
 
 
 @pytest.fixture(scope="module")
-def photo(painter: Painter) -> Image.Image:
-    return Image.fromarray(painter.pixels(seed=11)[0].astype(np.uint8))
+def photo(generator: Generator) -> Image.Image:
+    return Image.fromarray(generator.pixels(seed=11)[0].astype(np.uint8))
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
-def test_it_paints_from_an_image(painter: Painter, photo: Image.Image, image_format: str) -> None:
+def test_it_generates_from_an_image(generator: Generator, photo: Image.Image, image_format: str) -> None:
     far = []
     for strength in (0.05, 0.8):
-        [found] = painter.pixels(image=data_url(photo, image_format), prompt_strength=strength)
+        [found] = generator.pixels(image=data_url(photo, image_format), prompt_strength=strength)
         far.append(np.abs(found - np.asarray(photo, dtype=np.int16)).mean())
     assert far[0] < 12 and far[0] < far[1]
 
 
-def test_the_size_follows_the_image(painter: Painter, photo: Image.Image) -> None:
-    status, answer = painter.ask(image=data_url(photo.resize((300, 200))))
+def test_the_size_follows_the_image(generator: Generator, photo: Image.Image) -> None:
+    status, answer = generator.ask(image=data_url(photo.resize((300, 200))))
     assert (status, answer["status"]) == (200, "succeeded")
     assert (answer["metrics"]["width"], answer["metrics"]["height"]) == (160, 104)
 
 
-def test_it_repaints_where_the_mask_is_white(painter: Painter, photo: Image.Image) -> None:
+def test_it_repaints_where_the_mask_is_white(generator: Generator, photo: Image.Image) -> None:
     mask = Image.new("L", photo.size, 0)
     mask.paste(255, (64, 0, 128, 128))
-    [found] = painter.pixels(
+    [found] = generator.pixels(
         image=data_url(photo), mask=data_url(mask), prompt="a night sky", prompt_strength=1
     )
     difference = np.abs(found - np.asarray(photo, dtype=np.int16))
@@ -214,13 +214,13 @@ def test_it_repaints_where_the_mask_is_white(painter: Painter, photo: Image.Imag
     "value", ["/etc/passwd", "file:///etc/passwd", "ftp://x/y", "data:text/html,x", "x.png", "", 5]
 )
 def test_what_is_no_address_of_an_image_is_refused_by_the_schema(
-    painter: Painter, reference: bytes, name: str, value: object
+    generator: Generator, reference: bytes, name: str, value: object
 ) -> None:
-    started = painter.predictions_started()
-    status, answer = painter.ask(**{"image": data_url(Image.new("RGB", (64, 64))), name: value})
+    started = generator.predictions_started()
+    status, answer = generator.ask(**{"image": data_url(Image.new("RGB", (64, 64))), name: value})
     assert status == 422 and name in json.dumps(answer["detail"])
-    assert painter.predictions_started() == started
-    assert painter.paint()[0] == reference
+    assert generator.predictions_started() == started
+    assert generator.generate()[0] == reference
 
 
 @pytest.mark.parametrize(
@@ -231,15 +231,17 @@ def test_what_is_no_address_of_an_image_is_refused_by_the_schema(
         (b"\x89PNG\r\n\x1a\n" + bytes(50), "image does not open as a picture"),
     ],
 )
-def test_what_is_no_picture_is_refused(painter: Painter, reference: bytes, content: bytes, said: str) -> None:
-    status, answer = painter.ask(image=f"data:image/png;base64,{base64.b64encode(content).decode()}")
+def test_what_is_no_image_is_refused(
+    generator: Generator, reference: bytes, content: bytes, said: str
+) -> None:
+    status, answer = generator.ask(image=f"data:image/png;base64,{base64.b64encode(content).decode()}")
     assert status == 200 and answer["status"] == "failed"
     assert f"[invalid_request] {said}" in answer["error"]
-    assert painter.paint()[0] == reference
+    assert generator.generate()[0] == reference
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpg", "webp"])
-def test_a_picture_is_painted_again_from_its_own_file(painter: Painter, output_format: str) -> None:
+def test_a_image_is_generated_again_from_its_own_file(generator: Generator, output_format: str) -> None:
     wish: dict[str, object] = {
         "prompt": "a pink mushroom, ünïcödé \U0001f344",
         "negative_prompt": "rain",
@@ -251,8 +253,8 @@ def test_a_picture_is_painted_again_from_its_own_file(painter: Painter, output_f
         "extra_style": "golden-hour",
         "lcm_scale": 0.9,
     }
-    [expected] = painter.pixels(**wish)
-    [content] = painter.paint(output_format=output_format, **wish)
+    [expected] = generator.pixels(**wish)
+    [content] = generator.generate(output_format=output_format, **wish)
     black = io.BytesIO()  # nothing can come from the stored pixels
     with Image.open(io.BytesIO(content)) as stored:
         options: dict[str, Any] = {"exif": stored.getexif()}
@@ -262,54 +264,56 @@ def test_a_picture_is_painted_again_from_its_own_file(painter: Painter, output_f
                 options["pnginfo"].add_itxt(name, text)
         Image.new("RGB", stored.size).save(black, stored.format, **options)
     black.seek(0)
-    [found] = painter.pixels(**inputs_of(read_recipe(black)))
+    [found] = generator.pixels(**inputs_of(read_recipe(black)))
     assert np.array_equal(found, expected)
 
 
-def test_each_picture_of_several_has_its_own_seed(painter: Painter) -> None:
-    contents = painter.paint(num_outputs=3, seed=2**31 - 2)
+def test_each_image_of_several_has_its_own_seed(generator: Generator) -> None:
+    contents = generator.generate(num_outputs=3, seed=2**31 - 2)
     assert [read_recipe(io.BytesIO(c))["seed"] for c in contents] == [2**31 - 2, 2**31 - 1, 0]
-    pixels = painter.pixels(num_outputs=3, seed=2**31 - 2)
-    [alone] = painter.pixels(**inputs_of(read_recipe(io.BytesIO(contents[2]))))
-    assert_same_picture(alone, pixels[2])
+    pixels = generator.pixels(num_outputs=3, seed=2**31 - 2)
+    [alone] = generator.pixels(**inputs_of(read_recipe(io.BytesIO(contents[2]))))
+    assert_same_image(alone, pixels[2])
 
 
-def test_a_picture_painted_from_others_says_which(painter: Painter, photo: Image.Image) -> None:
+def test_a_image_generated_from_others_says_which(generator: Generator, photo: Image.Image) -> None:
     mask = Image.new("L", photo.size, 255)
     urls = {"image": data_url(photo), "mask": data_url(mask)}
-    [content] = painter.paint(prompt_strength=0.4, **urls)
+    [content] = generator.generate(prompt_strength=0.4, **urls)
     recipe = read_recipe(io.BytesIO(content))
     for name, url in urls.items():
         sent = base64.b64decode(url.partition(";base64,")[2])
         assert recipe[f"{name}_sha256"] == hashlib.sha256(sent).hexdigest()
-    [found] = painter.pixels(**inputs_of(recipe), **urls)
-    [expected] = painter.pixels(prompt_strength=0.4, **urls)
+    [found] = generator.pixels(**inputs_of(recipe), **urls)
+    [expected] = generator.pixels(prompt_strength=0.4, **urls)
     assert np.array_equal(found, expected)
 
 
-def test_the_readmes_call_of_the_hosted_api_paints_here_with_another_base_url(painter: Painter) -> None:
+def test_the_readmes_call_of_the_hosted_api_generates_here_with_another_base_url(
+    generator: Generator,
+) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     [call] = [block for block in blocks if "api.replicate.com" in block]
-    call = call.replace("https://api.replicate.com/v1", f"http://127.0.0.1:{painter.server.port}")
+    call = call.replace("https://api.replicate.com/v1", f"http://127.0.0.1:{generator.server.port}")
     done = subprocess.run(["bash", "-ec", call], capture_output=True, check=True, timeout=60)
     answer = json.loads(done.stdout)
-    painter.ids.append(answer["id"])  # which coglet drew
+    generator.ids.append(answer["id"])  # which coglet drew
     assert answer["status"] == "succeeded"
     assert answer["metrics"].items() >= {"steps": 4, "seed": 7}.items()
     assert answer["output"][0].startswith("data:image/webp;base64,")
 
 
 @pytest.mark.parametrize(("output_format", "kind"), [("jpg", "JPEG"), ("png", "PNG")])
-def test_every_format_is_what_it_says(painter: Painter, output_format: str, kind: str) -> None:
-    [content] = painter.paint(output_format=output_format, aspect_ratio="16:9")
+def test_every_format_is_what_it_says(generator: Generator, output_format: str, kind: str) -> None:
+    [content] = generator.generate(output_format=output_format, aspect_ratio="16:9")
     assert Image.open(io.BytesIO(content)).format == kind
     assert Image.open(io.BytesIO(content)).size == (168, 96)
 
 
-def test_a_drawn_seed_is_reported_and_paints_the_same_again(painter: Painter) -> None:
-    _, answer = painter.ask(seed=...)
+def test_a_drawn_seed_is_reported_and_generates_the_same_again(generator: Generator) -> None:
+    _, answer = generator.ask(seed=...)
     seed = answer["metrics"]["seed"]
-    assert base64.b64decode(answer["output"][0].partition(",")[2]) == painter.paint(seed=seed)[0]
+    assert base64.b64decode(answer["output"][0].partition(",")[2]) == generator.generate(seed=seed)[0]
 
 
 @pytest.mark.parametrize(
@@ -343,18 +347,18 @@ def test_a_drawn_seed_is_reported_and_paints_the_same_again(painter: Painter) ->
     ],
 )
 def test_what_the_schema_forbids_is_422_and_never_reaches_the_model(
-    painter: Painter, reference: bytes, name: str, value: object
+    generator: Generator, reference: bytes, name: str, value: object
 ) -> None:
-    before = painter.predictions_started()
-    status, answer = painter.ask(**{name: value})
+    before = generator.predictions_started()
+    status, answer = generator.ask(**{name: value})
     assert status == 422
     assert [detail["loc"] for detail in answer["detail"]] == [["body", "input", name]]
-    assert painter.predictions_started() == before
-    assert painter.paint() == [reference]
+    assert generator.predictions_started() == before
+    assert generator.generate() == [reference]
 
 
-def test_a_prompt_is_required(painter: Painter) -> None:
-    assert painter.ask(prompt=...)[0] == 422
+def test_a_prompt_is_required(generator: Generator) -> None:
+    assert generator.ask(prompt=...)[0] == 422
 
 
 @pytest.mark.parametrize(
@@ -376,78 +380,78 @@ def test_a_prompt_is_required(painter: Painter) -> None:
     ],
 )
 def test_what_only_request_knows_fails_with_a_code_and_a_sentence(
-    painter: Painter, reference: bytes, inputs: dict[str, object], sentence: str
+    generator: Generator, reference: bytes, inputs: dict[str, object], sentence: str
 ) -> None:
-    status, answer = painter.ask(**inputs)
+    status, answer = generator.ask(**inputs)
     if status != 422:  # 1e300 is a number beyond the maximum or no integer, as coglet's parser sees it
         kind, told = FAILED.fullmatch(answer["error"]).groups()
         assert (status, answer["status"], kind) == (200, "failed", "InvalidRequest")
         assert told.startswith("[invalid_request] ") and re.search(sentence, told)
-    assert painter.paint() == [reference]
+    assert generator.generate() == [reference]
 
 
-def test_weights_of_words_long_prompts_and_clip_skip_each_paint_otherwise(
-    painter: Painter, reference: bytes
+def test_weights_of_words_long_prompts_and_clip_skip_each_generate_otherwise(
+    generator: Generator, reference: bytes
 ) -> None:
     wishes = [{"prompt": f"({PROMPT})1.4"}, {"prompt": f"{PROMPT}, {PROMPT}, " * 3}, {"clip_skip": 1}]
-    assert len({reference, *(painter.paint(**wish)[0] for wish in wishes)}) == 4
+    assert len({reference, *(generator.generate(**wish)[0] for wish in wishes)}) == 4
 
 
-def test_prompts_of_different_lengths_at_once_do_not_mix(painter: Painter) -> None:
+def test_prompts_of_different_lengths_at_once_do_not_mix(generator: Generator) -> None:
     long = f"{PROMPT}, {PROMPT}, " * 3
-    expected = [painter.pixels(prompt=long)[0], painter.pixels()[0]]
+    expected = [generator.pixels(prompt=long)[0], generator.pixels()[0]]
     with ThreadPoolExecutor(CONCURRENCY) as threads:
         found = [
-            threads.submit(painter.pixels, **wish) for wish in [{"prompt": long}, {}] * (CONCURRENCY // 2)
+            threads.submit(generator.pixels, **wish) for wish in [{"prompt": long}, {}] * (CONCURRENCY // 2)
         ]
     for i, one in enumerate(found):
-        assert_same_picture(one.result()[0], expected[i % 2])
+        assert_same_image(one.result()[0], expected[i % 2])
 
 
-def test_a_prompt_that_would_hang_compels_parser_is_painted(painter: Painter) -> None:
-    assert painter.paint(prompt="a red house " + "(" * 50)
+def test_a_prompt_that_would_hang_compels_parser_is_generated(generator: Generator) -> None:
+    assert generator.generate(prompt="a red house " + "(" * 50)
 
 
-def test_a_whole_float_counts_as_an_integer_as_json_has_it(painter: Painter) -> None:
-    assert painter.paint(steps=2.0) == painter.paint(steps=2)
+def test_a_whole_float_counts_as_an_integer_as_json_has_it(generator: Generator) -> None:
+    assert generator.generate(steps=2.0) == generator.generate(steps=2)
 
 
-def test_a_size_of_ones_own_is_rounded_to_8_and_reported(painter: Painter) -> None:
-    status, answer = painter.ask(aspect_ratio="custom", width=100, height=70)
+def test_a_size_of_ones_own_is_rounded_to_8_and_reported(generator: Generator) -> None:
+    status, answer = generator.ask(aspect_ratio="custom", width=100, height=70)
     metrics = answer["metrics"]
     assert (status, metrics["width"], metrics["height"]) == (200, 104, 72)
 
 
-def test_the_same_seed_gives_the_same_bytes(painter: Painter, reference: bytes) -> None:
-    assert painter.paint() == [reference]
-    assert painter.paint(seed=8) != [reference]
+def test_the_same_seed_gives_the_same_bytes(generator: Generator, reference: bytes) -> None:
+    assert generator.generate() == [reference]
+    assert generator.generate(seed=8) != [reference]
 
 
-def test_image_i_is_painted_with_seed_plus_i_modulo_31_bits(painter: Painter) -> None:
+def test_image_i_is_generated_with_seed_plus_i_modulo_31_bits(generator: Generator) -> None:
     last = 2**31 - 1
-    three = painter.pixels(seed=last - 1, num_outputs=3)
+    three = generator.pixels(seed=last - 1, num_outputs=3)
     for image, seed in zip(three, (last - 1, last, 0), strict=True):
-        assert_same_picture(image, painter.pixels(seed=seed)[0])
+        assert_same_image(image, generator.pixels(seed=seed)[0])
 
 
-def test_requests_together_each_get_their_own_picture(painter: Painter) -> None:
+def test_requests_together_each_get_their_own_image(generator: Generator) -> None:
     prompts = ["a blue tree in the snow", PROMPT]
     asked = [{"prompt": prompts[i % 2], "seed": i} for i in range(CONCURRENCY)]
-    alone = [painter.pixels(**inputs)[0] for inputs in asked]
+    alone = [generator.pixels(**inputs)[0] for inputs in asked]
     time.sleep(0.5)  # coglet frees a slot a moment after it has answered
     with ThreadPoolExecutor(CONCURRENCY) as callers:
-        together = list(callers.map(lambda inputs: painter.pixels(**inputs)[0], asked))
+        together = list(callers.map(lambda inputs: generator.pixels(**inputs)[0], asked))
     for found, expected in zip(together, alone, strict=True):
-        assert_same_picture(found, expected)
+        assert_same_image(found, expected)
 
 
-def test_beyond_the_concurrency_is_409_at_once_and_nothing_is_lost(painter: Painter) -> None:
+def test_beyond_the_concurrency_is_409_at_once_and_nothing_is_lost(generator: Generator) -> None:
     callers = 3 * CONCURRENCY
     gate = threading.Barrier(callers)
 
     def ask(seed: int) -> tuple[int, Any]:
         gate.wait()
-        return painter.ask(seed=seed, steps=8, num_outputs=2)
+        return generator.ask(seed=seed, steps=8, num_outputs=2)
 
     with ThreadPoolExecutor(callers) as pool:
         answers = list(pool.map(ask, range(callers)))
@@ -458,53 +462,53 @@ def test_beyond_the_concurrency_is_409_at_once_and_nothing_is_lost(painter: Pain
     for seed, answer in served:
         assert answer["status"] == "succeeded" and len(answer["output"]) == 2
         assert answer["metrics"]["seed"] == seed
-    assert painter.ask()[0] == 200
+    assert generator.ask()[0] == 200
 
 
 def test_a_cancelled_prediction_says_so_and_leaves_the_next_one_right(
-    painter: Painter, reference: bytes
+    generator: Generator, reference: bytes
 ) -> None:
-    name = painter.new_id()
+    name = generator.new_id()
     with ThreadPoolExecutor(1) as caller:
-        asked = caller.submit(painter.ask, id=name, steps=8, num_outputs=4, aspect_ratio="21:9")
-        while f"prediction_id={name}" not in painter.log.read_text(errors="replace"):
+        asked = caller.submit(generator.ask, id=name, steps=8, num_outputs=4, aspect_ratio="21:9")
+        while f"prediction_id={name}" not in generator.log.read_text(errors="replace"):
             time.sleep(0.01)
         time.sleep(0.1)  # coglet calls a cancel in the first milliseconds a failure
-        assert painter.server.post(f"/predictions/{name}/cancel", {}, 10)[0] == 200
+        assert generator.server.post(f"/predictions/{name}/cancel", {}, 10)[0] == 200
         status, answer = asked.result()
     assert (status, answer["status"]) == (200, "canceled"), answer
-    assert painter.paint() == [reference]
+    assert generator.generate() == [reference]
 
 
-def test_files_of_old_predictions_are_removed_however_they_ended(painter: Painter) -> None:
+def test_files_of_old_predictions_are_removed_however_they_ended(generator: Generator) -> None:
     for i in range(int(os.environ.get("FILES_TEST_PREDICTIONS", "24"))):  # 500, when there is time
         if i % 4 == 0:  # refused
-            assert painter.ask(prompt="")[1]["status"] == "failed"
+            assert generator.ask(prompt="")[1]["status"] == "failed"
         elif i % 4 == 1:  # its caller leaves, which cancels it
             with pytest.raises(TimeoutError):
-                painter.ask(steps=8, num_outputs=4, timeout_s=0.03)
+                generator.ask(steps=8, num_outputs=4, timeout_s=0.03)
         else:
-            assert painter.ask()[1]["status"] == "succeeded"
-    painter.paint()  # queued behind what was left, so that all has ended
-    for path in [*painter.outputs.iterdir(), *(COGLET_ROOT / name for name in painter.ids)]:
+            assert generator.ask()[1]["status"] == "succeeded"
+    generator.generate()  # queued behind what was left, so that all has ended
+    for path in [*generator.outputs.iterdir(), *(COGLET_ROOT / name for name in generator.ids)]:
         if path.exists():  # a refused one has none, nor has a cancelled one always
             os.utime(path, (time.time() - KEEP_S - 1,) * 2)
-    painter.ask(num_outputs=2)
-    assert len(list(painter.outputs.iterdir())) == 2
-    assert [name for name in painter.ids if (COGLET_ROOT / name).exists()] == painter.ids[-1:]
+    generator.ask(num_outputs=2)
+    assert len(list(generator.outputs.iterdir())) == 2
+    assert [name for name in generator.ids if (COGLET_ROOT / name).exists()] == generator.ids[-1:]
 
 
-def test_after_all_this_the_server_is_healthy(painter: Painter) -> None:
-    painter.server.wait_ready()
-    assert "Traceback" not in painter.log.read_text(errors="replace")
+def test_after_all_this_the_server_is_healthy(generator: Generator) -> None:
+    generator.server.wait_ready()
+    assert "Traceback" not in generator.log.read_text(errors="replace")
 
 
-def test_a_restart_paints_the_same_bytes_and_the_end_leaves_no_files(
+def test_a_restart_generates_the_same_bytes_and_the_end_leaves_no_files(
     reference: bytes, tmp_path: Path
 ) -> None:
     with start(tmp_path) as server:
         server.wait_ready()
-        other = Painter(server, tmp_path)
+        other = Generator(server, tmp_path)
         _, answer = other.ask()
         [name] = other.ids
         assert (COGLET_ROOT / name).exists() and len(list(other.outputs.iterdir())) == 1
@@ -512,8 +516,8 @@ def test_a_restart_paints_the_same_bytes_and_the_end_leaves_no_files(
     assert not (COGLET_ROOT / name).exists() and list(other.outputs.iterdir()) == []
 
 
-def test_a_taken_port_is_named(painter: Painter) -> None:
-    port = painter.server.port
+def test_a_taken_port_is_named(generator: Generator) -> None:
+    port = generator.server.port
     with pytest.raises(ServerFailed, match=f"port {port} .*set PORT"), running_server(port=port, environ={}):
         pass
 
@@ -550,6 +554,6 @@ def test_damaged_weights_stop_the_start_with_one_sentence(damage: Any, tmp_path:
     assert str(tmp_path) not in sentence and status == 503
 
 
-def test_the_schema_that_coglet_reads_is_the_golden_file(painter: Painter) -> None:
+def test_the_schema_that_coglet_reads_is_the_golden_file(generator: Generator) -> None:
     golden = json.loads((ROOT / "tests" / "data" / "openapi_schema.json").read_text())
     assert json.loads((ROOT / ".cog" / "openapi_schema.json").read_text()) == golden

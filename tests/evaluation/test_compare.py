@@ -52,10 +52,10 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def test_the_lcm_lora_paints_as_in_the_container(lcm):
+def test_the_lcm_lora_generates_as_in_the_container(lcm):
     *_, last = samplers(load, 2.0, MINIATURE / "lcm_lora.safetensors", lcm)
     assert last.name == "LCM-LoRA"
-    [theirs] = last.paint(["a red house in the snow"], 4)
+    [theirs] = last.generate(["a red house in the snow"], 4)
     pipeline = load_pipeline(get_model("miniature"), SETTINGS)
     wish = Request.create(pipeline.spec, prompt="a red house in the snow", seed=1000)
     assert np.abs(pixels(theirs) - pixels(pipeline.generate([wish])[0].images[0])).mean() < 1  # bf16
@@ -66,9 +66,9 @@ def test_every_sampler_is_another_and_the_first_two_agree_in_many_steps(lcm):
     prompt = ["a red house in a meadow with mountains at sunset"]
     few, many = {}, {}
     for sampler in every:
-        few[sampler.name] = pixels(sampler.paint(prompt, 2)[0])
+        few[sampler.name] = pixels(sampler.generate(prompt, 2)[0])
         if sampler.name in ("DDIM", "DPM-Solver++"):
-            many[sampler.name] = pixels(sampler.paint(prompt, 50)[0])
+            many[sampler.name] = pixels(sampler.generate(prompt, 50)[0])
     assert list(few) == NAMES
     assert all(np.abs(a - b).mean() > 0.5 for i, a in enumerate(few.values()) for b in list(few.values())[:i])
     assert np.abs(many["DDIM"] - many["DPM-Solver++"]).mean() < 5

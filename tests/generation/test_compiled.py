@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 
 from fewstep.errors import SettingsError
 from fewstep.generation.engines.compiled import CompiledEngine
-from fewstep.generation.pipeline import Painting, Pipeline, load_pipeline
+from fewstep.generation.pipeline import GenerationResult, Pipeline, load_pipeline
 from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings, Shape
@@ -56,17 +56,17 @@ def wish(shape: Shape, seed=7, **inputs) -> Request:
     return Request.create(MINIATURE, prompt="a red house", seed=seed, guidance=guidance, **size, **inputs)
 
 
-def paint(pipeline, *requests):
+def generate(pipeline, *requests):
     found = pipeline.generate(requests)
-    assert all(isinstance(one, Painting) for one in found), found
+    assert all(isinstance(one, GenerationResult) for one in found), found
     return [np.asarray(image, dtype=int) for one in found for image in one.images]
 
 
 @pytest.mark.parametrize("shape", LISTED)
-def test_what_is_listed_is_compiled_and_the_same_picture(pipeline, plain, shape):
+def test_what_is_listed_is_compiled_and_the_same_image(pipeline, plain, shape):
     before = graphs()
     requests = [wish(shape, seed) for seed in range(shape.batch)]
-    for found, expected in zip(paint(pipeline, *requests), paint(plain, *requests), strict=True):
+    for found, expected in zip(generate(pipeline, *requests), generate(plain, *requests), strict=True):
         assert np.abs(found - expected).max() <= 1
     assert graphs() == before
 
@@ -75,31 +75,31 @@ def test_what_is_listed_is_compiled_and_the_same_picture(pipeline, plain, shape)
 def test_nothing_else_is_compiled_after_the_start_and_it_is_torchs_to_the_last_bit(pipeline, plain, shape):
     before = graphs()
     requests = [wish(shape, seed) for seed in range(shape.batch)]
-    for found, expected in zip(paint(pipeline, *requests), paint(plain, *requests), strict=True):
+    for found, expected in zip(generate(pipeline, *requests), generate(plain, *requests), strict=True):
         assert np.array_equal(found, expected)
     assert graphs() == before
 
 
-def test_a_style_is_painted_by_the_compiled_networks_and_leaves_no_trace(pipeline, plain):
-    before, [unstyled] = graphs(), paint(pipeline, wish(LISTED[0]))
+def test_a_style_is_generated_by_the_compiled_networks_and_leaves_no_trace(pipeline, plain):
+    before, [unstyled] = graphs(), generate(pipeline, wish(LISTED[0]))
     style = pipeline.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
     styled = wish(LISTED[0], style="postcard", style_scale=1.0).with_styles([style])
-    [found], [expected] = paint(pipeline, styled), paint(plain, styled)
+    [found], [expected] = generate(pipeline, styled), generate(plain, styled)
     assert np.abs(found - expected).max() <= 1 and np.abs(found - unstyled).mean() > 5
-    assert np.array_equal(paint(pipeline, wish(LISTED[0]))[0], unstyled)
+    assert np.array_equal(generate(pipeline, wish(LISTED[0]))[0], unstyled)
     assert graphs() == before
 
 
-def test_without_a_list_it_is_one_native_picture_also_with_a_tiny_vae(tmp_path):
+def test_without_a_list_it_is_one_native_image_also_with_a_tiny_vae(tmp_path):
     tiny = load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size", vae="tiny"))
     before = graphs()
     pipeline = compiled(tmp_path, (), vae="tiny")
     made = graphs()
     assert made > before
     native = Shape(128, 128)
-    [found], [expected] = paint(pipeline, wish(native)), paint(tiny, wish(native))
+    [found], [expected] = generate(pipeline, wish(native)), generate(tiny, wish(native))
     assert graphs() == made and np.abs(found - expected).max() <= 1
-    paint(pipeline, wish(Shape(128, 64)))
+    generate(pipeline, wish(Shape(128, 64)))
     assert graphs() == made
 
 
@@ -109,7 +109,7 @@ def test_a_batch_that_never_comes_is_refused(pipeline):
         engine.compile_for(pipeline, (Shape(128, 128, batch=9),))
 
 
-def test_a_size_that_cannot_be_painted_is_refused_before_anything_is_loaded(monkeypatch):
+def test_a_size_that_cannot_be_generated_is_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr("fewstep.generation.pipeline.verify_weights", None)
     for settings, named in (
         ({"engine": "compiled", "compiled": (Shape(64, 64), Shape(2048, 2048))}, "FEWSTEP_COMPILED"),

@@ -1,4 +1,4 @@
-"""OpenVINO beside torch: the same pictures, faster, of what it was compiled for; all else is torch's."""
+"""OpenVINO beside torch: the same images, faster, of what it was compiled for; all else is torch's."""
 
 import importlib.util
 import shutil
@@ -14,7 +14,7 @@ from tiny import as_downloaded, make_folder
 
 from fewstep.coglet.server import ROOT
 from fewstep.errors import SettingsError, WeightsError
-from fewstep.generation.pipeline import Painting, Pipeline, load_pipeline
+from fewstep.generation.pipeline import GenerationResult, Pipeline, load_pipeline
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene
 from fewstep.models.save import save_model
@@ -52,9 +52,9 @@ def wish(seed=7, prompt=PROMPT, **inputs) -> Request:
     return Request.create(MINIATURE, prompt=prompt, seed=seed, **inputs)
 
 
-def paint(pipeline, *requests):
+def generate(pipeline, *requests):
     found = pipeline.generate(requests)
-    assert all(isinstance(one, Painting) for one in found), found
+    assert all(isinstance(one, GenerationResult) for one in found), found
     return [np.asarray(image, dtype=int) for one in found for image in one.images]
 
 
@@ -70,25 +70,25 @@ GUIDED = {"guidance": 2.0, "negative_prompt": "night"}
 
 
 @pytest.mark.parametrize("inputs", [{}, {"steps": 1}, GUIDED, {"image": True}, {"clip_skip": 1}])
-def test_it_paints_what_torch_paints(pipeline, torchs, used, inputs):
+def test_it_generates_what_torch_generates(pipeline, torchs, used, inputs):
     if "image" in inputs:
         photo = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
         inputs = {"image": photo, "mask": Image.new("L", photo.size, 255), "prompt_strength": 0.6}
     request = wish(**inputs)
-    [found], [expected] = paint(pipeline, request), paint(torchs, request)
+    [found], [expected] = generate(pipeline, request), generate(torchs, request)
     assert len(used) == request.real_steps
     assert np.abs(found - expected).max() <= 1
 
 
-def test_nobody_waits_for_the_pictures_of_others(pipeline):
+def test_nobody_waits_for_the_images_of_others(pipeline):
     """It takes them one by one: in a batch, all would be answered when the last is done."""
     assert pipeline.max_images(pipeline.counted(wish())) == 1
     assert pipeline.max_images(pipeline.counted(wish(lcm_scale=0.5))) == 8
 
 
-def test_a_picture_is_the_same_in_any_batch(pipeline):
-    [alone] = paint(pipeline, wish())
-    batched = paint(pipeline, wish(1), wish(), wish(2, num_outputs=2))
+def test_a_image_is_the_same_in_any_batch(pipeline):
+    [alone] = generate(pipeline, wish())
+    batched = generate(pipeline, wish(1), wish(), wish(2, num_outputs=2))
     assert np.array_equal(batched[1], alone)
 
 
@@ -101,16 +101,16 @@ def test_what_it_was_not_compiled_for_is_torchs_to_the_last_bit(pipeline, torchs
         wish(prompt=f"{PROMPT}. " * 5),
     ]
     for request in wishes:
-        assert np.array_equal(paint(pipeline, request)[0], paint(torchs, request)[0])
+        assert np.array_equal(generate(pipeline, request)[0], generate(torchs, request)[0])
     assert used == []
-    paint(pipeline, wish(style="postcard", style_scale=0.0).with_styles([style]))  # which adds nothing
+    generate(pipeline, wish(style="postcard", style_scale=0.0).with_styles([style]))  # which adds nothing
     assert used == [1] * 4
 
 
 def test_bf16_is_finite_and_near(settings, torchs, caplog):
     half = load_pipeline(MINIATURE, Settings(**(settings | {"dtype": "bf16"})))
     assert half.engine.serves(half.counted(wish()))
-    [found], [expected] = paint(half, wish()), paint(torchs, wish())
+    [found], [expected] = generate(half, wish()), generate(torchs, wish())
     assert np.abs(found - expected).mean() < 1
     assert "decoded again" not in caplog.text
 
@@ -120,7 +120,7 @@ def in_8_bits(settings) -> Pipeline:
     return load_pipeline(MINIATURE, Settings(**(settings | {"engine": "openvino-int8"})))
 
 
-def test_8_bits_are_in_the_linear_layers_and_the_picture_is_near(in_8_bits, weights, torchs):
+def test_8_bits_are_in_the_linear_layers_and_the_image_is_near(in_8_bits, weights, torchs):
     folder = weights / ".openvino" / "miniature"
     sizes = {kind: (folder / kind / "unet.bin").stat().st_size for kind in ("f32", "f32-int8")}
     linear = sum(
@@ -128,17 +128,17 @@ def test_8_bits_are_in_the_linear_layers_and_the_picture_is_near(in_8_bits, weig
     )
     assert sizes["f32"] - sizes["f32-int8"] == pytest.approx(3 * linear, rel=0.05)
     for seed in (7, 8):
-        [found], [expected] = paint(in_8_bits, wish(seed)), paint(torchs, wish(seed))
+        [found], [expected] = generate(in_8_bits, wish(seed)), generate(torchs, wish(seed))
         assert 0 < np.abs(found - expected).mean() < 1.5
 
 
-def test_in_8_bits_a_picture_is_the_same_in_any_batch_and_a_style_is_torchs(in_8_bits, torchs):
-    [alone] = paint(in_8_bits, wish())
-    assert np.array_equal(paint(in_8_bits, wish(1), wish(), wish(2))[1], alone)
+def test_in_8_bits_a_image_is_the_same_in_any_batch_and_a_style_is_torchs(in_8_bits, torchs):
+    [alone] = generate(in_8_bits, wish())
+    assert np.array_equal(generate(in_8_bits, wish(1), wish(), wish(2))[1], alone)
     style = in_8_bits.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
     styled = wish(style="postcard").with_styles([style])
-    assert np.array_equal(paint(in_8_bits, styled)[0], paint(torchs, styled)[0])
-    assert np.array_equal(paint(in_8_bits, wish())[0], alone)
+    assert np.array_equal(generate(in_8_bits, styled)[0], generate(torchs, styled)[0])
+    assert np.array_equal(generate(in_8_bits, wish())[0], alone)
 
 
 def test_a_full_lcm_of_another_size_is_served_too(tmp_path):
@@ -148,7 +148,10 @@ def test_a_full_lcm_of_another_size_is_served_too(tmp_path):
     request = Request.create(spec, prompt="a house", seed=1, aspect_ratio="custom", width=64, height=96)
     engine = load_pipeline(spec, Settings(**settings, engine="openvino", openvino_size=(64, 96)))
     assert engine.engine.serves(engine.counted(request))
-    [found], [expected] = paint(engine, request), paint(load_pipeline(spec, Settings(**settings)), request)
+    [found], [expected] = (
+        generate(engine, request),
+        generate(load_pipeline(spec, Settings(**settings)), request),
+    )
     assert np.abs(found - expected).max() <= 1
 
 
@@ -206,7 +209,7 @@ def test_a_tiny_vae_stays_with_torch(settings):
         load_pipeline(MINIATURE, Settings(**(settings | {"engine": engine}), vae="tiny"))
         for engine in ("openvino", "torch")
     )
-    [found], [one] = paint(pipeline, wish()), paint(expected, wish())
+    [found], [one] = generate(pipeline, wish()), generate(expected, wish())
     assert np.abs(found - one).max() <= 1
     assert not pipeline.engine.decodes
 

@@ -1,5 +1,5 @@
-"""The loaded miniature: what it paints depends on the request alone, and equals what diffusers' own pipeline
-paints."""
+"""The loaded miniature: what it makes depends on the request alone, and equals what diffusers' own pipeline
+makes."""
 
 import random
 import shutil
@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fewstep.errors import GenerationError, SettingsError, Stopped, WeightsError
-from fewstep.generation.pipeline import Painting, Pipeline, load_pipeline
+from fewstep.generation.pipeline import GenerationResult, Pipeline, load_pipeline
 from fewstep.generation.sampler import encode_image, mask_of_latents
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene, caption, unseen_scenes
@@ -23,7 +23,7 @@ from fewstep.request import Request
 from fewstep.settings import Settings
 
 MINIATURE = get_model("miniature")
-# In which pictures of other batch sizes are nearest to each other, whatever the CPU multiplies.
+# In which images of other batch sizes are nearest to each other, whatever the CPU multiplies.
 FP32 = Settings(dtype="fp32")
 MATES = (
     "a blue car on the left",
@@ -49,10 +49,10 @@ def wish(
     return Request.create(MINIATURE, prompt=prompt, seed=seed, **inputs)
 
 
-def paint(pipeline: Pipeline, *requests: Request) -> list[list[np.ndarray]]:
-    paintings = pipeline.generate(requests)
-    assert all(isinstance(painting, Painting) for painting in paintings)
-    return [[np.asarray(image).astype(int) for image in painting.images] for painting in paintings]
+def generate(pipeline: Pipeline, *requests: Request) -> list[list[np.ndarray]]:
+    results = pipeline.generate(requests)
+    assert all(isinstance(result, GenerationResult) for result in results)
+    return [[np.asarray(image).astype(int) for image in result.images] for result in results]
 
 
 def batch_of(size: int, slot: int, request: Request, seed: int = 100) -> list[Request]:
@@ -62,14 +62,14 @@ def batch_of(size: int, slot: int, request: Request, seed: int = 100) -> list[Re
     return mates
 
 
-def test_the_same_seed_paints_the_same_pixels_and_another_does_not(pipeline):
-    [[one]], [[again]] = paint(pipeline, wish()), paint(pipeline, wish())
-    [[other]] = paint(pipeline, wish(seed=8))
+def test_the_same_seed_generates_the_same_pixels_and_another_does_not(pipeline):
+    [[one]], [[again]] = generate(pipeline, wish()), generate(pipeline, wish())
+    [[other]] = generate(pipeline, wish(seed=8))
     assert np.array_equal(one, again)
     assert np.abs(one - other).mean() > 1
 
 
-def test_who_joins_while_prompts_are_encoded_is_painted_as_if_there_from_the_start(pipeline):
+def test_who_joins_while_prompts_are_encoded_is_generated_as_if_there_from_the_start(pipeline):
     first, *others = [wish(prompt, seed, num_outputs=2) for seed, prompt in enumerate(MATES[:3])]
     comers = iter([[others[0]], [others[1]], []])
     joined = pipeline.generate([first], more=lambda: next(comers))
@@ -81,35 +81,35 @@ def test_who_joins_while_prompts_are_encoded_is_painted_as_if_there_from_the_sta
         pipeline.generate([first], more=lambda: [wish(steps=1)])
 
 
-def test_a_reloaded_model_paints_the_same_pixels(pipeline):
-    [[expected]] = paint(pipeline, wish())
-    [[found]] = paint(load_pipeline(MINIATURE, FP32), wish())
+def test_a_reloaded_model_generates_the_same_pixels(pipeline):
+    [[expected]] = generate(pipeline, wish())
+    [[found]] = generate(load_pipeline(MINIATURE, FP32), wish())
     assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_at_one_batch_size_slot_and_mates_change_nothing(pipeline, size):
-    expected = paint(pipeline, *batch_of(size, 0, wish()))[0][0]
+    expected = generate(pipeline, *batch_of(size, 0, wish()))[0][0]
     for slot in range(size):
-        found = paint(pipeline, *batch_of(size, slot, wish(), seed=1000 * slot))[slot][0]
+        found = generate(pipeline, *batch_of(size, slot, wish(), seed=1000 * slot))[slot][0]
         assert np.array_equal(found, expected), f"slot {slot}"
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_alone_and_in_a_batch_differ_within_the_bound(pipeline, size):
     for seed in range(3):
-        [[alone]] = paint(pipeline, wish(seed=seed))
-        together = paint(pipeline, *batch_of(size, size - 1, wish(seed=seed)))[-1][0]
+        [[alone]] = generate(pipeline, wish(seed=seed))
+        together = generate(pipeline, *batch_of(size, size - 1, wish(seed=seed)))[-1][0]
         difference = np.abs(alone - together)
         assert difference.max() <= 1
         assert (difference > 0).mean() <= 0.0005
 
 
-def test_in_bf16_it_paints_the_same_picture_nearly(pipeline, half):
+def test_in_bf16_it_generates_the_same_image_nearly(pipeline, half):
     """What 16 bits cost, alone and in a batch; the judge's scores are in benchmarks/."""
-    [[exact]], [[alone]] = paint(pipeline, wish()), paint(half, wish())
-    batched = paint(half, *batch_of(8, 3, wish()))[3][0]
-    assert np.array_equal(batched, paint(half, *batch_of(8, 6, wish(), seed=200))[6][0])
+    [[exact]], [[alone]] = generate(pipeline, wish()), generate(half, wish())
+    batched = generate(half, *batch_of(8, 3, wish()))[3][0]
+    assert np.array_equal(batched, generate(half, *batch_of(8, 6, wish(), seed=200))[6][0])
     assert np.abs(alone - batched).max() <= 4 and (np.abs(alone - batched) > 1).mean() <= 0.001
     assert np.abs(alone - exact).mean() < 1
 
@@ -136,30 +136,30 @@ def test_what_leaves_the_range_of_16_bits_is_decoded_once_more_in_fp32(half, mon
 
 def test_guidance_of_each_image_is_its_own(pipeline):
     mild, strong = wish(guidance=1.5), wish(guidance=3.5)
-    [[alone]] = paint(pipeline, strong)
-    _, [together] = paint(pipeline, mild, strong)
+    [[alone]] = generate(pipeline, strong)
+    _, [together] = generate(pipeline, mild, strong)
     assert np.abs(alone - together).max() <= 1
-    [[other]] = paint(pipeline, mild)
+    [[other]] = generate(pipeline, mild)
     assert np.abs(alone - other).max() > 1
 
 
 def test_image_i_has_seed_plus_i_and_seeds_wrap(pipeline):
     last = 2**31 - 1
-    [several] = paint(pipeline, wish(seed=last, num_outputs=3))
+    [several] = generate(pipeline, wish(seed=last, num_outputs=3))
     for image, seed in zip(several, (last, 0, 1), strict=True):
-        [[alone]] = paint(pipeline, wish(seed=seed))
+        [[alone]] = generate(pipeline, wish(seed=seed))
         assert np.abs(image - alone).max() <= 1
 
 
-def test_a_request_larger_than_a_pass_is_painted_in_several(pipeline):
+def test_a_request_larger_than_a_pass_is_generated_in_several(pipeline):
     small = Pipeline(MINIATURE, pipeline.diffusion, pipeline.adapters, max_batch=2)
-    [expected] = paint(pipeline, wish(num_outputs=4))
-    [found] = paint(small, wish(num_outputs=4))
+    [expected] = generate(pipeline, wish(num_outputs=4))
+    [found] = generate(small, wish(num_outputs=4))
     assert len(found) == 4
     assert max(np.abs(a - b).max() for a, b in zip(found, expected, strict=True)) <= 1
 
 
-def test_large_pictures_share_a_pass_with_fewer(pipeline):
+def test_large_images_share_a_pass_with_fewer(pipeline):
     assert pipeline.max_images(wish()) == pipeline.max_batch
     big = wish(aspect_ratio="custom", width=256, height=256)
     assert pipeline.max_images(big) < pipeline.max_batch
@@ -167,23 +167,23 @@ def test_large_pictures_share_a_pass_with_fewer(pipeline):
 
 
 @pytest.mark.parametrize("aspect_ratio", ["1:1", "16:9", "2:3", "9:21"])
-def test_pictures_have_the_size_that_the_request_says(pipeline, aspect_ratio):
+def test_images_have_the_size_that_the_request_says(pipeline, aspect_ratio):
     request = wish(aspect_ratio=aspect_ratio, steps=1)
-    [painting] = pipeline.generate([request])
-    assert painting.images[0].size == (request.width, request.height)
+    [result] = pipeline.generate([request])
+    assert result.images[0].size == (request.width, request.height)
 
 
 def test_negative_prompt_counts_only_with_guidance(pipeline):
-    [[plain]] = paint(pipeline, wish())
-    [[unguided]] = paint(pipeline, wish(negative_prompt="mountains"))
-    [[guided]] = paint(pipeline, wish(guidance=2.0))
-    [[negative]] = paint(pipeline, wish(guidance=2.0, negative_prompt="mountains"))
+    [[plain]] = generate(pipeline, wish())
+    [[unguided]] = generate(pipeline, wish(negative_prompt="mountains"))
+    [[guided]] = generate(pipeline, wish(guidance=2.0))
+    [[negative]] = generate(pipeline, wish(guidance=2.0, negative_prompt="mountains"))
     assert np.array_equal(plain, unguided)
     assert np.abs(guided - negative).mean() > 0.5
 
 
 @pytest.mark.parametrize(("steps", "guidance"), [(1, 1.0), (4, 1.0), (4, 2.5)])
-def test_it_paints_what_diffusers_own_pipeline_paints(pipeline, steps, guidance):
+def test_it_generates_what_diffusers_own_pipeline_generates(pipeline, steps, guidance):
     """The same weights and noise through `StableDiffusionXLPipeline.__call__` with `LCMScheduler`."""
     theirs = StableDiffusionXLPipeline(**pipeline.diffusion.components, add_watermarker=False)
     theirs.register_to_config(force_zeros_for_empty_prompt=True)
@@ -198,13 +198,13 @@ def test_it_paints_what_diffusers_own_pipeline_paints(pipeline, steps, guidance)
         width=128,
         generator=torch.Generator().manual_seed(request.seed),
     ).images[0]
-    [[found]] = paint(pipeline, request)
+    [[found]] = generate(pipeline, request)
     assert np.abs(found - np.asarray(expected).astype(int)).max() <= 1
 
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    """A picture of the world that the miniature did not paint."""
+    """An image of the world that the miniature did not generate."""
     return draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
 
 
@@ -220,7 +220,7 @@ def test_the_distance_from_an_image_grows_with_strength(pipeline, steps):
         for i, (shown, wished) in enumerate(zip(scenes[:6], scenes[6:], strict=True)):
             image = draw(shown, i)
             text = caption(wished, random.Random(i), complete=True)
-            [[found]] = paint(pipeline, wish(text, i, image=image, prompt_strength=strength, steps=steps))
+            [[found]] = generate(pipeline, wish(text, i, image=image, prompt_strength=strength, steps=steps))
             distances.append(np.abs(found - np.asarray(image)).mean())
         far.append(np.mean(distances))
     assert far == sorted(far) and far[0] < 15 and far[-1] > 3 * far[0], far
@@ -228,9 +228,9 @@ def test_the_distance_from_an_image_grows_with_strength(pipeline, steps):
 
 def test_full_strength_forgets_the_image(pipeline, photo):
     """The miniature's schedule ends in pure noise, so that nothing of the image is left."""
-    [[one]] = paint(pipeline, wish(image=photo, prompt_strength=1.0))
+    [[one]] = generate(pipeline, wish(image=photo, prompt_strength=1.0))
     other = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT).point(lambda value: 255 - value)
-    [[two]] = paint(pipeline, wish(image=other, prompt_strength=1.0))
+    [[two]] = generate(pipeline, wish(image=other, prompt_strength=1.0))
     assert np.abs(one - two).mean() < 1
 
 
@@ -241,11 +241,11 @@ def test_under_a_mask_only_white_is_repainted(pipeline, photo):
         request = wish(
             "a blue rocket in the desert at night", image=photo, mask=mask, prompt_strength=strength
         )
-        [[found]] = paint(pipeline, request)
+        [[found]] = generate(pipeline, request)
         assert np.array_equal(found[:, :56], original[:, :56]), "all but a seam is the caller's own"
         assert np.abs(found[:, 64:] - original[:, 64:]).mean() > 15
     black = wish(image=photo, mask=Image.new("L", photo.size, 0), prompt_strength=1.0)
-    [[unchanged]] = paint(pipeline, black)
+    [[unchanged]] = generate(pipeline, black)
     assert np.array_equal(unchanged, original)
 
 
@@ -255,7 +255,7 @@ def test_what_is_repainted_sees_what_is_kept(pipeline, photo, monkeypatch):
     mask.paste(255, (64, 0, 128, 128))
     decode = pipeline._decode
     monkeypatch.setattr(pipeline, "_decode", lambda *given: decoded.append(given[0]) or decode(*given))
-    paint(pipeline, wish(image=photo, mask=mask, prompt_strength=1.0))
+    generate(pipeline, wish(image=photo, mask=mask, prompt_strength=1.0))
     [latents] = decoded
     generator = torch.Generator().manual_seed(7)
     expected = encode_image(pipeline.diffusion.vae, photo, generator)
@@ -275,22 +275,22 @@ def test_a_thin_stroke_of_a_mask_counts():
 def test_images_of_a_batch_are_each_callers_own(pipeline, photo, slot):
     mates = [wish(MATES[i], 100 + i, image=photo.rotate(90 * (i + 1)), prompt_strength=0.6) for i in range(3)]
     request = wish(image=photo, prompt_strength=0.6)
-    expected = paint(pipeline, request, *mates[1:])[0][0]
+    expected = generate(pipeline, request, *mates[1:])[0][0]
     mates[slot] = request
-    assert np.array_equal(paint(pipeline, *mates)[slot][0], expected)
-    [[alone]] = paint(pipeline, request)
+    assert np.array_equal(generate(pipeline, *mates)[slot][0], expected)
+    [[alone]] = generate(pipeline, request)
     assert np.abs(alone - expected).max() <= 1
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("steps", "strength"), [(1, 0.3), (4, 0.5), (4, 0.8), (8, 1.0)])
-def test_from_an_image_it_paints_what_diffusers_paints(pipeline, photo, steps, strength, masked):
+def test_from_an_image_it_generates_what_diffusers_generates(pipeline, photo, steps, strength, masked):
     """For SDXL there is no pipeline of LCMs. Here is the loop of SD's LatentConsistencyModelImg2ImgPipeline,
     step by step, and of StableDiffusionXLInpaintPipeline with what a UNet of 4 channels does there."""
     mask = Image.new("L", photo.size, 0)
     mask.paste(255, (64, 0, 128, 128))
     request = wish(image=photo, prompt_strength=strength, steps=steps, mask=mask if masked else None)
-    [[found]] = paint(pipeline, request)
+    [[found]] = generate(pipeline, request)
     diffusion = pipeline.diffusion
     generator = torch.Generator().manual_seed(request.seed)
     scheduler = LCMScheduler.from_config(diffusion.scheduler.config)
@@ -323,18 +323,18 @@ def test_it_stops_before_the_next_step_when_nobody_waits(pipeline, monkeypatch):
     monkeypatch.setattr(
         pipeline.diffusion.unet, "forward", lambda *a, **k: (calls.append(1), forward(*a, **k))[1]
     )
-    [[before]] = paint(pipeline, wish())
+    [[before]] = generate(pipeline, wish())
     calls.clear()
     with pytest.raises(Stopped):
         pipeline.generate([wish(steps=8)], lambda: len(calls) >= 3)
     assert len(calls) == 3
-    [[after]] = paint(pipeline, wish())
+    [[after]] = generate(pipeline, wish())
     assert np.array_equal(before, after)
 
 
 def test_an_image_of_nans_fails_its_own_request_only(pipeline, monkeypatch):
     decode = pipeline.diffusion.vae.decode
-    [[expected]] = paint(pipeline, wish(seed=2))
+    [[expected]] = generate(pipeline, wish(seed=2))
 
     def spoil_the_first(latents: torch.Tensor) -> object:
         latents = latents.clone()
@@ -354,22 +354,22 @@ def test_metrics_say_what_it_cost(pipeline):
     assert all(one.metrics[name] > 0 for name in ("text_ms", "steps_ms", "decode_ms"))
 
 
-def test_unknown_words_still_paint_the_known_ones(pipeline):
-    [[strange]] = paint(pipeline, wish("a red house, zxqv 漢字 🦊 !!"))
+def test_unknown_words_still_generate_the_known_ones(pipeline):
+    [[strange]] = generate(pipeline, wish("a red house, zxqv 漢字 🦊 !!"))
     assert strange.std() > 10
 
 
-def test_of_a_long_prompt_the_last_words_are_painted(pipeline):
+def test_of_a_long_prompt_the_last_words_are_generated(pipeline):
     long = "a red house in a meadow. " + "It is a quiet place. " * 12
     night, day = wish(f"{long} At night."), wish(f"{long} By day.")
     assert pipeline.counted(night).chunks > 2
-    [[dark], [bright]] = paint(pipeline, night, day)
+    [[dark], [bright]] = generate(pipeline, night, day)
     assert dark.mean() < 0.6 * bright.mean()
 
 
 def test_a_word_of_more_weight_shows_more(pipeline):
     def redness(prompt):
-        [[picture]] = paint(pipeline, wish(prompt, steps=4))
+        [[picture]] = generate(pipeline, wish(prompt, steps=4))
         return (picture[..., 0] - picture[..., 2]).mean()
 
     assert redness("a (red)1.4 (blue)0.6 house") > redness("a (red)0.6 (blue)1.4 house") + 5
@@ -377,13 +377,13 @@ def test_a_word_of_more_weight_shows_more(pipeline):
 
 def test_prompts_of_unlike_lengths_go_together_as_prompt_and_negative_prompt(pipeline):
     long = "a red house in the snow " * 9
-    pictures = [
-        paint(pipeline, wish(guidance=2, prompt=prompt, negative_prompt=negative))[0][0]
+    images = [
+        generate(pipeline, wish(guidance=2, prompt=prompt, negative_prompt=negative))[0][0]
         for prompt, negative in [("a house", long), (long, "rain"), (long, ""), (long, long)]
     ]
     assert pipeline.counted(wish("a house", guidance=2, negative_prompt=long)).chunks > 1
     assert pipeline.counted(wish("a house", negative_prompt=long)).chunks == 1  # it has no effect
-    assert all(picture.std() > 10 for picture in pictures)
+    assert all(picture.std() > 10 for picture in images)
 
 
 def test_requests_of_unlike_shapes_are_refused_together(pipeline):

@@ -15,7 +15,7 @@ from tiny import as_downloaded, make_checkers, make_folder
 from fewstep.coglet.server import free_port, running_server
 from fewstep.errors import DeadlineExceeded, SafetyError, UnsafeImage, WeightsError
 from fewstep.generation.batcher import Batcher
-from fewstep.generation.pipeline import Painting, load_pipeline
+from fewstep.generation.pipeline import GenerationResult, load_pipeline
 from fewstep.generation.safety import SafetyChecker, load_safety_checker
 from fewstep.models.save import save_model
 from fewstep.models.specs import get_model
@@ -47,7 +47,7 @@ def wish(seed=0, **inputs):
 
 @pytest.mark.parametrize("kind", ["clip", "vit"])
 @pytest.mark.parametrize("flags", [False, True])
-def test_a_checker_says_of_each_picture_what_its_weights_say(tmp_path, kind, flags):
+def test_a_checker_says_of_each_image_what_its_weights_say(tmp_path, kind, flags):
     make_checkers(tmp_path, flags)
     checker = load_safety_checker(tmp_path, kind, CPU, torch.float32, "mend it")
     assert checker.flagged(IMAGES) == [flags] * 3
@@ -66,7 +66,7 @@ def test_clip_flags_what_is_nearer_to_a_concept_than_its_threshold(tmp_path):
         save_file(state, path, {"format": "pt"})
         return load_safety_checker(tmp_path, "clip", CPU, torch.float32, "mend it")
 
-    # Small weights, as a fresh model has, see hardly any difference between pictures.
+    # Small weights, as a fresh model has, see hardly any difference between images.
     generator = torch.Generator().manual_seed(0)
     large = {
         key.replace(".", "__"): torch.randn(value.shape, generator=generator)
@@ -147,13 +147,13 @@ def raises(images):
         lambda images: None,
     ],
 )
-def test_whatever_goes_wrong_withholds_the_picture(pipeline, monkeypatch, decide):
+def test_whatever_goes_wrong_withholds_the_image(pipeline, monkeypatch, decide):
     use(pipeline, monkeypatch, decide)
     [found] = pipeline.generate([wish()])
     assert isinstance(found, SafetyError) and "withheld" in found.sentence
 
 
-def test_a_checker_that_hangs_costs_its_own_time_and_gives_no_picture_out(pipeline, monkeypatch):
+def test_a_checker_that_hangs_costs_its_own_time_and_gives_no_image_out(pipeline, monkeypatch):
     goes_on = threading.Event()
 
     def decide(images):
@@ -169,10 +169,10 @@ def test_a_checker_that_hangs_costs_its_own_time_and_gives_no_picture_out(pipeli
         goes_on.set()
         return await batcher.submit(wish())
 
-    assert isinstance(asyncio.run(ask()), Painting)
+    assert isinstance(asyncio.run(ask()), GenerationResult)
 
 
-def test_flagged_pictures_are_dropped_and_all_flagged_is_an_error(pipeline, monkeypatch):
+def test_flagged_images_are_dropped_and_all_flagged_is_an_error(pipeline, monkeypatch):
     seen = []
 
     def decide(images):
@@ -181,9 +181,9 @@ def test_flagged_pictures_are_dropped_and_all_flagged_is_an_error(pipeline, monk
 
     use(pipeline, monkeypatch, decide)
     some, none, all_of_it = pipeline.generate([wish(num_outputs=3), wish(10), wish(20, num_outputs=2)])
-    assert isinstance(some, Painting) and some.seeds == [0, 2] and some.metrics["flagged"] == 1
+    assert isinstance(some, GenerationResult) and some.seeds == [0, 2] and some.metrics["flagged"] == 1
     assert some.images == [seen[0], seen[2]]
-    assert isinstance(none, Painting) and none.seeds == [10] and none.metrics["flagged"] == 0
+    assert isinstance(none, GenerationResult) and none.seeds == [10] and none.metrics["flagged"] == 0
     assert isinstance(all_of_it, UnsafeImage) and str(all_of_it).startswith(
         "[unsafe] every picture was flagged"
     )
@@ -198,7 +198,11 @@ def test_a_failed_check_fails_its_own_request_only(pipeline, monkeypatch):
 
     use(pipeline, monkeypatch, decide)
     first, second, third = pipeline.generate([wish(1), wish(2), wish(3)])
-    assert isinstance(first, Painting) and isinstance(second, SafetyError) and isinstance(third, Painting)
+    assert (
+        isinstance(first, GenerationResult)
+        and isinstance(second, SafetyError)
+        and isinstance(third, GenerationResult)
+    )
 
 
 def test_a_request_can_switch_it_off_only_where_the_operator_allows_it(pipeline, monkeypatch):
@@ -208,10 +212,10 @@ def test_a_request_can_switch_it_off_only_where_the_operator_allows_it(pipeline,
     assert isinstance(found, UnsafeImage)
     monkeypatch.setattr(pipeline, "allow_unsafe", True)
     found, mate = pipeline.generate([unchecked, wish(1)])
-    assert isinstance(found, Painting) and isinstance(mate, UnsafeImage)
+    assert isinstance(found, GenerationResult) and isinstance(mate, UnsafeImage)
 
 
-def test_a_server_whose_every_picture_is_flagged_starts_and_gives_none_out(tmp_path):
+def test_a_server_whose_every_image_is_flagged_starts_and_gives_none_out(tmp_path):
     folder = make_folder(SD15, tmp_path / "source")
     for name in ("safety_checker", "safety_classifier", "feature_extractor"):
         shutil.rmtree(folder / name)

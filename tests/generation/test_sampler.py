@@ -6,7 +6,7 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 from tiny import as_downloaded, make_folder
 
-from fewstep.generation.pipeline import Painting, load_pipeline
+from fewstep.generation.pipeline import GenerationResult, load_pipeline
 from fewstep.generation.sampler import plan
 from fewstep.models.save import save_model
 from fewstep.models.specs import get_model
@@ -46,7 +46,7 @@ def test_a_planned_step_is_that_of_the_scheduler(schedule, count, strength):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 8.0])
-def test_a_full_lcm_paints_what_diffusers_pipeline_for_it_paints(tmp_path, guidance):
+def test_a_full_lcm_generates_what_diffusers_pipeline_for_it_generates(tmp_path, guidance):
     """SimianLuo's model, at toy size: guidance is embedded, as w in the LCM paper's section 4.2."""
     spec = get_model("lcm-dreamshaper-v7")
     save_model(spec, as_downloaded(spec, make_folder(spec, tmp_path / "source")), tmp_path)
@@ -72,5 +72,5 @@ def test_a_full_lcm_paints_what_diffusers_pipeline_for_it_paints(tmp_path, guida
         spec, prompt="a red house", seed=3, guidance=guidance, aspect_ratio="custom", **size
     )
     [found] = pipeline.generate([wish])
-    assert isinstance(found, Painting)
+    assert isinstance(found, GenerationResult)
     assert np.abs(np.subtract(found.images[0], expected, dtype=int)).max() <= 1

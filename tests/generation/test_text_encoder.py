@@ -11,7 +11,7 @@ from tiny import TOKENIZER as TOKENIZER_FOLDER
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fewstep.errors import InvalidRequest
-from fewstep.generation.text_encoder import MAX_CHUNKS, TextEncoding
+from fewstep.generation.text_encoder import MAX_CHUNKS, TextEncoder
 
 PLAIN = "a red house in the snow"
 LONG = "a red house in the snow with mountains at night, on the left. " * 4 + "a blue car"
@@ -58,8 +58,8 @@ def diffusion(request):
 
 
 @pytest.fixture
-def text(diffusion) -> TextEncoding:
-    return TextEncoding(diffusion)
+def text(diffusion) -> TextEncoder:
+    return TextEncoder(diffusion)
 
 
 def by_diffusers(diffusion, prompt, **options):
@@ -180,7 +180,7 @@ def test_a_weight_is_taken_from_the_encoders_as_they_are_now(diffusion, text):
     weight.mul_(3)
     try:
         styled = text.encode(*wish, weights="of a style").states
-        assert torch.equal(styled, TextEncoding(diffusion).encode(*wish).states)
+        assert torch.equal(styled, TextEncoder(diffusion).encode(*wish).states)
     finally:
         weight.copy_(pristine)
     assert not torch.equal(styled, before)
@@ -189,10 +189,8 @@ def test_a_weight_is_taken_from_the_encoders_as_they_are_now(diffusion, text):
 
 def test_what_was_encoded_is_kept_while_there_is_room(diffusion, text, monkeypatch):
     calls = []
-    encode = TextEncoding._encode
-    monkeypatch.setattr(
-        TextEncoding, "_encode", lambda self, *wish: calls.append(wish) or encode(self, *wish)
-    )
+    encode = TextEncoder._encode
+    monkeypatch.setattr(TextEncoder, "_encode", lambda self, *wish: calls.append(wish) or encode(self, *wish))
     wishes = [(PLAIN,), (PLAIN, 2), (PLAIN, 1, 1), (PLAIN, 1, 0, "of a style"), (LONG, 8)]
     first = [text.encode(*wish) for wish in wishes]
     assert all(text.encode(*wish) is one for wish, one in zip(wishes, first, strict=True))
@@ -219,7 +217,7 @@ def test_chunks_are_counted_on_any_thread_while_the_model_encodes(text):
 def test_a_narrow_encoder_computes_on_one_thread_and_gives_the_others_back(width, expected):
     none = dict.fromkeys(("vae", "unet", "scheduler", "safety_checker", "feature_extractor"))
     encoder, seen = make_encoder(CLIPTextModel, width), []
-    text = TextEncoding(StableDiffusionPipeline(tokenizer=deepcopy(TOKENIZER), text_encoder=encoder, **none))
+    text = TextEncoder(StableDiffusionPipeline(tokenizer=deepcopy(TOKENIZER), text_encoder=encoder, **none))
 
     def note(*_):
         seen.append(torch.get_num_threads())

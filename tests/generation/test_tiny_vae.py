@@ -1,4 +1,4 @@
-"""FEWSTEP_VAE=tiny: the same pictures from a decoder of a few small convolutions."""
+"""FEWSTEP_VAE=tiny: the same images from a decoder of a few small convolutions."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ from tiny import REAL, as_downloaded, make_folder
 
 from fewstep.benchmark.quality import psnr
 from fewstep.errors import WeightsError
-from fewstep.generation.pipeline import Painting, load_pipeline
+from fewstep.generation.pipeline import GenerationResult, load_pipeline
 from fewstep.miniature.judge import load_judge, score
-from fewstep.miniature.scoring import few_step_painter, held_out_captions
+from fewstep.miniature.scoring import few_step_generator, held_out_captions
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene
 from fewstep.models.manifest import Origin, write_manifest
@@ -32,16 +32,16 @@ def tiny():
     return load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size", vae="tiny"))
 
 
-def test_the_judge_reads_its_pictures_as_well(full, tiny):
+def test_the_judge_reads_its_images_as_well(full, tiny):
     scenes, captions = held_out_captions(48)
-    pictures = [few_step_painter(pipeline, 4)(captions, range(48)) for pipeline in (full, tiny)]
+    images = [few_step_generator(pipeline, 4)(captions, range(48)) for pipeline in (full, tiny)]
     judge = load_judge(WEIGHTS / "miniature" / "judge" / "judge.safetensors")
-    right = [100 * score(judge, one, scenes).all(1).mean() for one in pictures]
+    right = [100 * score(judge, one, scenes).all(1).mean() for one in images]
     assert right[1] >= right[0] - 5
-    assert 25 < psnr(pictures[1], pictures[0]) < 60
+    assert 25 < psnr(images[1], images[0]) < 60
 
 
-def test_it_decodes_what_was_painted_from_a_picture_too(full, tiny, monkeypatch):
+def test_it_decodes_what_was_generated_from_a_image_too(full, tiny, monkeypatch):
     photo = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
     request = Request.create(MINIATURE, prompt="a red castle", seed=3, image=photo, prompt_strength=0.5)
     [expected] = full.generate([request])
@@ -67,8 +67,8 @@ def test_every_model_brings_one(name, tmp_path):
     settings = Settings(model=name, weights_root=tmp_path, safety="off", vae="tiny", dtype="fp32")
     pipeline = load_pipeline(spec, settings)
     size = {"aspect_ratio": "custom", "width": 64, "height": 64}
-    [painting] = pipeline.generate([Request.create(spec, prompt="a house", seed=1, steps=1, **size)])
-    assert isinstance(painting, Painting)
+    [result] = pipeline.generate([Request.create(spec, prompt="a house", seed=1, steps=1, **size)])
+    assert isinstance(result, GenerationResult)
     assert pipeline.decoder.dtype == torch.float32 and not pipeline.decoder.training
 
 

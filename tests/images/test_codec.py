@@ -51,7 +51,7 @@ def test_the_formats_are_those_of_a_request():
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
-def test_a_file_is_of_its_format_and_shows_the_picture(picture, output_format):
+def test_a_file_is_of_its_format_and_shows_the_image(picture, output_format):
     result = decoded(encode_image(picture, output_format, 90))
 
     assert result.format == PILLOWS_NAMES[output_format]
@@ -85,7 +85,7 @@ def test_a_jpg_of_high_quality_keeps_colour_at_full_resolution():
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
-def test_the_same_picture_gives_the_same_bytes(picture, output_format):
+def test_the_same_image_gives_the_same_bytes(picture, output_format):
     assert encode_image(picture, output_format, 90) == encode_image(picture.copy(), output_format, 90)
 
 
@@ -173,7 +173,7 @@ def open_files():
 
 
 @pytest.mark.parametrize("input_format", INPUT_FORMATS)
-def test_an_input_opens_as_a_picture_of_its_own(tmp_path, input_format):
+def test_an_input_opens_as_a_image_of_its_own(tmp_path, input_format):
     path = saved(tmp_path, corners(), input_format, quality=95)
     files = open_files()
 
@@ -230,7 +230,7 @@ def test_odd_exif_neither_fails_nor_warns(tmp_path, input_format, odd):
 @pytest.mark.parametrize(
     "odd", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*", exif(6)[:20]]
 )
-def test_exif_that_says_nothing_leaves_the_picture_as_it_is(tmp_path, odd):
+def test_exif_that_says_nothing_leaves_the_image_as_it_is(tmp_path, odd):
     assert opened(saved(tmp_path, corners(), exif=odd)).tobytes() == corners().tobytes()
 
 
@@ -395,7 +395,7 @@ def test_an_animation_is_its_first_frame(tmp_path, input_format):
     assert opened(path).getpixel((8, 8)) == RED
 
 
-def test_a_phones_jpeg_of_several_pictures_is_its_first(tmp_path):
+def test_a_phones_jpeg_of_several_images_is_its_first(tmp_path):
     path = saved(tmp_path, corners(), "MPO", save_all=True, append_images=[Image.new("RGB", (64, 32))])
     with Image.open(path) as file:
         assert file.format == "MPO"
@@ -447,7 +447,7 @@ def test_fit_draws_no_echo_into_a_mask():
     assert (np.diff(row) >= 0).all()
 
 
-def test_fit_leaves_a_picture_that_fits_as_it_is():
+def test_fit_leaves_a_image_that_fits_as_it_is():
     assert fit(corners(), 64, 32).tobytes() == corners().tobytes()
 
 
@@ -478,7 +478,7 @@ def test_same_shape_keeps_the_aspect_at_the_native_area(native_size):
 
 
 @pytest.mark.parametrize("native_size", [128, 512, 768, 1024])
-def test_same_shape_paints_a_square_at_the_native_size(native_size):
+def test_same_shape_generates_a_square_at_the_native_size(native_size):
     for side in (8, 100, native_size, 5000):
         assert same_shape((side, side), native_size) == (native_size, native_size)
 
@@ -541,7 +541,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("open_it", [open_image, open_mask])
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_what_is_no_whole_picture_of_an_allowed_format_is_refused(tmp_path, kind, open_it):
+def test_what_is_no_whole_image_of_an_allowed_format_is_refused(tmp_path, kind, open_it):
     sentence = refusal(written(tmp_path, HOSTILE[kind]), open_it)
 
     assert all(name in sentence for name in INPUT_FORMATS)
@@ -591,7 +591,7 @@ def test_a_jpeg_may_repeat_a_scan(tmp_path):
 
 
 @pytest.mark.parametrize("side", [(8, 8), (8, 2000)])
-def test_small_and_thin_pictures_open(tmp_path, side):
+def test_small_and_thin_images_open(tmp_path, side):
     assert opened(saved(tmp_path, corners(*side))).size == side
 
 

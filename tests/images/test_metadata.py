@@ -1,4 +1,4 @@
-"""What files say of how they were painted; test_server.py paints from it."""
+"""What files say of how they were generated; test_server.py generates from it."""
 
 import io
 import json
@@ -110,7 +110,7 @@ def without(**changes):
         *(without(clip_skip="1"), without(prompt_strength=None)),
     ],
 )
-def test_a_picture_without_a_sound_recipe_is_refused(tmp_path, content):
+def test_a_image_without_a_sound_recipe_is_refused(tmp_path, content):
     with pytest.raises(InvalidRequest, match="holds no recipe"):
         read_recipe(stored_text(content))
     for output_format in FORMATS:

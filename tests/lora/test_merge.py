@@ -13,8 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fewstep.lora.merge import NETWORKS, Adapters, LoraModule
-from fewstep.lora.resolve import AdapterError
+from fewstep.lora.merge import NETWORKS, LoraModule, WeightMerger
+from fewstep.lora.resolve import LoraError
 from fewstep.request import Mix
 from fewstep.settings import Settings
 
@@ -41,7 +41,7 @@ def state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
 
 def fuse(unet: UNet2DConditionModel, path: Path, scale: float = 1.0) -> int:
     """Add the LoRA in `path` to the weights of `unet` as setup does; how many layers that changed."""
-    adapters = Adapters(FOLDER, {"unet": unet})
+    adapters = WeightMerger(FOLDER, {"unet": unet})
     adapters.lcm_lora = adapters.read(path, "any")
     return adapters.apply(Mix(lcm_scale=scale))
 
@@ -216,7 +216,7 @@ def test_a_lora_that_does_not_fit_is_refused_with_the_count_and_the_unet_untouch
     save_file(tensors, path, metadata=metadata)
     before = state(unet)
 
-    with pytest.raises(AdapterError) as caught:
+    with pytest.raises(LoraError) as caught:
         fuse(unet, path)
 
     assert said in str(caught.value)
@@ -227,7 +227,7 @@ def test_a_lora_that_does_not_fit_is_refused_with_the_count_and_the_unet_untouch
 def test_a_damaged_file_is_refused(unet, tmp_path):
     path = tmp_path / "lora.safetensors"
     path.write_bytes(LORA.read_bytes()[:5000])
-    with pytest.raises(AdapterError, match=r"cannot be read"):
+    with pytest.raises(LoraError, match=r"cannot be read"):
         fuse(unet, path)
 
 
@@ -239,8 +239,8 @@ def model() -> StableDiffusionXLPipeline:
 
 
 @pytest.fixture
-def adapters(model) -> Adapters:
-    found = Adapters(FOLDER, {name: getattr(model, name) for name in NETWORKS["sdxl"]})
+def adapters(model) -> WeightMerger:
+    found = WeightMerger(FOLDER, {name: getattr(model, name) for name in NETWORKS["sdxl"]})
     found.lcm_lora = found.read(LORA, "lcm")
     yield found
     found.apply(Mix(lcm_scale=0))  # the model is everybody's
@@ -496,7 +496,7 @@ def test_hostile_styles_are_refused_by_reason(model, adapters, tmp_path, kind, s
     adapters.apply(Mix())
     before = weights(model)
 
-    with pytest.raises(AdapterError, match=said):
+    with pytest.raises(LoraError, match=said):
         adapters.read(path, "any")
 
     adapters.apply(Mix())

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest
-from fewstep.lora.resolve import AdapterError, Styles, parse_source
+from fewstep.lora.resolve import LoraError, LoraResolver, parse_source
 from fewstep.models.specs import MODELS
 from fewstep.request import Request
 from fewstep.settings import Settings
@@ -38,7 +38,7 @@ class Reader:
         assert hashlib.sha256(content).hexdigest() == sha256
         self.reads[content] += 1
         if content.startswith(b"bad"):
-            raise AdapterError("has 2 of 3 modules that do not fit this model", ", first QQQ_cancelled")
+            raise LoraError("has 2 of 3 modules that do not fit this model", ", first QQQ_cancelled")
         return Lora(sha256, len(content))
 
 
@@ -90,7 +90,7 @@ def reader():
 
 @pytest.fixture
 def styles(settings, reader):
-    return Styles(settings, reader)
+    return LoraResolver(settings, reader)
 
 
 def load(styles, *names):
@@ -258,7 +258,7 @@ def test_disk_and_memory_have_limits_and_the_oldest_goes(site, settings, reader)
     for name, content in contents.items():
         site.pages[f"/a/{name}/resolve/main/x.safetensors"] = (200, content)
     small = replace(settings, style_disk_bytes=2500, style_memory_bytes=2500)
-    styles = Styles(small, reader)
+    styles = LoraResolver(small, reader)
     for name in ("0", "1", "0", "2"):  # 1 was used longest ago
         load(styles, f"a/{name}/x.safetensors")
         time.sleep(0.01)
@@ -328,7 +328,7 @@ def test_a_file_replaced_while_it_is_read_is_read_again(settings):
         read.append(file.read_bytes())
         return Lora(sha256, 1)
 
-    styles = Styles(settings, reader)
+    styles = LoraResolver(settings, reader)
     [lora] = load(styles, "paper-cut")
     assert lora.sha256 == hashlib.sha256(PIXELS).hexdigest() and read == [PIXELS, PIXELS]
     assert list(styles._in_memory) == [lora.sha256]
@@ -345,7 +345,7 @@ def test_a_file_removed_before_it_is_read_is_fetched_again(settings, site):
         file.read_bytes()
         return Lora(sha256, 1)
 
-    load(Styles(settings, reader), "a/b/x.safetensors")
+    load(LoraResolver(settings, reader), "a/b/x.safetensors")
     assert len(site.asked) == 2 and len(calls) == 2
 
 
@@ -362,7 +362,7 @@ def test_what_a_killed_server_was_fetching_is_removed(styles, settings, site):
 
 def test_callers_who_have_left_start_no_fetches(settings, site, reader):
     site.pages["/a/b/resolve/main/x.safetensors"] = (200, lambda: time.sleep(1) or PAPER)
-    styles = Styles(replace(settings, deadline_s=0.4), reader)
+    styles = LoraResolver(replace(settings, deadline_s=0.4), reader)
     request = Request.create(MODELS["miniature"], prompt="a house", style="a/b/x.safetensors")
     own = Request.create(MODELS["miniature"], prompt="a house", style="paper-cut")
 
@@ -383,7 +383,7 @@ def test_the_time_that_a_request_has_spent_is_gone(settings, site, reader):
     site.pages["/a/b/resolve/main/x.safetensors"] = (200, lambda: time.sleep(0.5) or PAPER)
     request = Request.create(MODELS["miniature"], prompt="a house", style="a/b/x.safetensors")
     with pytest.raises((DeadlineExceeded, DownloadError)):
-        asyncio.run(Styles(settings, reader).load(request.wishes, spent_s=4.9))
+        asyncio.run(LoraResolver(settings, reader).load(request.wishes, spent_s=4.9))
 
 
 def test_a_repo_is_asked_for_its_files_once(styles, site):
@@ -401,7 +401,7 @@ def test_where_nothing_is_fetched_that_is_said(settings, reader):
         with pytest.raises(
             InvalidRequest, match="style: it cannot be fetched, since this server fetches none"
         ):
-            load(Styles(own, reader), name)
+            load(LoraResolver(own, reader), name)
 
 
 def test_memory_of_addresses_is_bounded(styles, site, monkeypatch):
@@ -414,7 +414,7 @@ def test_memory_of_addresses_is_bounded(styles, site, monkeypatch):
 
 def test_a_style_that_does_not_arrive_ends_with_the_deadline(settings, site, reader):
     site.pages["/a/b/resolve/main/x.safetensors"] = (200, lambda: time.sleep(2) or b"")
-    styles = Styles(replace(settings, deadline_s=0.3), reader)
+    styles = LoraResolver(replace(settings, deadline_s=0.3), reader)
     began = time.monotonic()
     with pytest.raises((DeadlineExceeded, DownloadError)):
         load(styles, "a/b/x.safetensors")

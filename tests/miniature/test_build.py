@@ -1,4 +1,4 @@
-"""The whole build at its smallest: all stages, resumed, and the folder that comes out paints."""
+"""The whole build at its smallest: all stages, resumed, and the folder that comes out generates."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from fewstep.generation.pipeline import Painting, load_pipeline
+from fewstep.generation.pipeline import GenerationResult, load_pipeline
 from fewstep.miniature.base import TOKENS, Base, make_scheduler, make_tokenizer, train_text
 from fewstep.miniature.build import SQUARE, Build, Sizes
 from fewstep.miniature.card import write_card
@@ -18,18 +18,18 @@ from fewstep.settings import Settings
 from fewstep.training.distill import LoraStudent
 
 TINY = Sizes(
-    judge_pictures=40,
+    judge_images=40,
     judge_steps=1,
-    vae_pictures=40,
+    vae_images=40,
     vae_steps=1,
     text_steps=1,
-    base_pictures=24,
-    other_pictures=4,
+    base_images=24,
+    other_images=4,
     base_steps=2,
     base_batch=4,
     lora_steps=2,
     lora_batch=4,
-    style_pictures=6,
+    style_images=6,
     style_steps=2,
     style_batch=4,
     tiny_vae_steps=2,
@@ -44,7 +44,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_all_stages_make_a_folder_that_paints(tmp_path):
+def test_all_stages_make_a_folder_that_generates(tmp_path):
     weights, cpu = tmp_path / "weights" / "miniature", torch.device("cpu")
     build = Build(weights, tmp_path / "work", TINY, cpu)
     assert build.judge and build.latents[0].latents.shape[1:] == (4, SQUARE[1] // 8, SQUARE[0] // 8)
@@ -53,8 +53,8 @@ def test_all_stages_make_a_folder_that_paints(tmp_path):
 
     spec = get_model("miniature")
     pipeline = load_pipeline(spec, Settings(weights_root=weights.parent))
-    [painting] = pipeline.generate([Request.create(spec, prompt="a red house", seed=1)])
-    assert isinstance(painting, Painting)
+    [result] = pipeline.generate([Request.create(spec, prompt="a red house", seed=1)])
+    assert isinstance(result, GenerationResult)
 
     build.train_styles(tmp_path / "styles" / "miniature")
     for path in sorted((tmp_path / "styles" / "miniature").iterdir()):
@@ -62,14 +62,14 @@ def test_all_stages_make_a_folder_that_paints(tmp_path):
         assert style.modules and path.stem in STYLES and path.stat().st_size < 1_000_000
         request = Request.create(spec, prompt="a red house", seed=1, style=path.stem)
         [styled] = pipeline.generate([request.with_styles([style])])
-        assert isinstance(styled, Painting)
+        assert isinstance(styled, GenerationResult)
     assert len(list((tmp_path / "styles" / "miniature").iterdir())) == len(STYLES)
 
     build.train_tiny_vae()
     write_card(weights, build.facts(STUDENT), [])
     tiny = load_pipeline(spec, Settings(weights_root=weights.parent, vae="tiny"))
-    [painting] = tiny.generate([Request.create(spec, prompt="a red house", seed=1)])
-    assert isinstance(painting, Painting)
+    [result] = tiny.generate([Request.create(spec, prompt="a red house", seed=1)])
+    assert isinstance(result, GenerationResult)
 
     # From the LoRA on, with everything before it taken from the folder.
     again = Build(weights, tmp_path / "other-work", TINY, cpu, start="lora")

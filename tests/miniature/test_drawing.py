@@ -13,7 +13,7 @@ def pixels(scene: Scene, seed: int = 0, width: int = 128, height: int = 128) -> 
     return np.asarray(draw(scene, seed, width, height)).astype(int)
 
 
-def test_a_seed_draws_one_picture_and_another_seed_another():
+def test_a_seed_draws_one_image_and_another_seed_another():
     assert np.array_equal(pixels(SCENE, 1), pixels(SCENE, 1))
     assert np.abs(pixels(SCENE, 1) - pixels(SCENE, 2)).mean() > 2
 
@@ -23,7 +23,7 @@ def test_any_size_is_drawn(size):
     assert draw(SCENE, 0, *size).size == size
 
 
-def test_every_attribute_value_changes_the_picture():
+def test_every_attribute_value_changes_the_image():
     for scene in all_scenes()[:: len(all_scenes()) // 60]:
         assert pixels(scene).std() > 10
 
@@ -35,9 +35,9 @@ def test_the_object_has_its_colour_and_stands_in_its_place(name, colour):
     columns = []
     for position in ("left", "middle", "right"):
         scene = Scene(name, colour, ground, "hills", "day", position)
-        painted = np.abs(pixels(scene, 3)[40:120] - PAINTS[colour]).max(2) < 40
-        assert painted.sum() > 150
-        columns.append(np.median(np.nonzero(painted)[1]) / 128)
+        generated = np.abs(pixels(scene, 3)[40:120] - PAINTS[colour]).max(2) < 40
+        assert generated.sum() > 150
+        columns.append(np.median(np.nonzero(generated)[1]) / 128)
     left, middle, right = columns
     apart = PLACES["right"] - PLACES["middle"]
     assert middle - left > apart / 2 and right - middle > apart / 2

@@ -39,7 +39,7 @@ def test_the_committed_judge_reads_fresh_drawings_even_blurred():
     judge = load_judge(JUDGE)
     scenes = unseen_scenes(200, seed=3)
     drawn = draw_many(scenes, 7 * 10**8, 128, 128)
-    blurred = [Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1)) for picture in drawn]
+    blurred = [Image.fromarray(image).filter(ImageFilter.GaussianBlur(1)) for image in drawn]
     assert score(judge, drawn, scenes).all(1).mean() >= 0.99
     assert score(judge, blurred, scenes).all(1).mean() >= 0.95
 
@@ -70,8 +70,8 @@ def test_what_is_damaged_is_further_from_drawings():
     judge, scenes = load_judge(JUDGE), unseen_scenes(300, seed=5)
     drawn = draw_many(scenes, 0, 128, 128)
     far = [
-        frechet_distance(describe(judge, pictures), describe(judge, drawn))
-        for pictures in (
+        frechet_distance(describe(judge, images), describe(judge, drawn))
+        for images in (
             draw_many(scenes, 10**6, 128, 128),
             *(
                 [

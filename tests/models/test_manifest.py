@@ -38,7 +38,7 @@ def edit_manifest(folder, edit):
 
 def refusal(folder, mode="sha256"):
     with pytest.raises(WeightsError) as caught:
-        verify_weights(folder, remedy=REMEDY, mode=mode)
+        verify_weights(folder, fix=REMEDY, mode=mode)
     text = str(caught.value)
     # One sentence, ending in the command, without the machine's own path.
     assert text.startswith("[weights] weights/tiny") and text.endswith(f"; run: {REMEDY}")
@@ -49,9 +49,9 @@ def refusal(folder, mode="sha256"):
 def test_what_is_written_is_read_and_verified(folder):
     written = write(folder, judge={"sha256": "ab"}, steps=[1, 2])
 
-    assert read_manifest(folder, remedy=REMEDY) == written
-    assert verify_weights(folder, remedy=REMEDY, mode="sha256") == written
-    assert verify_weights(folder, remedy=REMEDY, mode="size") == written
+    assert read_manifest(folder, fix=REMEDY) == written
+    assert verify_weights(folder, fix=REMEDY, mode="sha256") == written
+    assert verify_weights(folder, fix=REMEDY, mode="size") == written
 
 
 def test_the_manifest_says_what_each_file_is_and_where_it_is_from(folder):
@@ -97,7 +97,7 @@ def test_the_card_may_change_and_harmless_files_may_lie_about(folder):
     (folder / "README.md").write_text("a better card")
     (folder / "notes.txt").write_text("mine")
 
-    verify_weights(folder, remedy=REMEDY)
+    verify_weights(folder, fix=REMEDY)
 
 
 def test_a_missing_folder_is_named(folder):
@@ -137,7 +137,7 @@ def test_a_flipped_byte_is_found_by_the_hash_and_only_by_it(folder):
 
     assert f"weights/tiny/{UNET} is damaged" in text
     assert hashlib.sha256(data).hexdigest()[:12] in text
-    verify_weights(folder, remedy=REMEDY, mode="size")
+    verify_weights(folder, fix=REMEDY, mode="size")
 
 
 def test_a_file_swapped_for_a_folder_is_missing(folder):
@@ -235,4 +235,4 @@ def test_a_manifest_that_fails_to_be_written_leaves_the_old_one(folder):
         write(folder, judge=object())
 
     assert (folder / "manifest.json").read_bytes() == before
-    verify_weights(folder, remedy=REMEDY)
+    verify_weights(folder, fix=REMEDY)

@@ -1,4 +1,4 @@
-"""From the hub to a picture: download, save, load and paint, for every model of the table at toy size."""
+"""From the hub to an image: download, save, load and generate, for every model of the table at toy size."""
 
 import hashlib
 import json
@@ -73,14 +73,14 @@ class Shop:
         assert "Traceback" not in err, err
         return process.returncode, err
 
-    def paint(self, **inputs):
+    def generate(self, **inputs):
         pipeline = load_pipeline(self.spec, Settings(weights_root=self.weights))
         request = Request.create(
             self.spec, prompt="a red house", seed=1, aspect_ratio="custom", width=64, height=64, **inputs
         )
-        (painting,) = pipeline.generate([request])
-        assert not isinstance(painting, Exception), painting
-        return painting.images[0]
+        (result,) = pipeline.generate([request])
+        assert not isinstance(result, Exception), result
+        return result.images[0]
 
 
 @pytest.fixture
@@ -90,16 +90,16 @@ def shop(tmp_path):
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_model_goes_from_the_hub_to_a_picture(shop, name):
+def test_a_model_goes_from_the_hub_to_a_image(shop, name):
     model = shop(name)
 
     assert model.run("download_weights")[0] == 0
     assert model.run("save_weights")[0] == 0
 
-    assert model.paint().size == (64, 64)
-    assert model.paint().tobytes() == model.paint().tobytes()
+    assert model.generate().size == (64, 64)
+    assert model.generate().tobytes() == model.generate().tobytes()
     guided = 3.0 if model.spec.embedded_guidance else 2.0
-    assert model.paint(guidance=guided).tobytes() != model.paint().tobytes()
+    assert model.generate(guidance=guided).tobytes() != model.generate().tobytes()
     assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", name]
 
 
@@ -128,7 +128,7 @@ def test_the_folder_is_what_design_says(shop):
         state = plain(getattr(loaded, part).state_dict())
         for key, value in tensors.items():
             assert torch.equal(state[key], value.float()), (part, key)
-    manifest = {file.path: file for file in read_manifest(folder, remedy="").files}
+    manifest = {file.path: file for file in read_manifest(folder, fix="").files}
     vae = manifest["vae/diffusion_pytorch_model.safetensors"]
     assert (vae.source, vae.licence) == ("madebyollin/sdxl-vae-fp16-fix", "MIT")
     assert manifest["unet/config.json"].revision == "462165984030d82259a11f4367a4eed129e94a7b"
@@ -166,7 +166,7 @@ def test_a_killed_save_leaves_nothing_that_looks_finished_and_the_next_completes
 
     assert model.run("save_weights")[0] == 0
     assert not part.exists()
-    model.paint()
+    model.generate()
 
 
 def test_saving_anew_replaces_the_folder(shop):
@@ -177,7 +177,7 @@ def test_saving_anew_replaces_the_folder(shop):
 
     assert model.run("save_weights")[0] == 0
 
-    model.paint()
+    model.generate()
     assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", "sd15"]
 
 
@@ -219,13 +219,13 @@ def test_a_single_file_checkpoint_takes_the_place_of_the_networks(shop, name):
         found, expected = plain(load_file(file)), plain(load_file(fine_tune / part / file.name))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected), part
-    files = {file.path: file for file in read_manifest(model.weights / name, remedy="").files}
+    files = {file.path: file for file in read_manifest(model.weights / name, fix="").files}
     unet = files["unet/diffusion_pytorch_model.safetensors"]
     sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert (unet.source, unet.revision) == ("fine_tune_v7.safetensors", f"sha256 {sha256}")
     assert files["model_index.json"].source == "fewstep"
     assert files["scheduler/scheduler_config.json"].source == model.spec.sources[0].name
-    model.paint()
+    model.generate()
     # Mended by the usual commands, it would silently be the base again.
     (model.weights / name / "vae" / "config.json").unlink()
     with pytest.raises(

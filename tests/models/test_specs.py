@@ -19,7 +19,7 @@ def test_unknown_model_lists_the_known_ones_and_not_what_was_given():
 
 
 @pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS)
-def test_a_model_may_paint_at_least_its_native_size(spec):
+def test_a_model_may_generate_at_least_its_native_size(spec):
     assert spec.max_pixels >= spec.native_size**2
     assert math.isqrt(spec.max_pixels) % 8 == 0
 
@@ -32,5 +32,5 @@ def test_lcm_lora_models_default_to_guidance_off(spec):
 
 def test_remedies_name_the_model_and_no_machine_path():
     for spec in MODELS.values():
-        assert spec.name in spec.remedy
-        assert not any(word.startswith(("/", "~")) for word in spec.remedy.split())
+        assert spec.name in spec.fix
+        assert not any(word.startswith(("/", "~")) for word in spec.fix.split())

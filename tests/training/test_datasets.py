@@ -1,4 +1,4 @@
-"""Pictures and captions as users have them: folders, zips, shards, and what is wrong with them."""
+"""Images and captions as users have them: folders, zips, shards, and what is wrong with them."""
 
 import json
 import pickle
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from uploads import picture, shard
+from uploads import image, shard
 
 from fewstep.errors import DatasetError
 from fewstep.models.specs import get_model
@@ -28,7 +28,7 @@ def zipped(path, files):
 def test_captions_are_read_from_a_list_or_from_beside(tmp_path):
     (tmp_path / "more").mkdir()
     for name in ("b.png", "a.jpg", "more/c.webp", "d.PNG", ".hidden.png"):
-        (tmp_path / name).write_bytes(picture(suffix=name[-3:].lower().replace("ebp", "webp")))
+        (tmp_path / name).write_bytes(image(suffix=name[-3:].lower().replace("ebp", "webp")))
     rows = [{"file_name": "a.jpg", "text": "a red house"}, {"file_name": "b.png", "text": " two  "}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "more" / "c.txt").write_text("\ufeffthree\n", encoding="utf-8")
@@ -50,35 +50,35 @@ def test_captions_are_read_from_a_list_or_from_beside(tmp_path):
     + ['{"file_name": "a.png", "text": null}'],
 )
 def test_a_list_that_is_none_is_refused_by_its_line(tmp_path, line):
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(image())
     (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "x"}}\n{line}\n')
     with pytest.raises(DatasetError, match="line 2 of metadata.jsonl is not like"):
         find(tmp_path)
 
 
 def test_a_line_of_the_list_ends_where_json_lines_end(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(image())
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one\u2028two\u0085three"}\n')
     assert find(tmp_path)[0].caption == "one\u2028two\u0085three"
 
 
 @pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl"])
 def test_a_caption_of_megabytes_is_refused(tmp_path, name):
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(image())
     with (tmp_path / name).open("wb") as file:
         file.truncate(50_000_000)
     with pytest.raises(DatasetError, match="so it holds no captions"):
         find(tmp_path)
 
 
-def test_no_picture_at_all_is_said(tmp_path):
+def test_no_image_at_all_is_said(tmp_path):
     (tmp_path / "a.gif").write_bytes(b"GIF89a")
     with pytest.raises(DatasetError, match="there is no picture"):
         find(tmp_path)
 
 
 def test_a_zip_is_unpacked_as_it_is(tmp_path):
-    files = {"a/b.png": picture(), "a/b.txt": b"x", "empty/": b""}
+    files = {"a/b.png": image(), "a/b.txt": b"x", "empty/": b""}
     unpack(zipped(tmp_path / "x.zip", files), tmp_path / "out")
     assert (tmp_path / "out" / "a" / "b.png").read_bytes() == files["a/b.png"]
     assert [one.caption for one in find(tmp_path / "out")] == ["x"]
@@ -142,15 +142,15 @@ def test_what_is_no_sound_zip_is_refused(tmp_path, how):
         unpack(path, tmp_path / "out")
 
 
-def test_shards_are_read_one_picture_after_the_other(tmp_path, caplog):
+def test_shards_are_read_one_image_after_the_other(tmp_path, caplog):
     shard(
         tmp_path / "set-00.tar",
-        {"a.png": picture(), "a.txt": b" a red house ", "b.jpg": picture(suffix="jpg"), "b.txt": b"two"},
+        {"a.png": image(), "a.txt": b" a red house ", "b.jpg": image(suffix="jpg"), "b.txt": b"two"},
     )
     told = json.dumps({"caption": "three"}).encode()
     shard(
         tmp_path / "set-01.tar",
-        {"c.webp": picture(suffix="webp"), "c.json": told, "d.png": picture(), "d.json": b"[1]"}
+        {"c.webp": image(suffix="webp"), "c.json": told, "d.png": image(), "d.json": b"[1]"}
         | {"e.txt": b"no picture"},
     )
     found = [
@@ -161,9 +161,9 @@ def test_shards_are_read_one_picture_after_the_other(tmp_path, caplog):
     assert "left out: d has no caption" in caplog.text and "left out: e has no picture" in caplog.text
 
 
-def test_a_shard_that_breaks_off_gives_no_picture_another_caption(tmp_path, caplog):
-    shard(tmp_path / "0.tar", {"000.png": picture(), "000.txt": b"first"})
-    shard(tmp_path / "1.tar", {"000.png": picture(), "000.txt": b"second"})
+def test_a_shard_that_breaks_off_gives_no_image_another_caption(tmp_path, caplog):
+    shard(tmp_path / "0.tar", {"000.png": image(), "000.txt": b"first"})
+    shard(tmp_path / "1.tar", {"000.png": image(), "000.txt": b"second"})
     content = (tmp_path / "0.tar").read_bytes()
     (tmp_path / "0.tar").write_bytes(content[: content.index(b"000.txt") + 100])
     assert [one.caption for one in read_shards(str(tmp_path / "{0..1}.tar"))] == ["second"]
@@ -171,7 +171,7 @@ def test_a_shard_that_breaks_off_gives_no_picture_another_caption(tmp_path, capl
 
 
 def test_every_process_reads_all_shards(tmp_path, monkeypatch):
-    shard(tmp_path / "x.tar", {"a.png": picture(), "a.txt": b"x"})
+    shard(tmp_path / "x.tar", {"a.png": image(), "a.txt": b"x"})
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert len(list(read_shards(str(tmp_path / "x.tar")))) == 1
@@ -182,6 +182,6 @@ def test_a_pickle_in_a_shard_is_not_opened(tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "sprung",))
 
-    shard(tmp_path / "x.tar", {"a.png": picture(), "a.txt": b"x", "a.pyd": pickle.dumps(Trap())})
+    shard(tmp_path / "x.tar", {"a.png": image(), "a.txt": b"x", "a.pyd": pickle.dumps(Trap())})
     assert len(list(read_shards(str(tmp_path / "x.tar")))) == 1
     assert not (tmp_path / "sprung").exists()

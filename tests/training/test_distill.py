@@ -26,7 +26,7 @@ from fewstep.training.distill import (
     order_for_training,
     predict,
 )
-from fewstep.training.trainer import Draws, Schedule, optimise
+from fewstep.training.trainer import Schedule, StepRandom, optimise
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def loss_of(
     noise: NoiseSchedule = NOISE,
     seed: int = 0,
 ) -> torch.Tensor:
-    return consistency_loss(lora_roles(unet), batch, noise, student, Draws(seed, 0))
+    return consistency_loss(lora_roles(unet), batch, noise, student, StepRandom(seed, 0))
 
 
 def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(unet, batch):
@@ -89,7 +89,7 @@ def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(unet, batch):
 
 def test_the_student_learns_and_the_teacher_stays_as_it_is(unet, batch, tmp_path, monkeypatch):
     # The same draw at every step: on a network of random weights only that shows learning within seconds.
-    monkeypatch.setattr(distill, "Draws", lambda seed, step, share: Draws(0, 0, share))
+    monkeypatch.setattr(distill, "Draws", lambda seed, step, share: StepRandom(0, 0, share))
     add_lora(unet, STUDENT)
     t = torch.tensor([19, 259, 499, 999])
     unet.disable_adapters()
@@ -114,7 +114,7 @@ def test_only_the_students_answer_is_differentiated(batch):
         return lambda z, t, batch, w: (asked.append((who, torch.is_grad_enabled())), torch.zeros_like(z))[1]
 
     roles = Roles(*map(answers, ("student", "target", "teacher")))
-    consistency_loss(roles, batch, NOISE, STUDENT, Draws(0, 0))
+    consistency_loss(roles, batch, NOISE, STUDENT, StepRandom(0, 0))
     assert asked == [("student", True), ("teacher", False), ("teacher", False), ("target", False)]
 
 
@@ -136,7 +136,7 @@ def test_the_target_is_given_the_teachers_guided_ddim_step(batch):
     for seed in range(6):  # some go back to clean data
         seen.clear()
         roles = Roles(lambda z, t, shown, w: torch.zeros_like(z), target, teacher)
-        consistency_loss(roles, batch, noise, student, Draws(seed, 0))
+        consistency_loss(roles, batch, noise, student, StepRandom(seed, 0))
         (z_next, t_next, w), _, (z, t, _) = seen
         assert 2.0 <= w.min() and w.max() <= 4.0
         x_0 = conditional + w.reshape(-1, 1, 1, 1) * (conditional - unconditional)
@@ -278,7 +278,7 @@ def distil_full(unet, batch, schedule, folder):
 
 
 def test_a_full_student_learns_what_w_means_and_its_teacher_stays(unet, batch, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "Draws", lambda seed, step, share: Draws(0, 0, share))
+    monkeypatch.setattr(distill, "Draws", lambda seed, step, share: StepRandom(0, 0, share))
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     losses: list[float] = []
     loss = distill.consistency_loss
@@ -317,14 +317,14 @@ def test_a_full_students_target_is_its_average_and_not_itself(unet, batch, tmp_p
     assert not torch.equal(*seen[-1])
 
 
-def test_without_a_teacher_the_target_is_given_the_same_picture_with_the_same_noise(batch):
+def test_without_a_teacher_the_target_is_given_the_same_image_with_the_same_noise(batch):
     seen = []
 
     def answer(z, t, batch, w):
         seen.append((z, t))
         return torch.zeros_like(z)
 
-    consistency_loss(Roles(answer, answer), batch, NOISE, LoraStudent(skip=5), Draws(3, 0))
+    consistency_loss(Roles(answer, answer), batch, NOISE, LoraStudent(skip=5), StepRandom(3, 0))
 
     (noisy, t_next), (less, t) = seen
     alpha, sigma = NOISE.signal_and_noise(t_next, noisy)
@@ -336,13 +336,13 @@ def test_without_a_teacher_the_target_is_given_the_same_picture_with_the_same_no
 
 
 def test_fine_tuning_trains_the_lora_alone_and_lowers_its_loss(unet, batch, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "Draws", lambda seed, step, share: Draws(0, 0, share))
+    monkeypatch.setattr(distill, "Draws", lambda seed, step, share: StepRandom(0, 0, share))
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     add_lora(unet, STUDENT)
     roles = finetuning_roles(unet)
-    first = consistency_loss(roles, batch, NOISE, STUDENT, Draws(0, 0)).item()
+    first = consistency_loss(roles, batch, NOISE, STUDENT, StepRandom(0, 0)).item()
     loss = consistency_training(roles, lambda step, share: batch, NOISE, STUDENT, seed=11)
     optimise("fine-tuning", unet, loss, Schedule(25, lr=1e-2, warmup=5, ema_decay=0.5), tmp_path)
-    assert consistency_loss(roles, batch, NOISE, STUDENT, Draws(0, 0)).item() < 0.7 * first
+    assert consistency_loss(roles, batch, NOISE, STUDENT, StepRandom(0, 0)).item() < 0.7 * first
     unet.unload_lora()
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())

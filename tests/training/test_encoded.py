@@ -1,4 +1,4 @@
-"""Encoded pictures: what a network is told of them, and batches that resume exactly."""
+"""Encoded images: what a network is told of them, and batches that resume exactly."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_diffusers_folder
-from uploads import picture, shard
+from uploads import image, shard
 
 from fewstep.errors import DatasetError
 from fewstep.generation.pipeline import load_pipeline
@@ -18,7 +18,7 @@ from fewstep.settings import Settings
 from fewstep.training.datasets import Captioned, read_shards
 from fewstep.training.encoded import Batches, Encoder
 from fewstep.training.sources import load_base
-from fewstep.training.trainer import WHOLE, Share
+from fewstep.training.trainer import WHOLE, Shard
 
 MINIATURE = get_model("miniature")
 
@@ -36,10 +36,10 @@ def captioned(folder, **files):
     return found
 
 
-def test_an_example_is_the_picture_at_its_nearest_native_size(diffusion, tmp_path):
-    pictures = captioned(tmp_path, wide=picture((600, 300)), square=picture((100, 100)))
+def test_an_example_is_the_image_at_its_nearest_native_size(diffusion, tmp_path):
+    images = captioned(tmp_path, wide=image((600, 300)), square=image((100, 100)))
     encoder = Encoder(diffusion, tmp_path / "encoded")
-    wide, square = map(load_file, encoder.encode_all(pictures))
+    wide, square = map(load_file, encoder.encode_all(images))
     assert (wide["latents"].shape, square["latents"].shape) == ((4, 12, 21), (4, 16, 16))
     # 600x300 covers 168x96 at a scale of 0.32, where 12 px are too much on both sides.
     assert wide["time_ids"].tolist() == [300, 600, 0, 12, 96, 168]
@@ -57,29 +57,27 @@ def test_an_example_is_the_picture_at_its_nearest_native_size(diffusion, tmp_pat
     assert (back - expected).abs().mean() < 0.1
 
 
-def test_what_the_unet_is_told_is_what_a_painter_tells_it(diffusion, tmp_path):
-    [wide] = map(
-        load_file, Encoder(diffusion, tmp_path / "e").encode_all(captioned(tmp_path, wide=picture()))
-    )
+def test_what_the_unet_is_told_is_what_a_generator_tells_it(diffusion, tmp_path):
+    [wide] = map(load_file, Encoder(diffusion, tmp_path / "e").encode_all(captioned(tmp_path, wide=image())))
     prompt = load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size")).text.encode("a wide house")
     torch.testing.assert_close(wide["prompt_embeds"].float(), prompt.states[0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(wide["pooled"].float(), prompt.pooled[0], rtol=2e-3, atol=2e-3)
 
 
-def test_encoded_pictures_are_found_again_by_what_they_depend_on(diffusion, tmp_path, monkeypatch):
-    pictures = captioned(tmp_path, one=picture(), other=picture(colour="blue"))
-    first = Encoder(diffusion, tmp_path / "encoded").encode_all(pictures)
+def test_encoded_images_are_found_again_by_what_they_depend_on(diffusion, tmp_path, monkeypatch):
+    images = captioned(tmp_path, one=image(), other=image(colour="blue"))
+    first = Encoder(diffusion, tmp_path / "encoded").encode_all(images)
     with monkeypatch.context() as patched:
         patched.setattr(diffusion.vae, "encode", None)
-        assert Encoder(diffusion, tmp_path / "encoded").encode_all(pictures) == first
-    renamed = [Captioned(one.path, "another", one.name) for one in pictures]
+        assert Encoder(diffusion, tmp_path / "encoded").encode_all(images) == first
+    renamed = [Captioned(one.path, "another", one.name) for one in images]
     assert not set(first) & set(Encoder(diffusion, tmp_path / "encoded").encode_all(renamed))
-    smaller = Encoder(diffusion, tmp_path / "encoded", 64).encode_all(pictures)
+    smaller = Encoder(diffusion, tmp_path / "encoded", 64).encode_all(images)
     assert not set(first) & set(smaller) and load_file(smaller[0])["latents"].shape == (4, 8, 8)
     with torch.no_grad():
         bias = diffusion.vae.encoder.conv_in.bias
         bias.add_(1)
-        assert not set(first) & set(Encoder(diffusion, tmp_path / "encoded").encode_all(pictures))
+        assert not set(first) & set(Encoder(diffusion, tmp_path / "encoded").encode_all(images))
         bias.sub_(1)
 
 
@@ -89,17 +87,17 @@ def test_a_resolution_that_cannot_be_trained_at_is_refused(diffusion, tmp_path, 
         Encoder(diffusion, tmp_path, side)
 
 
-def test_a_broken_picture_is_named_and_left_out(diffusion, tmp_path, caplog):
-    pictures = captioned(tmp_path, good=picture(), bad=picture()[:60])
+def test_a_broken_image_is_named_and_left_out(diffusion, tmp_path, caplog):
+    images = captioned(tmp_path, good=image(), bad=image()[:60])
     encoder = Encoder(diffusion, tmp_path / "encoded")
-    assert len(encoder.encode_all(pictures)) == 1
+    assert len(encoder.encode_all(images)) == 1
     assert "bad.png" in caplog.text and encoder.captions == ["a good house"]
     with pytest.raises(DatasetError, match="none of 1 pictures can be opened"):
-        encoder.encode_all(pictures[1:])
+        encoder.encode_all(images[1:])
 
 
 def test_shards_are_encoded_up_to_a_limit(diffusion, tmp_path):
-    shard(tmp_path / "x.tar", {f"{i}.png": picture(colour=(i, 0, 0)) for i in range(5)})
+    shard(tmp_path / "x.tar", {f"{i}.png": image(colour=(i, 0, 0)) for i in range(5)})
     encoder = Encoder(diffusion, tmp_path / "encoded")
     assert len(set(encoder.encode_all(read_shards(str(tmp_path / "x.tar"), "any"), limit=3))) == 3
 
@@ -123,7 +121,7 @@ def shown(batches, step, share=WHOLE):
     return [int(value) for value in batches(step, share).latents[:, 0, 0, 0]]
 
 
-def test_every_picture_is_shown_once_an_epoch_beside_others_of_its_shape(tmp_path):
+def test_every_image_is_shown_once_an_epoch_beside_others_of_its_shape(tmp_path):
     batches = Batches(encoded(tmp_path, *[(16, 16)] * 7, *[(12, 20)] * 2), 3, 5, torch.device("cpu"))
     epochs = [[shown(batches, 4 * epoch + step) for step in range(4)] for epoch in range(2)]
     for epoch in epochs:
@@ -139,7 +137,7 @@ def test_a_batch_depends_on_its_step_and_the_seed_alone(tmp_path):
     expected = [shown(one, step) for step in range(9)]
     assert shown(other, 7) == expected[7]
     assert [shown(third, step) for step in range(9)] != expected
-    assert shown(other, 7, Share(0, 2)) + shown(other, 7, Share(1, 2)) == expected[7]
+    assert shown(other, 7, Shard(0, 2)) + shown(other, 7, Shard(1, 2)) == expected[7]
     batch = one(0)
     assert (
         batch.prompt_embeds.shape == (4, 2, 3)
@@ -152,7 +150,7 @@ def test_sd_has_no_pooled_states_and_an_empty_prompt_of_its_own(tmp_path):
     sd = make_diffusers_folder(get_model("sd15"), tmp_path / "sd15")
     diffusion = load_base(str(sd), Settings(), torch.device("cpu"))
     encoder = Encoder(diffusion, tmp_path / "encoded")
-    files = encoder.encode_all(captioned(tmp_path, one=picture()))
+    files = encoder.encode_all(captioned(tmp_path, one=image()))
     batch = Batches(files, 2, 0, torch.device("cpu"), encoder.no_prompt())(0)
     assert batch.pooled is None and batch.time_ids is None and len(batch.latents) == 2
     empty = batch.without_prompt().prompt_embeds

@@ -1,4 +1,4 @@
-"""A user's pictures taught to the miniature in this process: what is rehearsed, and going on with it."""
+"""A user's images taught to the miniature in this process: what is rehearsed, and going on with it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +33,8 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def painted() -> np.ndarray:
-    """What the container paints of the first prompt that is rehearsed."""
+def generated() -> np.ndarray:
+    """What the container generates of the first prompt that is rehearsed."""
     [prompt] = prompts_of("miniature", 2)[:1]
     pipeline = load_pipeline(MINIATURE, SETTINGS)
     return np.asarray(
@@ -43,8 +43,8 @@ def painted() -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", ["lcf", "style"])
-def test_every_other_step_rehearses_what_the_few_step_model_paints(
-    method, world, painted, tmp_path, monkeypatch
+def test_every_other_step_rehearses_what_the_few_step_model_generates(
+    method, world, generated, tmp_path, monkeypatch
 ):
     kept = []
     real = run.keeping_training
@@ -59,11 +59,11 @@ def test_every_other_step_rehearses_what_the_few_step_model_paints(
     assert kept == [0, 1]
     first, second = sorted(tmp_path.glob("rehearsal/*/*.png"))
     with Image.open(first) as image:
-        assert np.abs(np.asarray(image).astype(int) - painted).mean() < 1  # bf16
+        assert np.abs(np.asarray(image).astype(int) - generated).mean() < 1  # bf16
     assert len(list((tmp_path / "encoded").iterdir())) == 4 + 2
 
 
-def test_without_rehearsal_every_step_is_for_the_new_pictures(world, tmp_path, monkeypatch):
+def test_without_rehearsal_every_step_is_for_the_new_images(world, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "keeping_training", None)
     wish = Wish("lcf", steps=1, batch_size=2, rank=4, rehearse=0, watch_every=0)
     fine_tune(MINIATURE, SETTINGS, wish, world, tmp_path)
@@ -94,7 +94,7 @@ def test_an_interrupted_run_with_rehearsal_ends_where_it_would_have(world, tmp_p
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
-def test_lcf_begins_with_the_model_that_paints_in_few_steps():
+def test_lcf_begins_with_the_model_that_generates_in_few_steps():
     few, base = load_few_step(MINIATURE, SETTINGS, CPU).unet, load_base("miniature", SETTINGS, CPU).unet
     served = load_pipeline(MINIATURE, SETTINGS).diffusion.unet.state_dict()
     assert all(torch.equal(value, served[name]) for name, value in few.state_dict().items())

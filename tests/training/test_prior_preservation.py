@@ -11,7 +11,7 @@ from tiny import make_diffusers_folder
 
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
-from fewstep.training import prior_preservation as rehearsal
+from fewstep.training import prior_preservation as prior_preservation
 from fewstep.training.consistency import NoiseSchedule
 from fewstep.training.distill import (
     Batch,
@@ -24,9 +24,9 @@ from fewstep.training.distill import (
     predict,
     predict_without_lora,
 )
-from fewstep.training.prior_preservation import in_turns, keeping_training, paint_rehearsal, prompts_of
+from fewstep.training.prior_preservation import generate_prior_images, in_turns, keeping_training, prompts_of
 from fewstep.training.sources import load_base
-from fewstep.training.trainer import WHOLE, Draws, Schedule, Share, optimise
+from fewstep.training.trainer import WHOLE, Schedule, Shard, StepRandom, optimise
 
 NOISE = NoiseSchedule(torch.linspace(0.9995, 0.005, 1000), "v_prediction")
 STUDENT = LoraStudent(rank=4, guidance=(0.0, 0.0), skip=5)
@@ -95,7 +95,7 @@ def test_a_full_lcm_keeps_what_it_says_at_every_w(unet, monkeypatch):
         return lambda *given: (told.append(given[-1]), own(*given))[1]
 
     for name in ("predict", "predict_without_lora"):
-        monkeypatch.setattr(rehearsal, name, listening(getattr(rehearsal, name)))
+        monkeypatch.setattr(prior_preservation, name, listening(getattr(prior_preservation, name)))
     keeping(lcm, guidance=(9.0, 9.5))(0, WHOLE)
     frozen, trained = told
     assert torch.equal(frozen, trained) and frozen.unique().numel() == 4
@@ -107,11 +107,11 @@ def test_shares_of_a_step_add_up_to_the_whole(unet):
     with torch.no_grad():
         next(one for name, one in unet.named_parameters() if "lora_B" in name).normal_()
 
-    def part(step: int, share: Share) -> Batch:
+    def part(step: int, share: Shard) -> Batch:
         return Batch(share.of(KNOWN.latents), share.of(KNOWN.prompt_embeds))
 
     loss = keeping_training(unet, part, NOISE, (0.0, 0.0), seed=3)
-    parts = [loss(5, Share(i, 2)).item() for i in range(2)]
+    parts = [loss(5, Shard(i, 2)).item() for i in range(2)]
     assert sum(parts) / 2 == pytest.approx(loss(5, WHOLE).item(), rel=0.02)  # bf16
     assert parts[0] != parts[1]
 
@@ -127,14 +127,14 @@ def test_steps_take_turns():
         ("learnt", 1),
         ("kept", 1),
     ]
-    assert both(3, Share(1, 2))[2] == Share(1, 2)
+    assert both(3, Shard(1, 2))[2] == Shard(1, 2)
 
 
 def test_with_rehearsal_a_network_drifts_less_and_learns_all_the_same(unet, tmp_path, monkeypatch):
     # The same draws at every step: on random weights only that shows learning within seconds.
-    for module in (rehearsal, consistency_training.__globals__):
+    for module in (prior_preservation, consistency_training.__globals__):
         place = module if isinstance(module, dict) else vars(module)
-        monkeypatch.setitem(place, "Draws", lambda seed, step, share: Draws(0, 0, share))
+        monkeypatch.setitem(place, "Draws", lambda seed, step, share: StepRandom(0, 0, share))
     weights = {name: value.clone() for name, value in unet.state_dict().items()}
 
     def trained(rehearse: bool) -> tuple[float, float]:
@@ -172,11 +172,11 @@ def test_prompts_are_many_and_always_the_same(model, count):
         assert not any("windmill" in one or "pyramid" in one for one in prompts)
 
 
-def test_pictures_to_rehearse_are_painted_once(tmp_path, monkeypatch):
+def test_images_to_rehearse_are_generated_once(tmp_path, monkeypatch):
     teacher = make_diffusers_folder(get_model("sd15"), tmp_path / "teacher")
     diffusion = load_base(str(teacher), Settings(), torch.device("cpu"))
     folder, prompts = tmp_path / "own", ["a tree", "a house"]
-    paint_rehearsal(folder, prompts, diffusion)
+    generate_prior_images(folder, prompts, diffusion)
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == prompts
     first, second = (Path(folder, row["file_name"]) for row in rows)
@@ -187,7 +187,7 @@ def test_pictures_to_rehearse_are_painted_once(tmp_path, monkeypatch):
     def again(*_: object, **__: object) -> None:
         raise AssertionError("painted again")
 
-    monkeypatch.setattr(rehearsal, "paint", again)
-    paint_rehearsal(folder, prompts, diffusion)
+    monkeypatch.setattr(prior_preservation, "paint", again)
+    generate_prior_images(folder, prompts, diffusion)
     with pytest.raises(AssertionError, match="painted again"):
-        paint_rehearsal(folder, ["a tree", "a castle"], diffusion)
+        generate_prior_images(folder, ["a tree", "a castle"], diffusion)

@@ -22,7 +22,7 @@ from fewstep.settings import Settings
 from fewstep.training.encoded import native_size
 from fewstep.training.plan import METHODS
 from fewstep.training.presets import MINIATURE, REAL, preset
-from fewstep.training.samples import paint_samples
+from fewstep.training.samples import generate_samples
 from fewstep.training.sources import load_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +94,7 @@ def test_the_file_tells_how_it_was_made(distilled, name):
 
 
 @pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "kohya.safetensors"])
-def test_plain_diffusers_paints_with_it_what_fewstep_paints(distilled, name):
+def test_plain_diffusers_generates_with_it_what_fewstep_generates(distilled, name):
     pipeline = load_pipeline(get_model("miniature"), SETTINGS)
     request = Request.create(pipeline.spec, prompt=PROMPT, seed=SEED)
     before = pipeline.generate([request])[0].images[0]
@@ -157,7 +157,7 @@ def test_two_processes_make_the_step_of_one_from_the_same_fresh_lora(world, tmp_
     assert (one - two).norm() < 0.05 * one.norm()  # measured: 0.002 to 0.011
 
 
-def test_other_pictures_in_the_same_folder_are_another_run(distilled, tmp_path):
+def test_other_images_in_the_same_folder_are_another_run(distilled, tmp_path):
     write_world(tmp_path, 5)
     other = command("distill", "--data", tmp_path, "--out", distilled, *HOW, "--steps", 3)
     assert other.returncode == 1
@@ -165,7 +165,7 @@ def test_other_pictures_in_the_same_folder_are_another_run(distilled, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd15"])
-def test_a_full_lcm_of_any_diffusers_folder_paints_in_diffusers(family, world, tmp_path):
+def test_a_full_lcm_of_any_diffusers_folder_generates_in_diffusers(family, world, tmp_path):
     teacher = make_diffusers_folder(get_model(family), tmp_path / "teacher")
     out = tmp_path / "out"
     arguments = ("--data", world, "--out", out, "--steps", 2, "--batch-size", 2, "--student", "full")
@@ -178,14 +178,14 @@ def test_a_full_lcm_of_any_diffusers_folder_paints_in_diffusers(family, world, t
     diffusion = load_base(str(teacher), SETTINGS, torch.device("cpu"))
     with torch.no_grad():  # two steps at 1e-6 say nothing yet
         lcm.time_embedding.cond_proj.weight.normal_(generator=torch.Generator().manual_seed(0))
-    row, other = (paint_samples(diffusion, lcm, [PROMPT, "a tree"], guidance=w) for w in (9.0, 3.0))
+    row, other = (generate_samples(diffusion, lcm, [PROMPT, "a tree"], guidance=w) for w in (9.0, 3.0))
     side = native_size(diffusion)
     assert row.size == (2 * side, side)
     assert np.abs(pixels(row) - pixels(other)).max() > 0, "it is told w"
 
 
 @pytest.mark.parametrize("method", ["lcf", "style"])
-def test_pictures_are_taught_by_the_command(method, world, tmp_path):
+def test_images_are_taught_by_the_command(method, world, tmp_path):
     arguments = (world, "--out", tmp_path, "--steps", 2, "--batch-size", 2, "--method", method)
     done = command("train", *arguments, "--rank", 4, "--rehearse", 3)
     assert done.returncode == 0, done.stderr[-2000:]

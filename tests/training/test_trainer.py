@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fewstep.errors import TrainingError
-from fewstep.training.trainer import Draws, Schedule, Share, Watch, optimise
+from fewstep.training.trainer import Schedule, Shard, StepRandom, Validation, optimise
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,11 +36,11 @@ def losses(network: nn.Module, stop_at: int | None = None, broken_at: int | None
     """Fits a function of random points; also the steps that were run."""
     seen: list[int] = []
 
-    def loss(step: int, share: Share) -> torch.Tensor:
+    def loss(step: int, share: Shard) -> torch.Tensor:
         if step == stop_at:
             raise Interrupted
         seen.append(step)
-        x = Draws(1, step, share).normal(16 // share.count, 4)
+        x = StepRandom(1, step, share).normal(16 // share.count, 4)
         value = (network(x)[:, 0] - x.sum(1)).square().mean()
         return value * float("nan") if step == broken_at else value
 
@@ -95,7 +95,7 @@ def test_a_frozen_or_unused_parameter_keeps_its_value(tmp_path):
     network["frozen"].requires_grad_(False)
     before = {name: value.clone() for name, value in network.state_dict().items()}
 
-    def loss(step: int, share: Share) -> torch.Tensor:
+    def loss(step: int, share: Shard) -> torch.Tensor:
         return network["used"](torch.ones(1, 4)).square().mean()
 
     for _ in range(2):  # the second time from the checkpoint
@@ -115,20 +115,20 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 
 @pytest.mark.parametrize("count", [2, 3, 12])
 def test_all_shares_together_draw_what_one_draws(count):
-    def drawn(share: Share) -> list[torch.Tensor]:
-        draws, own = Draws(3, 7, share), 12 // share.count
+    def drawn(share: Shard) -> list[torch.Tensor]:
+        draws, own = StepRandom(3, 7, share), 12 // share.count
         return [draws.below(50, own), draws.normal(own, 4, 2, 2), draws.uniform(own), draws.stratified(own)]
 
-    whole = drawn(Share())
-    parts = zip(*(drawn(Share(i, count)) for i in range(count)), strict=True)
+    whole = drawn(Shard())
+    parts = zip(*(drawn(Shard(i, count)) for i in range(count)), strict=True)
     assert all(torch.equal(one, torch.cat(part)) for one, part in zip(whole, parts, strict=True))
     assert whole[3].mul(12).long().tolist() == list(range(12))  # one in each stratum
-    assert not torch.equal(whole[1], Draws(3, 8).normal(12, 4, 2, 2))
+    assert not torch.equal(whole[1], StepRandom(3, 8).normal(12, 4, 2, 2))
 
 
 def test_no_draw_is_rounded_up_to_one(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda count, generator: torch.full((count,), 1 - 2**-24))
-    assert Draws(3, 7).stratified(16).max() < 1
+    assert StepRandom(3, 7).stratified(16).max() < 1
 
 
 def test_accumulated_parts_are_the_whole_batch(tmp_path):
@@ -171,7 +171,7 @@ def test_the_best_average_is_kept_once_and_a_watch_changes_nothing(tmp_path):
         seen.append([value.clone() for value in watched.parameters()])
         return next(told)
 
-    train(watched, tmp_path / "watched", watch=Watch(5, look, kept.append))
+    train(watched, tmp_path / "watched", watch=Validation(5, look, kept.append))
     assert kept == [5, 10, 25] and len(seen) == 6
     assert same(plain, watched)
     assert all(torch.equal(a, b) for a, b in zip(seen[-1], watched.parameters(), strict=True))  # the average
@@ -180,8 +180,8 @@ def test_the_best_average_is_kept_once_and_a_watch_changes_nothing(tmp_path):
 def test_what_was_best_is_known_after_resuming(tmp_path):
     kept: list[int] = []
     with pytest.raises(Interrupted):
-        train(module(), tmp_path, watch=Watch(5, lambda step: 1.0 / step, kept.append), stop_at=22)
-    train(module(), tmp_path, watch=Watch(5, lambda step: 0.1, kept.append))
+        train(module(), tmp_path, watch=Validation(5, lambda step: 1.0 / step, kept.append), stop_at=22)
+    train(module(), tmp_path, watch=Validation(5, lambda step: 0.1, kept.append))
     assert kept == [5, 10, 15, 20]
 
 

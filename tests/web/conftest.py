@@ -1,4 +1,4 @@
-"""The front door, served by uvicorn on a port of its own: before painters of ours, or the real coglet."""
+"""The front door, served by uvicorn on a port of its own: before backends of ours, or the real coglet."""
 
 import asyncio
 import io
@@ -18,12 +18,12 @@ from fewstep.coglet.server import free_port
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 from fewstep.web.app import create_app
-from fewstep.web.app_state import Front
-from fewstep.web.backends import Painted
+from fewstep.web.app_state import AppState
+from fewstep.web.backends import BackendResult
 from fewstep.web.queue import Worker
 from fewstep.web.serving import WebServer
 from fewstep.web.settings import WebSettings
-from fewstep.web.worker_pool import OwnServers
+from fewstep.web.worker_pool import LocalWorkers
 
 MINIATURE = get_model("miniature")
 
@@ -35,7 +35,7 @@ def webp(colour: str = "red") -> bytes:
 
 
 class Easel:
-    """A painter of ours: paints for `seconds`, writes down what it was asked and what was given up."""
+    """A backend of ours: generates for `seconds`, writes down what it was asked and what was given up."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -45,7 +45,7 @@ class Easel:
         self.inputs: list[Mapping[str, Any]] = []
         self.fails: list[Exception] = []
 
-    async def paint(self, inputs: Mapping[str, Any]) -> Painted:
+    async def generate(self, inputs: Mapping[str, Any]) -> BackendResult:
         self.begun.append(inputs["prompt"])
         self.inputs.append(inputs)
         try:
@@ -56,7 +56,7 @@ class Easel:
         if self.fails:
             raise self.fails.pop(0)
         self.done.append(inputs["prompt"])
-        return Painted([webp()] * inputs.get("num_outputs", 1), self.seconds * 1000)
+        return BackendResult([webp()] * inputs.get("num_outputs", 1), self.seconds * 1000)
 
 
 class Studio:
@@ -67,7 +67,7 @@ class Studio:
 
     def __init__(self, *easels: Easel, slots: int = 1) -> None:
         self.workers = [
-            Worker(name=f"easel {i}", slots=slots, painter=one, ready=True) for i, one in enumerate(easels)
+            Worker(name=f"easel {i}", slots=slots, generator=one, ready=True) for i, one in enumerate(easels)
         ]
         self.on_change: Callable[[], None] = lambda: None
 
@@ -87,8 +87,8 @@ class House:
         self.server = server
 
     @property
-    def front(self) -> Front:
-        front: Front = self.app.state.front
+    def front(self) -> AppState:
+        front: AppState = self.app.state.front
         return front
 
     @property
@@ -134,7 +134,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """The real thing: coglet with the miniature, as scripts/web starts it, one for all tests of a run."""
     folder = tmp_path_factory.mktemp("web")
     environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder)}
-    crew = OwnServers([environ], 180, log=folder / "painters.log")
+    crew = LocalWorkers([environ], 180, log=folder / "painters.log")
     with open_house(folder, crew, styles=Settings().styles_root / "miniature") as house:
         house.wait_ready()
         yield house

@@ -1,4 +1,4 @@
-"""The page's API as a browser asks it, before easels; what paints is in test_live.py."""
+"""The page's API as a browser asks it, before easels; what generates is in test_live.py."""
 
 import base64
 import json
@@ -24,8 +24,8 @@ def house(tmp_path_factory):
         yield house
 
 
-def painted(house, client, prompt="a red house", **wish):
-    """A picture of the client's, painted through its socket."""
+def generated(house, client, prompt="a red house", **wish):
+    """An image of the client's, generated through its socket."""
     cookie = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
     with visit(house, additional_headers={"Cookie": cookie}) as visitor:
         visitor.type(prompt, **wish)
@@ -49,11 +49,11 @@ def test_the_page_and_its_facts(house):
     assert facts["guidance"] == [0, 4] and facts["negative_prompt_above"] == 1
 
 
-def test_a_picture_is_kept_by_whom_it_was_painted_for_and_by_nobody_else(house):
+def test_a_image_is_kept_by_whom_it_was_generated_for_and_by_nobody_else(house):
     with house.client() as ann, house.client() as bob:
-        picture = painted(house, ann, seed=5)
-        assert bob.post("/api/pictures", json={"id": picture}).status_code == 404
-        kept = ann.post("/api/pictures", json={"id": picture})
+        image = generated(house, ann, seed=5)
+        assert bob.post("/api/pictures", json={"id": image}).status_code == 404
+        kept = ann.post("/api/pictures", json={"id": image})
         assert kept.status_code == 201
         assert (kept.json()["recipe"]["prompt"], kept.json()["recipe"]["seed"]) == ("a red house", 5)
         shown = bob.get("/api/pictures").json()["pictures"][0]
@@ -77,7 +77,7 @@ def test_names_reviews_and_forgetting(house):
             "Ann",
             False,
         )
-        ann.post("/api/pictures", json={"id": painted(house, ann)})
+        ann.post("/api/pictures", json={"id": generated(house, ann)})
         assert ann.delete("/api/me").status_code == 204
         assert bob.get("/api/reviews").json()["count"] == 0
         assert bob.get("/api/pictures").json()["pictures"] == []
@@ -178,11 +178,11 @@ def test_nothing_else_is_served(house, path):
             assert answer.status_code in (404, 405)
 
 
-def test_what_a_client_adds_never_reaches_the_server_that_paints(house):
+def test_what_a_client_adds_never_reaches_the_server_that_generates(house):
     """No id, no webhook, no header of a client's: the inputs are the whole of it."""
-    easel = house.front.queue.workers[0].painter
+    easel = house.front.queue.workers[0].generator
     with house.client(headers={"Authorization": "Bearer x", "Prefer": "respond-async"}) as client:
-        painted(house, client, steps=2)
+        generated(house, client, steps=2)
     assert set(easel.inputs[-1]) == {
         "prompt", "steps", "guidance", "seed", "num_outputs", "aspect_ratio", "width", "height",
         "output_format", "output_quality",

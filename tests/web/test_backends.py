@@ -12,7 +12,7 @@ import pytest
 from conftest import webp
 
 from fewstep.errors import GenerationError, InternalError, InvalidRequest, UnsafeImage
-from fewstep.web.backends import CogPainter, PainterFull, PainterGone, ReplicatePainter
+from fewstep.web.backends import BackendBusy, BackendUnavailable, CogBackend, ReplicateBackend
 
 URL = f"data:image/webp;base64,{base64.b64encode(webp()).decode()}"
 WISH = {"prompt": "a red house", "seed": 1}
@@ -62,20 +62,20 @@ def answering(answers):
 
 def by_cog(status, answer):
     async def main():
-        painter = CogPainter(server.url, 5)
+        generator = CogBackend(server.url, 5)
         try:
-            return await painter.paint(WISH)
+            return await generator.generate(WISH)
         finally:
-            await painter.close()
+            await generator.close()
 
     with answering(lambda *_: (status, answer)) as server:
         return asyncio.run(main()), server
 
 
-def test_pictures_and_the_models_own_milliseconds():
+def test_images_and_the_models_own_milliseconds():
     metrics = {"text_ms": 1, "steps_ms": 20, "decode_ms": 3, "encode_ms": 1.5, "predict_time": 9, "seed": 1}
-    painted, server = by_cog(200, {"status": "succeeded", "output": [URL, URL], "metrics": metrics})
-    assert (painted.files, painted.paint_ms) == ([webp()] * 2, 25.5)
+    generated, server = by_cog(200, {"status": "succeeded", "output": [URL, URL], "metrics": metrics})
+    assert (generated.files, generated.generate_ms) == ([webp()] * 2, 25.5)
     [(method, path, headers, body)] = server.seen
     assert (method, path, set(body), body["input"]) == ("POST", "/predictions", {"id", "input"}, WISH)
     assert len(body["id"]) == 32 and "Authorization" not in headers
@@ -91,19 +91,19 @@ def failed(sentence):
         (200, failed("InvalidRequest: [invalid_request] steps is 9"), InvalidRequest),
         (200, failed("UnsafeImage: [unsafe] every picture was flagged"), UnsafeImage),
         (200, failed("X: [never_heard_of] a sentence"), GenerationError),
-        (200, failed("Worker crashed"), PainterGone),
-        (200, {"status": "failed", "error": None}, PainterGone),
-        (200, {"status": "canceled"}, PainterGone),
-        (200, failed("Stopped: [stopped] the server is shutting down"), PainterGone),
+        (200, failed("Worker crashed"), BackendUnavailable),
+        (200, {"status": "failed", "error": None}, BackendUnavailable),
+        (200, {"status": "canceled"}, BackendUnavailable),
+        (200, failed("Stopped: [stopped] the server is shutting down"), BackendUnavailable),
         (200, {"status": "succeeded", "output": None}, GenerationError),
         (200, {"status": "succeeded", "output": []}, GenerationError),
         (200, {"status": "succeeded", "output": ["https://elsewhere/a.webp"]}, InternalError),
         (200, {"status": "succeeded", "output": ["data:image/webp;base64,???"]}, GenerationError),
-        (200, [], PainterGone),
-        (200, b"<html>", PainterGone),
-        (409, {"error": "At capacity"}, PainterFull),
+        (200, [], BackendUnavailable),
+        (200, b"<html>", BackendUnavailable),
+        (409, {"error": "At capacity"}, BackendBusy),
         (422, {"detail": []}, InternalError),
-        (503, {"error": "Setup has not finished yet"}, PainterGone),
+        (503, {"error": "Setup has not finished yet"}, BackendUnavailable),
     ],
 )
 def test_every_other_answer_is_an_error_of_its_kind(status, answer, error):
@@ -113,11 +113,11 @@ def test_every_other_answer_is_an_error_of_its_kind(status, answer, error):
 
 def test_nobody_there_and_nobody_answering_is_gone():
     async def main(url):
-        await CogPainter(url, 0.2).paint(WISH)
+        await CogBackend(url, 0.2).generate(WISH)
 
-    with pytest.raises(PainterGone):
+    with pytest.raises(BackendUnavailable):
         asyncio.run(main("http://127.0.0.1:9"))
-    with answering(lambda *_: time.sleep(1) or (200, {})) as server, pytest.raises(PainterGone):
+    with answering(lambda *_: time.sleep(1) or (200, {})) as server, pytest.raises(BackendUnavailable):
         asyncio.run(main(server.url))
 
 
@@ -152,8 +152,8 @@ def by_replicate(states, outputs=(URL,), model="owner/fewstep", cancel_after=Non
     context, model = replicate(states, outputs, model)
 
     async def main():
-        painter = ReplicatePainter(model, "secret", server.url)
-        task = asyncio.create_task(painter.paint(WISH))
+        generator = ReplicateBackend(model, "secret", server.url)
+        task = asyncio.create_task(generator.generate(WISH))
         if cancel_after:
             await asyncio.sleep(cancel_after)
             task.cancel()
@@ -163,9 +163,9 @@ def by_replicate(states, outputs=(URL,), model="owner/fewstep", cancel_after=Non
         return asyncio.run(main()), server
 
 
-def test_replicate_paints_by_the_official_client_and_its_files_are_fetched_without_the_token():
-    painted, server = by_replicate(["starting", "processing", "succeeded"], ["HERE/files/a.webp", URL])
-    assert painted.files == [webp(), webp()]
+def test_replicate_generates_by_the_official_client_and_its_files_are_fetched_without_the_token():
+    generated, server = by_replicate(["starting", "processing", "succeeded"], ["HERE/files/a.webp", URL])
+    assert generated.files == [webp(), webp()]
     first, *_, last = server.seen
     assert (first[1], first[2]["Authorization"]) == ("/v1/models/owner/fewstep/predictions", "Bearer secret")
     assert first[3]["input"] == WISH

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from fewstep.errors import InvalidRequest
 from fewstep.images.codec import open_alpha_mask, open_image, open_mask
 from fewstep.models.specs import get_model
-from fewstep.web.cog_inputs import PictureReader, make_wish
+from fewstep.web.cog_inputs import ImageReader, make_wish
 
 SDXL = get_model("sdxl")
 
@@ -25,7 +25,7 @@ def file(image, kind="PNG", **options):
 
 
 def sent(content, opened):
-    return asyncio.run(PictureReader().read(content, "image", opened))
+    return asyncio.run(ImageReader().read(content, "image", opened))
 
 
 def opened(url):
@@ -99,7 +99,7 @@ def test_a_negative_prompt_goes_only_where_it_counts():
         assert ("negative_prompt" in wish.inputs) is goes
 
 
-def test_a_quick_wish_is_one_small_picture_of_the_same_shape_and_seed():
+def test_a_quick_wish_is_one_small_image_of_the_same_shape_and_seed():
     fields = {"prompt": "a", "seed": 7, "num_outputs": 4, "aspect_ratio": "16:9"}
     quick, full = (make_wish(SDXL, fields, quick=quick) for quick in (True, False))
     assert full.size == (1344, 768) and quick.size == (672, 384)
@@ -107,7 +107,7 @@ def test_a_quick_wish_is_one_small_picture_of_the_same_shape_and_seed():
     assert make_wish(MINIATURE, {"prompt": "a"}, quick=True).size == (128, 128)  # as it is, it is quick
 
 
-def test_pictures_go_as_our_own_pixels_of_the_size_that_is_painted():
+def test_images_go_as_our_own_pixels_of_the_size_that_is_generated():
     photo = Image.effect_mandelbrot((300, 200), (-2, -1, 1, 1), 50).convert("RGB")
     picture = file(photo, "JPEG", exif=b"Exif\0\0secret place")
     mask = file(Image.new("L", (300, 200), 255))
@@ -127,7 +127,7 @@ def test_pictures_go_as_our_own_pixels_of_the_size_that_is_painted():
 @pytest.mark.parametrize(
     "content", [b"", b"<svg onload=alert(1)>", b"GIF89a" + b"\0" * 20, b"\x89PNG\r\n\x1a\n"]
 )
-def test_what_is_no_picture_is_refused(content):
+def test_what_is_no_image_is_refused(content):
     with pytest.raises(InvalidRequest):
         sent(content, open_image)
 
@@ -139,7 +139,7 @@ def test_a_bomb_is_refused_by_its_header():
         sent(bomb, open_image)
 
 
-def test_a_large_picture_is_kept_no_larger_than_what_is_painted():
+def test_a_large_image_is_kept_no_larger_than_what_is_generated():
     assert sent(file(Image.new("RGB", (4000, 1000))), open_image).size == (2048, 512)
 
 

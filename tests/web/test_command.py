@@ -66,7 +66,7 @@ def test_it_opens_at_once_says_when_it_is_ready_and_ends_with_all_that_it_starte
     assert not list(tmp_path.glob("fewstep-outputs-*"))
 
 
-def test_when_it_is_to_end_under_load_everybody_gets_a_picture_or_is_told(tmp_path):
+def test_when_it_is_to_end_under_load_everybody_gets_a_image_or_is_told(tmp_path):
     port = free_port()
     process = start("--port", str(port), FEWSTEP_WEB_DATA=str(tmp_path), TMPDIR=str(tmp_path))
     answers = []
@@ -134,7 +134,7 @@ def test_a_port_that_is_taken_is_said(tmp_path):
     assert status == 1 and "Traceback" not in error and port in error
 
 
-def test_a_container_elsewhere_paints_what_containers_paint_unless_a_model_is_named(capsys):
+def test_a_container_elsewhere_generates_what_containers_generate_unless_a_model_is_named(capsys):
     assert with_model({}, elsewhere=True)["FEWSTEP_MODEL"] == "sdxl"
     assert with_model({}, elsewhere=False)["FEWSTEP_MODEL"] == "miniature"
     assert "model sdxl" in capsys.readouterr().err

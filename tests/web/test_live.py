@@ -1,4 +1,4 @@
-"""Painting while one types, through a real WebSocket: the latest is shown last, and pictures keep coming."""
+"""Generating while one types, through a real WebSocket: the latest is shown last, and images keep coming."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from websockets.sync.client import connect
 from fewstep.miniature.judge import load_judge, read_attributes
 from fewstep.miniature.world.scenes import ATTRIBUTES
 from fewstep.settings import Settings
-from fewstep.web.backends import PainterGone
+from fewstep.web.backends import BackendUnavailable
 from fewstep.web.live import JUST_SHOWN_S
 
 
@@ -36,14 +36,14 @@ class Visitor:
         return self.n
 
     def read(self, *kinds, timeout=30):
-        """The next message of these kinds, with its pictures."""
+        """The next message of these kinds, with its images."""
         while True:
             message = json.loads(self.socket.recv(timeout))
-            pictures = [self.socket.recv(timeout) for _ in message.get("images", ())]
+            images = [self.socket.recv(timeout) for _ in message.get("images", ())]
             if message["type"] in kinds:
-                return message, pictures
+                return message, images
 
-    def send_picture(self, slot, content):
+    def send_image(self, slot, content):
         self.socket.send(json.dumps({"type": "input", "slot": slot}))
         self.socket.send(content)
 
@@ -69,17 +69,17 @@ def studio(easel, tmp_path):
         yield house
 
 
-def test_a_wish_is_painted_and_its_pictures_follow_as_they_are(studio):
+def test_a_wish_is_generated_and_its_images_follow_as_they_are(studio):
     with visit(studio) as visitor:
         assert visitor.read("state")[0]["ready"] is True
         visitor.type("a red house", seed=5, num_outputs=2)
-        message, pictures = visitor.read("painted")
-    assert pictures == [webp(), webp()]
+        message, images = visitor.read("painted")
+    assert images == [webp(), webp()]
     assert (message["n"], message["seed"], message["width"], len(set(message["images"]))) == (1, 5, 128, 2)
 
 
-def test_whoever_types_on_is_shown_pictures_and_the_latest_last(studio, easel):
-    """Ten keys a second, four tenths of a second a picture: at least one new picture a second."""
+def test_whoever_types_on_is_shown_images_and_the_latest_last(studio, easel):
+    """Ten keys a second, four tenths of a second an image: at least one new image a second."""
     easel.seconds = 0.4
     text = "a red house in the snow at night"
     shown = []
@@ -106,7 +106,7 @@ def test_whoever_types_on_is_shown_pictures_and_the_latest_last(studio, easel):
     assert len(easel.begun) < len(text)  # most were superseded before anything was done for them
 
 
-def test_a_painting_that_has_begun_is_finished_if_nothing_was_shown_a_moment_ago(studio, easel):
+def test_a_result_that_has_begun_is_finished_if_nothing_was_shown_a_moment_ago(studio, easel):
     easel.seconds = 0.3
     with visit(studio) as visitor:
         visitor.type("first")
@@ -118,7 +118,7 @@ def test_a_painting_that_has_begun_is_finished_if_nothing_was_shown_a_moment_ago
     assert easel.begun == ["first", "third"] and easel.left == []
 
 
-def test_a_painting_is_given_up_for_a_newer_wish_if_a_picture_was_just_shown(studio, easel):
+def test_a_result_is_given_up_for_a_newer_wish_if_a_image_was_just_shown(studio, easel):
     with visit(studio) as visitor:
         visitor.type("first")
         visitor.read("painted")
@@ -173,7 +173,7 @@ def test_stop_and_leaving_end_the_work(studio, easel):
         '{"type": "paint", "n": 1, "wish": "' + "x" * 20_000 + '"}',
     ],
 )  # fmt: skip
-def test_a_message_that_makes_no_sense_is_answered_and_the_next_is_painted(studio, easel, sent):
+def test_a_message_that_makes_no_sense_is_answered_and_the_next_is_generated(studio, easel, sent):
     with visit(studio) as visitor:
         visitor.socket.send(sent)
         message, _ = visitor.read("failed")
@@ -183,9 +183,9 @@ def test_a_message_that_makes_no_sense_is_answered_and_the_next_is_painted(studi
     assert easel.done == ["a red house"]
 
 
-def test_a_picture_that_was_refused_is_not_painted_without(studio, easel):
+def test_a_image_that_was_refused_is_not_generated_without(studio, easel):
     with visit(studio) as visitor:
-        visitor.send_picture("image", b"no picture")
+        visitor.send_image("image", b"no picture")
         assert visitor.read("failed")[0]["n"] is None
         visitor.type("any", use_image=True)
         message, _ = visitor.read("failed", "painted")
@@ -209,8 +209,8 @@ def test_a_page_of_another_site_gets_no_socket(studio):
         pass
 
 
-def test_a_failed_painting_is_told_and_the_next_is_painted(studio, easel):
-    easel.fails = [PainterGone("any")] * 3
+def test_a_failed_result_is_told_and_the_next_is_generated(studio, easel):
+    easel.fails = [BackendUnavailable("any")] * 3
     with visit(studio) as visitor:
         visitor.type("any")
         assert visitor.read("failed")[0]["code"] == "internal"
@@ -239,7 +239,7 @@ def test_visitors_are_told_when_there_is_no_model_and_their_wish_is_kept(studio,
 
 
 def test_32_who_type_at_once_are_all_shown_their_last_and_nobody_waits_long(tmp_path):
-    """A fair share of a painter that takes 10 ms is a turn every 0.32 s."""
+    """A fair share of a backend that takes 10 ms is a turn every 0.32 s."""
     easel = Easel(0.01)
     with open_house(tmp_path, Studio(easel)) as house:
         waits, errors = [], []
@@ -271,13 +271,13 @@ def test_32_who_type_at_once_are_all_shown_their_last_and_nobody_waits_long(tmp_
 # From here on with the real coglet and the miniature.
 
 
-def painted(visitor, prompt, **wish):
+def generated(visitor, prompt, **wish):
     n = visitor.type(prompt, **wish)
     while True:
-        message, pictures = visitor.read("painted", "failed")
+        message, images = visitor.read("painted", "failed")
         assert message["type"] == "painted", message
         if message["n"] == n:
-            return Image.open(io.BytesIO(pictures[0]))
+            return Image.open(io.BytesIO(images[0]))
 
 
 def read(image):
@@ -287,29 +287,29 @@ def read(image):
     return {values[i] for values, i in zip(ATTRIBUTES.values(), row, strict=True)}
 
 
-def test_what_is_typed_key_by_key_is_painted_as_the_judge_reads_it(house):
+def test_what_is_typed_key_by_key_is_generated_as_the_judge_reads_it(house):
     text = "a red house in the snow at night"
     with visit(house) as visitor:
         for i in range(1, len(text)):
             visitor.type(text[:i], seed=3)
             time.sleep(0.03)
-        image = painted(visitor, text, seed=3)
+        image = generated(visitor, text, seed=3)
     assert read(image) >= {"red", "house", "snow", "night"}
 
 
-def test_an_image_and_a_mask_are_painted_from(house):
+def test_an_image_and_a_mask_are_generated_from(house):
     with visit(house) as visitor:
-        plain = painted(visitor, "a red house in the snow at night", seed=3).convert("RGB")
+        plain = generated(visitor, "a red house in the snow at night", seed=3).convert("RGB")
         file = io.BytesIO()
         plain.save(file, "PNG")
-        visitor.send_picture("image", file.getvalue())
+        visitor.send_image("image", file.getvalue())
         mask = io.BytesIO()
         left = Image.new("L", plain.size, 0)
         left.paste(255, (0, 0, plain.width // 2, plain.height))
         left.save(mask, "PNG")
-        visitor.send_picture("mask", mask.getvalue())
+        visitor.send_image("mask", mask.getvalue())
         wish = {"seed": 9, "use_image": True, "use_mask": True, "prompt_strength": 1.0}
-        changed = painted(visitor, "a blue sailboat on a lake at sunset", **wish).convert("RGB")
+        changed = generated(visitor, "a blue sailboat on a lake at sunset", **wish).convert("RGB")
     away = np.abs(np.asarray(plain, int) - np.asarray(changed, int)).mean(-1)
     half = plain.width // 2
     assert away[:, half + 8 :].mean() < 4 < 20 < away[:, : half - 8].mean()
@@ -318,6 +318,6 @@ def test_an_image_and_a_mask_are_painted_from(house):
 def test_nothing_that_was_typed_is_in_the_log(house, capfd):
     word = "xylophonequux"
     with visit(house) as visitor:
-        painted(visitor, f"a {word}")
+        generated(visitor, f"a {word}")
     log = next(house.front.settings.data.parent.glob("painters.log")).read_text()
     assert not re.search(word, log + "".join(capfd.readouterr()))

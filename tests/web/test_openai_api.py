@@ -26,7 +26,7 @@ def studio(tmp_path_factory):
 
 @pytest.fixture
 def easel(studio):
-    return studio.front.queue.workers[0].painter
+    return studio.front.queue.workers[0].generator
 
 
 def ask(studio, key="right", **fields):
@@ -35,7 +35,7 @@ def ask(studio, key="right", **fields):
     return httpx2.post(url, json={"prompt": "a", **fields}, headers=headers, trust_env=False)
 
 
-def test_the_official_client_paints(house):
+def test_the_official_client_generates(house):
     client = openai.OpenAI(base_url=f"{house.url}/v1", api_key="any", max_retries=0)
     answer = client.images.generate(
         model="gpt-image-1", prompt=PROMPT, n=2, size="auto", extra_body={"seed": 3}
@@ -116,7 +116,7 @@ def test_what_clients_send_is_read_as_they_mean_it(studio, easel, fields, inputs
     assert {name: easel.inputs[-1][name] for name in inputs} == inputs
 
 
-def test_ten_pictures_have_seeds_that_count_up(studio, easel):
+def test_ten_images_have_seeds_that_count_up(studio, easel):
     easel.inputs.clear()
     assert len(ask(studio, n=10, seed=2**31 - 3).json()["data"]) == 10
     assert sorted((one["seed"], one["num_outputs"]) for one in easel.inputs) == [
@@ -151,7 +151,7 @@ def test_a_wrong_key_is_refused(studio):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"<svg/>"])
-def test_an_edit_of_what_is_no_picture_is_refused(studio, content):
+def test_an_edit_of_what_is_no_image_is_refused(studio, content):
     answer = httpx2.post(
         f"{studio.url}/v1/images/edits",
         data={"prompt": "a"},

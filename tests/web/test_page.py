@@ -53,15 +53,15 @@ class Opened:
         self.page.locator("#prompt").press_sequentially(text, delay=delay_ms)
 
     def shown(self, prompt, timeout_s=20):
-        """The picture of this prompt, once it is on the screen."""
+        """The image of this prompt, once it is on the screen."""
         self.page.wait_for_function(
             "prompt => document.documentElement.dataset.shownPrompt === prompt",
             arg=prompt,
             timeout=timeout_s * 1000,
         )
-        return self.picture()
+        return self.image()
 
-    def picture(self):
+    def image(self):
         """Its pixels: the page may not even fetch what it shows, as its policy has it."""
         url = self.page.evaluate(
             """() => { const picture = document.querySelector('#picture')
@@ -74,12 +74,12 @@ class Opened:
     def number(self):
         return int(self.page.evaluate("document.documentElement.dataset.shownN || 0"))
 
-    def next_picture(self, after):
+    def next_image(self, after):
         self.page.wait_for_function(
             "n => Number(document.documentElement.dataset.shownN) > n", arg=after, timeout=20_000
         )
         time.sleep(0.6)  # until nothing newer is on its way
-        return self.picture()
+        return self.image()
 
     def set(self, selector, value):
         self.page.locator(selector).evaluate(
@@ -115,11 +115,11 @@ def test_what_is_typed_key_by_key_is_seen(visitor):
 def test_the_page_is_light_quick_and_asks_nobody_else(browser, house):
     opened = Opened(browser, house)
     opened.page.wait_for_load_state("networkidle")
-    paint, weight = opened.page.evaluate(LOADED)
+    generate, weight = opened.page.evaluate(LOADED)
     opened.context.close()
     assert opened.wrong == [] and opened.hosts == {house.url}
     assert weight < 150_000
-    assert paint < 5000  # how quick it is, is benchmarks/page.csv's to say; this is for a page that hangs
+    assert generate < 5000  # how quick it is, is benchmarks/page.csv's to say; this is for a page that hangs
 
 
 def test_a_locked_seed_stays_and_a_shuffled_one_is_another(visitor):
@@ -129,23 +129,23 @@ def test_a_locked_seed_stays_and_a_shuffled_one_is_another(visitor):
     visitor.set("#seed", 5)
     if page.locator("#seed-lock").get_attribute("aria-pressed") != "true":
         page.click("#seed-lock")
-    first = visitor.next_picture(visitor.number() - 1)
+    first = visitor.next_image(visitor.number() - 1)
     n = visitor.number()
     page.locator("#prompt").press("Enter")
-    assert away(visitor.next_picture(n), first) < 1
+    assert away(visitor.next_image(n), first) < 1
     assert page.input_value("#seed") == "5"
     n = visitor.number()
     page.click("#seed-shuffle")
-    assert away(visitor.next_picture(n), first) > 3
+    assert away(visitor.next_image(n), first) > 3
     assert page.input_value("#seed") != "5"
 
 
-def test_the_history_brings_a_picture_back_with_all_its_settings(visitor):
+def test_the_history_brings_a_image_back_with_all_its_settings(visitor):
     visitor.type(TEXT)
     visitor.shown(TEXT)
     visitor.set("#steps", 2)
     time.sleep(1)
-    first = visitor.picture()
+    first = visitor.image()
     other = "a blue sailboat on a lake at sunset"
     visitor.page.fill("#prompt", other)
     visitor.set("#steps", 6)
@@ -155,10 +155,10 @@ def test_the_history_brings_a_picture_back_with_all_its_settings(visitor):
     visitor.page.wait_for_function("text => document.querySelector('#prompt').value === text", arg=TEXT)
     assert visitor.page.input_value("#steps") == "2"
     time.sleep(0.5)
-    assert away(visitor.picture(), first) < 1
+    assert away(visitor.image(), first) < 1
 
 
-def test_two_pictures_are_compared_by_keyboard_too(visitor):
+def test_two_images_are_compared_by_keyboard_too(visitor):
     for prompt in (TEXT, "a blue sailboat on a lake at sunset"):
         visitor.page.fill("#prompt", prompt)
         visitor.shown(prompt)
@@ -173,7 +173,7 @@ def test_two_pictures_are_compared_by_keyboard_too(visitor):
     assert visitor.page.locator("#wipe").is_hidden() and visitor.page.locator("#picture").is_visible()
 
 
-def test_a_download_is_the_picture_with_its_recipe(visitor, tmp_path):
+def test_a_download_is_the_image_with_its_recipe(visitor, tmp_path):
     visitor.type(TEXT)
     visitor.shown(TEXT)
     time.sleep(1)
@@ -185,26 +185,26 @@ def test_a_download_is_the_picture_with_its_recipe(visitor, tmp_path):
     assert re.fullmatch(r"fewstep-\d+\.webp", download.value.suggested_filename)
 
 
-def test_an_image_is_dropped_in_and_a_mask_is_painted_over_it(visitor):
+def test_an_image_is_dropped_in_and_a_mask_is_generated_over_it(visitor):
     visitor.type(TEXT)
     plain = visitor.shown(TEXT)
     time.sleep(0.6)
-    plain = visitor.picture()
+    plain = visitor.image()
     file = io.BytesIO()
     plain.resize((256, 256)).save(file, "PNG")
     n = visitor.number()
     visitor.page.set_input_files(
         "#image-file", {"name": "a.png", "mimeType": "image/png", "buffer": file.getvalue()}
     )
-    visitor.next_picture(n)
+    visitor.next_image(n)
     visitor.set("#strength", 0.3)
     time.sleep(1)
-    near = away(visitor.picture(), plain)
+    near = away(visitor.image(), plain)
     visitor.set("#strength", 1)
     visitor.page.fill("#prompt", "a blue sailboat on a lake at sunset")
     visitor.shown("a blue sailboat on a lake at sunset")
     time.sleep(1)
-    assert near < away(visitor.picture(), plain)
+    assert near < away(visitor.image(), plain)
     visitor.page.click("#mask-edit")
     box = visitor.page.locator("#mask-canvas").bounding_box()
     mouse = visitor.page.mouse
@@ -215,11 +215,11 @@ def test_an_image_is_dropped_in_and_a_mask_is_painted_over_it(visitor):
         mouse.up()
     n = visitor.number()
     visitor.page.click("#mask-done")
-    changed = np.abs(np.asarray(visitor.next_picture(n), int) - np.asarray(plain, int)).mean(-1)
+    changed = np.abs(np.asarray(visitor.next_image(n), int) - np.asarray(plain, int)).mean(-1)
     assert changed[:, 80:].mean() < 5 < changed[:, :32].mean()
 
 
-def test_a_drawing_is_painted_from(visitor):
+def test_a_drawing_is_generated_from(visitor):
     visitor.type(TEXT)
     visitor.shown(TEXT)
     visitor.page.click("#draw")
@@ -231,7 +231,7 @@ def test_a_drawing_is_painted_from(visitor):
     mouse.up()
     n = visitor.number()
     visitor.page.click("#draw-done")
-    visitor.next_picture(n)
+    visitor.next_image(n)
     assert visitor.page.locator("#strength").is_visible()
     visitor.page.click("#image-remove")
     assert not visitor.page.locator("#strength").is_visible()
@@ -282,7 +282,7 @@ def test_gallery_reviews_and_a_name_as_two_visitors_see_them(browser, house, vis
         assert client.get("/api/pictures").json()["pictures"] == []
 
 
-def test_two_visitors_paint_at_once_and_each_sees_their_own(browser, house, visitor):
+def test_two_visitors_generate_at_once_and_each_sees_their_own(browser, house, visitor):
     other = Opened(browser, house)
     mine, theirs = TEXT, "a blue sailboat on a lake at sunset"
     for i in range(0, 30, 3):
@@ -296,7 +296,7 @@ def test_two_visitors_paint_at_once_and_each_sees_their_own(browser, house, visi
 
 
 @pytest.mark.parametrize("size", [(360, 740), (430, 930), (768, 1024), (1440, 900)])
-def test_nothing_juts_out_at_any_width_and_the_picture_is_in_sight(browser, house, size):
+def test_nothing_juts_out_at_any_width_and_the_image_is_in_sight(browser, house, size):
     opened = Opened(browser, house)
     opened.page.set_viewport_size({"width": size[0], "height": size[1]})
     opened.type(TEXT, 5)
@@ -309,11 +309,11 @@ def test_nothing_juts_out_at_any_width_and_the_picture_is_in_sight(browser, hous
     assert opened.wrong == []
 
 
-def test_a_share_link_paints_the_same(browser, house, visitor):
+def test_a_share_link_generates_the_same(browser, house, visitor):
     visitor.type(TEXT)
     visitor.shown(TEXT)
     time.sleep(1)
-    first = visitor.picture()
+    first = visitor.image()
     visitor.context.grant_permissions(["clipboard-read", "clipboard-write"])
     visitor.page.click("#share")
     visitor.page.wait_for_timeout(300)
@@ -345,7 +345,7 @@ def test_a_page_whose_server_is_gone_says_so_and_comes_back(browser, tmp_path):
     opened.context.close()
 
 
-def test_a_large_model_paints_small_while_one_types_and_full_size_when_typing_rests(browser, tmp_path):
+def test_a_large_model_generates_small_while_one_types_and_full_size_when_typing_rests(browser, tmp_path):
     easel = Easel(0.05)
     with open_house(tmp_path, Studio(easel), model="sdxl") as house:
         opened = Opened(browser, house)
@@ -359,7 +359,7 @@ def test_a_large_model_paints_small_while_one_types_and_full_size_when_typing_re
     assert opened.wrong == []
 
 
-def test_where_pictures_are_billed_nothing_is_painted_unasked(browser, tmp_path):
+def test_where_images_are_billed_nothing_is_generated_unasked(browser, tmp_path):
     easel = Easel()
     studio = Studio(easel)
     studio.live = False

@@ -1,4 +1,4 @@
-"""Fair, bounded, and nothing lost: the queue before painters whose time is what the test says."""
+"""Fair, bounded, and nothing lost: the queue before backends whose time is what the test says."""
 
 import asyncio
 import random
@@ -7,15 +7,15 @@ import pytest
 from conftest import Easel
 
 from fewstep.errors import GenerationError, InternalError, Stopped
-from fewstep.web.backends import Painted, PainterFull, PainterGone
+from fewstep.web.backends import BackendBusy, BackendResult, BackendUnavailable
 from fewstep.web.monitoring import Metrics
-from fewstep.web.queue import JOIN_S, MAX_ATTEMPTS, Busy, Late, PaintQueue, TooMany, Worker
+from fewstep.web.queue import JOIN_S, MAX_ATTEMPTS, Busy, Late, RequestQueue, TooMany, Worker
 
 
 def queue(*easels, slots=1, limit=64, per_visitor=4, deadline_s=20.0):
-    made = PaintQueue(limit=limit, per_visitor=per_visitor, deadline_s=deadline_s, watcher=Metrics())
+    made = RequestQueue(limit=limit, per_visitor=per_visitor, deadline_s=deadline_s, watcher=Metrics())
     made.workers = [
-        Worker(name=str(i), slots=slots, painter=easel, ready=True) for i, easel in enumerate(easels)
+        Worker(name=str(i), slots=slots, generator=easel, ready=True) for i, easel in enumerate(easels)
     ]
     return made
 
@@ -55,7 +55,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again():
     async def main():
         easel = Easel(30)
         made = queue(easel, limit=3, per_visitor=2)
-        for visitor in ("a", "a", "a", "b"):  # the first is painted
+        for visitor in ("a", "a", "a", "b"):  # the first is generated
             made.submit(visitor, wish("any"))
         with pytest.raises(TooMany) as many:
             made.submit("a", wish("any"))
@@ -84,7 +84,7 @@ def test_places_are_told_as_they_change():
     assert asyncio.run(main()) == [("b", 0), ("c", 1), ("c", 0)]
 
 
-def test_whoever_leaves_is_not_painted_for_and_a_running_painting_is_given_up():
+def test_whoever_leaves_is_not_generated_for_and_a_running_result_is_given_up():
     async def main():
         easel = Easel(0.05)
         made = queue(easel)
@@ -96,7 +96,7 @@ def test_whoever_leaves_is_not_painted_for_and_a_running_painting_is_given_up():
         for gone in (first, second):
             with pytest.raises(Stopped):
                 await made.result(gone)
-        waiter = asyncio.create_task(made.paint("d", wish("d")))
+        waiter = asyncio.create_task(made.generate("d", wish("d")))
         await asyncio.sleep(0.01)
         waiter.cancel()
         await asyncio.sleep(0.01)
@@ -110,7 +110,7 @@ def test_whoever_leaves_is_not_painted_for_and_a_running_painting_is_given_up():
 def test_what_a_server_did_not_answer_is_asked_of_another_with_its_turn_kept():
     async def main():
         broken, sound = Easel(), Easel(0.01)
-        broken.fails = [PainterGone("broken")] * 9
+        broken.fails = [BackendUnavailable("broken")] * 9
         made = queue(broken, sound)
         gone = []
 
@@ -119,20 +119,20 @@ def test_what_a_server_did_not_answer_is_asked_of_another_with_its_turn_kept():
             gone.append(1)
 
         made.workers[0].on_gone = on_gone
-        painted = await asyncio.gather(*(made.paint(name, wish(name)) for name in "abcd"))
-        return gone, painted, sound.done
+        generated = await asyncio.gather(*(made.generate(name, wish(name)) for name in "abcd"))
+        return gone, generated, sound.done
 
-    gone, painted, done = asyncio.run(main())
-    assert gone == [1] and len(painted) == 4 and sorted(done) == list("abcd")
+    gone, generated, done = asyncio.run(main())
+    assert gone == [1] and len(generated) == 4 and sorted(done) == list("abcd")
 
 
 def test_a_wish_that_breaks_every_server_is_given_up():
     async def main():
         easel = Easel()
-        easel.fails = [PainterGone("broken")] * 9
+        easel.fails = [BackendUnavailable("broken")] * 9
         made = queue(easel)
         with pytest.raises(InternalError):
-            await made.paint("a", wish("a"))
+            await made.generate("a", wish("a"))
         return easel.begun
 
     assert len(asyncio.run(main())) == MAX_ATTEMPTS
@@ -143,13 +143,13 @@ def test_what_breaks_a_server_takes_nobody_along_twice():
         class Fragile(Easel):
             running = 0
 
-            async def paint(self, inputs):
+            async def generate(self, inputs):
                 self.running += 1
                 try:
                     await asyncio.sleep(0.01)
                     if "poison" in self.asked:
-                        raise PainterGone("broken")
-                    return await super().paint(inputs)
+                        raise BackendUnavailable("broken")
+                    return await super().generate(inputs)
                 finally:
                     self.running -= 1
                     if not self.running:
@@ -160,13 +160,15 @@ def test_what_breaks_a_server_takes_nobody_along_twice():
                 self.asked = set()
 
         class Noting(Fragile):
-            async def paint(self, inputs):
+            async def generate(self, inputs):
                 self.asked.add(inputs["prompt"])
-                return await super().paint(inputs)
+                return await super().generate(inputs)
 
         made = queue(Noting(), slots=8)
         names = ["a", "b", "poison", "c", "d"]
-        return await asyncio.gather(*(made.paint(name, wish(name)) for name in names), return_exceptions=True)
+        return await asyncio.gather(
+            *(made.generate(name, wish(name)) for name in names), return_exceptions=True
+        )
 
     outcomes = asyncio.run(main())
     assert [type(one).__name__ for one in outcomes] == [
@@ -181,7 +183,7 @@ def test_what_breaks_a_server_takes_nobody_along_twice():
 def test_a_server_that_never_has_room_is_held_to_be_stuck_and_asked_less_and_less():
     async def main():
         easel, stuck = Easel(), []
-        easel.fails = [PainterFull()] * 1000
+        easel.fails = [BackendBusy()] * 1000
         made = queue(easel, deadline_s=0.5)
         made.workers[0].on_stuck = lambda: stuck.append(1)
         told = []
@@ -200,7 +202,7 @@ def test_a_wish_whose_time_is_up_before_there_is_a_model_says_when_to_come_again
         made = queue(Easel(), deadline_s=0.05)
         made.workers[0].ready = False
         with pytest.raises(Late, match="not there yet") as told:
-            await made.paint("a", wish("a"))
+            await made.generate("a", wish("a"))
         return told.value
 
     assert asyncio.run(main()).retry_after_s >= 1
@@ -209,10 +211,10 @@ def test_a_wish_whose_time_is_up_before_there_is_a_model_says_when_to_come_again
 def test_a_server_without_room_is_asked_again_and_an_error_of_the_model_is_not():
     async def main():
         easel = Easel()
-        easel.fails = [PainterFull(), PainterFull(), GenerationError("no picture")]
+        easel.fails = [BackendBusy(), BackendBusy(), GenerationError("no picture")]
         made = queue(easel)
         with pytest.raises(GenerationError):
-            await made.paint("a", wish("a"))
+            await made.generate("a", wish("a"))
         return easel.begun
 
     assert len(asyncio.run(main())) == 3
@@ -223,17 +225,17 @@ def test_whoever_was_sent_to_a_server_without_room_keeps_the_turn():
         easel = Easel(0.02)
         made = queue(easel)
         for name in "abc":
-            await made.paint(name, wish("before"))
+            await made.generate(name, wish("before"))
         easel.begun.clear()
-        easel.fails = [PainterFull()]
-        await asyncio.gather(*(made.paint(name, wish(name)) for name in "abcd"))
+        easel.fails = [BackendBusy()]
+        await asyncio.gather(*(made.generate(name, wish(name)) for name in "abcd"))
         return easel.done[3:]
 
     # While the server rests, nobody overtakes it.
     assert asyncio.run(main()) == ["a", "b", "c", "d"]
 
 
-def test_a_deadline_holds_while_waiting_for_a_server_and_while_painting():
+def test_a_deadline_holds_while_waiting_for_a_server_and_while_result():
     async def main():
         easel = Easel(30)
         made = queue(easel, deadline_s=0.05)
@@ -252,13 +254,13 @@ def test_the_least_busy_server_is_asked_and_one_that_is_not_ready_is_not():
         easels = [Easel(0.05) for _ in range(3)]
         made = queue(*easels, slots=4)
         made.workers[1].ready = False
-        await asyncio.gather(*(made.paint(str(i), wish(str(i))) for i in range(6)))
+        await asyncio.gather(*(made.generate(str(i), wish(str(i))) for i in range(6)))
         return [len(easel.done) for easel in easels]
 
     assert asyncio.run(main()) == [3, 0, 3]
 
 
-def test_a_painting_counts_as_begun_alone_with_its_mates_or_when_its_turn_comes():
+def test_a_result_counts_as_begun_alone_with_its_mates_or_when_its_turn_comes():
     async def main():
         made = queue(Easel(0.05), slots=3)
         first, mate = made.submit("a", wish("a")), made.submit("b", wish("b"))
@@ -277,7 +279,7 @@ def test_whoever_takes_a_wish_back_before_it_began_keeps_the_turn():
         easel = Easel(0.05)
         made = queue(easel, slots=2)
         for name in "abc":  # whose turn it is in this order, from now on
-            await made.paint(name, wish("before"))
+            await made.generate(name, wish("before"))
         easel.begun.clear()
         made.submit("other", wish("other"))
         if not begun:
@@ -291,11 +293,11 @@ def test_whoever_takes_a_wish_back_before_it_began_keeps_the_turn():
         return easel.begun
 
     assert asyncio.run(main(begun=False)).index("a, new") == 1
-    # It was painted for, and is behind the others now.
+    # It was generated for, and is behind the others now.
     assert asyncio.run(main(begun=True)).index("a, new") == 3
 
 
-def test_at_the_end_what_is_painted_is_finished_and_what_waits_is_told():
+def test_at_the_end_what_is_generated_is_finished_and_what_waits_is_told():
     async def main():
         made = queue(Easel(0.05))
         running, waiting = made.submit("a", wish("a")), made.submit("b", wish("b"))
@@ -307,7 +309,7 @@ def test_at_the_end_what_is_painted_is_finished_and_what_waits_is_told():
             made.submit("c", wish("c"))
         return await made.result(running)
 
-    assert isinstance(asyncio.run(main()), Painted)
+    assert isinstance(asyncio.run(main()), BackendResult)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -317,14 +319,14 @@ def test_whatever_happens_every_wish_ends_once_and_no_server_gets_more_than_it_t
     class Moody(Easel):
         running = most = 0
 
-        async def paint(self, inputs):
+        async def generate(self, inputs):
             self.running += 1
             self.most = max(self.most, self.running)
             try:
                 self.seconds = chance.random() * 0.004
-                kinds = (PainterFull(), PainterGone("any"), GenerationError("any"))
+                kinds = (BackendBusy(), BackendUnavailable("any"), GenerationError("any"))
                 self.fails = [chance.choice(kinds)] if chance.random() < 0.3 else []
-                return await super().paint(inputs)
+                return await super().generate(inputs)
             finally:
                 self.running -= 1
 

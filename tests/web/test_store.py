@@ -108,17 +108,17 @@ def test_a_nickname_that_cannot_be_seen_is_refused(store, name):
         store.name(A, name)
 
 
-def test_a_kept_picture_is_shown_to_all_and_taken_out_by_its_visitor_alone(store):
+def test_a_kept_image_is_shown_to_all_and_taken_out_by_its_visitor_alone(store):
     store.name(A, "ann")
     kept = keep(store)
     assert store.file(kept["id"]).read_bytes() == webp()
-    [mine], [theirs] = store.gallery(A).pictures, store.gallery(B).pictures
+    [mine], [theirs] = store.gallery(A).images, store.gallery(B).images
     assert mine == {**kept, "mine": True} and theirs == {**kept, "mine": False}
     assert (mine["nickname"], mine["recipe"]) == ("ann", RECIPE)
     with pytest.raises(NotFound):
         store.discard(B, kept["id"])
     store.discard(A, kept["id"])
-    assert store.gallery(A).pictures == [] and not store.file(kept["id"]).exists()
+    assert store.gallery(A).images == [] and not store.file(kept["id"]).exists()
 
 
 @pytest.mark.parametrize("name", ["", "../secret", "a" * 31, "A" * 32, "a" * 31 + "/", "..%2f" * 6 + "aa"])
@@ -138,14 +138,14 @@ def test_the_gallery_is_read_page_by_page_without_gap_or_repeat(store):
     seen, before = [], None
     while True:
         page = store.gallery(A, before, limit=3)
-        seen += [one["id"] for one in page.pictures]
+        seen += [one["id"] for one in page.images]
         before = page.next
         if before is None:
             break
     assert seen == ids[::-1]
 
 
-def test_a_visitor_keeps_only_so_many_and_a_refused_picture_leaves_no_file(store, monkeypatch):
+def test_a_visitor_keeps_only_so_many_and_a_refused_image_leaves_no_file(store, monkeypatch):
     monkeypatch.setattr(store_module, "MAX_KEPT", 2)
     keep(store)
     keep(store)
@@ -200,7 +200,7 @@ def test_twenty_who_write_at_once_lose_nothing(store):
     found, before = [], None
     while True:
         page = store.gallery(A, before, 100)
-        found += page.pictures
+        found += page.images
         if (before := page.next) is None:
             break
     assert sorted(one["id"] for one in found) == sorted(ids)
@@ -221,7 +221,7 @@ def test_one_visitor_who_does_everything_at_once_ends_as_one(store):
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(40)))
-    kept = [one["id"] for one in store.gallery(A, limit=100).pictures]
+    kept = [one["id"] for one in store.gallery(A, limit=100).images]
     assert sorted(kept) == sorted(file.stem for file in store._files.iterdir())
     assert store.reviews(A)["count"] <= 1 and store.summary()["visitors"] <= 1
 
@@ -249,7 +249,5 @@ def test_what_was_left_is_there_after_a_restart(tmp_path):
     kept = keep(first)
     first.close()
     again = Store(tmp_path)
-    assert again.me(A)["nickname"] == "ann" and [one["id"] for one in again.gallery(A).pictures] == [
-        kept["id"]
-    ]
+    assert again.me(A)["nickname"] == "ann" and [one["id"] for one in again.gallery(A).images] == [kept["id"]]
     again.close()

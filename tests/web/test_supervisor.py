@@ -1,4 +1,4 @@
-"""coglet is killed, stopped and misled: painting goes on without a hand, and nothing is left behind."""
+"""coglet is killed, stopped and misled: generating goes on without a hand, and nothing is left behind."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from test_live import visit
 
 from fewstep.web import supervisor as supervisor_module
 from fewstep.web.supervisor import OUTPUTS, SECRETS, Supervisor, visible_gpus
-from fewstep.web.worker_pool import OneServer, OwnServers
+from fewstep.web.worker_pool import LocalWorkers, RemoteWorker
 
 SLACK_S = 15
 
@@ -36,7 +36,7 @@ def processes(group):
 def house(tmp_path_factory):
     folder = tmp_path_factory.mktemp("supervised")
     environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
-    crew = OwnServers([environ] * 2, 60, log=folder / "painters.log")
+    crew = LocalWorkers([environ] * 2, 60, log=folder / "painters.log")
     with open_house(folder, crew) as house:
         began = time.monotonic()
         while not all(worker.ready for worker in crew.workers):
@@ -61,16 +61,16 @@ def group_of(house, i=0):
 
 
 def worker_of(group):
-    """The process that coglet started to paint."""
+    """The process that coglet started to generate."""
     [pid] = [pid for pid in processes(group) if pid != group]
     return pid
 
 
 class Load:
-    """Visitors who type on; every wish that is the last for a while must be painted."""
+    """Visitors who type on; every wish that is the last for a while must be generated."""
 
     def __init__(self, house, visitors=4):
-        self.house, self.errors, self.states, self.painted = house, [], [], 0
+        self.house, self.errors, self.states, self.generated = house, [], [], 0
         self.ending = threading.Event()
         self.threads = [threading.Thread(target=self._type, args=(i,)) for i in range(visitors)]
 
@@ -96,15 +96,15 @@ class Load:
                     if message["type"] == "state":
                         self.states.append(message["ready"])
                     if message.get("n") == n:
-                        self.painted += 1
+                        self.generated += 1
                         break
 
 
 def ends_and_comes_back(house, kill):
-    """Seconds until both servers are ready after `kill(group)` of both; a load is painted meanwhile."""
+    """Seconds until both servers are ready after `kill(group)` of both; a load is generated meanwhile."""
     groups = [group_of(house, i) for i in range(2)]
     with Load(house) as load:
-        before = load.painted
+        before = load.generated
         for group in groups:
             kill(group)
         began = time.monotonic()
@@ -119,8 +119,8 @@ def ends_and_comes_back(house, kill):
                 break
             assert time.monotonic() - began < 90
         took = time.monotonic() - began
-        painted = load.painted
-        while load.painted < painted + 8:
+        generated = load.generated
+        while load.generated < generated + 8:
             time.sleep(0.1)
             assert time.monotonic() - began < 120
     assert before > 0 and load.errors == []
@@ -261,11 +261,11 @@ def test_the_gpus_that_may_be_used(environ, gpus):
 
 def test_somebody_elses_server_is_used_as_long_as_it_is_ready(house, tmp_path):
     url = house.front.crew.supervisors[0].url
-    with open_house(tmp_path, OneServer(url, 60)) as other:
+    with open_house(tmp_path, RemoteWorker(url, 60)) as other:
         other.wait_ready(10)
         with visit(other) as visitor:
             visitor.type("a red house", steps=1)
             visitor.read("painted")
-    with open_house(tmp_path, OneServer("http://127.0.0.1:9", 60)) as other, other.client() as client:
+    with open_house(tmp_path, RemoteWorker("http://127.0.0.1:9", 60)) as other, other.client() as client:
         time.sleep(0.5)
         assert client.get("/readyz").status_code == 503

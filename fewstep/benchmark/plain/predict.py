@@ -1,4 +1,4 @@
-"""Plain diffusers behind the same server, one picture at a time: what fewstep's throughput is compared with."""
+"""Plain diffusers behind the same server, one image at a time: what fewstep's throughput is compared with."""
 
 import asyncio
 import tempfile
@@ -14,13 +14,13 @@ from fewstep.settings import Settings
 
 
 class Predictor(BasePredictor):
-    """Takes requests as they come, and paints one after the other."""
+    """Takes requests as they come, and generates one after the other."""
 
     system: System
     thread: ThreadPoolExecutor
 
     async def setup(self) -> None:  # type: ignore[override]  # coglet awaits it
-        """Load the model and paint once."""
+        """Load the model and generate once."""
         # All on one thread: torch is half as fast on a second one of the same process.
         self.thread = ThreadPoolExecutor(1)
         self.system = await asyncio.get_running_loop().run_in_executor(self.thread, _load)
@@ -31,9 +31,9 @@ class Predictor(BasePredictor):
         prompt: str = Input(description="What to paint."),
         seed: int = Input(description="Of the noise.", default=0),
     ) -> list[Path]:
-        """Paint in 4 steps, at 128 px."""
+        """Generate in 4 steps, at 128 px."""
         loop = asyncio.get_running_loop()
-        [image] = await loop.run_in_executor(self.thread, self.system.paint, Wish(128), [prompt], [seed])
+        [image] = await loop.run_in_executor(self.thread, self.system.generate, Wish(128), [prompt], [seed])
         with tempfile.NamedTemporaryFile(suffix=".webp", delete=False) as file:  # coglet reads it later
             file.write(encode_image(image, "webp", 90))
         return [Path(file.name)]
@@ -42,5 +42,5 @@ class Predictor(BasePredictor):
 def _load() -> System:
     settings = Settings.from_env()
     system = diffusers(settings.model, settings.weights_root, 128, DTYPES[settings.dtype])
-    system.paint(Wish(128), ["warm up"], [0])
+    system.generate(Wish(128), ["warm up"], [0])
     return system

@@ -48,7 +48,7 @@ class CompiledEngine:
         self._stance = "default"
 
     def compile_for(self, pipeline: Pipeline, shapes: Sequence[Shape]) -> None:
-        """Paint a batch of each of `shapes`, without any of one native picture; then compile nothing more.
+        """Generate a batch of each of `shapes`, without any of one native image; then compile nothing more.
 
         Raises SettingsError for a shape that no batch can have.
         """

@@ -97,10 +97,10 @@ def _is_sound(place: Path, folder: Path, verify: str) -> bool:
     if not (place / MANIFEST).exists():
         return False
     try:
-        manifest = read_manifest(place, remedy="")
-        check_sizes(place, manifest, remedy="")
+        manifest = read_manifest(place, fix="")
+        check_sizes(place, manifest, fix="")
         if verify == "sha256":
-            check_hashes(place, manifest, remedy="")
+            check_hashes(place, manifest, fix="")
     except WeightsError as error:
         logger.warning("what was converted for OpenVINO is damaged: %s", error.sentence.partition(";")[0])
         return False
@@ -168,7 +168,7 @@ class _GroupNorm(nn.Module):
 
 
 def examples(diffusion: Diffusion, rows: int, columns: int) -> dict[str, tuple[Tensor, ...]]:
-    """One input of each kind for each network, of one picture."""
+    """One input of each kind for each network, of one image."""
     tokens = diffusion.tokenizer.model_max_length
     config = diffusion.unet.config
     latents = torch.zeros(1, config.in_channels, rows, columns)

@@ -34,7 +34,7 @@ def pick_scenes(scenes: list[Scene], count: int, seed: int) -> list[Scene]:
     return picked[:count]
 
 
-def cached_pictures(path: Path, scenes: list[Scene], seed: int, width: int, height: int) -> Pixels:
+def cached_images(path: Path, scenes: list[Scene], seed: int, width: int, height: int) -> Pixels:
     """`draw_many` by all cores, kept in the .npy file `path` and memory-mapped from there."""
     if not path.exists():
         logger.info("drawing %d pictures of %d x %d", len(scenes), width, height)
@@ -52,7 +52,7 @@ def cached_pictures(path: Path, scenes: list[Scene], seed: int, width: int, heig
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
 
 
-def write_pictures(folder: Path, scenes: list[Scene], seed: int) -> None:
+def write_images(folder: Path, scenes: list[Scene], seed: int) -> None:
     """Drawings of `scenes` in `folder`, with captions in metadata.jsonl, which is written last."""
     listed, rng = folder / "metadata.jsonl", random.Random(seed)
     rows = [{"file_name": f"{i:05}.png", "text": caption(scene, rng)} for i, scene in enumerate(scenes)]
@@ -69,4 +69,4 @@ def write_pictures(folder: Path, scenes: list[Scene], seed: int) -> None:
 
 def write_world(folder: Path, count: int) -> None:
     """`write_pictures` of what the base was trained on."""
-    write_pictures(folder, pick_scenes(training_scenes(), count, seed=31), 90_000_000)
+    write_images(folder, pick_scenes(training_scenes(), count, seed=31), 90_000_000)

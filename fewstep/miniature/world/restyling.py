@@ -92,16 +92,16 @@ class StyleMeter:
         self.direction = np.linalg.solve(within, high.mean(0) - low.mean(0))
         self.zero, self.one = float((low @ self.direction).mean()), float((high @ self.direction).mean())
 
-    def __call__(self, pictures: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.float64]:
+    def __call__(self, images: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.float64]:
         """One number for each picture."""
-        found: npt.NDArray[np.float64] = describe_cells(pictures) @ self.direction
+        found: npt.NDArray[np.float64] = describe_cells(images) @ self.direction
         return (found - self.zero) / (self.one - self.zero)
 
 
-def describe_cells(pictures: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.float64]:
+def describe_cells(images: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.float64]:
     """(N, 81): of each channel in each cell the mean, the spread, and how far it is from its blurred self."""
     rows = []
-    for picture in pictures:
+    for picture in images:
         image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
         sharp = np.asarray(image, dtype=np.float64) / 255
         detail = np.abs(sharp - np.asarray(image.filter(ImageFilter.GaussianBlur(2)), dtype=np.float64) / 255)
