@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from fewstep.errors import InvalidRequest
+from fewstep.lora.types import Mix
 from fewstep.models.specs import MODELS
-from fewstep.request import ASPECT_CHOICES, ASPECT_RATIOS, PROMPT_MAX_CHARS, SEED_MAX, Mix, Request
+from fewstep.request import ASPECT_CHOICES, ASPECT_RATIOS, PROMPT_MAX_CHARS, SEED_MAX, Request
 
 SDXL = MODELS["sdxl"]
 MINIATURE = MODELS["miniature"]

@@ -36,11 +36,12 @@ from fewstep.generation.sampler import Job, sample
 from fewstep.generation.text_encoder import Diffusion, TextEncoder
 from fewstep.generation.upsampling import fold_upsamplers
 from fewstep.lora.merge import NETWORKS, WeightMerger
+from fewstep.lora.types import Mix
 from fewstep.models.device import device_and_dtype, order_channels_last
 from fewstep.models.load import load_tiny_vae, load_verified, read_lcm_lora, usual_size
 from fewstep.models.manifest import verify_weights
 from fewstep.models.specs import ModelSpec
-from fewstep.request import Mix, Request
+from fewstep.request import Request
 from fewstep.settings import OPENVINO, Settings
 
 logger = logging.getLogger(__name__)

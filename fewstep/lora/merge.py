@@ -14,8 +14,6 @@ import json
 import math
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fewstep.lora.resolve import MAX_BYTES, LoraError
-from fewstep.request import Mix
+from fewstep.lora.types import MAX_BYTES, Lora, LoraError, LoraModule, Mix
 
 # What a LoRA may change, by the model's family.
 NETWORKS = {"sdxl": ("unet", "text_encoder", "text_encoder_2"), "sd": ("unet", "text_encoder")}
@@ -56,50 +53,6 @@ _OTHER_SUMS = ("alpha_pattern", "use_dora", "use_rslora")
 # The names of the original releases, in which many style LoRAs for SDXL are written.
 _LDM = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True)
-class LoraModule:
-    """What an adapter adds to one layer: A (r, in, ...), B (out, r, ...) and alpha / r."""
-
-    down: Tensor
-    up: Tensor
-    factor: float
-
-    def is_finite(self) -> bool:
-        """Whether no value is NaN or infinite."""
-        return math.isfinite(self.factor) and bool(self.down.isfinite().all() and self.up.isfinite().all())
-
-    def norm(self) -> float:
-        """Frobenius' norm of alpha / r * B A; for a small r without the product: the trace of (B'B)(AA')."""
-        down, up = (part.double().flatten(1) for part in (self.down, self.up))
-        if len(down) > min(len(up), down.shape[1]):
-            return abs(self.factor) * float((up @ down).norm())
-        square = ((up.T @ up) * (down @ down.T)).sum().item()
-        return abs(self.factor) * math.sqrt(max(square, 0.0))
-
-    def add_to(self, total: Tensor, scale: float) -> None:
-        """`total`, a matrix in float64, += scale * alpha / r * B A; a kernel's places are inputs here."""
-        up, down = (part.to(total.device, torch.float64).flatten(1) for part in (self.up, self.down))
-        total.addmm_(up, down, alpha=scale * self.factor)
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA that fits the model it was read for."""
-
-    sha256: str
-    modules: Mapping[str, LoraModule]  # by layer, as in `unet.mid_block_resnets_0_conv1`
-
-    @property
-    def size(self) -> int:
-        """What it takes of memory, in bytes."""
-        return sum(module.down.nbytes + module.up.nbytes for module in self.modules.values())
-
-    @cached_property
-    def changes_text(self) -> bool:
-        """Whether it changes how prompts are read."""
-        return any(layer.startswith("text_encoder") for layer in self.modules)
 
 
 class WeightMerger:
@@ -168,7 +121,7 @@ class WeightMerger:
             return
         total = pristine.to(weight.device, torch.float64).flatten(1)
         for lora, scale in terms:
-            lora.modules[layer].add_to(total, scale)
+            add_to(total, lora.modules[layer], scale)
         weight.copy_(total.view_as(weight))
 
     def _fitted(self, parts: dict[str, dict[str, Tensor]], alphas: dict[str, float]) -> dict[str, LoraModule]:
@@ -181,14 +134,14 @@ class WeightMerger:
         modules = {name: module for name, module in found.items() if module is not None}
         for what, names in {
             "do not fit this model": [name for name, module in found.items() if module is None],
-            "hold values that are not finite": [name for name, one in modules.items() if not one.is_finite()],
+            "hold values that are not finite": [name for name, one in modules.items() if not is_finite(one)],
         }.items():
             if names:
                 counted = f"has {len(names)} of {len(found)} modules that {what}"
                 raise LoraError(counted, f", first {names[0]}")
         added, there = (
             math.hypot(*norms)
-            for norms in ((one.norm() for one in modules.values()), (self._norms[name] for name in modules))
+            for norms in ((norm(one) for one in modules.values()), (self._norms[name] for name in modules))
         )
         if added > MAX_SHARE * there:
             raise LoraError(f"adds {added / there:.0f} times as much as the weights that it changes hold")
@@ -207,6 +160,26 @@ class WeightMerger:
         if len(found) != len(ldm):  # it passes over some kinds of keys, such as DoRA's
             raise LoraError(f"has {len(ldm) - len(found)} of {len(ldm)} tensors of an unknown kind")
         return others | found
+
+
+def is_finite(module: LoraModule) -> bool:
+    """Whether no value of it is NaN or infinite."""
+    return math.isfinite(module.factor) and bool(module.down.isfinite().all() and module.up.isfinite().all())
+
+
+def norm(module: LoraModule) -> float:
+    """Frobenius' norm of alpha / r * B A; for a small r without the product: the trace of (B'B)(AA')."""
+    down, up = (part.double().flatten(1) for part in (module.down, module.up))
+    if len(down) > min(len(up), down.shape[1]):
+        return abs(module.factor) * float((up @ down).norm())
+    square = ((up.T @ up) * (down @ down.T)).sum().item()
+    return abs(module.factor) * math.sqrt(max(square, 0.0))
+
+
+def add_to(total: Tensor, module: LoraModule, scale: float) -> None:
+    """`total`, a matrix in float64, += scale * alpha / r * B A; a kernel's places are inputs here."""
+    up, down = (part.to(total.device, torch.float64).flatten(1) for part in (module.up, module.down))
+    total.addmm_(up, down, alpha=scale * module.factor)
 
 
 def weights_by_layer(network: str, module: nn.Module) -> dict[str, Tensor]:

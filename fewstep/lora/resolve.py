@@ -22,77 +22,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
 from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest
 from fewstep.lora.fetch import Allowed, fetch, fetch_json
+from fewstep.lora.types import MAX_BYTES, SUFFIX, Lora, LoraError, LoraRef, LoraSource
 from fewstep.settings import HUB, Settings
-
-if TYPE_CHECKING:
-    from fewstep.lora.merge import Lora
-    from fewstep.request import LoraRef
 
 logger = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z0-9._-]{1,96}")
-HUB_ID = re.compile(
-    r"(?P<repo>[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96})(?:/(?P<file>[A-Za-z0-9._/ -]{1,200}))?"
-)
 COMMIT = re.compile(r"[0-9a-f]{6,64}")
-SUFFIX = ".safetensors"
 USUAL_FILE = "pytorch_lora_weights.safetensors"
-# Far above any that is published: 1.6 GB is rank 128 in F32 for all layers of SDXL's UNet.
-MAX_BYTES = 2 * 10**9
 # What was found at an address, or in a folder, is taken for what is there now, for so long.
 FRESH_S = 3600.0
 MAX_ANSWERS = 1000
 LEAST_S = 0.1  # in which a file might still arrive
 LATE = "the style did not arrive in time; send the request again later"
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSource:
-    """Where a style LoRA is."""
-
-    kind: Literal["folder", "hub", "url"]
-    place: str  # a name, owner/repo, or an address
-    file: str = ""  # within a hub's repo; empty for its only LoRA
-
-    @property
-    def shown(self) -> str:
-        """As a caller gives it, but for an address' query, which may hold a token."""
-        return f"{self.place}/{self.file}" if self.file else re.split("[?#]", self.place)[0]
-
-
-def parse_source(name: str, text: str) -> LoraSource:
-    """What `text`, given as the input `name`, means. Raises InvalidRequest if it means nothing."""
-    if "://" in text:
-        if text.lower().startswith("https://"):
-            return LoraSource("url", text)
-    elif NAME.fullmatch(text):
-        if text.strip("."):
-            return LoraSource("folder", text)
-    elif found := HUB_ID.fullmatch(text):
-        parts = text.split("/")
-        file = found["file"] or ""
-        if all(part.strip(". ") for part in parts) and (not file or file.endswith(SUFFIX)):
-            return LoraSource("hub", found["repo"], file)
-    raise InvalidRequest(
-        f"{name} names no LoRA; give the name of a style of this server, a hub id as owner/repo or "
-        f"owner/repo/file{SUFFIX}, or an https address of a {SUFFIX} file"
-    )
-
-
-class LoraError(ValueError):
-    """Why a LoRA is refused, as the rest of a sentence that begins with its name.
-
-    `detail` may hold words from the file: it is for the log, and for files of the operator's own.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}{detail}")
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fewstep.errors import FewstepError
 from fewstep.generation.pipeline import Pipeline, load_pipeline
-from fewstep.lora.merge import Lora
+from fewstep.lora.types import Lora
 from fewstep.miniature.judge import Judge, load_judge, score
 from fewstep.miniature.scoring import held_out_captions, reconstruct
 from fewstep.miniature.showcase import grid

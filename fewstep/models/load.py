@@ -11,8 +11,8 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionX
 
 from fewstep.errors import InvalidRequest, SettingsError, WeightsError
 from fewstep.generation.text_encoder import Diffusion
-from fewstep.lora.merge import Lora, WeightMerger
-from fewstep.lora.resolve import LoraError
+from fewstep.lora.merge import WeightMerger
+from fewstep.lora.types import Lora, LoraError
 from fewstep.models.manifest import Manifest, check_hashes
 from fewstep.models.sources import LCM_LORA, TINY_VAE
 from fewstep.models.specs import ModelSpec

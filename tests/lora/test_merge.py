@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fewstep.lora.merge import NETWORKS, LoraModule, WeightMerger
-from fewstep.lora.resolve import LoraError
-from fewstep.request import Mix
+from fewstep.lora import merge
+from fewstep.lora.merge import NETWORKS, WeightMerger
+from fewstep.lora.types import LoraError, Mix
 from fewstep.settings import Settings
 
 FOLDER = Settings().weights_root / "miniature"
@@ -374,7 +374,7 @@ def test_a_style_is_what_diffusers_and_peft_make_of_it(model, adapters, tmp_path
 def test_a_failure_in_the_middle_is_made_good_by_the_next_call(model, adapters, tmp_path, monkeypatch):
     style = adapters.read(write_style(model, tmp_path / "style", seed=5), "style")
     adapters.apply(Mix())
-    expected, calls, add_to = weights(model), [], LoraModule.add_to
+    expected, calls, add_to = weights(model), [], merge.add_to
 
     def fails_at_the_third(*given):
         calls.append(given)
@@ -383,7 +383,7 @@ def test_a_failure_in_the_middle_is_made_good_by_the_next_call(model, adapters, 
         add_to(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fewstep.lora.merge.LoraModule.add_to", fails_at_the_third)
+        patch.setattr("fewstep.lora.merge.add_to", fails_at_the_third)
         with pytest.raises(MemoryError):
             adapters.apply(Mix(((style, 1.0),)))
     half_done = weights(model)

@@ -13,7 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest
-from fewstep.lora.resolve import LoraError, LoraResolver, parse_source
+from fewstep.lora.resolve import LoraResolver
+from fewstep.lora.types import LoraError, parse_source
 from fewstep.models.specs import MODELS
 from fewstep.request import Request
 from fewstep.settings import Settings

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fewstep.generation.engines.openvino_conversion import HINTS, examples
 from fewstep.generation.text_encoder import Diffusion
-from fewstep.request import Mix, Request
+from fewstep.lora.types import Mix
+from fewstep.request import Request
 from fewstep.settings import INT8, Settings
 
 logger = logging.getLogger(__name__)
