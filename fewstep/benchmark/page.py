@@ -17,6 +17,8 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from fewstep.benchmark.measure import in_turns, predict
 from fewstep.coglet.server import ROOT, Server, free_port
 from fewstep.errors import SettingsError
 from fewstep.models.specs import get_model
@@ -49,6 +52,13 @@ LOADED = """() => [performance.getEntriesByName('first-contentful-paint')[0].sta
   performance.getEntriesByType('resource').concat(performance.getEntriesByType('navigation'))
     .reduce((sum, one) => sum + one.encodedBodySize, 0)]"""
 LAST_KEY = "addEventListener('input', event => { window.lastKey = event.timeStamp }, true)"
+# What a page knows of the image of a prompt once it is on the screen.
+SHOWN = """prompt => {
+  const {shownPrompt, shownN} = document.documentElement.dataset
+  if (window.fewstepTimes)
+    return shownPrompt === prompt && window.fewstepTimes.find(one => one.n === Number(shownN))
+  return window.shown && window.shown.prompt === prompt && window.shown
+}"""
 USUAL = """<!doctype html><title>usual</title><input id=prompt><img id=picture>
 <script>
 let timer
@@ -87,53 +97,39 @@ def measure(server: Server, rounds: int) -> list[dict[str, Any]]:
     ):
         browser = playwright.chromium.launch(executable_path=chromium, args=OPTIONS)
         loads = [_load(browser, ours) for _ in range(LOADS)]
-        pages = {"fewstep": browser.new_page(), "debounce, PNG, path": browser.new_page()}
+        pages: dict[str, Any] = {"fewstep": browser.new_page(), "debounce, PNG, path": browser.new_page()}
         for page, address in zip(pages.values(), (ours, usual), strict=True):
             page.add_init_script(LAST_KEY)
             page.goto(address)
             page.wait_for_timeout(1000)
-            _beyond(page, PROMPTS[-1], address == ours)  # the first is slower
-        found: dict[str, list[float]] = {name: [] for name in pages}
-        for i in range(rounds * len(PROMPTS)):
-            for name, page in pages.items():
-                page.bring_to_front()
-                found[name].append(_beyond(page, PROMPTS[i % len(PROMPTS)], name == "fewstep"))
+        measured = {name: partial(_beyond_ms, page, cycle(PROMPTS)) for name, page in pages.items()}
+        times = in_turns(measured, rounds * len(PROMPTS))
         browser.close()
-    rows = [{"page": name, **_summarised(values)} for name, values in found.items()]
-    rows[0] |= {
-        "first_paint_ms": round(statistics.median(first for first, _ in loads)),
-        "kb": loads[0][1],
-    }
+    rows = [{"page": name, **_summarised(values)} for name, values in times.items()]
+    first_paint = statistics.median(first for first, _ in loads)
+    rows[0] |= {"first_paint_ms": round(first_paint), "kb": loads[0][1]}
     return rows
 
 
 def _load(browser: Any, address: str) -> tuple[float, float]:
-    """Of a page that nothing is cached of: the milliseconds until something is seen, and its kilobytes."""
+    """Load a page of which nothing is cached: the milliseconds until something is seen, and its kilobytes."""
     page = browser.new_context().new_page()
     page.goto(address)
     page.wait_for_load_state("networkidle")
-    generate, size = page.evaluate(LOADED)
+    first, size = page.evaluate(LOADED)
     page.context.close()
-    return float(generate), round(size / 1000, 1)
+    return float(first), round(size / 1000, 1)
 
 
-def _beyond(page: Any, prompt: str, ours: bool) -> float:
+def _beyond_ms(page: Any, prompts: Iterator[str]) -> float:
+    """Type the next prompt; the milliseconds from the last key to its image, beyond those of generating."""
+    prompt = next(prompts)
+    page.bring_to_front()
     page.fill("#prompt", "")
     page.wait_for_timeout(700)
     page.locator("#prompt").press_sequentially(prompt, delay=KEY_MS)
-    if ours:
-        shown = page.wait_for_function(
-            """prompt => {
-                const {shownPrompt, shownN} = document.documentElement.dataset
-                return shownPrompt === prompt && window.fewstepTimes.find(one => one.n === Number(shownN))
-            }""",
-            arg=prompt,
-        ).json_value()
-    else:
-        found = "prompt => window.shown && window.shown.prompt === prompt && window.shown"
-        shown = page.wait_for_function(found, arg=prompt).json_value()
-    last = page.evaluate("window.lastKey")
-    return float(shown["shown"] - last - shown["paint_ms"])
+    shown = page.wait_for_function(SHOWN, arg=prompt).json_value()
+    return float(shown["shown"] - page.evaluate("window.lastKey") - shown["paint_ms"])
 
 
 def _summarised(values: Sequence[float]) -> dict[str, Any]:
@@ -157,8 +153,8 @@ def _usual(server: Server, folder: Path) -> Starlette:
         return HTMLResponse(USUAL)
 
     async def generate(request: Request) -> JSONResponse:
-        body = {"input": {**await request.json(), "output_format": "png"}}
-        _, answer = await asyncio.to_thread(server.post, "/predictions", body, 60)
+        inputs = {**await request.json(), "output_format": "png"}
+        answer = await asyncio.to_thread(predict, server, 60, **inputs)
         file = folder / f"{uuid.uuid4()}.png"
         file.write_bytes(base64.b64decode(answer["output"][0].partition(",")[2]))
         spent = sum(value for name, value in answer["metrics"].items() if name.endswith("_ms"))

@@ -18,7 +18,7 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionMo
 from PIL import Image
 from torch import Tensor, nn
 
-from fewstep.errors import FewstepError
+from fewstep.evaluation.generate import fuse_lora
 from fewstep.generation.engines.compiled import CompiledEngine
 from fewstep.generation.engines.openvino import OpenVinoEngine, infer, shared_core
 from fewstep.generation.engines.openvino_conversion import Decoder, converted, examples, write
@@ -26,14 +26,13 @@ from fewstep.generation.pipeline import load_pipeline
 from fewstep.models.device import name_of
 from fewstep.models.sources import LCM_LORA
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 
 PROMPT = "a red house in a meadow with mountains at sunset, in the middle"
 
 
 @dataclass(frozen=True)
-class Wish:
+class Scenario:
     """A square image, or `batch` of them at once."""
 
     size: int
@@ -46,22 +45,28 @@ class Wish:
         """Of its images' files."""
         return f"{self.size}px-{self.steps}-{self.guidance:g}-{self.batch}"
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Of a request, but for prompt, seed and number."""
+        size = {"aspect_ratio": "custom", "width": self.size, "height": self.size}
+        return {"steps": self.steps, "guidance": self.guidance, **size}
 
-def prompts_and_seeds(wish: Wish, seed: int) -> tuple[list[str], list[int]]:
-    """Of `wish`, with prompts that no cache has seen for another `seed`."""
-    seeds = list(range(seed, seed + wish.batch))
+
+def prompts_and_seeds(scenario: Scenario, seed: int) -> tuple[list[str], list[int]]:
+    """Of `scenario`, with prompts that no cache has seen for another `seed`."""
+    seeds = list(range(seed, seed + scenario.batch))
     return [f"{PROMPT} {one}" for one in seeds], seeds
 
 
 @dataclass(frozen=True)
 class System:
-    """A loaded model: `generate(wish, prompts, seeds)` gives an image of each prompt.
+    """A loaded model: `generate(scenario, prompts, seeds)` gives an image of each prompt.
 
     A stopwatch goes round `networks`, which are modules by part, or round the engine in their place.
     """
 
     dtype: str
-    generate: Callable[[Wish, Sequence[str], Sequence[int]], list[Image.Image]]
+    generate: Callable[[Scenario, Sequence[str], Sequence[int]], list[Image.Image]]
     networks: dict[str, list[nn.Module]]
     engine: OpenVinoEngine | CompiledEngine | None = None
 
@@ -73,7 +78,6 @@ def fewstep(
     model: str, weights: Path, size: int, dtype: str = "auto", engine: str = "torch", vae: str = "full"
 ) -> System:
     """`Pipeline.generate`, as the container runs it but for the encoding of files."""
-    spec = get_model(model)
     settings = Settings(
         model=model,
         weights_root=weights,
@@ -84,28 +88,10 @@ def fewstep(
         verify="size",
         safety="off",
     )
-    pipeline = load_pipeline(spec, settings)
+    pipeline = load_pipeline(get_model(model), settings)
 
-    def generate(wish: Wish, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        requests = [
-            Request.create(
-                spec,
-                prompt=prompt,
-                seed=seed,
-                steps=wish.steps,
-                guidance=wish.guidance,
-                aspect_ratio="custom",
-                width=wish.size,
-                height=wish.size,
-            )
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        images: list[Image.Image] = []
-        for result in pipeline.generate(requests):
-            if isinstance(result, FewstepError):
-                raise result
-            images += result.images
-        return images
+    def generate(scenario: Scenario, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        return pipeline.images(prompts, seeds, **scenario.inputs)
 
     networks = _networks(pipeline.diffusion) | {"vae": [pipeline.decoder.decoder]}
     return System(name_of(pipeline.dtype), generate, networks, pipeline.engine)
@@ -135,11 +121,11 @@ def reference(model: str, weights: Path, size: int) -> System:
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.fuse_qkv_projections()
 
-    def generate(wish: Wish, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def generate(scenario: Scenario, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        images = _call(pipe, wish, prompts, seeds)
+        images = _call(pipe, scenario, prompts, seeds)
         for image in images:
             image.save(io.BytesIO(), "png")
         return images
@@ -197,9 +183,7 @@ def _with_lcm_lora(model: str, weights: Path, dtype: torch.dtype) -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe.load_lora_weights(folder, weight_name=LCM_LORA)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
+    fuse_lora(pipe, folder / LCM_LORA)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -207,13 +191,13 @@ def _system(pipe: Any, dtype: torch.dtype) -> System:
     return System(name_of(dtype), partial(_call, pipe), _networks(pipe))
 
 
-def _call(pipe: Any, wish: Wish, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+def _call(pipe: Any, scenario: Scenario, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
     images: list[Image.Image] = pipe(
         list(prompts),
-        num_inference_steps=wish.steps,
-        guidance_scale=wish.guidance,
-        width=wish.size,
-        height=wish.size,
+        num_inference_steps=scenario.steps,
+        guidance_scale=scenario.guidance,
+        width=scenario.size,
+        height=scenario.size,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
     ).images
     return images

@@ -6,7 +6,7 @@ import base64
 import io
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fewstep.benchmark.suites import serving
-from fewstep.benchmark.systems import PROMPT, SYSTEMS, Wish, prompts_and_seeds
+from fewstep.benchmark.measure import in_turns, only, serving, spread
+from fewstep.benchmark.systems import PROMPT, SYSTEMS, Scenario, prompts_and_seeds
 from fewstep.coglet.server import ROOT, Server
+from fewstep.evaluation.figures import Panel, plot_lines
 
 PLAIN = Path(__file__).parent / "plain"
 SLOTS = 8  # as many requests as the server takes at a time, and images in a batch
@@ -28,7 +29,7 @@ CLIENTS = (1, 2, 4, 8, 16)
 # After the server said that it has no room, doubled from the one up to the other. It has room for a caller
 # again a moment after the caller has its answer.
 RETRY_S = (0.001, 0.2)
-GENERATE = Wish(128, batch=SLOTS)
+GENERATE = Scenario(128, batch=SLOTS)
 # In a round, of SLOTS callers between images of `Pipeline.generate`; they ask for twice as many images as
 # others do, since the first batch of a load and the last are seldom full.
 TURNS = 4
@@ -57,9 +58,9 @@ class Load:
 
 
 def served(name: str, weights: Path, max_batch: int = SLOTS) -> AbstractContextManager[Server]:
-    """The server `name`, ready, and stopped at the end."""
+    """Run the server `name`, ready, until the end."""
     root, dtype = SERVERS[name]
-    return serving(weights, root, DTYPE=dtype, MAX_BATCH=str(max_batch))
+    return serving(only(weights, DTYPE=dtype, MAX_BATCH=str(max_batch)), root)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Answer:
 
 
 def ask(server: Server, number: int, **more: Any) -> Answer:
-    """Wish `number`, as often as the server has no room for it."""
+    """Ask for image `number`, as often as the server has no room for it."""
     inputs = {"prompt": f"{PROMPT} {number}", "seed": number, **more}
     started, (pause, longest) = time.perf_counter(), RETRY_S
     while True:
@@ -89,14 +90,14 @@ def ask(server: Server, number: int, **more: Any) -> Answer:
 
 
 def put_load(server: Server, clients: int, numbers: Iterable[int]) -> Load:
-    """The wishes of these `numbers`, from `clients` callers; the server has seen none of them before."""
+    """Ask for the images of these `numbers`, by `clients` callers; the server has seen none before."""
     with ThreadPoolExecutor(clients) as callers:
         started = time.perf_counter()
         answers = list(callers.map(partial(ask, server), numbers))
         seconds = time.perf_counter() - started
-    painted = [one for one in answers if one.file is not None]
-    together = statistics.fmean(one.batch for one in painted) if painted else 0.0
-    return Load(seconds, [one.seconds for one in painted], len(answers) - len(painted), together)
+    images = [answer for answer in answers if answer.file is not None]
+    together = statistics.fmean(answer.batch for answer in images) if images else 0.0
+    return Load(seconds, [answer.seconds for answer in images], len(answers) - len(images), together)
 
 
 def differences(server: Server, requests: int) -> dict[str, float]:
@@ -117,23 +118,25 @@ def _values(answer: Answer) -> Any:
 
 
 def lone_waits(weights: Path, requests: int) -> dict[int, float]:
-    """The median wait of a caller who is alone, in seconds, by how many images the server would put into a
-    batch; the servers are asked in turns."""
-    waited: dict[int, list[float]] = {SLOTS: [], 1: []}
+    """Return the median wait of a caller who is alone, in seconds, by how many images the server would put
+    into a batch; the servers are asked in turns."""
     with ExitStack() as stack:
-        servers = {limit: stack.enter_context(served("fewstep", weights, limit)) for limit in waited}
-        for number in range(-SLOTS, requests):  # the first few are not counted
-            for limit, server in servers.items():
-                seconds = ask(server, 10_000 + number).seconds
-                if number >= 0:
-                    waited[limit].append(seconds)
-    return {limit: statistics.median(seconds) for limit, seconds in waited.items()}
+        measured = {}
+        for limit in (SLOTS, 1):
+            server, numbers = stack.enter_context(served("fewstep", weights, limit)), count(10_000)
+            measured[limit] = partial(_wait_s, server, numbers)
+        waits = in_turns(measured, requests, warm_up=SLOTS)
+    return {limit: statistics.median(seconds) for limit, seconds in waits.items()}
 
 
-def in_turns(
+def _wait_s(server: Server, numbers: Iterator[int]) -> float:
+    return ask(server, next(numbers)).seconds
+
+
+def beside_generate(
     name: str, server: Server, weights: Path, numbers: Iterator[int], requests: int
 ) -> list[tuple[Load, float]]:
-    """What as many callers as the server has slots get, each time with the images a second that
+    """Put the load of as many callers as the server has slots on it, each time with the images a second that
     `Pipeline.generate` makes in this process right before and after: what slows the machine slows both."""
     system, seed = SYSTEMS[name]("miniature", weights, GENERATE.size), count(step=SLOTS)
 
@@ -145,16 +148,16 @@ def in_turns(
 
     generate(2)
     batches = max(1, requests // SLOTS // 2)
-    found, before = [], generate(batches)
+    loads, before = [], generate(batches)
     for _ in range(TURNS):
         load, after = put_load(server, SLOTS, islice(numbers, requests)), generate(batches)
-        found.append((load, 2 * SLOTS * batches / (before + after)))
+        loads.append((load, 2 * SLOTS * batches / (before + after)))
         before = after
-    return found
+    return loads
 
 
 def run(
-    weights: Path, rounds: int, requests: int, told: Callable[[str], None]
+    weights: Path, rounds: int, requests: int, report: Callable[[str], None]
 ) -> tuple[dict[tuple[str, int], list[Load]], dict[str, list[float]], dict[str, dict[str, float]]]:
     """The loads by server and number of clients; of fewstep the images a second of `Pipeline.generate` beside
     each load of SLOTS clients, and how far batched images are from lone ones."""
@@ -163,14 +166,14 @@ def run(
     far: dict[str, dict[str, float]] = {}
     for i in range(rounds):
         for name, (root, _) in SERVERS.items():
-            told(f"round {i + 1} of {rounds}: {name}")
+            report(f"round {i + 1} of {rounds}: {name}")
             with served(name, weights) as server:
                 numbers = count(10_000)  # words that are in no cache
                 put_load(server, SLOTS, islice(numbers, 2 * SLOTS))
                 for clients in CLIENTS:
                     found = loads.setdefault((name, clients), [])
                     if root == ROOT and clients == SLOTS:
-                        for load, rate in in_turns(name, server, weights, numbers, 2 * requests):
+                        for load, rate in beside_generate(name, server, weights, numbers, 2 * requests):
                             found.append(load)
                             generated.setdefault(name, []).append(rate)
                     else:
@@ -199,7 +202,7 @@ def rows_of(
             {
                 "system": name,
                 "clients": clients,
-                **_spread(rates),
+                **spread("images_per_s", rates, 2),
                 "of_generate": round(statistics.median(shares), 1) if shares else "",
                 "wait_ms": round(statistics.median(waits), 1),
                 "wait_p95_ms": round(float(np.percentile(waits, 95)), 1),
@@ -210,7 +213,7 @@ def rows_of(
             }
         )
     for name, rates in generated.items():
-        rows.append({"system": f"{name}-generate", "clients": "", **_spread(rates)})
+        rows.append({"system": f"{name}-generate", "clients": "", **spread("images_per_s", rates, 2)})
     for limit, wait in lone.items():
         rows.append(
             {"system": f"fewstep-lone-max-batch-{limit}", "clients": 1, "wait_ms": round(1000 * wait, 2)}
@@ -218,6 +221,15 @@ def rows_of(
     return rows
 
 
-def _spread(rates: list[float]) -> dict[str, float]:
-    found = {"images_per_s": statistics.median(rates), "least": min(rates), "most": max(rates)}
-    return {name: round(rate, 2) for name, rate in found.items()}
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw images a second against the number of callers, beside what a batch takes without a server."""
+    loads: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.get("requests"):
+            loads.setdefault(row["system"], []).append((row["clients"], row["images_per_s"]))
+    levels = {
+        name: row["images_per_s"] for name in loads for row in rows if row["system"] == f"{name}-generate"
+    }
+    y = f"images a second, {rows[0]['cpu']}, {rows[0]['cores']} cores"
+    panel = Panel(loads, "callers at a time", y, ticks=True, y_range=(0, None), levels=levels)
+    plot_lines([[panel]], path, (8, 5), legend="lower center")

@@ -11,16 +11,15 @@ from typing import Any
 
 from PIL import Image
 
-from fewstep.errors import FewstepError
+from fewstep.evaluation.figures import sheet
 from fewstep.generation.pipeline import Pipeline, load_pipeline
 from fewstep.images.codec import encode_image
+from fewstep.miniature.showcase import upper_part
 from fewstep.miniature.styling import load_style
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 
 HEIGHT = 96
-GAP = 4
 COMMON: dict[str, Any] = {
     "prompt": "a red house in a meadow with mountains at sunset, in the middle",
     "seed": 7,
@@ -72,41 +71,29 @@ class Generator:
     pipeline: Pipeline
     styles: Path
 
-    def strip(self, wishes: Sequence[dict[str, Any]]) -> Image.Image:
-        """The images of all wishes side by side, as their files show them."""
-        images = [picture for wish in wishes for picture in self._generate(wish)]
-        scaled = [
-            picture.resize((round(picture.width * HEIGHT / picture.height), HEIGHT), Image.Resampling.LANCZOS)
-            for picture in images
-        ]
-        sheet = Image.new("RGB", (sum(one.width + GAP for one in scaled) - GAP, HEIGHT), "white")
-        x = 0
-        for one in scaled:
-            sheet.paste(one, (x, 0))
-            x += one.width + GAP
-        return sheet
+    def strip(self, examples: Sequence[dict[str, Any]]) -> Image.Image:
+        """Return the images of all examples side by side, as their files show them."""
+        images = [image for example in examples for image in self._generate(example)]
+        sizes = [(round(image.width * HEIGHT / image.height), HEIGHT) for image in images]
+        resized = zip(images, sizes, strict=True)
+        return sheet([[image.resize(size, Image.Resampling.LANCZOS) for image, size in resized]])
 
-    def _generate(self, wish: dict[str, Any]) -> list[Image.Image]:
-        inputs = COMMON | wish
+    def _generate(self, example: dict[str, Any]) -> list[Image.Image]:
+        inputs = COMMON | example
         if "image" in inputs:
-            [castle] = self._generate(CASTLE)
-            inputs |= {"image": castle, "seed": CASTLE["seed"]}
+            [inputs["image"]] = self._generate(CASTLE)
+            inputs["seed"] = CASTLE["seed"]
         if "mask" in inputs:
-            inputs["mask"] = Image.new("L", castle.size, 0)
-            inputs["mask"].paste(255, (0, 0, castle.width, round(0.58 * castle.height)))
-        request = Request.create(self.pipeline.spec, **inputs)
+            inputs["mask"] = upper_part(inputs["image"])
         loras = [
-            load_style(self.pipeline, self.styles / f"{one.source.place}.safetensors")
-            for one in request.wishes
+            load_style(self.pipeline, self.styles / f"{inputs[name]}.safetensors")
+            for name in ("style", "extra_style")
+            if inputs.get(name)
         ]
-        [found] = self.pipeline.generate([request.with_styles(loras)])
-        if isinstance(found, FewstepError):
-            raise found
-        kind, quality = request.output_format, request.output_quality
-        return [
-            Image.open(io.BytesIO(encode_image(image, kind, quality))).convert("RGB")
-            for image in found.images
-        ]
+        prompt, seed = inputs.pop("prompt"), inputs.pop("seed")
+        images = self.pipeline.images([prompt], [seed], loras=loras, **inputs)
+        kind, quality = inputs.get("output_format", "webp"), inputs.get("output_quality", 90)
+        return [Image.open(io.BytesIO(encode_image(image, kind, quality))).convert("RGB") for image in images]
 
 
 def main() -> None:
@@ -117,8 +104,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings, spec = Settings(dtype="fp32"), get_model("miniature")
     generator = Generator(load_pipeline(spec, settings), settings.styles_root / spec.name)
-    for name, wishes in EXAMPLES.items():
-        generator.strip(wishes).save(folder / f"{name}.webp", quality=90)
+    for name, examples in EXAMPLES.items():
+        generator.strip(examples).save(folder / f"{name}.webp", quality=90)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from fewstep.errors import FewstepError
+from fewstep.evaluation.figures import grid
+from fewstep.evaluation.generate import ddim, few_steps
 from fewstep.generation.pipeline import Pipeline, load_pipeline
-from fewstep.miniature.scoring import TEACHER_GUIDANCE, ddim_generator, few_step_generator, load_base
+from fewstep.miniature.scoring import TEACHER_GUIDANCE
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
+from fewstep.training.sources import load_base
 
 PROMPTS = (
     "a red house in a meadow with mountains at sunset",
@@ -39,52 +38,39 @@ STRENGTHS = (0.15, 0.3, 0.6)
 UNDER_MASK = "a red castle in the snow with a volcano at sunset, in the middle"
 
 
-def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Images of one size on a white sheet, row by row."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, picture in enumerate(images):
-        sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
-    return sheet
-
-
 def repaintings(pipeline: Pipeline) -> list[Image.Image]:
-    """An image; others from it at rising prompt_strength; a mask; and another sky under that mask."""
+    """Generate an image, others from it by prompt_strength, a mask, and another sky under that mask."""
+    [image] = pipeline.images([IMAGE_PROMPT], [3])
+    again = [
+        pipeline.images([REPAINTED], [3], image=image, prompt_strength=strength)[0] for strength in STRENGTHS
+    ]
+    mask = upper_part(image)
+    masked = pipeline.images([UNDER_MASK], [5], image=image, mask=mask, prompt_strength=1.0)
+    return [image, *again, mask.convert("RGB"), *masked]
 
-    def generate(prompt: str, seed: int, **inputs: Any) -> Image.Image:
-        [found] = pipeline.generate([Request.create(pipeline.spec, prompt=prompt, seed=seed, **inputs)])
-        if isinstance(found, FewstepError):
-            raise found
-        return found.images[0]
 
-    image = generate(IMAGE_PROMPT, 3)
-    again = [generate(REPAINTED, 3, image=image, prompt_strength=strength) for strength in STRENGTHS]
+def upper_part(image: Image.Image) -> Image.Image:
+    """Return a mask of the sky and what stands before it."""
     mask = Image.new("L", image.size, 0)
     mask.paste(255, (0, 0, image.width, round(0.58 * image.height)))
-    masked = generate(UNDER_MASK, 5, image=image, mask=mask, prompt_strength=1.0)
-    return [image, *again, mask.convert("RGB"), masked]
+    return mask
 
 
 def main() -> None:
-    """images.webp: all prompts in four steps. steps.webp: six of them by the base, then by the LCM-LoRA.
+    """pictures.webp: all prompts in four steps. steps.webp: six of them by the base, then by the LCM-LoRA.
     images.webp: image to image and inpainting."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the pictures go")
     folder = parser.parse_args().folder
-    settings, spec = Settings(dtype="fp32"), get_model("miniature")
-    pipeline = load_pipeline(spec, settings)
-    seeds = range(len(PROMPTS))
-    grid(few_step_generator(pipeline, 4)(PROMPTS, seeds), COLUMNS).save(folder / "pictures.webp", quality=92)
-
-    grid(repaintings(pipeline), COLUMNS).save(folder / "images.webp", quality=92)
-
-    base = load_base(settings.weights_root / spec.name, pipeline.device)
-    prompts, seeds = PROMPTS[:COLUMNS], range(COLUMNS)
-    rows = list(ddim_generator(base, BASE_STEPS, TEACHER_GUIDANCE)(prompts, seeds))
-    for steps in STEPS:
-        rows += few_step_generator(pipeline, steps)(prompts, seeds)
-    grid(rows, COLUMNS).save(folder / "steps.webp", quality=92)
+    settings = Settings(dtype="fp32")
+    pipeline = load_pipeline(get_model("miniature"), settings)
+    pictures = few_steps(pipeline, 4)(PROMPTS, range(len(PROMPTS)))
+    base = load_base("miniature", settings, pipeline.device)
+    ways = [ddim(base, TEACHER_GUIDANCE, "leading").in_steps(BASE_STEPS)]
+    ways += [few_steps(pipeline, steps) for steps in STEPS]
+    rows = [image for generate in ways for image in generate(PROMPTS[:COLUMNS], range(COLUMNS))]
+    for name, images in (("pictures", pictures), ("images", repaintings(pipeline)), ("steps", rows)):
+        grid(images, COLUMNS).save(folder / f"{name}.webp", quality=92)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from itertools import count
 
 import pytest
 
-from fewstep.benchmark.plots import plot_throughput
-from fewstep.benchmark.throughput import Load, differences, in_turns, put_load, rows_of, served
+from fewstep.benchmark.throughput import Load, beside_generate, differences, plot, put_load, rows_of, served
 from fewstep.coglet.server import ServerFailed
 from fewstep.settings import Settings
 
@@ -26,9 +25,9 @@ def test_loads_take_turns_with_generate(monkeypatch):
     monkeypatch.setattr("fewstep.benchmark.throughput.TURNS", 2)
     numbers = count()
     with served("fewstep", WEIGHTS) as server:
-        turns = in_turns("fewstep", server, WEIGHTS, numbers, requests=8)
+        turns = beside_generate("fewstep", server, WEIGHTS, numbers, requests=8)
     assert [(len(load.waited), load.lost, rate > 0) for load, rate in turns] == [(8, 0, True)] * 2
-    assert next(numbers) == 16  # each with wishes that no cache has seen
+    assert next(numbers) == 16  # each with prompts that no cache has seen
 
 
 def test_plain_diffusers_is_served_by_the_same_server():
@@ -71,5 +70,5 @@ def test_rows_are_medians_over_rounds_and_are_drawn(tmp_path):
     assert "most_apart" not in first and second["most_apart"] == 2
     assert (first["of_generate"], second["of_generate"]) == ("", 50)  # of 12.5, 80 and 50 %
     assert (generate["images_per_s"], lone["wait_ms"]) == (10, 100)
-    plot_throughput([{"cpu": "any", "cores": 2, **row} for row in rows], tmp_path / "x.png")
+    plot([{"cpu": "any", "cores": 2, **row} for row in rows], tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

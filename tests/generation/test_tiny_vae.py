@@ -5,13 +5,13 @@ import pytest
 import torch
 from tiny import REAL, as_downloaded, make_folder
 
-from fewstep.benchmark.quality import psnr
 from fewstep.errors import WeightsError
+from fewstep.evaluation.generate import few_steps
+from fewstep.evaluation.metrics import psnr
 from fewstep.generation.pipeline import GenerationResult, load_pipeline
-from fewstep.miniature.judge import load_judge, score
-from fewstep.miniature.scoring import few_step_generator, held_out_captions
+from fewstep.miniature.judge import load_judge
 from fewstep.miniature.world.drawing import draw
-from fewstep.miniature.world.scenes import Scene
+from fewstep.miniature.world.scenes import Scene, complete_captions, unseen_scenes
 from fewstep.models.manifest import Origin, write_manifest
 from fewstep.models.save import save_model
 from fewstep.models.specs import get_model
@@ -33,10 +33,10 @@ def tiny():
 
 
 def test_the_judge_reads_its_images_as_well(full, tiny):
-    scenes, captions = held_out_captions(48)
-    images = [few_step_generator(pipeline, 4)(captions, range(48)) for pipeline in (full, tiny)]
-    judge = load_judge(WEIGHTS / "miniature" / "judge" / "judge.safetensors")
-    right = [100 * score(judge, one, scenes).all(1).mean() for one in images]
+    scenes = unseen_scenes(48)
+    images = [few_steps(pipeline, 4)(complete_captions(scenes), range(48)) for pipeline in (full, tiny)]
+    judge = load_judge(WEIGHTS / "miniature")
+    right = [100 * judge.score(one, scenes).all(1).mean() for one in images]
     assert right[1] >= right[0] - 5
     assert 25 < psnr(images[1], images[0]) < 60
 

@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 from fewstep.generation.pipeline import GenerationResult, load_pipeline
 from fewstep.miniature.base import TOKENS, Base, make_scheduler, make_tokenizer, train_text
 from fewstep.miniature.build import SQUARE, Build, Sizes
-from fewstep.miniature.card import write_card
+from fewstep.miniature.scoring import write_card
 from fewstep.miniature.world.restyling import STYLES
 from fewstep.miniature.world.scenes import POSITIONS, all_scenes, caption
 from fewstep.models.specs import get_model

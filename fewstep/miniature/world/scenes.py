@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import product
 
@@ -183,6 +184,12 @@ def caption(scene: Scene, rng: random.Random, complete: bool = False) -> str:
         parts.remove(sky)
         return _finish(f"{sky}, {article}{noun} {' '.join(parts)}", rng)
     return _finish(f"{article}{noun}{', ' if comma else ' '}{(', ' if comma else ' ').join(parts)}", rng)
+
+
+def complete_captions(scenes: Sequence[Scene]) -> list[str]:
+    """Return one complete caption of each of `scenes`, in many wordings, always the same ones."""
+    rng = random.Random(11)
+    return [caption(scene, rng, complete=True) for scene in scenes]
 
 
 def _backdrop_phrase(scene: Scene, rng: random.Random) -> str:
