@@ -11,7 +11,9 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +38,32 @@ def serving(environ: Mapping[str, str], root: Path = ROOT) -> Iterator[Server]:
         with running_server(port=free_port(), log=log, environ=environ, root=root) as server:
             server.wait_ready()
             yield server
+
+
+@contextmanager
+def serving_web() -> Iterator[tuple[int, int]]:
+    """Run scripts/web, as people start it, ready: its port and its process. Raises ServerFailed when it does
+    not come up."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "fewstep.cli.web", "--port", str(port), "--no-open"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "FEWSTEP_WEB_DATA": folder},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr
+        try:
+            while not (line := process.stderr.readline()).startswith("ready: "):
+                if not line:
+                    raise ServerFailed("scripts/web did not come up")
+            # Its log; were it not read, the server would wait for that.
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            yield port, process.pid
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def only(weights: Path, **variables: str) -> dict[str, str]:

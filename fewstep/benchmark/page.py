@@ -1,41 +1,16 @@
-"""From the last keystroke to the image on the screen, in a browser: our page, and the usual small site.
-
-The usual one waits until typing has paused for half a second, has the image saved as a PNG, and is told its
-path. Both generate with the same Cog server.
-"""
+"""From the last keystroke to the image on the screen: a person at scripts/web, in a browser."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import shutil
 import statistics
-import tempfile
-import threading
-import time
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
-
-from fewstep.benchmark.measure import in_turns, predict
-from fewstep.coglet.server import ROOT, Server, free_port
+from fewstep.benchmark.measure import in_turns, serving_web
 from fewstep.errors import SettingsError
-from fewstep.models.specs import get_model
-from fewstep.web.app import create_app
-from fewstep.web.settings import WebSettings
-from fewstep.web.worker_pool import RemoteWorker
 
 KEY_MS = 120  # between keystrokes: a hundred words a minute
 PROMPTS = (
@@ -52,63 +27,49 @@ LOADED = """() => [performance.getEntriesByName('first-contentful-paint')[0].sta
   performance.getEntriesByType('resource').concat(performance.getEntriesByType('navigation'))
     .reduce((sum, one) => sum + one.encodedBodySize, 0)]"""
 LAST_KEY = "addEventListener('input', event => { window.lastKey = event.timeStamp }, true)"
-# What a page knows of the image of a prompt once it is on the screen.
+# What the page knows of the image of a prompt once it is on the screen.
 SHOWN = """prompt => {
   const {shownPrompt, shownN} = document.documentElement.dataset
-  if (window.fewstepTimes)
-    return shownPrompt === prompt && window.fewstepTimes.find(one => one.n === Number(shownN))
-  return window.shown && window.shown.prompt === prompt && window.shown
+  return shownPrompt === prompt && window.fewstepTimes.find(one => one.n === Number(shownN))
 }"""
-USUAL = """<!doctype html><title>usual</title><input id=prompt><img id=picture>
-<script>
-let timer
-document.querySelector('#prompt').addEventListener('input', event => {
-  clearTimeout(timer)
-  const prompt = event.target.value
-  if (!prompt) return
-  timer = setTimeout(async () => {
-    const answer = await (await fetch('/paint', {method: 'POST', body: JSON.stringify({prompt})})).json()
-    const picture = document.querySelector('#picture')
-    picture.onload = () => requestAnimationFrame(() => {
-      window.shown = {prompt, shown: performance.now(), paint_ms: answer.paint_ms}
-    })
-    picture.src = answer.path
-  }, 500)
-})
-</script>"""
 
 
-def measure(server: Server, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds beyond generating, of every prompt typed `rounds` times, the two pages in turns.
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """Return a row of the milliseconds beyond generating, of every prompt typed `rounds` times.
 
-    Raises SettingsError without a Chromium.
+    Raises SettingsError without a Chromium, ServerFailed when scripts/web does not come up.
     """
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         raise SettingsError("there is no Chromium to measure in; on Debian: apt install chromium")
-    url = f"http://{server.host}:{server.port}"
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        _serving(_ours(url, Path(folder))) as ours,
-        _serving(_usual(server, Path(folder))) as usual,
-        sync_playwright() as playwright,
-    ):
+    with serving_web() as (port, _), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=OPTIONS)
-        loads = [_load(browser, ours) for _ in range(LOADS)]
-        pages: dict[str, Any] = {"fewstep": browser.new_page(), "debounce, PNG, path": browser.new_page()}
-        for page, address in zip(pages.values(), (ours, usual), strict=True):
-            page.add_init_script(LAST_KEY)
-            page.goto(address)
-            page.wait_for_timeout(1000)
-        measured = {name: partial(_beyond_ms, page, cycle(PROMPTS)) for name, page in pages.items()}
-        times = in_turns(measured, rounds * len(PROMPTS))
+        address = f"http://127.0.0.1:{port}"
+        loads = [_load(browser, address) for _ in range(LOADS)]
+        page = browser.new_page()
+        page.add_init_script(LAST_KEY)
+        page.goto(address)
+        page.wait_for_timeout(1000)
+        typed = {"fewstep": partial(_beyond_ms, page, cycle(PROMPTS))}
+        times = in_turns(typed, rounds * len(PROMPTS))["fewstep"]
         browser.close()
-    rows = [{"page": name, **_summarised(values)} for name, values in times.items()]
-    first_paint = statistics.median(first for first, _ in loads)
-    rows[0] |= {"first_paint_ms": round(first_paint), "kb": loads[0][1]}
-    return rows
+    figures = {
+        "median_ms": statistics.median(times),
+        "p95_ms": statistics.quantiles(times, n=20)[-1],
+        "least_ms": min(times),
+        "most_ms": max(times),
+    }
+    return [
+        {
+            "page": "fewstep",
+            "samples": len(times),
+            **{name: round(value, 1) for name, value in figures.items()},
+            "first_paint_ms": round(statistics.median(first for first, _ in loads)),
+            "kb": loads[0][1],
+        }
+    ]
 
 
 def _load(browser: Any, address: str) -> tuple[float, float]:
@@ -124,56 +85,8 @@ def _load(browser: Any, address: str) -> tuple[float, float]:
 def _beyond_ms(page: Any, prompts: Iterator[str]) -> float:
     """Type the next prompt; the milliseconds from the last key to its image, beyond those of generating."""
     prompt = next(prompts)
-    page.bring_to_front()
     page.fill("#prompt", "")
     page.wait_for_timeout(700)
     page.locator("#prompt").press_sequentially(prompt, delay=KEY_MS)
     shown = page.wait_for_function(SHOWN, arg=prompt).json_value()
     return float(shown["shown"] - page.evaluate("window.lastKey") - shown["paint_ms"])
-
-
-def _summarised(values: Sequence[float]) -> dict[str, Any]:
-    cuts = statistics.quantiles(values, n=20)
-    return {
-        "samples": len(values),
-        "median_ms": round(statistics.median(values), 1),
-        "p95_ms": round(cuts[-1], 1),
-        "least_ms": round(min(values), 1),
-        "most_ms": round(max(values), 1),
-    }
-
-
-def _ours(url: str, folder: Path) -> Starlette:
-    settings = replace(WebSettings.from_env(ROOT, {}), data=folder / "data")
-    return create_app(get_model("miniature"), settings, RemoteWorker(url, 60))
-
-
-def _usual(server: Server, folder: Path) -> Starlette:
-    async def page(request: Request) -> HTMLResponse:
-        return HTMLResponse(USUAL)
-
-    async def generate(request: Request) -> JSONResponse:
-        inputs = {**await request.json(), "output_format": "png"}
-        answer = await asyncio.to_thread(predict, server, 60, **inputs)
-        file = folder / f"{uuid.uuid4()}.png"
-        file.write_bytes(base64.b64decode(answer["output"][0].partition(",")[2]))
-        spent = sum(value for name, value in answer["metrics"].items() if name.endswith("_ms"))
-        return JSONResponse({"path": f"/files/{file.name}", "paint_ms": spent})
-
-    files = Mount("/files", StaticFiles(directory=folder))
-    return Starlette(routes=[Route("/", page), Route("/paint", generate, methods=["POST"]), files])
-
-
-@contextmanager
-def _serving(app: Starlette) -> Iterator[str]:
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(30)

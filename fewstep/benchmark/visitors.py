@@ -8,15 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any
@@ -24,9 +17,8 @@ from typing import Any
 import httpx2
 from websockets.asyncio.client import connect
 
-from fewstep.benchmark.measure import memory_bytes
+from fewstep.benchmark.measure import memory_bytes, serving_web
 from fewstep.benchmark.page import PROMPTS
-from fewstep.coglet.server import ROOT, ServerFailed, free_port
 
 KEY_S = 0.1
 WARM_UP_S = 10.0  # until memory is what it stays at
@@ -45,7 +37,7 @@ class Session:
 
 def measure(clients: int, seconds: float, warm_up_s: float = WARM_UP_S) -> dict[str, Any]:
     """Return one row. Raises ServerFailed when scripts/web does not come up."""
-    with _web() as (port, pid):
+    with serving_web() as (port, pid):
         began = time.monotonic()
         session = Session(began + warm_up_s + seconds)
 
@@ -110,27 +102,3 @@ async def _weigh(pid: int, session: Session) -> None:
     while time.monotonic() < session.until:
         session.memory_mb.append(memory_bytes(pid, "VmRSS") / 1024 / 1000)
         await asyncio.sleep(1)
-
-
-@contextmanager
-def _web() -> Iterator[tuple[int, int]]:
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fewstep.cli.web", "--port", str(port), "--no-open"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "FEWSTEP_WEB_DATA": folder},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stderr
-        try:
-            while not (line := process.stderr.readline()).startswith("ready: "):
-                if not line:
-                    raise ServerFailed("scripts/web did not come up")
-            # Its log; were it not read, the server would wait for that.
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            yield port, process.pid
-        finally:
-            process.terminate()
-            process.wait(60)

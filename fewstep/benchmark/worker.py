@@ -13,13 +13,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from zlib import crc32
 
 from PIL import Image
-from torch import nn
 
 from fewstep.benchmark.measure import memory_bytes
 from fewstep.benchmark.systems import SYSTEMS, Scenario, System, prompts_and_seeds
@@ -74,50 +74,30 @@ def _save(images: Sequence[Image.Image], folder: Path, name: str) -> None:
 @contextmanager
 def stopwatches(system: System) -> Iterator[dict[str, float]]:
     """Count the seconds that are spent within each network; what is left is everybody's own overhead."""
-    spent = dict.fromkeys(system.networks, 0.0)
     engine: Any = system.engine
+    calls = {name: [(module, "forward") for module in modules] for name, modules in system.networks.items()}
     # What an engine does is not timed on torch as well, so that nobody takes the one for the other.
-    engines = ("unet", *(["vae"] if engine.decodes else [])) if engine else ()
-    handles = [
-        handle
-        for name, parts in system.networks.items()
-        if name not in engines
-        for part in parts
-        for handle in _time(part, name, spent)
-    ]
     if engine:
-        engine.unet = _timed(engine.unet, "unet", spent)
-        engine.decode = _timed(engine.decode, "vae", spent)
-    try:
+        calls["unet"] = [(engine, "unet")]
+        calls["vae"] = [(engine, "decode"), *([] if engine.decodes else calls["vae"])]
+    spent = dict.fromkeys(calls, 0.0)
+    with ExitStack() as stack:
+        for part, objects in calls.items():
+            for owner, method in objects:
+                timed = _timed(getattr(owner, method), part, spent)
+                stack.enter_context(patch.object(owner, method, timed))
         yield spent
-    finally:
-        for handle in handles:
-            handle.remove()
-        if engine:
-            del engine.unet, engine.decode  # what the class has comes to light again
 
 
-def _timed(call: Callable[..., Any], name: str, spent: dict[str, float]) -> Callable[..., Any]:
-    def timed(*arguments: Any) -> Any:
+def _timed(call: Callable[..., Any], part: str, spent: dict[str, float]) -> Callable[..., Any]:
+    def timed(*arguments: Any, **named: Any) -> Any:
         started = time.perf_counter()
         try:
-            return call(*arguments)
+            return call(*arguments, **named)
         finally:
-            spent[name] += time.perf_counter() - started
+            spent[part] += time.perf_counter() - started
 
     return timed
-
-
-def _time(module: nn.Module, name: str, spent: dict[str, float]) -> list[Any]:
-    began: list[float] = []
-
-    def before(*_: object) -> None:
-        began.append(time.perf_counter())
-
-    def after(*_: object) -> None:
-        spent[name] += time.perf_counter() - began.pop()
-
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
 if __name__ == "__main__":

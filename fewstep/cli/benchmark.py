@@ -101,11 +101,9 @@ def _startup(weights: Path, rounds: int) -> list[dict[str, Any]]:
 
 
 def _page(weights: Path, rounds: int) -> list[dict[str, Any]]:
-    from fewstep.benchmark.measure import only, serving
     from fewstep.benchmark.page import measure
 
-    with serving(only(weights)) as server:
-        return measure(server, 4 * rounds)
+    return measure(4 * rounds)
 
 
 def _visitors(weights: Path, rounds: int) -> list[dict[str, Any]]:

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from PIL import Image
 
-from fewstep.miniature.world.backdrops import BACKDROP_DRAWERS
 from fewstep.miniature.world.canvas import Canvas, Colour
-from fewstep.miniature.world.grounds import GROUND_COLOURS, GROUND_DRAWERS
+from fewstep.miniature.world.landscape import (
+    BACKDROP_DRAWERS,
+    GROUND_COLOURS,
+    GROUND_DRAWERS,
+    SKY_COLOURS,
+    SKY_DRAWERS,
+    draw_raindrops,
+    draw_wisps,
+)
 from fewstep.miniature.world.objects import OBJECT_DRAWERS, Brush
 from fewstep.miniature.world.scenes import Scene
-from fewstep.miniature.world.skies import SKY_COLOURS, SKY_DRAWERS, draw_raindrops, draw_wisps
 
 PLACES = {"left": 0.28, "middle": 0.50, "right": 0.72}  # of the width
 

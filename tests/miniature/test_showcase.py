@@ -10,7 +10,7 @@ from fewstep.coglet.schema import make_schema
 from fewstep.coglet.server import ROOT
 from fewstep.evaluation.figures import GAP
 from fewstep.generation.pipeline import load_pipeline
-from fewstep.miniature.examples import EXAMPLES, HEIGHT, Generator
+from fewstep.miniature.showcase import EXAMPLES, HEIGHT, ExampleGenerator
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
@@ -19,9 +19,11 @@ NOT_FOR_THE_MINIATURE = {"disable_safety_checker"}  # its images are not checked
 
 
 @pytest.fixture(scope="module")
-def generator() -> Generator:
+def generator() -> ExampleGenerator:
     settings = Settings(dtype="fp32")
-    return Generator(load_pipeline(get_model("miniature"), settings), settings.styles_root / "miniature")
+    return ExampleGenerator(
+        load_pipeline(get_model("miniature"), settings), settings.styles_root / "miniature"
+    )
 
 
 def test_the_readme_has_a_row_with_an_image_for_every_input():
