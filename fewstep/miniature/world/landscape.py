@@ -113,16 +113,6 @@ def draw_raindrops(c: Canvas) -> None:
         )
 
 
-SKY_DRAWERS: dict[str, Callable[[Canvas], None]] = {
-    "day": draw_day,
-    "sunset": draw_sunset,
-    "night": draw_night,
-    "rain": draw_rain,
-    "fog": draw_fog,
-    "aurora": draw_aurora,
-}
-
-
 def draw_mountains(c: Canvas) -> None:
     rock, shade, cap = c.lit((120, 128, 152)), c.lit((84, 92, 122)), c.lit((250, 250, 255))
     for top, jitter, count in ((0.30, 0.05, 3), (0.19, 0.04, 4)):
@@ -223,16 +213,6 @@ def draw_pyramids(c: Canvas) -> None:
         )
 
 
-BACKDROP_DRAWERS: dict[str, Callable[[Canvas], None]] = {
-    "mountains": draw_mountains,
-    "forest": draw_forest,
-    "city": draw_city,
-    "hills": draw_hills,
-    "volcano": draw_volcano,
-    "pyramids": draw_pyramids,
-}
-
-
 # Of grounds, far and near.
 GROUND_COLOURS: dict[str, tuple[Colour, Colour]] = {
     "meadow": ((132, 190, 84), (62, 140, 52)),
@@ -300,10 +280,11 @@ def draw_lavender(c: Canvas) -> None:
         c.pen.polygon(row, fill=c.lit((92, 124, 84)))
 
 
-GROUND_DRAWERS: dict[str, Callable[[Canvas], None]] = {
-    "meadow": draw_meadow,
-    "desert": draw_desert,
-    "snow": draw_snow,
-    "lake": draw_lake,
-    "lavender": draw_lavender,
-}
+def _by_name(*drawers: Callable[[Canvas], None]) -> dict[str, Callable[[Canvas], None]]:
+    """Return drawers of `draw_NAME` by NAME, an attribute of a scene."""
+    return {drawer.__name__.removeprefix("draw_"): drawer for drawer in drawers}
+
+
+SKY_DRAWERS = _by_name(draw_day, draw_sunset, draw_night, draw_rain, draw_fog, draw_aurora)
+BACKDROP_DRAWERS = _by_name(draw_mountains, draw_forest, draw_city, draw_hills, draw_volcano, draw_pyramids)
+GROUND_DRAWERS = _by_name(draw_meadow, draw_desert, draw_snow, draw_lake, draw_lavender)
