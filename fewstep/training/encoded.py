@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.errors import DatasetError, InvalidRequest
+from fewstep.generation.reference import native_size as native_size
 from fewstep.generation.text_encoder import Diffusion
 from fewstep.images.codec import fit, open_image
 from fewstep.request import SIDE, sizes_of
@@ -27,11 +28,6 @@ from fewstep.training.tensor_files import write_tensors
 from fewstep.training.trainer import WHOLE, Shard, step_generator
 
 logger = logging.getLogger(__name__)
-
-
-def native_size(diffusion: Diffusion) -> int:
-    """The side in px of the squares that a diffusers pipeline was made for."""
-    return int(diffusion.unet.config.sample_size * diffusion.vae_scale_factor)
 
 
 def check_side(side: int | None) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import torch
-from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import LCMScheduler, UNet2DConditionModel
 from PIL import Image
 
+from fewstep.generation.reference import generate_images
 from fewstep.generation.text_encoder import Diffusion
-from fewstep.models.device import autocast
 
 STEPS = 4
 # For a LoRA on the base alone, which knows nothing of few steps.
@@ -26,24 +24,16 @@ def generate(
     guidance: float = 1.0,
 ) -> Iterator[Image.Image]:
     """One image of each of `prompts` by `unet`, with what else `diffusion` has; image i has seed i."""
-    kept: dict[str, Any] = diffusion.components | {"unet": unet}
-    options: dict[str, Any] = {"requires_safety_checker": False, "safety_checker": None}
-    if isinstance(diffusion, StableDiffusionXLPipeline):
-        zeros = diffusion.config.force_zeros_for_empty_prompt
-        options = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
-    if few_steps:
-        kept["scheduler"] = LCMScheduler.from_config(diffusion.scheduler.config)
-    painter = type(diffusion)(**(kept | options))
-    painter.set_progress_bar_config(disable=True)
-    for i, prompt in enumerate(prompts):  # one by one: a training leaves little memory
-        with autocast(diffusion.device):
-            image = painter(
-                prompt,
-                num_inference_steps=STEPS if few_steps else BASE_STEPS,
-                guidance_scale=guidance if few_steps else BASE_GUIDANCE,
-                generator=torch.Generator().manual_seed(i),
-            ).images[0]
-        yield image  # with autocast off again, which is not the caller's
+    return generate_images(
+        diffusion,
+        prompts,
+        range(len(prompts)),
+        steps=STEPS if few_steps else BASE_STEPS,
+        guidance=guidance if few_steps else BASE_GUIDANCE,
+        scheduler=LCMScheduler.from_config(diffusion.scheduler.config) if few_steps else None,
+        batch=1,  # a training leaves little memory
+        unet=unet,
+    )
 
 
 def generate_samples(
