@@ -18,7 +18,7 @@ tags:
 
 # {title}
 
-{picture}
+{image}
 
 {use}
 ## How it was trained
