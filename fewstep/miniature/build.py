@@ -42,7 +42,7 @@ from fewstep.training.distill import (
     lora_roles,
     order_for_training,
 )
-from fewstep.training.lora_files import save_lora
+from fewstep.training.export import save_lora
 from fewstep.training.style import StyleStudent, add_style, style_training
 from fewstep.training.trainer import Schedule, optimise
 

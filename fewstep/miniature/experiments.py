@@ -29,7 +29,7 @@ from fewstep.evaluation.compare import Sampler, write_rows
 from fewstep.generation.text_encoder import Diffusion
 from fewstep.miniature.scoring import TEACHER_GUIDANCE, TEACHER_STEPS, JudgeMeter
 from fewstep.miniature.showcase import grid
-from fewstep.miniature.world.dataset import pick_scenes, write_images, write_world
+from fewstep.miniature.world.dataset import pick_scenes, training_captions, write_images, write_world
 from fewstep.miniature.world.scenes import (
     Scene,
     all_scenes,
@@ -38,17 +38,15 @@ from fewstep.miniature.world.scenes import (
     unseen_scenes,
 )
 from fewstep.models.sources import LCM_LORA
-from fewstep.models.specs import get_model
 from fewstep.settings import Settings
+from fewstep.training.config import Plan, TrainingOptions, preset
 from fewstep.training.consistency import NoiseSchedule
-from fewstep.training.datasets import find
+from fewstep.training.data import find
 from fewstep.training.distill import LoraStudent, add_lora, order_for_training
-from fewstep.training.encoded import Batches, Encoder
-from fewstep.training.finetune import Wish, fine_tune
-from fewstep.training.plan import Plan
-from fewstep.training.presets import preset
-from fewstep.training.run import DIFFUSERS_FILE, Data, train
-from fewstep.training.sources import load_base
+from fewstep.training.export import DIFFUSERS_FILE
+from fewstep.training.latents import Batches, Encoder
+from fewstep.training.networks import load_base
+from fewstep.training.run import Data, train, train_model
 from fewstep.training.style import style_training
 from fewstep.training.trainer import Schedule, optimise
 
@@ -282,14 +280,20 @@ def finetuning(laboratory: Laboratory, out: Path) -> None:
     rows: list[dict[str, Any]] = []
     images: list[Image.Image] = []
     _mark("before", laboratory.few_step(lora), 4, exams, rows, images)
-    spec = get_model("miniature")
     for method, rehearse in product(("lcf", "style"), (None, 0)):
         name = method if rehearse is None else f"{method}, without rehearsal"
         folder = laboratory.work / f"finetuning-{name}"
         steps = preset("miniature", method).schedule.steps
         # As many steps for the new images in both.
-        wish = Wish(method, steps if rehearse is None else steps // 2, rehearse=rehearse, watch_every=0)
-        path = fine_tune(spec, laboratory.settings, wish, laboratory.work / "windmills", folder)
+        steps = steps if rehearse is None else steps // 2
+        path = train_model(
+            "miniature",
+            laboratory.settings,
+            TrainingOptions(method, steps, rehearse=rehearse, watch_every=0),
+            lambda: find(laboratory.work / "windmills"),
+            folder,
+            prior_prompts=training_captions,
+        )
         both = laboratory.base()
         both.load_lora_weights(folder, weight_name=path.name)
         both.fuse_lora()

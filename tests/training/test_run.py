@@ -15,15 +15,14 @@ from safetensors.torch import load_file
 from tiny import make_diffusers_folder
 
 from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.reference import native_size
 from fewstep.miniature.world.dataset import write_world
 from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
-from fewstep.training.encoded import native_size
-from fewstep.training.plan import METHODS
-from fewstep.training.presets import MINIATURE, REAL, preset
-from fewstep.training.samples import generate_samples
-from fewstep.training.sources import load_base
+from fewstep.training.config import METHODS, MINIATURE, REAL, preset
+from fewstep.training.networks import load_base
+from fewstep.training.run import generate_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(verify="size", dtype="fp32")
@@ -231,4 +230,4 @@ def test_every_preset_is_whole():
     assert set(REAL) == set(MINIATURE) == set(METHODS)
     for method in METHODS:
         assert preset("miniature", method).method == preset("sdxl", method).method == method
-        assert preset("sdxl", method).told()["method"] == method
+        assert preset("sdxl", method).metadata()["method"] == method

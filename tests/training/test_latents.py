@@ -15,9 +15,9 @@ from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
-from fewstep.training.datasets import Captioned, read_shards
-from fewstep.training.encoded import Batches, Encoder
-from fewstep.training.sources import load_base
+from fewstep.training.data import Captioned, read_shards
+from fewstep.training.latents import Batches, Encoder
+from fewstep.training.networks import load_base
 from fewstep.training.trainer import WHOLE, Shard
 
 MINIATURE = get_model("miniature")

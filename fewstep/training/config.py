@@ -1,16 +1,108 @@
-"""Where to begin: a plan for each kind of model, with a reason for what is not obvious.
+"""What is trained and how: a caller's options, and for each kind of model a plan to begin with, which has a
+reason for what is not obvious.
 
 LCM is arXiv 2310.04378, the LCM-LoRA report 2311.05556.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeAlias
 
-from fewstep.training.distill import FullStudent, LoraStudent
-from fewstep.training.plan import Plan
+from fewstep.errors import DatasetError, TrainingError
+from fewstep.request import SIDE
+from fewstep.training.distill import Distillation, FullStudent, LoraStudent
 from fewstep.training.style import StyleStudent
 from fewstep.training.trainer import Schedule
+
+METHODS = {
+    "lora": "an LCM-LoRA, distilled from its base",
+    "full": "a full LCM, distilled from its base",
+    "lcf": "a LoRA for the few-step model that it was trained on, without a teacher",
+    "style": "an ordinary LoRA, which knows nothing of few steps",
+}
+
+Student: TypeAlias = LoraStudent | FullStudent | StyleStudent
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training: `method` is one of METHODS, and `student` of its kind."""
+
+    method: str
+    student: Student
+    schedule: Schedule
+    seed: int = 0
+    watch_every: int = 200  # steps between two validations, each with a row of samples; 0: none
+    gradient_checkpointing: bool = False  # a third more time, a fraction of the memory
+    rehearse: int = 0  # images of its own that a model is not to forget; every other step is for them
+
+    def with_student(self, **figures: Any) -> Plan:
+        """Return the plan with other figures of its student. Raises TypeError for those that it has not."""
+        return replace(self, student=replace(self.student, **figures))
+
+    def with_schedule(self, **figures: Any) -> Plan:
+        """Return the plan with other figures for the optimiser; few steps warm up for a tenth of them."""
+        schedule = replace(self.schedule, **figures)
+        warmup = max(1, min(schedule.warmup, schedule.steps // 10))
+        return replace(self, schedule=replace(schedule, warmup=warmup))
+
+    def metadata(self) -> dict[str, object]:
+        """Return every figure by its name, for files, logs and the card."""
+        own = {
+            "method": self.method,
+            "seed": self.seed,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "rehearse": self.rehearse,
+        }
+        return own | asdict(self.student) | asdict(self.schedule)
+
+
+def check_side(side: int | None) -> None:
+    """Raises DatasetError for a side, in px, that no network takes; None is the model's own."""
+    low, high = SIDE
+    if side is not None and (side % 8 or not low <= side <= high):
+        raise DatasetError(f"the resolution is {side}; it must be a multiple of 8 from {low} to {high}")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What a caller may choose; None is the preset's, and of `resolution`, the side of squares in px, the
+    model's own. The last three are for distillation."""
+
+    method: str = "lcf"
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    rank: int | None = None
+    resolution: int | None = None
+    seed: int = 0
+    rehearse: int | None = None
+    watch_every: int | None = None
+    accumulate: int | None = None
+    guidance: tuple[float, float] | None = None
+    skip: int | None = None
+
+    def plan(self, model: str) -> Plan:
+        """Return the preset of `model` with what was chosen.
+
+        Raises DatasetError as `check_side` does, and TrainingError for a `skip` beyond the solver's steps.
+        """
+        check_side(self.resolution)
+        plan = preset(model, self.method)
+        plan = plan.with_student(**_chosen(rank=self.rank, guidance=self.guidance, skip=self.skip))
+        student = plan.student
+        if isinstance(student, Distillation) and student.skip >= student.solver_steps:
+            raise TrainingError(f"--skip must be less than {student.solver_steps}, the steps of the solver")
+        schedule = {"steps": self.steps, "batch": self.batch_size, "lr": self.learning_rate}
+        plan = plan.with_schedule(**_chosen(**schedule, accumulate=self.accumulate))
+        more = _chosen(watch_every=self.watch_every, rehearse=self.rehearse)
+        return replace(plan, seed=self.seed, **more)
+
+
+def _chosen(**figures: Any) -> dict[str, Any]:
+    return {name: value for name, value in figures.items() if value is not None}
+
 
 _REAL_LORA = Plan(
     method="lora",
@@ -57,7 +149,7 @@ _REAL_LCF = Plan(
     method="lcf",
     student=LoraStudent(
         rank=16,  # one subject needs less than all there is
-        guidance=(2.0, 14.0),  # a full LCM is told w; otherwise nobody is
+        guidance=(2.0, 14.0),  # a full LCM takes w; others do not
         solver_steps=50,
         skip=1,
         huber_c=1e-3,
@@ -152,5 +244,5 @@ MINIATURE = {
 
 
 def preset(model: str, method: str) -> Plan:
-    """Where to begin with `model`, by name; what is not the miniature is taken for one of SDXL's size."""
-    return (MINIATURE if model == "miniature" else REAL)[method]
+    """Return where to begin with `model`, by name; what has no presets is taken for one of SDXL's size."""
+    return {"miniature": MINIATURE}.get(model, REAL)[method]
