@@ -58,13 +58,6 @@ class Plan:
         return own | asdict(self.student) | asdict(self.schedule)
 
 
-def check_side(side: int | None) -> None:
-    """Raises DatasetError for a side, in px, that no network takes; None is the model's own."""
-    low, high = SIDE
-    if side is not None and (side % 8 or not low <= side <= high):
-        raise DatasetError(f"the resolution is {side}; it must be a multiple of 8 from {low} to {high}")
-
-
 @dataclass(frozen=True)
 class TrainingOptions:
     """What a caller may choose; None is the preset's, and of `resolution`, the side of squares in px, the
@@ -86,9 +79,12 @@ class TrainingOptions:
     def plan(self, model: str) -> Plan:
         """Return the preset of `model` with what was chosen.
 
-        Raises DatasetError as `check_side` does, and TrainingError for a `skip` beyond the solver's steps.
+        Raises DatasetError for a resolution that no network takes, and TrainingError for a `skip` beyond the
+        solver's steps.
         """
-        check_side(self.resolution)
+        side, (low, high) = self.resolution, SIDE
+        if side is not None and (side % 8 or not low <= side <= high):
+            raise DatasetError(f"the resolution is {side}; it must be a multiple of 8 from {low} to {high}")
         plan = preset(model, self.method)
         plan = plan.with_student(**_chosen(rank=self.rank, guidance=self.guidance, skip=self.skip))
         student = plan.student
@@ -126,12 +122,11 @@ _REAL_LORA = Plan(
     gradient_checkpointing=True,  # without it, one image of 1024 px fills 24 GB
 )
 
-_REAL_FULL = Plan(
+_REAL_FULL = replace(
+    _REAL_LORA,
     method="full",
     student=FullStudent(
         guidance=(2.0, 14.0),  # LCM's range of w
-        solver_steps=50,
-        skip=1,
         width=256,  # of LCM_Dreamshaper_v7
     ),
     schedule=replace(
@@ -140,65 +135,48 @@ _REAL_FULL = Plan(
         ema_decay=0.95,  # the target's; of the same scripts
         checkpoint_every=500,  # of 41 GB each
     ),
-    watch_every=500,
-    gradient_checkpointing=True,
 )
 
 # Fine-tuning of a few-step model: the LoRA of a user's images, some dozens of them.
-_REAL_LCF = Plan(
+_REAL_LCF = replace(
+    _REAL_LORA,
     method="lcf",
     student=LoraStudent(
         rank=16,  # one subject needs less than all there is
         guidance=(2.0, 14.0),  # a full LCM takes w; others do not
-        solver_steps=50,
-        skip=1,
-        huber_c=1e-3,
     ),
-    schedule=Schedule(
+    schedule=replace(
+        _REAL_LORA.schedule,
         steps=1_000,  # every other one rehearses
-        lr=1e-4,
         batch=4,
         warmup=50,
-        weight_decay=0.0,
-        ema_decay=0.95,
         checkpoint_every=100,
     ),
     watch_every=200,
-    gradient_checkpointing=True,
     rehearse=200,  # DreamBooth takes some hundreds of a class
 )
 
-_REAL_STYLE = Plan(
-    method="style",
-    student=StyleStudent(rank=16),
-    schedule=_REAL_LCF.schedule,
-    watch_every=200,
-    gradient_checkpointing=True,
-    rehearse=_REAL_LCF.rehearse,
+# The miniature's build distils its LCM-LoRA with the same figures.
+MINIATURE_LORA = LoraStudent(
+    rank=32,  # of a UNet whose widest layer has 192 channels
+    guidance=(
+        0.8,
+        1.6,
+    ),  # 1.8 to 2.6 for the teacher: from 3 on, colours burn
+    skip=5,  # k = 100: noise is reached in few links, so that 180 steps suffice
+    inverse_sigma=True,  # else more steps generate worse images, see Distillation
+    huber_c=0.3,
+)
+MINIATURE_SCHEDULE = Schedule(
+    steps=180,  # 10 minutes on two cores; 99 % all right by then
+    lr=5e-4,
+    batch=48,
+    weight_decay=0.0,
+    ema_decay=0.98,
+    checkpoint_every=20,
 )
 
-_MINIATURE_LORA = Plan(
-    method="lora",
-    student=LoraStudent(
-        rank=32,  # of a UNet whose widest layer has 192 channels
-        guidance=(0.8, 1.6),  # 1.8 to 2.6 for the teacher: from 3 on, colours burn
-        skip=5,  # k = 100: noise is reached in few links, so that 180 steps suffice
-        inverse_sigma=True,  # else more steps generate worse images, see Distillation
-        huber_c=0.3,
-    ),
-    schedule=Schedule(
-        steps=180,  # 10 minutes on two cores; 99 % all right by then
-        lr=5e-4,
-        batch=48,
-        weight_decay=0.0,
-        ema_decay=0.98,
-        checkpoint_every=20,
-    ),
-    watch_every=60,
-)
-
-_MINIATURE_FULL = replace(
-    _MINIATURE_LORA,
+_MINIATURE_FULL = Plan(
     method="full",
     student=FullStudent(
         guidance=(0.5, 2.0),  # about those that this base is guided with
@@ -207,39 +185,34 @@ _MINIATURE_FULL = replace(
         huber_c=0.3,
         width=64,  # as wide as the UNet's first block
     ),
-    schedule=replace(_MINIATURE_LORA.schedule, steps=400, lr=3e-4),
+    schedule=replace(MINIATURE_SCHEDULE, steps=400, lr=3e-4),
+    watch_every=60,
 )
 
 _MINIATURE_LCF = Plan(
     method="lcf",
-    student=LoraStudent(rank=16, guidance=(0.0, 0.0), skip=5, inverse_sigma=True, huber_c=0.3),
-    schedule=Schedule(
+    student=replace(MINIATURE_LORA, rank=16, guidance=(0.0, 0.0)),
+    schedule=replace(
+        MINIATURE_SCHEDULE,
         steps=800,  # every other one rehearses; 10 minutes on one core
         lr=1e-3,  # at half of it, the new object stays blurred
         batch=16,
         warmup=20,
-        weight_decay=0.0,
-        ema_decay=0.98,
-        checkpoint_every=20,
     ),
-    watch_every=200,
     rehearse=600,  # with 200 the miniature forgets twice as much
 )
 
-_MINIATURE_STYLE = Plan(
-    method="style",
-    student=StyleStudent(rank=16),
-    schedule=_MINIATURE_LCF.schedule,
-    watch_every=200,
-    rehearse=_MINIATURE_LCF.rehearse,
-)
-
-REAL = {"lora": _REAL_LORA, "full": _REAL_FULL, "lcf": _REAL_LCF, "style": _REAL_STYLE}
+REAL = {
+    "lora": _REAL_LORA,
+    "full": _REAL_FULL,
+    "lcf": _REAL_LCF,
+    "style": replace(_REAL_LCF, method="style", student=StyleStudent(rank=16)),
+}
 MINIATURE = {
-    "lora": _MINIATURE_LORA,
+    "lora": Plan("lora", MINIATURE_LORA, MINIATURE_SCHEDULE, watch_every=60),
     "full": _MINIATURE_FULL,
     "lcf": _MINIATURE_LCF,
-    "style": _MINIATURE_STYLE,
+    "style": replace(_MINIATURE_LCF, method="style", student=StyleStudent(rank=16)),
 }
 
 

@@ -112,8 +112,3 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
     """Return the mean of sqrt((a - b)^2 + c^2) - c: quadratic below c, linear above, so outliers weigh
     little."""
     return (((a - b) ** 2 + c**2).sqrt() - c).mean()
-
-
-def squared(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean of (a - b)^2, the plainer distance."""
-    return ((a - b) ** 2).mean()

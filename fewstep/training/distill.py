@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
@@ -80,7 +81,7 @@ class Distillation:
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """Return a scalar, 0 when both are equal."""
-        return cm.squared(a, b) if self.huber_c is None else cm.pseudo_huber(a, b, self.huber_c)
+        return F.mse_loss(a, b) if self.huber_c is None else cm.pseudo_huber(a, b, self.huber_c)
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,13 @@ def add_lora(unet: UNet2DConditionModel, student: LoraStudent) -> None:
     unet.add_adapter(LoraConfig(r=student.rank, lora_alpha=student.rank, target_modules=list(LORA_TARGETS)))
 
 
-def lora_roles(unet: UNet2DConditionModel) -> Roles:
-    """Return roles all of one network: with what `add_lora` gave it, student and target, without, teacher."""
+def lora_roles(unet: UNet2DConditionModel, teacher: bool = True) -> Roles:
+    """Return roles all of one network: with what `add_lora` gave it, student and target, without, teacher.
+
+    Without `teacher`, a network that generates in few steps already learns from itself and from images.
+    """
     own = partial(predict, unet)
-    return Roles(own, own, partial(predict_without_lora, unet))
+    return Roles(own, own, partial(predict_without_lora, unet) if teacher else None)
 
 
 def make_full_student(teacher: UNet2DConditionModel, student: FullStudent) -> UNet2DConditionModel:
@@ -139,13 +143,6 @@ def make_full_student(teacher: UNet2DConditionModel, student: FullStudent) -> UN
     unheeded = torch.zeros_like(unet.get_parameter(GUIDANCE_LAYER))
     unet.load_state_dict({**teacher.state_dict(), GUIDANCE_LAYER: unheeded})
     return unet
-
-
-def finetuning_roles(unet: UNet2DConditionModel) -> Roles:
-    """Return the roles of `unet`, which generates in few steps and was given a LoRA by `add_lora`: it learns
-    from itself and from images."""
-    own = partial(predict, unet)
-    return Roles(student=own, target=own)
 
 
 def full_roles(

@@ -23,7 +23,6 @@ from fewstep.generation.text_encoder import Diffusion
 from fewstep.images.codec import fit, open_image
 from fewstep.request import sizes_of
 from fewstep.training.checkpoint import write_tensors
-from fewstep.training.config import check_side
 from fewstep.training.data import Captioned
 from fewstep.training.distill import Batch
 from fewstep.training.trainer import WHOLE, Shard, step_generator
@@ -34,13 +33,11 @@ logger = logging.getLogger(__name__)
 class Encoder:
     """Encodes images into `folder`, one file each, where a later run finds them again.
 
-    `side` is of the squares to train on, in px; other shapes are SDXL's, of the same area. Raises
-    DatasetError as `check_side` does.
+    `side` is of the squares to train on, in px; other shapes are SDXL's, of the same area.
     """
 
     def __init__(self, diffusion: Diffusion, folder: Path, side: int | None = None) -> None:
         self.diffusion, self.folder = diffusion, folder
-        check_side(side)
         self._sizes = sizes_of(side or native_size(diffusion))
         self.captions: list[str] = []  # of what was encoded last
         # Whoever trains another model into the same folder must not meet these latents.

@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
 from fewstep.errors import SettingsError
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.generation.text_encoder import Diffusion
-from fewstep.models.device import device_and_dtype, fast_dtype
+from fewstep.models.device import fast_dtype
 from fewstep.models.load import PIPELINES
 from fewstep.models.manifest import check_hashes, verify_weights
 from fewstep.models.specs import get_model
@@ -21,12 +20,6 @@ from fewstep.settings import Settings
 
 # Parameters. SDXL's UNet has 2.6 billion, 10 GB in fp32: no room beside it for what a training needs.
 LARGE_NETWORK = 10**9
-
-
-def training_device(settings: Settings, accelerator: Accelerator) -> torch.device:
-    """Return where accelerate puts this process, or what FEWSTEP_DEVICE says. Raises SettingsError for a
-    device that is not there."""
-    return accelerator.device if settings.device == "auto" else device_and_dtype(settings)[0]
 
 
 def load_base(name: str, settings: Settings, device: torch.device) -> Diffusion:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,35 +25,19 @@ from torch import Tensor
 from fewstep.errors import SettingsError, TrainingError
 from fewstep.generation.reference import generate_images
 from fewstep.generation.text_encoder import Diffusion
+from fewstep.models.device import device_and_dtype
 from fewstep.models.manifest import MANIFEST
 from fewstep.models.sources import LCM_LORA
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
+from fewstep.training import distill, prior_preservation
 from fewstep.training.config import Plan, TrainingOptions
 from fewstep.training.consistency import NoiseSchedule
 from fewstep.training.data import Captioned, find
-from fewstep.training.distill import (
-    Distillation,
-    FullStudent,
-    NextBatch,
-    add_lora,
-    consistency_training,
-    finetuning_roles,
-    full_roles,
-    lora_roles,
-    make_full_student,
-    order_for_training,
-)
 from fewstep.training.export import DIFFUSERS_FILE, save_network, write_card
 from fewstep.training.latents import Batches, Encoder
-from fewstep.training.networks import halve_if_large, load_base, load_few_step, training_device
-from fewstep.training.prior_preservation import (
-    FEW_STEPS,
-    generate_prior_images,
-    in_turns,
-    prior_loss,
-    varied_prompts,
-)
+from fewstep.training.networks import halve_if_large, load_base, load_few_step
+from fewstep.training.prior_preservation import FEW_STEPS, varied_prompts
 from fewstep.training.style import StyleStudent, add_style, style_training
 from fewstep.training.trainer import WHOLE, Loss, Validation, check_shares, optimise
 
@@ -110,7 +93,7 @@ def train_model(
     weights, SettingsError for a device that cannot be used or a full LCM that has no base, and TrainingError.
     """
     accelerator = accelerator or Accelerator(device_placement=False)
-    device = training_device(settings, accelerator)
+    device = accelerator.device if settings.device == "auto" else device_and_dtype(settings)[0]
     plan = options.plan(model)
     check_shares(plan.schedule, accelerator)
     if plan.method == "style" and not get_model(model).lcm_lora:
@@ -126,26 +109,16 @@ def train_model(
             weights = settings.weights_root / model
             key = f"{plan.rehearse} {(weights / MANIFEST).read_text()}"
             own = folder / "rehearsal" / hashlib.sha256(key.encode()).hexdigest()[:16]
-            with _few_steps(diffusion, weights / LCM_LORA, plan.method):
-                generate_prior_images(own, prior_prompts(plan.rehearse), diffusion)
+            if plan.method != "lcf":  # a base generates in few steps meanwhile
+                diffusion.load_lora_weights(weights, weight_name=LCM_LORA)
+            prior_preservation.generate_prior_images(own, prior_prompts(plan.rehearse), diffusion)
+            if plan.method != "lcf":
+                diffusion.unload_lora_weights()
             prior = encoder.encode_all(find(own))
     logger.info("training %s on %d images, seed %d", plan.method, len(encoded), plan.seed)
     data = Data(encoded, list(dict.fromkeys(captions))[:SAMPLES], encoder.no_prompt(), prior)
     train(diffusion, plan, data, folder, accelerator, model)
     return folder / ("unet" if plan.method == "full" else DIFFUSERS_FILE)
-
-
-@contextmanager
-def _few_steps(diffusion: Diffusion, lora: Path, method: str) -> Iterator[None]:
-    """Within it, a base generates in few steps, too."""
-    if method == "lcf":
-        yield
-        return
-    diffusion.load_lora_weights(lora.parent, weight_name=lora.name)
-    try:
-        yield
-    finally:
-        diffusion.unload_lora_weights()
 
 
 def train(
@@ -169,9 +142,10 @@ def train(
 
     loss = loss_of(batches(encoded, plan.schedule.batch), plan.seed)
     if data.prior:
-        guidance = plan.student.guidance if isinstance(plan.student, Distillation) else (0.0, 0.0)
+        guidance = plan.student.guidance if isinstance(plan.student, distill.Distillation) else (0.0, 0.0)
         own_images = batches(data.prior, plan.schedule.batch)
-        loss = in_turns(loss, prior_loss(network, own_images, noise_schedule, guidance, plan.seed + 1))
+        prior = prior_preservation.prior_loss(network, own_images, noise_schedule, guidance, plan.seed + 1)
+        loss = prior_preservation.in_turns(loss, prior)
     validation_batches = batches(held_out, min(VALIDATION_BATCH, len(held_out)))
     validation_loss = loss_of(validation_batches, VALIDATION_SEED)
     metadata = {"model": model, **plan.metadata()}
@@ -219,33 +193,33 @@ def _check_same(files: Sequence[Path], accelerator: Accelerator) -> str:
 
 def prepare(
     unet: UNet2DConditionModel, plan: Plan, schedule: NoiseSchedule
-) -> tuple[UNet2DConditionModel, UNet2DConditionModel | None, Callable[[NextBatch, int], Loss]]:
+) -> tuple[UNet2DConditionModel, UNet2DConditionModel | None, Callable[[distill.NextBatch, int], Loss]]:
     """Make of a frozen `unet` what `plan` trains: return the network whose parameters are trained, its
     average where it has one of its own, and what is minimised, of batches and a seed."""
     student, network, average = plan.student, unet, None
-    if isinstance(student, FullStudent):
-        network = make_full_student(unet, student)  # in fp32, before the teacher is rounded
+    if isinstance(student, distill.FullStudent):
+        network = distill.make_full_student(unet, student)  # in fp32, before the teacher is rounded
     halve_if_large(unet)
-    if isinstance(student, FullStudent):
+    if isinstance(student, distill.FullStudent):
         average = copy.deepcopy(network).requires_grad_(False)
     else:
-        add_style(unet, student) if isinstance(student, StyleStudent) else add_lora(unet, student)
+        add_style(unet, student) if isinstance(student, StyleStudent) else distill.add_lora(unet, student)
         cast_training_params(unet)
     for part in filter(None, (unet, network, average)):
-        order_for_training(part)
+        distill.order_for_training(part)
     network.train()
     if plan.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if isinstance(student, StyleStudent):
         return network, None, lambda batches, seed: style_training(unet, batches, schedule, seed)
     if average:
-        roles = full_roles(network, average, unet)
+        roles = distill.full_roles(network, average, unet)
     else:
-        roles = lora_roles(unet) if plan.method == "lora" else finetuning_roles(unet)
+        roles = distill.lora_roles(unet, teacher=plan.method == "lora")
     return (
         network,
         average,
-        lambda batches, seed: consistency_training(roles, batches, schedule, student, seed),
+        lambda batches, seed: distill.consistency_training(roles, batches, schedule, student, seed),
     )
 
 
@@ -259,23 +233,17 @@ def generate_samples(
 ) -> Image.Image:
     """Return a row of images, of each of `prompts` with the seed of its place, by `unet` with what else
     `diffusion` has."""
-    images = list(
-        generate_images(
-            diffusion,
-            prompts,
-            range(len(prompts)),
-            steps=FEW_STEPS if few_steps else BASE_STEPS,
-            guidance=guidance if few_steps else BASE_GUIDANCE,
-            scheduler=LCMScheduler.from_config(diffusion.scheduler.config) if few_steps else None,
-            batch=1,  # a training leaves little memory
-            unet=unet,
-        )
+    images = generate_images(
+        diffusion,
+        prompts,
+        range(len(prompts)),
+        steps=FEW_STEPS if few_steps else BASE_STEPS,
+        guidance=guidance if few_steps else BASE_GUIDANCE,
+        scheduler=LCMScheduler.from_config(diffusion.scheduler.config) if few_steps else None,
+        batch=1,  # a training leaves little memory
+        unet=unet,
     )
-    width, height = images[0].size
-    row = Image.new("RGB", (width * len(images), height))
-    for i, image in enumerate(images):
-        row.paste(image, (i * width, 0))
-    return row
+    return Image.fromarray(np.hstack([np.asarray(image) for image in images]))
 
 
 def _save_samples(row: Image.Image, path: Path, step: int, accelerator: Accelerator) -> None:
@@ -290,6 +258,6 @@ def _save_samples(row: Image.Image, path: Path, step: int, accelerator: Accelera
 def _guidance(unet: UNet2DConditionModel, plan: Plan) -> float:
     """Return what samples are generated with: of a full LCM, the middle of the range of w."""
     student = plan.student
-    if unet.config.time_cond_proj_dim and isinstance(student, Distillation):
+    if unet.config.time_cond_proj_dim and isinstance(student, distill.Distillation):
         return 1.0 + sum(student.guidance) / 2
     return 1.0

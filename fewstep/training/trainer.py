@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,9 +215,7 @@ def optimise(
         if accelerator.is_main_process and (last or (step + 1) % schedule.checkpoint_every == 0):
             saved.save(step + 1)
     accelerator.wait_for_everyone()
-    with torch.no_grad():
-        for parameter, mean in zip(parameters, ema, strict=True):
-            parameter.copy_(mean)
+    _copy(parameters, ema)
 
 
 def check_shares(schedule: Schedule, accelerator: Accelerator) -> None:
@@ -247,12 +245,13 @@ def _backward(accelerator: Accelerator, step_loss: nn.Module, step: int, accumul
 def _averaged(parameters: list[nn.Parameter], ema: list[Tensor]) -> Iterator[None]:
     """Within it, the average is in the place of the parameters."""
     own = [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():
-        for parameter, mean in zip(parameters, ema, strict=True):
-            parameter.copy_(mean)
+    _copy(parameters, ema)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, own, strict=True):
-                parameter.copy_(value)
+        _copy(parameters, own)
+
+
+@torch.no_grad()
+def _copy(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    torch._foreach_copy_(list(parameters), list(values))

@@ -19,7 +19,6 @@ from fewstep.training.distill import (
     add_lora,
     consistency_loss,
     consistency_training,
-    finetuning_roles,
     full_roles,
     lora_roles,
     make_full_student,
@@ -339,7 +338,7 @@ def test_fine_tuning_trains_the_lora_alone_and_lowers_its_loss(unet, batch, tmp_
     monkeypatch.setattr(distill, "StepRandom", lambda seed, step, share: StepRandom(0, 0, share))
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     add_lora(unet, STUDENT)
-    roles = finetuning_roles(unet)
+    roles = lora_roles(unet, teacher=False)
     first = consistency_loss(roles, batch, NOISE, STUDENT, StepRandom(0, 0)).item()
     loss = consistency_training(roles, lambda step, share: batch, NOISE, STUDENT, seed=11)
     optimise("fine-tuning", unet, loss, Schedule(25, lr=1e-2, warmup=5, ema_decay=0.5), tmp_path)

@@ -81,12 +81,6 @@ def test_encoded_images_are_found_again_by_what_they_depend_on(diffusion, tmp_pa
         bias.sub_(1)
 
 
-@pytest.mark.parametrize("side", [100, 32, 4096])
-def test_a_resolution_that_cannot_be_trained_at_is_refused(diffusion, tmp_path, side):
-    with pytest.raises(DatasetError, match=f"resolution is {side}; it must be a multiple of 8 from 64 to"):
-        Encoder(diffusion, tmp_path, side)
-
-
 def test_a_broken_image_is_named_and_left_out(diffusion, tmp_path, caplog):
     images = captioned(tmp_path, good=image(), bad=image()[:60])
     encoder = Encoder(diffusion, tmp_path / "encoded")

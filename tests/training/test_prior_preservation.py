@@ -20,7 +20,7 @@ from fewstep.training.distill import (
     LoraStudent,
     add_lora,
     consistency_training,
-    finetuning_roles,
+    lora_roles,
     make_full_student,
     predict,
     predict_without_lora,
@@ -144,7 +144,7 @@ def test_with_rehearsal_a_network_drifts_less_and_learns_all_the_same(unet, tmp_
         network.load_state_dict(weights)
         add_lora(network, STUDENT)
         learnt = consistency_training(
-            finetuning_roles(network), lambda step, share: LEARNT, NOISE, STUDENT, seed=5
+            lora_roles(network, teacher=False), lambda step, share: LEARNT, NOISE, STUDENT, seed=5
         )
         loss = in_turns(learnt, keeping(network)) if rehearse else learnt
         schedule = Schedule(60 if rehearse else 30, lr=1e-2, warmup=5, ema_decay=0.5)
@@ -157,7 +157,7 @@ def test_with_rehearsal_a_network_drifts_less_and_learns_all_the_same(unet, tmp_
     fresh.load_state_dict(weights)
     add_lora(fresh, STUDENT)
     before = consistency_training(
-        finetuning_roles(fresh), lambda step, share: LEARNT, NOISE, STUDENT, seed=5
+        lora_roles(fresh, teacher=False), lambda step, share: LEARNT, NOISE, STUDENT, seed=5
     )(0, WHOLE).item()
     assert learnt < 0.8 * before and learnt_without < 0.8 * before
     assert drift < 0.3 * drift_without

@@ -15,7 +15,7 @@ from fewstep.miniature.world.dataset import training_captions, write_world
 from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
-from fewstep.training import run
+from fewstep.training import prior_preservation, run
 from fewstep.training.config import TrainingOptions
 from fewstep.training.data import find
 from fewstep.training.networks import load_base, load_few_step
@@ -53,13 +53,13 @@ def test_every_other_step_rehearses_what_the_few_step_model_generates(
     method, world, generated, tmp_path, monkeypatch
 ):
     kept = []
-    real = run.prior_loss
+    real = prior_preservation.prior_loss
 
     def watched(*arguments):
         loss = real(*arguments)
         return lambda step, share: (kept.append(step), loss(step, share))[1]
 
-    monkeypatch.setattr(run, "prior_loss", watched)
+    monkeypatch.setattr(prior_preservation, "prior_loss", watched)
     options = TrainingOptions(method, steps=5, batch_size=2, rank=4, rehearse=2, watch_every=0)
     fine_tune(options, world, tmp_path)
     assert kept == [0, 1]
@@ -70,7 +70,7 @@ def test_every_other_step_rehearses_what_the_few_step_model_generates(
 
 
 def test_without_rehearsal_every_step_is_for_the_new_images(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "prior_loss", None)
+    monkeypatch.setattr(prior_preservation, "prior_loss", None)
     options = TrainingOptions("lcf", steps=1, batch_size=2, rank=4, rehearse=0, watch_every=0)
     fine_tune(options, world, tmp_path)
     assert not (tmp_path / "rehearsal").exists()

@@ -14,13 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import make_diffusers_folder
 
+from fewstep.errors import DatasetError
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.generation.reference import native_size
 from fewstep.miniature.world.dataset import write_world
 from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
-from fewstep.training.config import METHODS, MINIATURE, REAL, preset
+from fewstep.training.config import METHODS, MINIATURE, REAL, TrainingOptions, preset
 from fewstep.training.networks import load_base
 from fewstep.training.run import generate_samples
 
@@ -224,6 +225,12 @@ def test_what_cannot_be_trained_on_is_told_in_one_sentence(world, tmp_path, argu
     name, *rest = arguments
     done = command(name, *(places.get(one, one) for one in rest), "--out", tmp_path / "out", "--steps", 1)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(told), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("side", [100, 32, 4096])
+def test_a_resolution_that_cannot_be_trained_at_is_refused(side):
+    with pytest.raises(DatasetError, match=f"resolution is {side}; it must be a multiple of 8 from 64 to"):
+        TrainingOptions(resolution=side).plan("miniature")
 
 
 def test_every_preset_is_whole():
