@@ -49,13 +49,8 @@ class Plan:
 
     def metadata(self) -> dict[str, object]:
         """Return every figure by its name, for files, logs and the card."""
-        own = {
-            "method": self.method,
-            "seed": self.seed,
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "rehearse": self.rehearse,
-        }
-        return own | asdict(self.student) | asdict(self.schedule)
+        own = ("method", "seed", "gradient_checkpointing", "rehearse")
+        return {name: getattr(self, name) for name in own} | asdict(self.student) | asdict(self.schedule)
 
 
 @dataclass(frozen=True)
@@ -159,10 +154,7 @@ _REAL_LCF = replace(
 # The miniature's build distils its LCM-LoRA with the same figures.
 MINIATURE_LORA = LoraStudent(
     rank=32,  # of a UNet whose widest layer has 192 channels
-    guidance=(
-        0.8,
-        1.6,
-    ),  # 1.8 to 2.6 for the teacher: from 3 on, colours burn
+    guidance=(0.8, 1.6),  # 1.8 to 2.6 for the teacher: from 3 on, colours burn
     skip=5,  # k = 100: noise is reached in few links, so that 180 steps suffice
     inverse_sigma=True,  # else more steps generate worse images, see Distillation
     huber_c=0.3,

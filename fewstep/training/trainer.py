@@ -158,61 +158,41 @@ def optimise(
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
     ema = [p.detach() for p in average.parameters()] if average else [p.detach().clone() for p in parameters]
-    saved = Checkpoints(
-        checkpoints,
-        parameters,
-        ema,
-        optimizer,
-        config or {},
-        kept=schedule.checkpoints_kept,
-        scaler=accelerator.scaler,
-    )
+    kept, scaler = schedule.checkpoints_kept, accelerator.scaler
+    saved = Checkpoints(checkpoints, parameters, ema, optimizer, config or {}, kept=kept, scaler=scaler)
     start = saved.resume()
     starts = accelerator.gather(torch.tensor([start], device=accelerator.device))
     if (starts != start).any():
         raise TrainingError("the processes see different checkpoints; name a folder that all of them share")
-    count = accelerator.num_processes
-    plural = "" if count == 1 else "es"
-    logger.info("%s: %d steps of %d on %d process%s", name, schedule.steps, schedule.batch, count, plural)
+    processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
+    logger.info("%s: %d steps of %d on %s", name, schedule.steps, schedule.batch, processes)
     step_loss, prepared = accelerator.prepare(_StepLoss(module, loss), optimizer)
+    main = accelerator.is_main_process
     progress = tqdm(
-        range(start, schedule.steps),
-        name,
-        schedule.steps,
-        initial=start,
-        mininterval=5.0,
-        disable=not accelerator.is_main_process,
+        range(start, schedule.steps), name, schedule.steps, initial=start, mininterval=5.0, disable=not main
     )
     began, running = time.monotonic(), None
     for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr_at(step)
-        value = _backward(accelerator, step_loss, step, schedule.accumulate)
-        norm = accelerator.clip_grad_norm_(parameters, schedule.max_grad_norm)
-        # fp16 leaves out a step whose gradients overflow, and lowers its scale.
-        if not value.isfinite() or not (accelerator.scaler or norm.isfinite()):
-            raise TrainingError(
-                f"the loss of step {step + 1} is not a number; "
-                f"{saved.latest()}, a lower learning rate may help"
-            )
-        prepared.step()
-        prepared.zero_grad(set_to_none=True)
+        value = _step(accelerator, step_loss, prepared, parameters, schedule, step)
+        if value is None:
+            hint = f"{saved.latest()}, a lower learning rate may help"
+            raise TrainingError(f"the loss of step {step + 1} is not a number; {hint}")
         # A short memory at first: the EMA of a young model must not hold its random start.
         decay = min(schedule.ema_decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1.0 - decay)
 
-        running = value.item() if running is None else 0.9 * running + 0.1 * value.item()
+        running = value if running is None else 0.9 * running + 0.1 * value
         rate = (step + 1 - start) * schedule.batch / (time.monotonic() - began)
         progress.set_postfix({"loss": f"{running:.4f}", "images/s": f"{rate:.1f}"}, refresh=False)
-        figures = {"loss": value.item(), "lr": schedule.lr_at(step), "images_per_s": rate}
+        figures = {"loss": value, "lr": schedule.lr_at(step), "images_per_s": rate}
         last = step + 1 == schedule.steps
-        if validation and accelerator.is_main_process and (last or (step + 1) % validation.every == 0):
+        if validation and main and (last or (step + 1) % validation.every == 0):
             with nullcontext() if average else _averaged(parameters, ema):
                 figures["validation_loss"] = validation.evaluate(step + 1)
                 if saved.is_best(figures["validation_loss"]):
                     validation.save_best(step + 1)
         accelerator.log(figures, step=step + 1)
-        if accelerator.is_main_process and (last or (step + 1) % schedule.checkpoint_every == 0):
+        if main and (last or (step + 1) % schedule.checkpoint_every == 0):
             saved.save(step + 1)
     accelerator.wait_for_everyone()
     _copy(parameters, ema)
@@ -227,18 +207,34 @@ def check_shares(schedule: Schedule, accelerator: Accelerator) -> None:
         )
 
 
-def _backward(accelerator: Accelerator, step_loss: nn.Module, step: int, accumulate: int) -> Tensor:
-    """Add up the gradients of all parts of one step; return the mean loss over all processes."""
-    total = torch.zeros((), device=accelerator.device)
-    count = accelerator.num_processes * accumulate
-    for part in range(accumulate):
-        waits = part + 1 < accumulate  # the processes exchange gradients once a step
+def _step(
+    accelerator: Accelerator,
+    step_loss: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    schedule: Schedule,
+    step: int,
+) -> float | None:
+    """Do one step with the gradients of all its parts; return the mean loss over all processes, or None and
+    leave the parameters where the loss is no number."""
+    for group in optimizer.param_groups:
+        group["lr"] = schedule.lr_at(step)
+    total, parts = torch.zeros((), device=accelerator.device), schedule.accumulate
+    for part in range(parts):
+        waits = part + 1 < parts  # the processes exchange gradients once a step
+        share = Shard(accelerator.process_index * parts + part, accelerator.num_processes * parts)
         with accelerator.no_sync(step_loss) if waits else nullcontext():
-            value = step_loss(step, Shard(accelerator.process_index * accumulate + part, count)) / accumulate
+            value = step_loss(step, share) / parts
             accelerator.backward(value)
         total += value.detach()
     mean: Tensor = accelerator.reduce(total, "mean")
-    return mean
+    norm = accelerator.clip_grad_norm_(parameters, schedule.max_grad_norm)
+    # fp16 leaves out a step whose gradients overflow, and lowers its scale.
+    if not mean.isfinite() or not (accelerator.scaler or norm.isfinite()):
+        return None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return mean.item()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from fewstep.miniature.world.dataset import training_captions, write_world
 from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
-from fewstep.training import prior_preservation, run
+from fewstep.training import prior_preservation, run, trainer
 from fewstep.training.config import TrainingOptions
 from fewstep.training.data import find
 from fewstep.training.networks import load_base, load_few_step
@@ -85,15 +85,8 @@ def test_an_interrupted_run_with_rehearsal_ends_where_it_would_have(world, tmp_p
     trained.unlink()
     (tmp_path / "checkpoints" / "step-000004.safetensors").unlink()
     steps = []
-    backward = run.optimise.__globals__["_backward"]
-    monkeypatch.setitem(
-        run.optimise.__globals__,
-        "_backward",
-        lambda accelerator, loss, step, count: (
-            steps.append(step),
-            backward(accelerator, loss, step, count),
-        )[1],
-    )
+    step = trainer._step
+    monkeypatch.setattr(trainer, "_step", lambda *a: (steps.append(a[-1]), step(*a))[1])
     resumed = load_file(fine_tune(TrainingOptions(), world, tmp_path))
     assert steps == [2, 3]
     assert resumed.keys() == whole.keys()
