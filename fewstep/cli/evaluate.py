@@ -63,8 +63,8 @@ def _evaluate(chosen: argparse.Namespace) -> None:
     from fewstep.models.sources import LCM_LORA
     from fewstep.models.specs import MODELS
     from fewstep.settings import Settings
-    from fewstep.training.datasets import SUFFIXES
-    from fewstep.training.sources import load_base
+    from fewstep.training.data import SUFFIXES
+    from fewstep.training.networks import load_base
 
     settings = Settings.from_env()
     device, _ = device_and_dtype(settings)

@@ -32,6 +32,7 @@ from fewstep.miniature.world.dataset import Pixels, cached_images, pick_scenes
 from fewstep.miniature.world.restyling import STYLES, draw_restyled
 from fewstep.miniature.world.scenes import Scene, all_scenes, training_scenes
 from fewstep.models.sources import TINY_VAE
+from fewstep.training.config import preset
 from fewstep.training.consistency import NoiseSchedule
 from fewstep.training.distill import (
     LoraStudent,
@@ -40,8 +41,7 @@ from fewstep.training.distill import (
     lora_roles,
     order_for_training,
 )
-from fewstep.training.lora_files import save_lora
-from fewstep.training.presets import preset
+from fewstep.training.export import save_lora
 from fewstep.training.style import StyleStudent, add_style, style_training
 from fewstep.training.trainer import Schedule, optimise
 

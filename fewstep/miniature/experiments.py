@@ -29,20 +29,18 @@ from fewstep.evaluation.tables import write_csv
 from fewstep.generation.text_encoder import Diffusion
 from fewstep.miniature.judge import load_judge, make_evaluator
 from fewstep.miniature.scoring import TEACHER_GUIDANCE, TEACHER_STEPS
-from fewstep.miniature.world.dataset import pick_scenes, write_images, write_world
+from fewstep.miniature.world.dataset import pick_scenes, training_captions, write_images, write_world
 from fewstep.miniature.world.scenes import Scene, all_scenes, training_scenes, unseen_scenes
 from fewstep.models.sources import LCM_LORA
-from fewstep.models.specs import get_model
 from fewstep.settings import Settings
+from fewstep.training.config import Plan, TrainingOptions, preset
 from fewstep.training.consistency import NoiseSchedule
-from fewstep.training.datasets import find
+from fewstep.training.data import find
 from fewstep.training.distill import LoraStudent, add_lora, order_for_training
-from fewstep.training.encoded import Batches, Encoder
-from fewstep.training.finetune import Wish, fine_tune
-from fewstep.training.plan import Plan
-from fewstep.training.presets import preset
-from fewstep.training.run import DIFFUSERS_FILE, Data, train
-from fewstep.training.sources import load_base
+from fewstep.training.export import DIFFUSERS_FILE
+from fewstep.training.latents import Batches, Encoder
+from fewstep.training.networks import load_base
+from fewstep.training.run import Data, train, train_model
 from fewstep.training.style import style_training
 from fewstep.training.trainer import Schedule, optimise
 
@@ -268,12 +266,18 @@ def finetuning(experiment: Experiment) -> None:
         name = method if rehearse != 0 else f"{method}, without rehearsal"
         steps = sizes.taught_steps or preset("miniature", method).schedule.steps
         # As many steps for the new images in both.
-        options = Wish(
+        options = TrainingOptions(
             method, steps if rehearse != 0 else steps // 2, sizes.batch, rehearse=rehearse, watch_every=0
         )
-        folder = work / f"finetuning-{name}"
-        lora = fine_tune(get_model("miniature"), SETTINGS, options, work / "windmills", folder)
-        table.add(name, experiment.few_steps(style=folder / lora.name), 4)
+        lora = train_model(
+            "miniature",
+            SETTINGS,
+            options,
+            lambda: find(work / "windmills"),
+            work / f"finetuning-{name}",
+            prior_prompts=training_captions,
+        )
+        table.add(name, experiment.few_steps(style=lora), 4)
     experiment.write("finetuning", table.rows, table.images)
 
 

@@ -21,7 +21,7 @@ from fewstep.models.manifest import Origin, write_manifest
 from fewstep.models.specs import get_model
 from fewstep.settings import VAES, Settings
 from fewstep.training.distill import LoraStudent
-from fewstep.training.sources import load_base
+from fewstep.training.networks import load_base
 
 logger = logging.getLogger(__name__)
 

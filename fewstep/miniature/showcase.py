@@ -19,7 +19,7 @@ from fewstep.miniature.scoring import TEACHER_GUIDANCE
 from fewstep.miniature.styling import load_style
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
-from fewstep.training.sources import load_base
+from fewstep.training.networks import load_base
 
 PROMPTS = (
     "a red house in a meadow with mountains at sunset",

@@ -28,7 +28,7 @@ from fewstep.miniature.world.scenes import Scene
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 from fewstep.training.distill import FullStudent, make_full_student
-from fewstep.training.sources import load_base
+from fewstep.training.networks import load_base
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(verify="size", dtype="fp32")

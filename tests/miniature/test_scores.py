@@ -15,7 +15,7 @@ from fewstep.miniature.world.dataset import draw_many
 from fewstep.miniature.world.scenes import unseen_scenes
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
-from fewstep.training.sources import load_base
+from fewstep.training.networks import load_base
 
 FOLDER = Settings().weights_root / "miniature"
 SCENES = unseen_scenes(120)

@@ -14,16 +14,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import make_diffusers_folder
 
+from fewstep.errors import DatasetError
 from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.reference import native_size
 from fewstep.miniature.world.dataset import write_world
 from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
-from fewstep.training.encoded import native_size
-from fewstep.training.plan import METHODS
-from fewstep.training.presets import MINIATURE, REAL, preset
-from fewstep.training.samples import generate_samples
-from fewstep.training.sources import load_base
+from fewstep.training.config import METHODS, MINIATURE, REAL, TrainingOptions, preset
+from fewstep.training.networks import load_base
+from fewstep.training.run import generate_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(verify="size", dtype="fp32")
@@ -227,8 +227,14 @@ def test_what_cannot_be_trained_on_is_told_in_one_sentence(world, tmp_path, argu
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(told), done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("side", [100, 32, 4096])
+def test_a_resolution_that_cannot_be_trained_at_is_refused(side):
+    with pytest.raises(DatasetError, match=f"resolution is {side}; it must be a multiple of 8 from 64 to"):
+        TrainingOptions(resolution=side).plan("miniature")
+
+
 def test_every_preset_is_whole():
     assert set(REAL) == set(MINIATURE) == set(METHODS)
     for method in METHODS:
         assert preset("miniature", method).method == preset("sdxl", method).method == method
-        assert preset("sdxl", method).told()["method"] == method
+        assert preset("sdxl", method).metadata()["method"] == method

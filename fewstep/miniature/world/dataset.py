@@ -70,3 +70,9 @@ def write_images(folder: Path, scenes: list[Scene], seed: int) -> None:
 def write_world(folder: Path, count: int) -> None:
     """`write_pictures` of what the base was trained on."""
     write_images(folder, pick_scenes(training_scenes(), count, seed=31), 90_000_000)
+
+
+def training_captions(count: int) -> list[str]:
+    """Return `count` captions of what the base was trained on, always the same ones."""
+    rng = random.Random(17)
+    return [caption(scene, rng) for scene in pick_scenes(training_scenes(), count, seed=17)]

@@ -11,18 +11,24 @@ from safetensors.torch import load_file
 
 from fewstep.errors import SettingsError
 from fewstep.generation.pipeline import load_pipeline
-from fewstep.miniature.world.dataset import write_world
+from fewstep.miniature.world.dataset import training_captions, write_world
 from fewstep.models.specs import get_model
 from fewstep.request import Request
 from fewstep.settings import Settings
-from fewstep.training import run
-from fewstep.training.finetune import Wish, fine_tune
-from fewstep.training.prior_preservation import prompts_of
-from fewstep.training.sources import load_base, load_few_step
+from fewstep.training import prior_preservation, run, trainer
+from fewstep.training.config import TrainingOptions
+from fewstep.training.data import find
+from fewstep.training.networks import load_base, load_few_step
 
 MINIATURE = get_model("miniature")
 SETTINGS = Settings(verify="size", dtype="fp32")
 CPU = torch.device("cpu")
+
+
+def fine_tune(options: TrainingOptions, images: Path, folder: Path, model: str = "miniature") -> Path:
+    return run.train_model(
+        model, SETTINGS, options, lambda: find(images), folder, prior_prompts=training_captions
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def world(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def generated() -> np.ndarray:
     """What the container generates of the first prompt that is rehearsed."""
-    [prompt] = prompts_of("miniature", 2)[:1]
+    [prompt] = training_captions(2)[:1]
     pipeline = load_pipeline(MINIATURE, SETTINGS)
     return np.asarray(
         pipeline.generate([Request.create(MINIATURE, prompt=prompt, seed=0)])[0].images[0]
@@ -47,15 +53,15 @@ def test_every_other_step_rehearses_what_the_few_step_model_generates(
     method, world, generated, tmp_path, monkeypatch
 ):
     kept = []
-    real = run.keeping_training
+    real = prior_preservation.prior_loss
 
-    def watched(*given):
-        loss = real(*given)
+    def watched(*arguments):
+        loss = real(*arguments)
         return lambda step, share: (kept.append(step), loss(step, share))[1]
 
-    monkeypatch.setattr(run, "keeping_training", watched)
-    wish = Wish(method, steps=5, batch_size=2, rank=4, rehearse=2, watch_every=0)
-    fine_tune(MINIATURE, SETTINGS, wish, world, tmp_path)
+    monkeypatch.setattr(prior_preservation, "prior_loss", watched)
+    options = TrainingOptions(method, steps=5, batch_size=2, rank=4, rehearse=2, watch_every=0)
+    fine_tune(options, world, tmp_path)
     assert kept == [0, 1]
     first, second = sorted(tmp_path.glob("rehearsal/*/*.png"))
     with Image.open(first) as image:
@@ -64,38 +70,31 @@ def test_every_other_step_rehearses_what_the_few_step_model_generates(
 
 
 def test_without_rehearsal_every_step_is_for_the_new_images(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "keeping_training", None)
-    wish = Wish("lcf", steps=1, batch_size=2, rank=4, rehearse=0, watch_every=0)
-    fine_tune(MINIATURE, SETTINGS, wish, world, tmp_path)
+    monkeypatch.setattr(prior_preservation, "prior_loss", None)
+    options = TrainingOptions("lcf", steps=1, batch_size=2, rank=4, rehearse=0, watch_every=0)
+    fine_tune(options, world, tmp_path)
     assert not (tmp_path / "rehearsal").exists()
 
 
 def test_an_interrupted_run_with_rehearsal_ends_where_it_would_have(world, tmp_path, monkeypatch):
-    plan = Wish("lcf", steps=4, batch_size=2, rank=4, rehearse=2, watch_every=2).plan("miniature")
+    plan = TrainingOptions("lcf", steps=4, batch_size=2, rank=4, rehearse=2, watch_every=2).plan("miniature")
     plan = replace(plan, schedule=replace(plan.schedule, checkpoint_every=2))
-    monkeypatch.setattr(Wish, "plan", lambda self, model: plan)
-    trained = fine_tune(MINIATURE, SETTINGS, Wish(), world, tmp_path)
+    monkeypatch.setattr(TrainingOptions, "plan", lambda self, model: plan)
+    trained = fine_tune(TrainingOptions(), world, tmp_path)
     whole = load_file(trained)
     trained.unlink()
     (tmp_path / "checkpoints" / "step-000004.safetensors").unlink()
     steps = []
-    backward = run.optimise.__globals__["_backward"]
-    monkeypatch.setitem(
-        run.optimise.__globals__,
-        "_backward",
-        lambda accelerator, loss, step, count: (
-            steps.append(step),
-            backward(accelerator, loss, step, count),
-        )[1],
-    )
-    resumed = load_file(fine_tune(MINIATURE, SETTINGS, Wish(), world, tmp_path))
+    step = trainer._step
+    monkeypatch.setattr(trainer, "_step", lambda *a: (steps.append(a[-1]), step(*a))[1])
+    resumed = load_file(fine_tune(TrainingOptions(), world, tmp_path))
     assert steps == [2, 3]
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_lcf_begins_with_the_model_that_generates_in_few_steps():
-    few, base = load_few_step(MINIATURE, SETTINGS, CPU).unet, load_base("miniature", SETTINGS, CPU).unet
+    few, base = load_few_step("miniature", SETTINGS, CPU).unet, load_base("miniature", SETTINGS, CPU).unet
     served = load_pipeline(MINIATURE, SETTINGS).diffusion.unet.state_dict()
     assert all(torch.equal(value, served[name]) for name, value in few.state_dict().items())
     name = "mid_block.attentions.0.proj_in.weight"
@@ -103,6 +102,6 @@ def test_lcf_begins_with_the_model_that_generates_in_few_steps():
 
 
 def test_a_full_lcm_has_no_base_for_a_style(world, tmp_path):
-    spec = get_model("lcm-dreamshaper-v7")  # of which there are no weights: it is refused before it is loaded
+    model = "lcm-dreamshaper-v7"  # of which there are no weights: it is refused before it is loaded
     with pytest.raises(SettingsError, match="is a full LCM"):
-        fine_tune(spec, SETTINGS, Wish("style"), world, tmp_path)
+        fine_tune(TrainingOptions("style"), world, tmp_path, model)

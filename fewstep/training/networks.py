@@ -6,48 +6,42 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import diffusers
 import torch
-from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
 from fewstep.errors import SettingsError
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.generation.text_encoder import Diffusion
-from fewstep.models.device import device_and_dtype, fast_dtype
+from fewstep.models.device import fast_dtype
 from fewstep.models.load import PIPELINES
 from fewstep.models.manifest import check_hashes, verify_weights
-from fewstep.models.specs import ModelSpec, get_model
+from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
 # Parameters. SDXL's UNet has 2.6 billion, 10 GB in fp32: no room beside it for what a training needs.
 LARGE_NETWORK = 10**9
 
 
-def training_device(settings: Settings, accelerator: Accelerator) -> torch.device:
-    """Where accelerate puts this process, or what FEWSTEP_DEVICE says. Raises SettingsError for a device that
-    is not there."""
-    return accelerator.device if settings.device == "auto" else device_and_dtype(settings)[0]
-
-
 def load_base(name: str, settings: Settings, device: torch.device) -> Diffusion:
-    """The base in fp32 without its LCM-LoRA, to distil it or to teach it a style: one of our models by its
-    name, or any diffusers folder of an SDXL or SD model.
+    """Return the base in fp32 without its LCM-LoRA, to distil it or to teach it a style: one of our models by
+    its name, or any diffusers folder of an SDXL or SD model.
 
     Raises WeightsError for damaged files, SettingsError for what is no such folder or a full LCM, which has
     no base any more.
     """
     folder = Path(name)
-    if folder.is_dir():
-        kind = _kind_of(folder)
-    else:
+    if not folder.is_dir():
         spec, folder = get_model(name), settings.weights_root / name
         manifest = verify_weights(folder, fix=spec.fix, mode="size")
         if settings.verify != "size":
             check_hashes(folder, manifest, fix=spec.fix)
-        kind = PIPELINES[spec.family]
-    options = {"add_watermarker": False} if kind is StableDiffusionXLPipeline else {"safety_checker": None}
-    diffusion: Diffusion = kind.from_pretrained(
+    families = {kind.__name__: family for family, kind in PIPELINES.items()}
+    try:
+        family = families[json.loads((folder / "model_index.json").read_text())["_class_name"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SettingsError("the folder of the model is no diffusers folder of SDXL or SD") from None
+    options = {"add_watermarker": False} if family == "sdxl" else {"safety_checker": None}
+    diffusion: Diffusion = PIPELINES[family].from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, **options
     )
     if diffusion.unet.config.time_cond_proj_dim:
@@ -55,14 +49,16 @@ def load_base(name: str, settings: Settings, device: torch.device) -> Diffusion:
     return _placed(diffusion, device)
 
 
-def load_few_step(spec: ModelSpec, settings: Settings, device: torch.device) -> Diffusion:
-    """A model that generates in few steps, its LCM-LoRA fused, in fp32. Raises as `load_pipeline` does."""
+def load_few_step(name: str, settings: Settings, device: torch.device) -> Diffusion:
+    """Return a model that generates in few steps, its LCM-LoRA fused, in fp32. Raises as `load_pipeline`
+    does."""
     plain = replace(settings, device=device.type, dtype="fp32", engine="torch", vae="full", safety="off")
-    return _placed(load_pipeline(spec, plain).diffusion, device)
+    return _placed(load_pipeline(get_model(name), plain).diffusion, device)
 
 
 def halve_if_large(unet: UNet2DConditionModel) -> None:
-    """A frozen UNet of SDXL's size in the dtype in which it is used anyway; a smaller one stays in fp32."""
+    """Put a frozen UNet of SDXL's size into the dtype in which it is used anyway; a smaller one stays in
+    fp32."""
     if sum(parameter.numel() for parameter in unet.parameters()) > LARGE_NETWORK:
         unet.to(fast_dtype(unet.device, training=True))
 
@@ -74,14 +70,3 @@ def _placed(diffusion: Diffusion, device: torch.device) -> Diffusion:
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(False)
     return diffusion
-
-
-def _kind_of(folder: Path) -> type[Diffusion]:
-    try:
-        name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-        kind = getattr(diffusers, name)
-    except (OSError, ValueError, KeyError, AttributeError):
-        kind = None
-    if kind not in (StableDiffusionXLPipeline, StableDiffusionPipeline):
-        raise SettingsError("the folder of the model is no diffusers folder of SDXL or SD")
-    return kind  # type: ignore[no-any-return]
