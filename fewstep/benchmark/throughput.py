@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -45,12 +45,13 @@ SERVERS: dict[str, tuple[Path, str]] = {
 
 @dataclass(frozen=True)
 class Load:
-    """What callers got of whom each asks again as soon as it is answered."""
+    """What callers got, each of whom asks again as soon as it is answered."""
 
     seconds: float
     waited: list[float]  # of each answered request, in seconds
     lost: int
     together: float  # images in the batch of an answer, on average
+    alone: float = 0.0  # images a second that `Pipeline.generate` makes right before and after; 0: not asked
 
     @property
     def images_per_s(self) -> float:
@@ -101,8 +102,8 @@ def put_load(server: Server, clients: int, numbers: Iterable[int]) -> Load:
 
 
 def differences(server: Server, requests: int) -> dict[str, float]:
-    """Of images that were generated beside others, to the same alone: the largest in any value, of 255, and
-    the share of the values that differ by more than 1, in percent."""
+    """Compare images that were generated beside others to the same alone: the most that any value differs, of
+    255, and the share of the values that differ by more than 1, in percent."""
     lossless = partial(ask, server, output_format="png")
     with ThreadPoolExecutor(SLOTS) as callers:
         answers = list(callers.map(lossless, range(requests)))
@@ -135,9 +136,9 @@ def _wait_s(server: Server, numbers: Iterator[int]) -> float:
 
 def beside_generate(
     name: str, server: Server, weights: Path, numbers: Iterator[int], requests: int
-) -> list[tuple[Load, float]]:
-    """Put the load of as many callers as the server has slots on it, each time with the images a second that
-    `Pipeline.generate` makes in this process right before and after: what slows the machine slows both."""
+) -> Iterator[Load]:
+    """Put the load of as many callers as it has slots on a server, in turns with `Pipeline.generate` in this
+    process: what slows the machine slows both."""
     system, seed = SYSTEMS[name]("miniature", weights, GENERATE.size), count(step=SLOTS)
 
     def generate(batches: int) -> float:
@@ -148,21 +149,19 @@ def beside_generate(
 
     generate(2)
     batches = max(1, requests // SLOTS // 2)
-    loads, before = [], generate(batches)
+    before = generate(batches)
     for _ in range(TURNS):
         load, after = put_load(server, SLOTS, islice(numbers, requests)), generate(batches)
-        loads.append((load, 2 * SLOTS * batches / (before + after)))
+        yield replace(load, alone=2 * SLOTS * batches / (before + after))
         before = after
-    return loads
 
 
 def run(
     weights: Path, rounds: int, requests: int, report: Callable[[str], None]
-) -> tuple[dict[tuple[str, int], list[Load]], dict[str, list[float]], dict[str, dict[str, float]]]:
-    """The loads by server and number of clients; of fewstep the images a second of `Pipeline.generate` beside
-    each load of SLOTS clients, and how far batched images are from lone ones."""
+) -> tuple[dict[tuple[str, int], list[Load]], dict[str, dict[str, float]]]:
+    """Return the loads by server and number of clients, and of fewstep how far batched images are from lone
+    ones."""
     loads: dict[tuple[str, int], list[Load]] = {}
-    generated: dict[str, list[float]] = {}
     far: dict[str, dict[str, float]] = {}
     for i in range(rounds):
         for name, (root, _) in SERVERS.items():
@@ -171,54 +170,43 @@ def run(
                 numbers = count(10_000)  # words that are in no cache
                 put_load(server, SLOTS, islice(numbers, 2 * SLOTS))
                 for clients in CLIENTS:
-                    found = loads.setdefault((name, clients), [])
                     if root == ROOT and clients == SLOTS:
-                        for load, rate in beside_generate(name, server, weights, numbers, 2 * requests):
-                            found.append(load)
-                            generated.setdefault(name, []).append(rate)
+                        taken = list(beside_generate(name, server, weights, numbers, 2 * requests))
                     else:
-                        found.append(put_load(server, clients, islice(numbers, requests)))
+                        taken = [put_load(server, clients, islice(numbers, requests))]
+                    loads.setdefault((name, clients), []).extend(taken)
                 if root == ROOT and i == 0:
                     far[name] = differences(server, 4 * SLOTS)
-    return loads, generated, far
+    return loads, far
 
 
 def rows_of(
-    loads: dict[tuple[str, int], list[Load]],
-    generated: dict[str, list[float]],
-    far: dict[str, dict[str, float]],
-    lone: dict[int, float],
+    loads: dict[tuple[str, int], list[Load]], far: dict[str, dict[str, float]], lone: dict[int, float]
 ) -> list[dict[str, Any]]:
-    """One for each server and number of clients, the medians over the rounds; `of_generate` is the median
-    share that a load got of what `generate` made beside it, in percent."""
+    """Return a row for each server and number of clients, the medians over the rounds; `of_generate` is the
+    median share that a load got of what `generate` made beside it, in percent."""
     rows: list[dict[str, Any]] = []
+    generated: list[dict[str, Any]] = []
     for (name, clients), rounds in loads.items():
         waits = [1000 * wait for load in rounds for wait in load.waited]
-        rates = [load.images_per_s for load in rounds]
-        shares: list[float] = []
-        if clients == SLOTS and name in generated:
-            shares = [100 * rate / alone for rate, alone in zip(rates, generated[name], strict=True)]
-        rows.append(
-            {
-                "system": name,
-                "clients": clients,
-                **spread("images_per_s", rates, 2),
-                "of_generate": round(statistics.median(shares), 1) if shares else "",
-                "wait_ms": round(statistics.median(waits), 1),
-                "wait_p95_ms": round(float(np.percentile(waits, 95)), 1),
-                "requests": sum(len(load.waited) + load.lost for load in rounds),
-                "lost": sum(load.lost for load in rounds),
-                "together": round(statistics.fmean(load.together for load in rounds), 1),
-                **(far.get(name, {}) if clients == SLOTS else {}),
-            }
-        )
-    for name, rates in generated.items():
-        rows.append({"system": f"{name}-generate", "clients": "", **spread("images_per_s", rates, 2)})
-    for limit, wait in lone.items():
-        rows.append(
-            {"system": f"fewstep-lone-max-batch-{limit}", "clients": 1, "wait_ms": round(1000 * wait, 2)}
-        )
-    return rows
+        shares = [100 * load.images_per_s / load.alone for load in rounds if load.alone]
+        row = {
+            "system": name,
+            "clients": clients,
+            **spread("images_per_s", [load.images_per_s for load in rounds], 2),
+            "of_generate": round(statistics.median(shares), 1) if shares else "",
+            "wait_ms": round(statistics.median(waits), 1),
+            "wait_p95_ms": round(float(np.percentile(waits, 95)), 1),
+            "requests": sum(len(load.waited) + load.lost for load in rounds),
+            "lost": sum(load.lost for load in rounds),
+            "together": round(statistics.fmean(load.together for load in rounds), 1),
+        }
+        rows.append(row | (far.get(name, {}) if clients == SLOTS else {}))
+        if shares:
+            rates = spread("images_per_s", [load.alone for load in rounds], 2)
+            generated.append({"system": f"{name}-generate", "clients": "", **rates})
+    alone = [(f"fewstep-lone-max-batch-{limit}", round(1000 * wait, 2)) for limit, wait in lone.items()]
+    return rows + generated + [{"system": name, "clients": 1, "wait_ms": wait} for name, wait in alone]
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:

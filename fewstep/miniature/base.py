@@ -115,12 +115,18 @@ class Base(nn.Module):
             projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 32,
         )
 
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Return their tokens, (N, TOKENS)."""
+        inputs = self.tokenizer(
+            list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        )
+        tokens: Tensor = inputs.input_ids.to(self.unet.device)
+        return tokens
+
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(N, TOKENS, 2 x TEXT_WIDTH) and (N, TEXT_WIDTH): SDXL's penultimate states of both encoders, and
         the pooled projection of the second."""
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids.to(self.unet.device)
+        tokens = self.tokens(prompts)
         with autocast(tokens.device):
             one = self.text_encoder(tokens, output_hidden_states=True)
             two = self.text_encoder_2(tokens, output_hidden_states=True)
@@ -179,22 +185,17 @@ class Reader(nn.Module):
     def __init__(self, base: Base) -> None:
         super().__init__()
         self.text_encoder, self.text_encoder_2 = base.text_encoder, base.text_encoder_2
-        self.tokenizer = base.tokenizer
+        self._tokens, self._encode, self._end = base.tokens, base.encode_prompts, base.tokenizer.eos_token_id
         self.sizes = [len(values) for values in ATTRIBUTES.values()]
         self.heads = nn.ModuleList(nn.Linear(TEXT_WIDTH, sum(self.sizes)) for _ in range(3))
 
     def forward(self, prompts: Sequence[str]) -> list[Tensor]:
         """Logits (N, values of the attribute), one by one for every head and attribute."""
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids.to(self.text_encoder.device)
-        end = (tokens == self.tokenizer.eos_token_id).int().argmax(1)
-        rows = torch.arange(len(tokens), device=tokens.device)
-        with autocast(tokens.device):
-            one = self.text_encoder(tokens, output_hidden_states=True)
-            two = self.text_encoder_2(tokens, output_hidden_states=True)
-        read = (one.hidden_states[-2][rows, end], two.hidden_states[-2][rows, end], two.text_embeds)
-        logits = [head(part.float()) for head, part in zip(self.heads, read, strict=True)]
+        end = (self._tokens(prompts) == self._end).int().argmax(1)
+        states, pooled = self._encode(prompts)
+        last = states[torch.arange(len(end), device=end.device), end]
+        read = (last[:, :TEXT_WIDTH], last[:, TEXT_WIDTH:], pooled)
+        logits = [head(part) for head, part in zip(self.heads, read, strict=True)]
         return [part for row in logits for part in row.split(self.sizes, dim=1)]
 
 

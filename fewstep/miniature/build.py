@@ -3,7 +3,6 @@ scripts/build-miniature."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from fewstep.miniature.base import (
     train_text,
 )
 from fewstep.miniature.judge import FILE, Judge, load_judge, train_judge
-from fewstep.miniature.scoring import Facts, score_all, write_card
+from fewstep.miniature.scoring import score_all, write_card
 from fewstep.miniature.vae import encode, train_tiny_vae, train_vae
 from fewstep.miniature.world.dataset import Pixels, cached_images, pick_scenes
 from fewstep.miniature.world.restyling import STYLES, draw_restyled
@@ -218,19 +217,6 @@ class Build:
     def _noise_schedule(self) -> NoiseSchedule:
         return NoiseSchedule.of(make_scheduler(), self.device)
 
-    def facts(self, student: LoraStudent) -> Facts:
-        unet = self.base.unet
-        return Facts(
-            unet_parameters=sum(parameter.numel() for parameter in unet.parameters()),
-            unet_channels=tuple(unet.config.block_out_channels),
-            tokens=self.base.tokenizer.model_max_length,
-            sizes=asdict(self.sizes),
-            student=student,
-            judge_sha256=hashlib.sha256((self.weights / FILE).read_bytes()).hexdigest(),
-            captions=self.sizes.captions,
-            seeds=self.sizes.seeds,
-        )
-
 
 def _load(module: torch.nn.Module, path: Path) -> None:
     module.load_state_dict({key: value.float() for key, value in load_file(path).items()}, strict=True)
@@ -251,6 +237,5 @@ def build_miniature(
         build.train_styles(styles)
     if "tiny-vae" not in build.kept:
         build.train_tiny_vae()
-    facts = build.facts(student)
-    write_card(weights, facts, [])  # scoring loads the weights through their manifest
-    write_card(weights, facts, score_all(weights, judge, facts.captions, facts.seeds))
+    write_card(weights, asdict(sizes), student, [])  # scoring loads the weights through their manifest
+    write_card(weights, asdict(sizes), student, score_all(weights, judge, sizes.captions, sizes.seeds))

@@ -3,17 +3,21 @@ its manifest."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+
+from diffusers import UNet2DConditionModel
 
 from fewstep.evaluation.generate import Generate, ddim, few_steps
 from fewstep.evaluation.metrics import Score
 from fewstep.evaluation.tables import markdown
 from fewstep.generation.pipeline import load_pipeline
-from fewstep.miniature.judge import Judge, make_evaluator
+from fewstep.miniature.base import TOKENS
+from fewstep.miniature.judge import FILE, Judge, make_evaluator
 from fewstep.miniature.vae import reconstruct
 from fewstep.miniature.world.dataset import draw_many
 from fewstep.miniature.world.scenes import ATTRIBUTES, unseen_scenes
@@ -69,40 +73,29 @@ the same scenes in the features of the judge's last layer. Less is better; two s
 """
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What the card and the manifest say of one build."""
-
-    unet_parameters: int
-    unet_channels: tuple[int, ...]
-    tokens: int
-    sizes: dict[str, int]
-    student: LoraStudent
-    judge_sha256: str
-    captions: int
-    seeds: int
-
-
-def write_card(weights: Path, facts: Facts, scores: list[Score]) -> None:
-    """Write README.md and manifest.json into `weights`."""
+def write_card(weights: Path, sizes: Mapping[str, int], student: LoraStudent, scores: list[Score]) -> None:
+    """Write README.md and manifest.json into `weights`; `sizes` are of the build, among them the captions and
+    seeds of `scores`."""
+    judge_sha256 = hashlib.sha256((weights / FILE).read_bytes()).hexdigest()
+    unet = UNet2DConditionModel.from_pretrained(weights / "unet", use_safetensors=True)
     card = _CARD.format(
-        unet=facts.unet_parameters / 1e6,
-        channels="/".join(map(str, facts.unet_channels)),
-        tokens=facts.tokens,
-        sizes=", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in facts.sizes.items()),
-        rank=facts.student.rank,
-        low=facts.student.guidance[0],
-        high=facts.student.guidance[1],
-        k=1000 // facts.student.solver_steps * facts.student.skip,
-        c=facts.student.huber_c,
+        unet=unet.num_parameters() / 1e6,
+        channels="/".join(map(str, unet.config.block_out_channels)),
+        tokens=TOKENS,
+        sizes=", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in sizes.items()),
+        rank=student.rank,
+        low=student.guidance[0],
+        high=student.guidance[1],
+        k=1000 // student.solver_steps * student.skip,
+        c=student.huber_c,
         licence=LICENCE,
-        judge=facts.judge_sha256,
-        captions=facts.captions,
-        seeds=facts.seeds,
+        judge=judge_sha256,
+        captions=sizes["captions"],
+        seeds=sizes["seeds"],
         table=_table(scores),
     )
     (weights / "README.md").write_text(card)
-    extra = {"sizes": facts.sizes, "student": asdict(facts.student), "judge_sha256": facts.judge_sha256}
+    extra = {"sizes": dict(sizes), "student": asdict(student), "judge_sha256": judge_sha256}
     write_manifest(
         weights,
         model="miniature",

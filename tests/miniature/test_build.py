@@ -1,6 +1,7 @@
 """The whole build at its smallest: all stages, resumed, and the folder that comes out generates."""
 
 import random
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_all_stages_make_a_folder_that_generates(tmp_path):
     build = Build(weights, tmp_path / "work", TINY, cpu)
     assert build.judge and build.latents[0].latents.shape[1:] == (4, SQUARE[1] // 8, SQUARE[0] // 8)
     build.train_lora(STUDENT)
-    write_card(weights, build.facts(STUDENT), [])
+    write_card(weights, asdict(TINY), STUDENT, [])
 
     spec = get_model("miniature")
     pipeline = load_pipeline(spec, Settings(weights_root=weights.parent))
@@ -66,7 +67,7 @@ def test_all_stages_make_a_folder_that_generates(tmp_path):
     assert len(list((tmp_path / "styles" / "miniature").iterdir())) == len(STYLES)
 
     build.train_tiny_vae()
-    write_card(weights, build.facts(STUDENT), [])
+    write_card(weights, asdict(TINY), STUDENT, [])
     tiny = load_pipeline(spec, Settings(weights_root=weights.parent, vae="tiny"))
     [result] = tiny.generate([Request.create(spec, prompt="a red house", seed=1)])
     assert isinstance(result, GenerationResult)
