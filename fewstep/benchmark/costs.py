@@ -14,8 +14,10 @@ from typing import Any
 from PIL import Image
 
 from fewstep.benchmark.measure import in_turns, only, serving, spread
-from fewstep.benchmark.systems import PROMPT
+from fewstep.benchmark.systems import PROMPT, fewstep
+from fewstep.benchmark.worker import generate_captions
 from fewstep.coglet.server import ROOT, ServerFailed
+from fewstep.evaluation.figures import grid
 
 SIDE = 1024
 ENCODERS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -24,6 +26,12 @@ ENCODERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("jpeg", {"quality": 90, "subsampling": "4:4:4", "optimize": True}),
     *(("png", {"compress_level": level}) for level in (0, 1, 2, 3, 6, 9)),
 )
+
+
+def large_image(weights: Path) -> Image.Image:
+    """Generate an image of 1024 px, tiled from the miniature's."""
+    system, columns = fewstep("miniature", weights, 128), SIDE // 128
+    return grid(generate_captions(system, columns**2), columns, gap=0)
 
 
 def measure_encoders(image: Image.Image, repeats: int) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 from PIL import Image
 
 from fewstep.benchmark.measure import only, predict, serving, spread
+from fewstep.benchmark.roofline import roofline
 from fewstep.benchmark.systems import PROMPT, Scenario
 from fewstep.coglet.server import ServerFailed
 from fewstep.evaluation.figures import Panel, plot_bars, plot_lines
@@ -85,6 +86,25 @@ SUITES = {
     "full": Suite("sdxl-random", COMPARED, (Scenario(512),), repeats=1),
     "full-1024": Suite("sdxl-random", COMPARED, (Scenario(1024, steps=1),), repeats=1),
 }
+
+
+def measure(name: str, weights: Path, rounds: int, report: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Return a row for every system and scenario of a suite, and for the roofline."""
+    suite = SUITES[name]
+    samples, qualities = run(suite, weights, rounds, report)
+    rows: list[dict[str, Any]] = [
+        {
+            "suite": name,
+            "system": system,
+            **vars(scenario),
+            **summarised(taken),
+            **{"psnr": "", "right": "", **qualities.get((system, scenario), {})},
+        }
+        for (system, scenario), taken in samples.items()
+    ]
+    dtype = next(row["dtype"] for row in rows if row["system"] == "fewstep")
+    bounds = roofline(weights / suite.model, suite.scenarios, dtype)
+    return rows + [{"suite": name, **row} for row in bounds]
 
 
 Found: TypeAlias = dict[tuple[str, Scenario], list[Sample]]

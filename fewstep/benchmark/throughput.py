@@ -26,6 +26,7 @@ from fewstep.evaluation.figures import Panel, plot_lines
 PLAIN = Path(__file__).parent / "plain"
 SLOTS = 8  # as many requests as the server takes at a time, and images in a batch
 CLIENTS = (1, 2, 4, 8, 16)
+REQUESTS = 96  # of each number of callers
 # After the server said that it has no room, doubled from the one up to the other. It has room for a caller
 # again a moment after the caller has its answer.
 RETRY_S = (0.001, 0.2)
@@ -154,6 +155,13 @@ def beside_generate(
         load, after = put_load(server, SLOTS, islice(numbers, requests)), generate(batches)
         yield replace(load, alone=2 * SLOTS * batches / (before + after))
         before = after
+
+
+def measure(weights: Path, rounds: int, report: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Put every load on every server in every round, and return a row for each."""
+    loads, far = run(weights, rounds, REQUESTS, report)
+    report("a caller who is alone")
+    return rows_of(loads, far, lone_waits(weights, 2 * REQUESTS))
 
 
 def run(
