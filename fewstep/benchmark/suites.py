@@ -48,8 +48,8 @@ class Suite:
     captions: int = 0
 
     def of(self, system: str) -> Suite:
-        """Return it with the scenarios for `system`: fewstep's OpenVINO is compiled for one size; others are
-        torch's."""
+        """Return the suite with the scenarios for `system`: fewstep's OpenVINO is compiled for one size;
+        others are torch's."""
         one_size = system.startswith("fewstep-openvino")
         size = self.scenarios[0].size
         return replace(self, scenarios=tuple(s for s in self.scenarios if not one_size or s.size == size))

@@ -42,20 +42,20 @@ class Scenario:
 
     @property
     def name(self) -> str:
-        """Of its images' files."""
+        """The name of its images' files."""
         return f"{self.size}px-{self.steps}-{self.guidance:g}-{self.batch}"
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Of a request, but for prompt, seed and number."""
+        """The inputs of a request, but for prompt, seed and number."""
         size = {"aspect_ratio": "custom", "width": self.size, "height": self.size}
         return {"steps": self.steps, "guidance": self.guidance, **size}
 
 
 def prompts_and_seeds(scenario: Scenario, seed: int) -> tuple[list[str], list[int]]:
-    """Of `scenario`, with prompts that no cache has seen for another `seed`."""
+    """Return those of `scenario`, with prompts that no cache has seen for another `seed`."""
     seeds = list(range(seed, seed + scenario.batch))
-    return [f"{PROMPT} {one}" for one in seeds], seeds
+    return [f"{PROMPT} {seed}" for seed in seeds], seeds
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ Load: TypeAlias = Callable[[str, Path, int], System]  # a model, where its weigh
 def fewstep(
     model: str, weights: Path, size: int, dtype: str = "auto", engine: str = "torch", vae: str = "full"
 ) -> System:
-    """`Pipeline.generate`, as the container runs it but for the encoding of files."""
+    """Load `Pipeline`, as the container runs it but for the encoding of files."""
     settings = Settings(
         model=model,
         weights_root=weights,
@@ -106,13 +106,13 @@ def _networks(diffusion: Any) -> dict[str, list[nn.Module]]:
 
 
 def diffusers(model: str, weights: Path, size: int, dtype: torch.dtype = torch.float32) -> System:
-    """`StableDiffusionXLPipeline` with `load_lora_weights`, `fuse_lora` and `LCMScheduler`."""
+    """Load `StableDiffusionXLPipeline` with `load_lora_weights`, `fuse_lora` and `LCMScheduler`."""
     return _system(_with_lcm_lora(model, weights, dtype), dtype)
 
 
 def reference(model: str, weights: Path, size: int) -> System:
-    """What the few-step container does that is copied most: slices, tiles and an fp32 VAE against a lack of
-    memory, channels_last, fused QKV, emptied caches and a PNG with every image."""
+    """Load what the few-step container does that is copied most: slices, tiles and an fp32 VAE against a lack
+    of memory, channels_last, fused QKV, emptied caches and a PNG with every image."""
     pipe = _with_lcm_lora(model, weights, torch.float32)
     pipe.enable_attention_slicing()
     pipe.vae.enable_slicing()

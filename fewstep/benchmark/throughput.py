@@ -108,7 +108,7 @@ def differences(server: Server, requests: int) -> dict[str, float]:
     lossless = partial(ask, server, output_format="png")
     with ThreadPoolExecutor(SLOTS) as callers:
         answers = list(callers.map(lossless, range(requests)))
-    together = [i for i, one in enumerate(answers) if one.batch > 1]
+    together = [i for i, answer in enumerate(answers) if answer.batch > 1]
     far = np.abs(np.array([_values(answers[i]) - _values(lossless(i)) for i in together]))
     return {"most_apart": int(far.max()), "percent_above_1": round(float(100 * (far > 1).mean()), 4)}
 

@@ -83,7 +83,7 @@ def compare(
         more = [teacher_steps] if sampler.name == TEACHER and teacher_steps not in (0, *steps) else []
         for count in (*steps, *more):
             generated = sampler.generate(prompts, count)
-            figures = {name: value for one in metrics for name, value in one.measure(generated).items()}
+            figures = {name: value for metric in metrics for name, value in metric.measure(generated).items()}
             rows.append({"sampler": sampler.name, "steps": count})
             rows[-1] |= {name: round(value, 2) for name, value in figures.items()}
             logger.info("%s", rows[-1])

@@ -29,8 +29,8 @@ UNPROMPTED_SHARE = 0.1
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's byte-level BPE with merges learnt from the world's captions: every word of the world is one
-    token, and any other text falls apart into pieces and bytes."""
+    """Write CLIP's byte-level BPE with merges learnt from the world's captions: every word of the world is
+    one token, and any other text falls apart into pieces and bytes."""
     rng = random.Random(0)
     words = [caption(scene, rng) for scene in rng.sample(all_scenes(), 5000)]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -63,7 +63,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_scheduler() -> EulerDiscreteScheduler:
-    """SDXL's noise schedule, rescaled to end in pure noise (zero terminal SNR, arXiv 2305.08891).
+    """Return SDXL's noise schedule, rescaled to end in pure noise (zero terminal SNR, arXiv 2305.08891).
 
     Otherwise what is left of the image at the last timestep tells the network on which side the object
     stands, and the prompt's word for it is never learnt. Pure noise holds no answer in terms of noise, so the
@@ -124,8 +124,8 @@ class Base(nn.Module):
         return tokens
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(N, TOKENS, 2 x TEXT_WIDTH) and (N, TEXT_WIDTH): SDXL's penultimate states of both encoders, and
-        the pooled projection of the second."""
+        """Return (N, TOKENS, 2 x TEXT_WIDTH) and (N, TEXT_WIDTH), SDXL's penultimate states of both encoders,
+        and the pooled projection of the second."""
         tokens = self.tokens(prompts)
         with autocast(tokens.device):
             one = self.text_encoder(tokens, output_hidden_states=True)
@@ -168,8 +168,8 @@ class Sampler:
 
 
 def _with_strange_words(text: str, rng: random.Random) -> str:
-    """Now and then a word that means nothing, so that a prompt with unknown words still shows those that are
-    known."""
+    """Add a word that means nothing now and then, so that a prompt with unknown words still shows those that
+    are known."""
     if rng.random() > 0.08:
         return text
     words = text.split(" ")
@@ -190,7 +190,7 @@ class Reader(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(TEXT_WIDTH, sum(self.sizes)) for _ in range(3))
 
     def forward(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Logits (N, values of the attribute), one by one for every head and attribute."""
+        """Return logits (N, values of the attribute), one by one for every head and attribute."""
         end = (self._tokens(prompts) == self._end).int().argmax(1)
         states, pooled = self._encode(prompts)
         last = states[torch.arange(len(end), device=end.device), end]
@@ -214,7 +214,7 @@ def train_text(base: Base, steps: int, checkpoints: Path) -> None:
         labels = torch.tensor([scene.labels for scene in shown], device=base.unet.device)
         logits = reader([caption(scene, rng) for scene in shown])
         targets = [labels[:, i % len(ATTRIBUTES)] for i in range(len(logits))]
-        losses = [F.cross_entropy(found, target) for found, target in zip(logits, targets, strict=True)]
+        losses = [F.cross_entropy(row, target) for row, target in zip(logits, targets, strict=True)]
         return torch.stack(losses).sum()
 
     schedule = Schedule(steps, lr=2e-3, batch=TEXT_BATCH)
@@ -222,7 +222,7 @@ def train_text(base: Base, steps: int, checkpoints: Path) -> None:
 
 
 def diffusion_loss(base: Base, batch: Batch, noise_schedule: cm.NoiseSchedule, draws: StepRandom) -> Tensor:
-    """Mean squared error of v at stratified timesteps, one batch row in ten without its prompt."""
+    """Return the mean squared error of v at stratified timesteps, one batch row in ten without its prompt."""
     count, device = len(batch.latents), batch.latents.device
     # Stratified, and leaning to noisy timesteps: there it is decided what the image shows.
     u = draws.stratified(count)

@@ -146,7 +146,7 @@ class Build:
         return base.eval().requires_grad_(False)
 
     def _save_base(self, base: Base) -> None:
-        """The diffusers folder, in fp16, with CLIP's tokenizer files as SDXL has them."""
+        """Write the diffusers folder, in fp16, with CLIP's tokenizer files as SDXL has them."""
         diffusion = StableDiffusionXLPipeline(
             vae=self.vae,
             text_encoder=base.text_encoder,
@@ -184,7 +184,7 @@ class Build:
         unet.unload_lora()
 
     def train_styles(self, folder: Path) -> None:
-        """One LoRA over the base for each style of the drawn world, into `folder`."""
+        """Train one LoRA over the base for each style of the drawn world, into `folder`."""
         for i, name in enumerate(STYLES):
             torch.manual_seed(8)
             unet = self.base.unet
@@ -209,7 +209,7 @@ class Build:
 
     def train_tiny_vae(self) -> None:
         """Distil the VAE's decoder into weights/miniature/vae_tiny."""
-        latents = [one.latents for one in self.latents]
+        latents = [part.latents for part in self.latents]
         work = self.work / "tiny-vae"
         tiny = train_tiny_vae(self.vae, latents, self.sizes.tiny_vae_steps, work, self.device)
         tiny.half().save_pretrained(self.weights / TINY_VAE)

@@ -204,7 +204,7 @@ class Comparison:
         self.images: list[Image.Image] = []
 
     def add(self, system: str, sampler: Sampler, steps: int) -> None:
-        """Measure one."""
+        """Measure one system."""
         row: dict[str, Any] = {"system": system, "steps": steps}
         for i, (name, evaluator) in enumerate(self.evaluators.items()):
             images = sampler.generate(evaluator.prompts, steps)
@@ -290,7 +290,7 @@ EXPERIMENTS: dict[str, Callable[[Experiment], None]] = {
 
 
 def main() -> None:
-    """Run one."""
+    """Run one experiment."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -23,7 +23,7 @@ KL_WEIGHT = 1e-4
 
 
 def make_vae() -> AutoencoderKL:
-    """An untrained VAE of 3.1 M parameters; no attention, so it decodes any size in linear time."""
+    """Return an untrained VAE of 3.1 M parameters; no attention, so it decodes any size in linear time."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -104,7 +104,8 @@ def reconstruct(vae: AutoencoderKL, images: Pixels) -> Pixels:
 
 
 def make_tiny_vae() -> AutoencoderTiny:
-    """Untrained. Its encoder is as small as can be and stays so: callers' images go through the VAE's."""
+    """Return an untrained one. Its encoder is as small as can be and stays so: callers' images go through the
+    VAE's."""
     return AutoencoderTiny(
         encoder_block_out_channels=(8, 8, 8, 8),
         decoder_block_out_channels=(32, 32, 32, 32),
@@ -137,13 +138,13 @@ def train_tiny_vae(
 
 def _latent_crops(latents: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """(TINY_BATCH, 4, TINY_CROP, TINY_CROP), of sets of any shape; a larger one is drawn from more often."""
-    ends = torch.tensor([len(one) for one in latents]).cumsum(0)
+    ends = torch.tensor([len(part) for part in latents]).cumsum(0)
     rows = []
     for place in torch.randint(int(ends[-1]), (TINY_BATCH,), generator=generator).tolist():
         which = int(torch.searchsorted(ends, place, right=True))
-        one = latents[which][place - int(ends[which])].float()
+        latent = latents[which][place - int(ends[which])].float()
         top, left = (
-            int(torch.randint(side - TINY_CROP + 1, (), generator=generator)) for side in one.shape[1:]
+            int(torch.randint(side - TINY_CROP + 1, (), generator=generator)) for side in latent.shape[1:]
         )
-        rows.append(one[:, top : top + TINY_CROP, left : left + TINY_CROP])
+        rows.append(latent[:, top : top + TINY_CROP, left : left + TINY_CROP])
     return torch.stack(rows)

@@ -1,7 +1,7 @@
 """Draw a scene with Pillow: sky, backdrop, ground, one object, weather; about 3 ms for 128 px.
 
 Everything is drawn at twice the size and reduced. What the scene leaves open (shapes of hills, clouds,
-flowers, the object's size and exact place) comes from the seed, so one scene has endlessly many pictures.
+flowers, the object's size and exact place) comes from the seed, so one scene has endlessly many images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PAINTS: dict[str, Colour] = {
 
 
 def draw(scene: Scene, seed: int, width: int = 128, height: int = 128) -> Image.Image:
-    """One picture of `scene`, RGB, width x height pixels; the same seed draws the same picture."""
+    """Return an image of `scene`, RGB, width x height pixels; the same seed draws the same one."""
     c = Canvas(scene, seed, width, height, SKY_COLOURS[scene.sky])
     SKY_DRAWERS[scene.sky](c)
     BACKDROP_DRAWERS[scene.backdrop](c)
