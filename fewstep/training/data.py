@@ -13,12 +13,16 @@ import lzma
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from fewstep.errors import DatasetError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +107,24 @@ def find(folder: Path, caption: str | None = None) -> list[Captioned]:
             f"{METADATA} or a text file of its name, or give one caption for all"
         )
     return images
+
+
+def write_captioned(
+    folder: Path, captions: Sequence[str], images: Callable[[], Iterable[Image.Image]]
+) -> None:
+    """Write images and their captions as `find` reads them, `metadata.jsonl` last; once: where it lists those
+    captions already, `images` is not called."""
+    listed = folder / METADATA
+    rows = [{"file_name": f"{i:05}.png", "text": text} for i, text in enumerate(captions)]
+    content = "".join(f"{json.dumps(row)}\n" for row in rows)
+    if listed.exists() and listed.read_text(encoding="utf-8") == content:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for row, image in zip(rows, images(), strict=True):
+        image.save(folder / row["file_name"])
+    part = listed.with_suffix(".part")
+    part.write_text(content, encoding="utf-8")
+    part.replace(listed)
 
 
 def _listed(folder: Path) -> dict[str, str]:

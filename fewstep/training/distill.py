@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -100,10 +100,8 @@ class FullStudent(Distillation):
     width: int = 256  # of the embedding of w
 
 
-class Answer(Protocol):
-    """A network's output for z_t (N, C, H, W) at timesteps t (N,), fp32; w (N,) is for a full LCM."""
-
-    def __call__(self, z_t: Tensor, t: Tensor, batch: Batch, w: Tensor) -> Tensor: ...
+# Of z_t (N, C, H, W), timesteps t (N,), a batch and w (N,), which a full LCM takes: a network's output, fp32.
+Answer: TypeAlias = Callable[[Tensor, Tensor, Batch, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

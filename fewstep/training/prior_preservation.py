@@ -7,22 +7,22 @@ with its LoRA is to say what it says without.
 
 from __future__ import annotations
 
-import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import LCMScheduler, UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 
 from fewstep.generation.reference import generate_images
 from fewstep.generation.text_encoder import Diffusion
 from fewstep.training import consistency as cm
-from fewstep.training.data import METADATA
+from fewstep.training.data import write_captioned
 from fewstep.training.distill import NextBatch, add_noise, predict, predict_without_lora
 from fewstep.training.trainer import Loss, Shard, StepRandom
 
@@ -56,28 +56,21 @@ def varied_prompts(count: int) -> list[str]:
 def generate_prior_images(folder: Path, prompts: Sequence[str], diffusion: Diffusion) -> None:
     """Write an image of each of `prompts` into `folder`, with captions in metadata.jsonl, by `diffusion`,
     which generates in few steps; once, so that a run that goes on sees the same ones."""
-    listed = folder / METADATA
-    rows = [{"file_name": f"{i:05}.png", "text": text} for i, text in enumerate(prompts)]
-    wanted = "".join(f"{json.dumps(row)}\n" for row in rows)
-    if listed.exists() and listed.read_text(encoding="utf-8") == wanted:
-        return
-    logger.info("generating %d images to rehearse", len(prompts))
     guidance = FULL_LCM_GUIDANCE if diffusion.unet.config.time_cond_proj_dim else 1.0
-    folder.mkdir(parents=True, exist_ok=True)
-    images = generate_images(
-        diffusion,
-        prompts,
-        range(len(prompts)),
-        steps=FEW_STEPS,
-        guidance=guidance,
-        scheduler=LCMScheduler.from_config(diffusion.scheduler.config),
-        batch=1,  # a training leaves little memory
-    )
-    for row, image in zip(rows, images, strict=True):
-        image.save(folder / row["file_name"])
-    part = listed.with_suffix(".part")
-    part.write_text(wanted, encoding="utf-8")
-    part.replace(listed)
+
+    def images() -> Iterator[Image.Image]:
+        logger.info("generating %d images to rehearse", len(prompts))
+        return generate_images(
+            diffusion,
+            prompts,
+            range(len(prompts)),
+            steps=FEW_STEPS,
+            guidance=guidance,
+            scheduler=LCMScheduler.from_config(diffusion.scheduler.config),
+            batch=1,  # a training leaves little memory
+        )
+
+    write_captioned(folder, prompts, images)
 
 
 def prior_loss(

@@ -142,8 +142,7 @@ def train(
 
     loss = loss_of(batches(encoded, plan.schedule.batch), plan.seed)
     if data.prior:
-        guidance = plan.student.guidance if isinstance(plan.student, distill.Distillation) else (0.0, 0.0)
-        own_images = batches(data.prior, plan.schedule.batch)
+        own_images, guidance = batches(data.prior, plan.schedule.batch), plan.student.guidance
         prior = prior_preservation.prior_loss(network, own_images, noise_schedule, guidance, plan.seed + 1)
         loss = prior_preservation.in_turns(loss, prior)
     validation_batches = batches(held_out, min(VALIDATION_BATCH, len(held_out)))
@@ -151,10 +150,12 @@ def train(
     metadata = {"model": model, **plan.metadata()}
     images = _check_same([*encoded, *data.prior], accelerator)
     result = average or network  # with a LoRA, the trainer leaves the average in its place
-    few_steps, guidance_scale = plan.method != "style", _guidance(result, plan)
+    few_steps, scale = plan.method != "style", 1.0
+    if result.config.time_cond_proj_dim:  # a full LCM takes the middle of its range of w
+        scale += sum(plan.student.guidance) / 2
 
     def evaluate(step: int) -> float:
-        row = generate_samples(diffusion, result, data.prompts, few_steps=few_steps, guidance=guidance_scale)
+        row = generate_samples(diffusion, result, data.prompts, few_steps=few_steps, guidance=scale)
         _save_samples(row, folder / "samples" / f"step-{step:06}.webp", step, accelerator)
         with torch.no_grad():
             losses = [validation_loss(i, WHOLE) for i in range(validation_batches.per_epoch)]
@@ -176,7 +177,7 @@ def train(
     )
     if accelerator.is_main_process:
         save_network(result, folder, {**metadata, "step": plan.schedule.steps})
-        write_card(folder, metadata, guidance_scale)
+        write_card(folder, metadata, scale)
     accelerator.wait_for_everyone()
 
 
@@ -253,11 +254,3 @@ def _save_samples(row: Image.Image, path: Path, step: int, accelerator: Accelera
     for tracker in accelerator.trackers:
         order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({"samples": np.asarray(row)[None]}, step=step, **order)
-
-
-def _guidance(unet: UNet2DConditionModel, plan: Plan) -> float:
-    """Return what samples are generated with: of a full LCM, the middle of the range of w."""
-    student = plan.student
-    if unet.config.time_cond_proj_dim and isinstance(student, distill.Distillation):
-        return 1.0 + sum(student.guidance) / 2
-    return 1.0

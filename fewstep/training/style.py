@@ -7,6 +7,7 @@ same (arXiv 2311.05556, section 3): tau' = lambda_1 * tau_style + lambda_2 * tau
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
@@ -28,6 +29,7 @@ STYLE_TARGETS = (
 class StyleStudent:
     """What is trained; alpha is the rank, so that a scale of 1 is the style as it was learnt."""
 
+    guidance: ClassVar = (0.0, 0.0)  # it has none
     rank: int = 8
     targets: tuple[str, ...] = STYLE_TARGETS
 

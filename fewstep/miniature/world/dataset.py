@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene, caption, training_scenes
+from fewstep.training.data import write_captioned
 
 logger = logging.getLogger(__name__)
 
@@ -53,22 +53,14 @@ def cached_images(path: Path, scenes: list[Scene], seed: int, width: int, height
 
 
 def write_images(folder: Path, scenes: list[Scene], seed: int) -> None:
-    """Write drawings of `scenes` into `folder`, with captions in metadata.jsonl, which is written last."""
-    listed, rng = folder / "metadata.jsonl", random.Random(seed)
-    rows = [{"file_name": f"{i:05}.png", "text": caption(scene, rng)} for i, scene in enumerate(scenes)]
-    wanted = "".join(f"{json.dumps(row)}\n" for row in rows)
-    if listed.exists() and listed.read_text(encoding="utf-8") == wanted:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, scene in enumerate(scenes):
-        draw(scene, seed + i).save(folder / f"{i:05}.png")
-    part = listed.with_suffix(".part")
-    part.write_text(wanted, encoding="utf-8")
-    part.replace(listed)
+    """Write drawings of `scenes` into `folder`, with captions; once."""
+    rng = random.Random(seed)
+    captions = [caption(scene, rng) for scene in scenes]
+    write_captioned(folder, captions, lambda: (draw(scene, seed + i) for i, scene in enumerate(scenes)))
 
 
 def write_world(folder: Path, count: int) -> None:
-    """Write drawings of what the base was trained on."""
+    """Write images of what the base was trained on."""
     write_images(folder, pick_scenes(training_scenes(), count, seed=31), 90_000_000)
 
 
