@@ -36,7 +36,7 @@ from fewstep.generation.sampler import Job, sample
 from fewstep.generation.text_encoder import Diffusion, TextEncoder
 from fewstep.generation.upsampling import fold_upsamplers
 from fewstep.lora.merge import NETWORKS, WeightMerger
-from fewstep.lora.types import Mix
+from fewstep.lora.types import Lora, Mix
 from fewstep.models.device import device_and_dtype, order_channels_last
 from fewstep.models.load import load_tiny_vae, load_verified, read_lcm_lora, usual_size
 from fewstep.models.manifest import verify_weights
@@ -160,6 +160,25 @@ class Pipeline:
         if request.guided:
             chunks = max(chunks, self.text.count_chunks("negative_prompt", request.negative_prompt))
         return replace(request, chunks=chunks)
+
+    def images(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, loras: Sequence[Lora] = (), **inputs: Any
+    ) -> list[Image.Image]:
+        """Generate one image for each prompt and seed, all of one shape; `loras` are those that `inputs`,
+        the other inputs of `Request.create`, name as styles.
+
+        Raises the FewstepError of the first that failed, ValueError for shapes that differ.
+        """
+        requests = [
+            Request.create(self.spec, prompt=prompt, seed=seed, **inputs).with_styles(loras)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        images: list[Image.Image] = []
+        for result in self.generate(requests):
+            if isinstance(result, FewstepError):
+                raise result
+            images += result.images
+        return images
 
     @torch.inference_mode()
     def generate(
