@@ -18,15 +18,13 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionMo
 from PIL import Image
 from torch import Tensor, nn
 
-from fewstep.errors import FewstepError
-from fewstep.generation.engines.compiled import CompiledEngine
-from fewstep.generation.engines.openvino import OpenVinoEngine, infer, shared_core
+from fewstep.generation.engines import Engine
+from fewstep.generation.engines.openvino import infer, shared_core
 from fewstep.generation.engines.openvino_conversion import Decoder, converted, examples, write
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.models.device import name_of
 from fewstep.models.sources import LCM_LORA
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 
 PROMPT = "a red house in a meadow with mountains at sunset, in the middle"
@@ -63,7 +61,7 @@ class System:
     dtype: str
     generate: Callable[[Wish, Sequence[str], Sequence[int]], list[Image.Image]]
     networks: dict[str, list[nn.Module]]
-    engine: OpenVinoEngine | CompiledEngine | None = None
+    engine: Engine | None = None
 
 
 Load: TypeAlias = Callable[[str, Path, int], System]  # a model, where its weights are, a size in px
@@ -87,25 +85,8 @@ def fewstep(
     pipeline = load_pipeline(spec, settings)
 
     def generate(wish: Wish, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        requests = [
-            Request.create(
-                spec,
-                prompt=prompt,
-                seed=seed,
-                steps=wish.steps,
-                guidance=wish.guidance,
-                aspect_ratio="custom",
-                width=wish.size,
-                height=wish.size,
-            )
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        images: list[Image.Image] = []
-        for result in pipeline.generate(requests):
-            if isinstance(result, FewstepError):
-                raise result
-            images += result.images
-        return images
+        size: dict[str, Any] = {"aspect_ratio": "custom", "width": wish.size, "height": wish.size}
+        return pipeline.images(prompts, seeds, steps=wish.steps, guidance=wish.guidance, **size)
 
     networks = _networks(pipeline.diffusion) | {"vae": [pipeline.decoder.decoder]}
     return System(name_of(pipeline.dtype), generate, networks, pipeline.engine)

@@ -52,7 +52,7 @@ def stopwatches(system: System) -> Iterator[dict[str, float]]:
     spent = dict.fromkeys(system.networks, 0.0)
     engine: Any = system.engine
     # What an engine does is not timed on torch as well, so that nobody takes the one for the other.
-    engines = ("unet", *(["vae"] if engine.decodes else [])) if engine else ()
+    engines = ("unet", "vae") if engine else ()
     handles = [
         handle
         for name, parts in system.networks.items()

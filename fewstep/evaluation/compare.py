@@ -20,10 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 
-from fewstep.generation.text_encoder import Diffusion
 from fewstep.images.codec import open_image
 from fewstep.miniature.judge import frechet_distance
 from fewstep.models.device import autocast
+from fewstep.models.load import Diffusion
 from fewstep.training.encoded import native_size
 from fewstep.training.sources import halve_if_large
 

@@ -16,7 +16,7 @@ from fewstep.generation.pipeline import Pipeline, load_pipeline
 from fewstep.images.codec import encode_image
 from fewstep.miniature.styling import load_style
 from fewstep.models.specs import get_model
-from fewstep.request import Request
+from fewstep.request import Inputs
 from fewstep.settings import Settings
 
 HEIGHT = 96
@@ -94,18 +94,18 @@ class Generator:
         if "mask" in inputs:
             inputs["mask"] = Image.new("L", castle.size, 0)
             inputs["mask"].paste(255, (0, 0, castle.width, round(0.58 * castle.height)))
-        request = Request.create(self.pipeline.spec, **inputs)
+        checked = Inputs.create(self.pipeline.spec, **inputs)
         loras = [
-            load_style(self.pipeline, self.styles / f"{one.source.place}.safetensors")
-            for one in request.wishes
+            load_style(self.pipeline, self.styles / f"{style.source.place}.safetensors")
+            for style in checked.styles
         ]
-        [found] = self.pipeline.generate([request.with_styles(loras)])
-        if isinstance(found, FewstepError):
-            raise found
-        kind, quality = request.output_format, request.output_quality
+        [result] = self.pipeline.generate([self.pipeline.encode(self.pipeline.request(checked, loras))])
+        if isinstance(result, FewstepError):
+            raise result
+        kind, quality = checked.output_format, checked.output_quality
         return [
             Image.open(io.BytesIO(encode_image(image, kind, quality))).convert("RGB")
-            for image in found.images
+            for image in result.images
         ]
 
 

@@ -26,7 +26,6 @@ from PIL import Image
 from safetensors import safe_open
 
 from fewstep.evaluation.compare import Sampler, write_rows
-from fewstep.generation.text_encoder import Diffusion
 from fewstep.miniature.scoring import TEACHER_GUIDANCE, TEACHER_STEPS, JudgeMeter
 from fewstep.miniature.showcase import grid
 from fewstep.miniature.world.dataset import pick_scenes, write_images, write_world
@@ -37,6 +36,7 @@ from fewstep.miniature.world.scenes import (
     training_scenes,
     unseen_scenes,
 )
+from fewstep.models.load import Diffusion
 from fewstep.models.sources import LCM_LORA
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings

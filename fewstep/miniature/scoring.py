@@ -16,7 +16,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from fewstep.errors import FewstepError
 from fewstep.generation.pipeline import Pipeline, load_pipeline
 from fewstep.miniature.autoencoder import decode, encode
 from fewstep.miniature.judge import Judge, describe, frechet_distance, load_judge, score
@@ -24,7 +23,6 @@ from fewstep.miniature.world.dataset import Pixels, draw_many
 from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, caption, unseen_scenes
 from fewstep.models.device import autocast
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import VAES, Settings
 
 logger = logging.getLogger(__name__)
@@ -105,16 +103,7 @@ def few_step_generator(pipeline: Pipeline, steps: int) -> Generator:
     """What users run: `Pipeline.generate`, unguided."""
 
     def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        wishes = [
-            Request.create(pipeline.spec, prompt=prompt, steps=steps, seed=seed)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        images: list[Image.Image] = []
-        for result in pipeline.generate(wishes):
-            if isinstance(result, FewstepError):
-                raise result
-            images += result.images
-        return images
+        return pipeline.images(prompts, seeds, steps=steps)
 
     return generate
 

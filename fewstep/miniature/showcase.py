@@ -9,11 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from fewstep.errors import FewstepError
 from fewstep.generation.pipeline import Pipeline, load_pipeline
 from fewstep.miniature.scoring import TEACHER_GUIDANCE, ddim_generator, few_step_generator, load_base
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 
 PROMPTS = (
@@ -53,10 +51,8 @@ def repaintings(pipeline: Pipeline) -> list[Image.Image]:
     """An image; others from it at rising prompt_strength; a mask; and another sky under that mask."""
 
     def generate(prompt: str, seed: int, **inputs: Any) -> Image.Image:
-        [found] = pipeline.generate([Request.create(pipeline.spec, prompt=prompt, seed=seed, **inputs)])
-        if isinstance(found, FewstepError):
-            raise found
-        return found.images[0]
+        [image] = pipeline.images([prompt], [seed], **inputs)
+        return image
 
     image = generate(IMAGE_PROMPT, 3)
     again = [generate(REPAINTED, 3, image=image, prompt_strength=strength) for strength in STRENGTHS]

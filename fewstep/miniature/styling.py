@@ -15,7 +15,6 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from fewstep.errors import FewstepError
 from fewstep.generation.pipeline import Pipeline, load_pipeline
 from fewstep.lora.types import Lora
 from fewstep.miniature.judge import Judge, load_judge, score
@@ -25,7 +24,6 @@ from fewstep.miniature.world.dataset import draw_many
 from fewstep.miniature.world.restyling import STYLES, StyleMeter, draw_restyled
 from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, unseen_scenes
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 
 SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
@@ -71,16 +69,9 @@ def generate_styled(
     """One image of each prompt, the i-th with seed `seed + i`."""
     images: list[Image.Image] = []
     for start in range(0, len(prompts), BATCH):
-        wishes = [
-            Request.create(
-                pipeline.spec, prompt=prompt, steps=steps, seed=seed + start + i, style="x", style_scale=scale
-            ).with_styles([style])
-            for i, prompt in enumerate(prompts[start : start + BATCH])
-        ]
-        for result in pipeline.generate(wishes):
-            if isinstance(result, FewstepError):
-                raise result
-            images += result.images
+        together = prompts[start : start + BATCH]
+        seeds = range(seed + start, seed + start + len(together))
+        images += pipeline.images(together, seeds, loras=[style], style="x", style_scale=scale, steps=steps)
     return images
 
 

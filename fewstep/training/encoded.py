@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.errors import DatasetError, InvalidRequest
-from fewstep.generation.text_encoder import Diffusion
 from fewstep.images.codec import fit, open_image
+from fewstep.models.load import Diffusion
 from fewstep.request import SIDE, sizes_of
 from fewstep.training.datasets import Captioned
 from fewstep.training.distill import Batch

@@ -18,7 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from fewstep.errors import SettingsError
-from fewstep.generation.text_encoder import Diffusion
+from fewstep.models.load import Diffusion
 from fewstep.models.manifest import MANIFEST
 from fewstep.models.sources import LCM_LORA
 from fewstep.models.specs import ModelSpec

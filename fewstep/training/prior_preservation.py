@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from fewstep.generation.text_encoder import Diffusion
 from fewstep.miniature.world.dataset import pick_scenes
 from fewstep.miniature.world.scenes import caption, training_scenes
+from fewstep.models.load import Diffusion
 from fewstep.training import consistency as cm
 from fewstep.training.datasets import METADATA
 from fewstep.training.distill import NextBatch, predict, predict_without_lora

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fewstep.errors import TrainingError
-from fewstep.generation.text_encoder import Diffusion
+from fewstep.models.load import Diffusion
 from fewstep.training.card import write_card
 from fewstep.training.consistency import NoiseSchedule
 from fewstep.training.distill import (

@@ -9,8 +9,8 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
-from fewstep.generation.text_encoder import Diffusion
 from fewstep.models.device import autocast
+from fewstep.models.load import Diffusion
 
 STEPS = 4
 # For a LoRA on the base alone, which knows nothing of few steps.
