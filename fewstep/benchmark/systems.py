@@ -19,8 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fewstep.evaluation.generate import fuse_lora
-from fewstep.generation.engines.compiled import CompiledEngine
-from fewstep.generation.engines.openvino import OpenVinoEngine, infer, shared_core
+from fewstep.generation.engines.openvino import infer, shared_core
 from fewstep.generation.engines.openvino_conversion import Decoder, converted, examples, write
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.models.device import name_of
@@ -62,13 +61,12 @@ def prompts_and_seeds(scenario: Scenario, seed: int) -> tuple[list[str], list[in
 class System:
     """A loaded model: `generate(scenario, prompts, seeds)` gives an image of each prompt.
 
-    A stopwatch goes round `networks`, which are modules by part, or round the engine in their place.
+    Stopwatches go round `timed`: by part, objects and the names of their methods.
     """
 
     dtype: str
     generate: Callable[[Scenario, Sequence[str], Sequence[int]], list[Image.Image]]
-    networks: dict[str, list[nn.Module]]
-    engine: OpenVinoEngine | CompiledEngine | None = None
+    timed: dict[str, list[tuple[Any, str]]]
 
 
 Load: TypeAlias = Callable[[str, Path, int], System]  # a model, where its weights are, a size in px
@@ -93,15 +91,19 @@ def fewstep(
     def generate(scenario: Scenario, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         return pipeline.images(prompts, seeds, **scenario.inputs)
 
-    networks = _networks(pipeline.diffusion) | {"vae": [pipeline.decoder.decoder]}
-    return System(name_of(pipeline.dtype), generate, networks, pipeline.engine)
+    engines = {id(engine): engine for engine in (pipeline.engine, pipeline.eager)}.values()
+    timed = _networks(pipeline.diffusion)
+    timed |= {
+        part: [(engine, name) for engine in engines] for part, name in (("unet", "unet"), ("vae", "decode"))
+    }
+    return System(name_of(pipeline.dtype), generate, timed)
 
 
-def _networks(diffusion: Any) -> dict[str, list[nn.Module]]:
+def _networks(diffusion: Any) -> dict[str, list[tuple[Any, str]]]:
     return {
-        "unet": [diffusion.unet],
-        "vae": [diffusion.vae.decoder],
-        "text": [diffusion.text_encoder, diffusion.text_encoder_2],
+        "unet": [(diffusion.unet, "forward")],
+        "vae": [(diffusion.vae.decoder, "forward")],
+        "text": [(diffusion.text_encoder, "forward"), (diffusion.text_encoder_2, "forward")],
     }
 
 

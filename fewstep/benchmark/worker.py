@@ -74,18 +74,11 @@ def _save(images: Sequence[Image.Image], folder: Path, name: str) -> None:
 @contextmanager
 def stopwatches(system: System) -> Iterator[dict[str, float]]:
     """Count the seconds that are spent within each network; what is left is everybody's own overhead."""
-    engine: Any = system.engine
-    calls = {name: [(module, "forward") for module in modules] for name, modules in system.networks.items()}
-    # What an engine does is not timed on torch as well, so that nobody takes the one for the other.
-    if engine:
-        calls["unet"] = [(engine, "unet")]
-        calls["vae"] = [(engine, "decode"), *([] if engine.decodes else calls["vae"])]
-    spent = dict.fromkeys(calls, 0.0)
+    spent = dict.fromkeys(system.timed, 0.0)
     with ExitStack() as stack:
-        for part, objects in calls.items():
-            for owner, method in objects:
-                timed = _timed(getattr(owner, method), part, spent)
-                stack.enter_context(patch.object(owner, method, timed))
+        for part, methods in system.timed.items():
+            for owner, name in methods:
+                stack.enter_context(patch.object(owner, name, _timed(getattr(owner, name), part, spent)))
         yield spent
 
 

@@ -19,7 +19,7 @@ from fewstep.evaluation.figures import Panel, grid, plot_lines
 from fewstep.evaluation.generate import Sampler, ddim, lcm_lora
 from fewstep.evaluation.metrics import Metric
 from fewstep.evaluation.tables import markdown, write_csv
-from fewstep.generation.text_encoder import Diffusion
+from fewstep.models.load import Diffusion
 from fewstep.training.networks import halve_if_large
 
 logger = logging.getLogger(__name__)

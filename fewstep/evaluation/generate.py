@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fewstep.generation.pipeline import Pipeline
 from fewstep.generation.reference import BATCH, generate_images
-from fewstep.generation.text_encoder import Diffusion
+from fewstep.models.load import Diffusion
 
 SEED = 1000
 

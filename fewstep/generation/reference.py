@@ -10,8 +10,8 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from tqdm import tqdm
 
-from fewstep.generation.text_encoder import Diffusion
 from fewstep.models.device import autocast
+from fewstep.models.load import Diffusion
 
 BATCH, BATCH_SIDE = 25, 128  # images of so many px a side at once, or as many pixels of other sizes
 

@@ -26,11 +26,11 @@ from fewstep.evaluation.figures import Panel, grid, plot_lines
 from fewstep.evaluation.generate import Sampler, ddim, fuse_lora, lcm_lora
 from fewstep.evaluation.metrics import Evaluator
 from fewstep.evaluation.tables import write_csv
-from fewstep.generation.text_encoder import Diffusion
 from fewstep.miniature.judge import load_judge, make_evaluator
 from fewstep.miniature.scoring import TEACHER_GUIDANCE, TEACHER_STEPS
 from fewstep.miniature.world.dataset import pick_scenes, training_captions, write_images, write_world
 from fewstep.miniature.world.scenes import Scene, all_scenes, training_scenes, unseen_scenes
+from fewstep.models.load import Diffusion
 from fewstep.models.sources import LCM_LORA
 from fewstep.settings import Settings
 from fewstep.training.config import Plan, TrainingOptions, preset

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fewstep.errors import DatasetError, InvalidRequest
 from fewstep.generation.reference import native_size
-from fewstep.generation.text_encoder import Diffusion
 from fewstep.images.codec import fit, open_image
+from fewstep.models.load import Diffusion
 from fewstep.request import sizes_of
 from fewstep.training.checkpoint import write_tensors
 from fewstep.training.data import Captioned

@@ -11,9 +11,8 @@ from diffusers import UNet2DConditionModel
 
 from fewstep.errors import SettingsError
 from fewstep.generation.pipeline import load_pipeline
-from fewstep.generation.text_encoder import Diffusion
 from fewstep.models.device import fast_dtype
-from fewstep.models.load import PIPELINES
+from fewstep.models.load import PIPELINES, Diffusion
 from fewstep.models.manifest import check_hashes, verify_weights
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.generation.reference import generate_images
-from fewstep.generation.text_encoder import Diffusion
+from fewstep.models.load import Diffusion
 from fewstep.training import consistency as cm
 from fewstep.training.data import write_captioned
 from fewstep.training.distill import NextBatch, add_noise, predict, predict_without_lora

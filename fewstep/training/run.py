@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fewstep.errors import SettingsError, TrainingError
 from fewstep.generation.reference import generate_images
-from fewstep.generation.text_encoder import Diffusion
 from fewstep.models.device import device_and_dtype
+from fewstep.models.load import Diffusion
 from fewstep.models.manifest import MANIFEST
 from fewstep.models.sources import LCM_LORA
 from fewstep.models.specs import get_model

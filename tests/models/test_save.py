@@ -20,10 +20,10 @@ from tiny import REAL, as_downloaded, make_folder, put_on
 
 from fewstep.errors import WeightsError
 from fewstep.generation.pipeline import load_pipeline
-from fewstep.generation.upsampling import fold_upsamplers
 from fewstep.models.manifest import read_manifest
 from fewstep.models.save import save_model
 from fewstep.models.specs import MODELS
+from fewstep.models.upsampling import fold_upsamplers
 from fewstep.request import Request
 from fewstep.settings import Settings
 
