@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fewstep.evaluation.generate import fuse_lora
-from fewstep.generation.engines.openvino import infer, shared_core
+from fewstep.generation.engines.openvino import OpenVinoEngine
 from fewstep.generation.engines.openvino_conversion import Decoder, converted, examples, write
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.models.device import name_of
@@ -93,9 +93,8 @@ def fewstep(
 
     engines = {id(engine): engine for engine in (pipeline.engine, pipeline.eager)}.values()
     timed = _networks(pipeline.diffusion)
-    timed |= {
-        part: [(engine, name) for engine in engines] for part, name in (("unet", "unet"), ("vae", "decode"))
-    }
+    for part, name in (("unet", "unet"), ("vae", "decode")):
+        timed[part] = [(engine, name) for engine in engines]
     return System(name_of(pipeline.dtype), generate, timed)
 
 
@@ -148,32 +147,24 @@ def openvino(model: str, weights: Path, size: int) -> System:
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     with torch.device("meta"):  # its configuration; there are no weights in it
         pipe.unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-    plain = place.parent / "plain" / "vae.xml"
-    plain.parent.mkdir(exist_ok=True)
-    write(Decoder(pipe.vae), examples(pipe, 8, 8)["vae"], plain, "bf16")
+    plain = place.parent / "plain"  # with the decoder as it is
+    plain.mkdir(exist_ok=True)
+    write(Decoder(pipe.vae), examples(pipe, 8, 8)["vae"], plain / "vae.xml", "bf16")
+    for name in ("unet.xml", "unet.bin"):
+        (plain / name).unlink(missing_ok=True)
+        (plain / name).symlink_to((place / name).resolve())
 
     @cache
-    def compiled(name: str, side: int) -> Any:
-        given, core = examples(pipe, side, side)[name], shared_core()
-        network = core.read_model({"unet": place / "unet.xml", "vae": plain}[name])
-        network.reshape(dict(zip(network.inputs, [list(one.shape) for one in given], strict=True)))
-        hints = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
-        return core.compile_model(network, "CPU", hints).create_infer_request()
+    def engine(side: int) -> OpenVinoEngine:
+        return OpenVinoEngine(pipe, plain, settings, torch.bfloat16, (8 * side, 8 * side), pipe.vae.decode)
 
-    def one_by_one(name: str, tensors: Sequence[Tensor]) -> Tensor:
-        request, latents = compiled(name, tensors[0].shape[-1]), tensors[0]
-        rows = range(len(latents))
-        return torch.cat([infer(request, [tensor[i : i + 1] for tensor in tensors]) for i in rows])
-
-    def unet(latents: Tensor, timestep: Tensor, **given: Any) -> tuple[Tensor]:
-        states, added = given["encoder_hidden_states"], given["added_cond_kwargs"]
-        tensors = (latents, timestep.expand(len(latents)), states, added["text_embeds"], added["time_ids"])
-        return (one_by_one("unet", tensors),)
+    def unet(latents: Tensor, timestep: Tensor, **condition: Any) -> tuple[Tensor]:
+        return (engine(latents.shape[-1]).unet(latents, timestep, condition),)
 
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
         encoder.to(torch.bfloat16)
     pipe.unet.forward = unet
-    pipe.vae.decoder.forward = lambda latents: one_by_one("vae", (latents,))
+    pipe.vae.decoder.forward = lambda latents: engine(latents.shape[-1]).decode(latents)
     pipe.vae.post_quant_conv = nn.Identity()  # which is in the decoder that was converted
     return _system(pipe, torch.bfloat16)
 
