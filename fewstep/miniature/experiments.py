@@ -13,6 +13,7 @@ import argparse
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ class Sizes:
     teacher_steps: int = TEACHER_STEPS
     curve: tuple[int, ...] = (0, 10, 20, 30, *range(40, 361, 40))  # training steps
     ablation_steps: int = 100
+    k: tuple[int, ...] = (1, 5, 10, 20, 50, 100)
+    w: tuple[float, ...] = (0.0, 0.6, 1.2, 2.4, 6.5)
     learnt_steps: int = 300
     taught_steps: int | None = None
     batch: int | None = None
@@ -93,13 +96,18 @@ class Experiment:
         encoder = Encoder(self.base(), self.work / "encoded")
         return Data(encoder.encode_all(find(folder)), encoder.captions[:4])
 
+    @cached_property
+    def world(self) -> Data:
+        """What the base was trained on, encoded."""
+        write_world(self.work / "world", self.sizes.world)
+        return self.encoded(self.work / "world")
+
     def distilled(self, name: str, plan: Plan) -> Path:
         """Train an LCM-LoRA on the world that the base knows, and return its folder."""
-        write_world(self.work / "world", self.sizes.world)
         if self.sizes.batch:
             plan = plan.with_schedule(batch=self.sizes.batch)
-        data, accelerator = self.encoded(self.work / "world"), Accelerator(device_placement=False)
-        train(self.base(), plan, data, self.work / name, accelerator, "miniature")
+        accelerator = Accelerator(device_placement=False)
+        train(self.base(), plan, self.world, self.work / name, accelerator, "miniature")
         return self.work / name
 
     def few_steps(self, lora: Path = WEIGHTS / LCM_LORA, style: Path | None = None) -> Sampler:
@@ -181,8 +189,8 @@ def ablation(experiment: Experiment) -> None:
     evaluator, steps = experiment.evaluator(), experiment.sizes.ablation_steps
     plan = preset("miniature", "lora").with_schedule(steps=steps, batch=16, checkpoint_every=25)
     students: dict[str, dict[float, dict[str, Any]]] = {
-        "k": {k: {"solver_steps": 1000, "skip": k} for k in (1, 5, 10, 20, 50, 100)},
-        "w": {w: {"guidance": (w, w)} for w in (0.0, 0.6, 1.2, 2.4, 6.5)},
+        "k": {k: {"solver_steps": 1000, "skip": k} for k in experiment.sizes.k},
+        "w": {w: {"guidance": (w, w)} for w in experiment.sizes.w},
     }
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in students}
     for name, figures in students.items():
