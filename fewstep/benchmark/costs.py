@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def measure_encoders(image: Image.Image, repeats: int) -> list[dict[str, Any]]:
         sizes[i] = len(file.getvalue())
         return 1000 * (time.perf_counter() - started)
 
-    times = in_turns({i: lambda i=i: encode_ms(i) for i in range(len(ENCODERS))}, repeats)  # type: ignore[misc]
+    times = in_turns({i: partial(encode_ms, i) for i in range(len(ENCODERS))}, repeats)
     return [
         {
             "format": kind,

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 
 from fewstep.evaluation.generate import Generate
 from fewstep.images.codec import open_image
@@ -85,9 +84,8 @@ class Evaluator:
 
     def measure(self, images: Sequence[Image.Image]) -> dict[str, float]:
         """Return the percentage with all attributes right, and the distance to real images."""
-        right = self.judge.score(images, self.scenes).all(1).mean()
-        distance = frechet_distance(self.judge.describe(images), self._real)
-        return {"all_right": 100 * float(right), "distance": distance}
+        score = self.score("", images)
+        return {"all_right": score.all_right, "distance": score.distance}
 
 
 class FeatureMeter:
@@ -95,6 +93,8 @@ class FeatureMeter:
     safetensors only; it compares for one model and number of images only."""
 
     def __init__(self, folder: Path, real: Sequence[Path]) -> None:
+        from transformers import AutoImageProcessor, AutoModel  # which the judge's users need not wait for
+
         self._processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         self._model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
         self._real = self._features(open_image(path, path.name) for path in real)
@@ -116,6 +116,8 @@ class ClipMeter:
     model in `folder`."""
 
     def __init__(self, folder: Path, prompts: Sequence[str]) -> None:
+        from transformers import AutoProcessor, CLIPModel
+
         self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         self._model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
         self._prompts = prompts

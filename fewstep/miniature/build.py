@@ -109,17 +109,15 @@ class Build:
     @cached_property
     def latents(self) -> list[LatentSet]:
         """What the base and the LoRA learn from: scaled latents of drawn scenes, square ones first."""
-        scenes = training_scenes()
-        sets = [self._latents(pick_scenes(scenes, self.sizes.base_images, seed=2), 40_000_000, SQUARE)]
+        kinds = [(SQUARE, self.sizes.base_images, 2, 40_000_000)]
         for i, shape in enumerate(OTHER_SHAPES):
-            picked = pick_scenes(scenes, self.sizes.other_images, seed=3 + i)
-            sets.append(self._latents(picked, 60_000_000 + 1_000_000 * i, shape))
+            kinds.append((shape, self.sizes.other_images, 3 + i, 60_000_000 + 1_000_000 * i))
+        sets = []
+        for shape, count, pick, seed in kinds:
+            name, scenes = f"{shape[0]}x{shape[1]}", pick_scenes(training_scenes(), count, seed=pick)
+            cache = self.work / f"base-pictures-{name}.npy"
+            sets.append(self._encoded(name, scenes, partial(cached_images, cache, scenes, seed, *shape)))
         return sets
-
-    def _latents(self, scenes: list[Scene], seed: int, shape: tuple[int, int]) -> LatentSet:
-        name = f"{shape[0]}x{shape[1]}"
-        cache = self.work / f"base-pictures-{name}.npy"
-        return self._encoded(name, scenes, lambda: cached_images(cache, scenes, seed, *shape))
 
     def _encoded(self, name: str, scenes: list[Scene], draw: Callable[[], Pixels]) -> LatentSet:
         path = self.work / f"latents-{name}.safetensors"

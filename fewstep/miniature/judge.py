@@ -7,7 +7,7 @@ compare.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,17 +56,13 @@ class Judge(nn.Module):
     @torch.inference_mode()
     def read_attributes(self, images: Images) -> npt.NDArray[np.int64]:
         """Return what the judge sees: indices into `ATTRIBUTES`, (N, 6)."""
-        batches = (self(judge_input(images[i : i + BATCH_READ])) for i in range(0, len(images), BATCH_READ))
-        return np.concatenate([torch.stack([row.argmax(1) for row in rows], 1).numpy() for rows in batches])
+        rows = [torch.stack([row.argmax(1) for row in self(x)], 1) for x in _batches(images)]
+        return torch.cat(rows).numpy()
 
     @torch.inference_mode()
     def describe(self, images: Images) -> npt.NDArray[np.float64]:
         """Return what the judge's last layer decides by, (N, 192): the features that a distance compares."""
-        rows = [
-            self.head(self.features(judge_input(images[i : i + BATCH_READ])))
-            for i in range(0, len(images), BATCH_READ)
-        ]
-        return torch.cat(rows).double().numpy()
+        return torch.cat([self.head(self.features(x)) for x in _batches(images)]).double().numpy()
 
     def score(self, images: Images, scenes: Sequence[Scene]) -> npt.NDArray[np.bool_]:
         """Return which attributes of which image are right, bool (N, 6)."""
@@ -90,6 +86,10 @@ def judge_input(images: Images) -> Tensor:
     pixels = np.stack([np.asarray(image) for image in images])
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     return F.interpolate(x, (INPUT_PX, INPUT_PX), mode="bilinear", antialias=True)
+
+
+def _batches(images: Images) -> Iterator[Tensor]:
+    return (judge_input(images[i : i + BATCH_READ]) for i in range(0, len(images), BATCH_READ))
 
 
 def make_evaluator(judge: Judge, scenes: Sequence[Scene], seeds: int = 1) -> Evaluator:
