@@ -13,7 +13,6 @@ from fewstep.errors import SettingsError
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.miniature.world.dataset import write_world
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 from fewstep.training import run
 from fewstep.training.finetune import Wish, fine_tune
@@ -37,9 +36,7 @@ def generated() -> np.ndarray:
     """What the container generates of the first prompt that is rehearsed."""
     [prompt] = prompts_of("miniature", 2)[:1]
     pipeline = load_pipeline(MINIATURE, SETTINGS)
-    return np.asarray(
-        pipeline.generate([Request.create(MINIATURE, prompt=prompt, seed=0)])[0].images[0]
-    ).astype(int)
+    return np.asarray(pipeline.images([prompt], [0])[0]).astype(int)
 
 
 @pytest.mark.parametrize("method", ["lcf", "style"])

@@ -17,7 +17,6 @@ from tiny import make_diffusers_folder
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.miniature.world.dataset import write_world
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 from fewstep.training.encoded import native_size
 from fewstep.training.plan import METHODS
@@ -96,10 +95,9 @@ def test_the_file_tells_how_it_was_made(distilled, name):
 @pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "kohya.safetensors"])
 def test_plain_diffusers_generates_with_it_what_fewstep_generates(distilled, name):
     pipeline = load_pipeline(get_model("miniature"), SETTINGS)
-    request = Request.create(pipeline.spec, prompt=PROMPT, seed=SEED)
-    before = pipeline.generate([request])[0].images[0]
+    [before] = pipeline.images([PROMPT], [SEED])
     pipeline.adapters.lcm_lora = pipeline.adapters.read(distilled / name, "0" * 64)
-    ours = pipeline.generate([request])[0].images[0]
+    [ours] = pipeline.images([PROMPT], [SEED])
 
     plain = StableDiffusionXLPipeline.from_pretrained(
         SETTINGS.weights_root / "miniature", dtype=torch.float32, add_watermarker=False
@@ -114,7 +112,7 @@ def test_plain_diffusers_generates_with_it_what_fewstep_generates(distilled, nam
     assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
     assert np.abs(pixels(ours) - pixels(before)).mean() > 1, "it is not the LCM-LoRA that was there"
     pipeline.adapters.lcm_lora = None
-    without = pipeline.generate([request])[0].images[0]
+    [without] = pipeline.images([PROMPT], [SEED])
     assert np.abs(pixels(ours) - pixels(without)).mean() > 1, "it says something of its own"
 
 
@@ -122,9 +120,8 @@ def test_a_trained_lora_is_a_style_of_the_server(distilled, tmp_path):
     pipeline = load_pipeline(get_model("miniature"), SETTINGS)
     path = distilled / "pytorch_lora_weights.safetensors"
     style = pipeline.adapters.read(path, "0" * 64)
-    plain = Request.create(pipeline.spec, prompt=PROMPT, seed=SEED)
-    styled = Request.create(pipeline.spec, prompt=PROMPT, seed=SEED, style="x").with_styles([style])
-    one, other = (pipeline.generate([wish])[0].images[0] for wish in (plain, styled))
+    [one] = pipeline.images([PROMPT], [SEED])
+    [other] = pipeline.images([PROMPT], [SEED], loras=[style], style="x")
     assert np.abs(pixels(one) - pixels(other)).mean() > 1
 
 
