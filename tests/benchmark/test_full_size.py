@@ -17,7 +17,6 @@ from fewstep.generation.pipeline import load_pipeline
 from fewstep.lora.merge import weights_by_layer
 from fewstep.models.manifest import read_manifest
 from fewstep.models.specs import MODELS, get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 
 
@@ -80,10 +79,8 @@ def test_what_is_made_loads_and_generates(toy, name):
     assert {file.source for file in read_manifest(folder, fix="").files} == {"fewstep"}
     spec = get_model(f"{name}-random")
     pipeline = load_pipeline(spec, Settings(weights_root=toy))
-    (result,) = pipeline.generate(
-        [Request.create(spec, prompt="noise", aspect_ratio="custom", width=64, height=64)]
-    )
-    assert result.images[0].size == (64, 64)
+    [image] = pipeline.images(["noise"], [1], aspect_ratio="custom", width=64, height=64)
+    assert image.size == (64, 64)
 
 
 def test_a_measurement_is_a_row_with_its_machine(tmp_path):

@@ -20,7 +20,6 @@ from fewstep.generation.pipeline import load_pipeline
 from fewstep.generation.reference import native_size
 from fewstep.miniature.world.dataset import training_captions, write_world
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 from fewstep.training import prior_preservation, trainer
 from fewstep.training.config import METHODS, MINIATURE, REAL, TrainingOptions, preset
@@ -101,10 +100,9 @@ def test_the_file_tells_how_it_was_made(distilled, name):
 @pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "kohya.safetensors"])
 def test_plain_diffusers_generates_with_it_what_fewstep_generates(distilled, name):
     pipeline = load_pipeline(SPEC, SETTINGS)
-    request = Request.create(pipeline.spec, prompt=PROMPT, seed=SEED)
-    before = pipeline.generate([request])[0].images[0]
+    [before] = pipeline.images([PROMPT], [SEED])
     pipeline.adapters.lcm_lora = pipeline.adapters.read(distilled / name, "0" * 64)
-    ours = pipeline.generate([request])[0].images[0]
+    [ours] = pipeline.images([PROMPT], [SEED])
 
     plain = StableDiffusionXLPipeline.from_pretrained(
         SETTINGS.weights_root / "miniature", dtype=torch.float32, add_watermarker=False
@@ -119,7 +117,7 @@ def test_plain_diffusers_generates_with_it_what_fewstep_generates(distilled, nam
     assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
     assert np.abs(pixels(ours) - pixels(before)).mean() > 1, "it is not the LCM-LoRA that was there"
     pipeline.adapters.lcm_lora = None
-    without = pipeline.generate([request])[0].images[0]
+    [without] = pipeline.images([PROMPT], [SEED])
     assert np.abs(pixels(ours) - pixels(without)).mean() > 1, "it says something of its own"
 
 
@@ -127,9 +125,8 @@ def test_a_trained_lora_is_a_style_of_the_server(distilled, tmp_path):
     pipeline = load_pipeline(SPEC, SETTINGS)
     path = distilled / "pytorch_lora_weights.safetensors"
     style = pipeline.adapters.read(path, "0" * 64)
-    plain = Request.create(pipeline.spec, prompt=PROMPT, seed=SEED)
-    styled = Request.create(pipeline.spec, prompt=PROMPT, seed=SEED, style="x").with_styles([style])
-    one, other = (pipeline.generate([wish])[0].images[0] for wish in (plain, styled))
+    [one] = pipeline.images([PROMPT], [SEED])
+    [other] = pipeline.images([PROMPT], [SEED], loras=[style], style="x")
     assert np.abs(pixels(one) - pixels(other)).mean() > 1
 
 
@@ -256,9 +253,7 @@ def generated() -> np.ndarray:
     """What the container generates of the first prompt that is rehearsed."""
     [prompt] = training_captions(2)[:1]
     pipeline = load_pipeline(SPEC, SETTINGS)
-    return np.asarray(pipeline.generate([Request.create(SPEC, prompt=prompt, seed=0)])[0].images[0]).astype(
-        int
-    )
+    return np.asarray(pipeline.images([prompt], [0])[0]).astype(int)
 
 
 @pytest.mark.parametrize("method", ["lcf", "style"])
