@@ -69,7 +69,7 @@ class System:
     timed: dict[str, list[tuple[Any, str]]]
 
 
-Load: TypeAlias = Callable[[str, Path, int], System]  # a model, where its weights are, a size in px
+LoadSystem: TypeAlias = Callable[[str, Path, int], System]  # a model, where its weights are, a size in px
 
 
 def fewstep(
@@ -196,7 +196,7 @@ def _call(pipe: Any, scenario: Scenario, prompts: Sequence[str], seeds: Sequence
     return images
 
 
-SYSTEMS: dict[str, Load] = {
+SYSTEMS: dict[str, LoadSystem] = {
     "fewstep": fewstep,
     "fewstep-openvino": partial(fewstep, engine="openvino"),
     "fewstep-openvino-int8": partial(fewstep, engine="openvino-int8"),

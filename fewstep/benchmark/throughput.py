@@ -45,7 +45,7 @@ SERVERS: dict[str, tuple[Path, str]] = {
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadResult:
     """What callers got, each of whom asks again as soon as it is answered."""
 
     seconds: float
@@ -66,7 +66,7 @@ def served(name: str, weights: Path, max_batch: int = SLOTS) -> AbstractContextM
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """What a caller got."""
 
     file: bytes | None  # None: it was lost
@@ -74,7 +74,7 @@ class Answer:
     batch: int = 1  # how many images were generated together
 
 
-def ask(server: Server, number: int, **more: Any) -> Answer:
+def ask(server: Server, number: int, **more: Any) -> Reply:
     """Ask for image `number`, as often as the server has no room for it."""
     inputs = {"prompt": f"{PROMPT} {number}", "seed": number, **more}
     started, (pause, longest) = time.perf_counter(), RETRY_S
@@ -86,12 +86,12 @@ def ask(server: Server, number: int, **more: Any) -> Answer:
         pause = min(2 * pause, longest)
     seconds = time.perf_counter() - started
     if status != 200 or answer["status"] != "succeeded":
-        return Answer(None, seconds)
+        return Reply(None, seconds)
     [url] = answer["output"]
-    return Answer(base64.b64decode(url.partition(",")[2]), seconds, answer["metrics"].get("batch_size", 1))
+    return Reply(base64.b64decode(url.partition(",")[2]), seconds, answer["metrics"].get("batch_size", 1))
 
 
-def put_load(server: Server, clients: int, numbers: Iterable[int]) -> Load:
+def put_load(server: Server, clients: int, numbers: Iterable[int]) -> LoadResult:
     """Ask for the images of these `numbers`, by `clients` callers; the server has seen none before."""
     with ThreadPoolExecutor(clients) as callers:
         started = time.perf_counter()
@@ -99,7 +99,7 @@ def put_load(server: Server, clients: int, numbers: Iterable[int]) -> Load:
         seconds = time.perf_counter() - started
     images = [answer for answer in answers if answer.file is not None]
     together = statistics.fmean(answer.batch for answer in images) if images else 0.0
-    return Load(seconds, [answer.seconds for answer in images], len(answers) - len(images), together)
+    return LoadResult(seconds, [answer.seconds for answer in images], len(answers) - len(images), together)
 
 
 def differences(server: Server, requests: int) -> dict[str, float]:
@@ -113,7 +113,7 @@ def differences(server: Server, requests: int) -> dict[str, float]:
     return {"most_apart": int(far.max()), "percent_above_1": round(float(100 * (far > 1).mean()), 4)}
 
 
-def _values(answer: Answer) -> Any:
+def _values(answer: Reply) -> Any:
     if answer.file is None:
         raise ValueError("a picture was lost")
     return np.asarray(Image.open(io.BytesIO(answer.file)), dtype=int)
@@ -137,7 +137,7 @@ def _wait_s(server: Server, numbers: Iterator[int]) -> float:
 
 def beside_generate(
     name: str, server: Server, weights: Path, numbers: Iterator[int], requests: int
-) -> Iterator[Load]:
+) -> Iterator[LoadResult]:
     """Put the load of as many callers as it has slots on a server, in turns with `Pipeline.generate` in this
     process: what slows the machine slows both."""
     system, seed = SYSTEMS[name]("miniature", weights, GENERATE.size), count(step=SLOTS)
@@ -166,10 +166,10 @@ def measure(weights: Path, rounds: int, report: Callable[[str], None]) -> list[d
 
 def run(
     weights: Path, rounds: int, requests: int, report: Callable[[str], None]
-) -> tuple[dict[tuple[str, int], list[Load]], dict[str, dict[str, float]]]:
+) -> tuple[dict[tuple[str, int], list[LoadResult]], dict[str, dict[str, float]]]:
     """Return the loads by server and number of clients, and of fewstep how far batched images are from lone
     ones."""
-    loads: dict[tuple[str, int], list[Load]] = {}
+    loads: dict[tuple[str, int], list[LoadResult]] = {}
     far: dict[str, dict[str, float]] = {}
     for i in range(rounds):
         for name, (root, _) in SERVERS.items():
@@ -189,7 +189,7 @@ def run(
 
 
 def rows_of(
-    loads: dict[tuple[str, int], list[Load]], far: dict[str, dict[str, float]], lone: dict[int, float]
+    loads: dict[tuple[str, int], list[LoadResult]], far: dict[str, dict[str, float]], lone: dict[int, float]
 ) -> list[dict[str, Any]]:
     """Return a row for each server and number of clients, the medians over the rounds; `of_generate` is the
     median share that a load got of what `generate` made beside it, in percent."""

@@ -27,7 +27,7 @@ class Metric(Protocol):
     def measure(self, images: Sequence[Image.Image]) -> dict[str, float]: ...
 
 
-class Judge(Protocol):
+class AttributeJudge(Protocol):
     """Reads what images show, by the names of `attributes`; what scenes are is the judge's own affair."""
 
     attributes: tuple[str, ...]
@@ -58,7 +58,12 @@ class Evaluator:
     """
 
     def __init__(
-        self, judge: Judge, scenes: Sequence[Any], prompts: Sequence[str], real: Images, seeds: int = 1
+        self,
+        judge: AttributeJudge,
+        scenes: Sequence[Any],
+        prompts: Sequence[str],
+        real: Images,
+        seeds: int = 1,
     ) -> None:
         self.judge, self.scenes, self.prompts, self.seeds = judge, list(scenes), list(prompts), seeds
         self._real = judge.describe(real)

@@ -80,7 +80,7 @@ def make_scheduler() -> EulerDiscreteScheduler:
     )
 
 
-class Base(nn.Module):
+class Miniature(nn.Module):
     """Everything of the miniature that is trained by the diffusion loss."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
@@ -142,11 +142,16 @@ class LatentSet:
     scenes: list[Scene]
 
 
-class Sampler:
+class BatchSampler:
     """Draws training batches: mostly square, now and then one of SDXL's other shapes."""
 
     def __init__(
-        self, base: Base, sets: Sequence[LatentSet], batch: int, seed: int, square_share: float = 0.85
+        self,
+        base: Miniature,
+        sets: Sequence[LatentSet],
+        batch: int,
+        seed: int,
+        square_share: float = 0.85,
     ) -> None:
         self.base, self.sets, self.batch, self.seed, self.square_share = base, sets, batch, seed, square_share
 
@@ -182,7 +187,7 @@ class Reader(nn.Module):
     """Both text encoders, and a linear reading of a scene's attributes from each of what the UNet is given of
     them: the penultimate states (at the end of the text) and the pooled embedding."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Miniature) -> None:
         super().__init__()
         self.text_encoder, self.text_encoder_2 = base.text_encoder, base.text_encoder_2
         self._tokens, self._encode, self._end = base.tokens, base.encode_prompts, base.tokenizer.eos_token_id
@@ -199,7 +204,7 @@ class Reader(nn.Module):
         return [part for row in logits for part in row.split(self.sizes, dim=1)]
 
 
-def train_text(base: Base, steps: int, checkpoints: Path) -> None:
+def train_text(base: Miniature, steps: int, checkpoints: Path) -> None:
     """Teach the text encoders of `base` to read, as SDXL's have learnt it before SDXL: by what captions say.
 
     From the diffusion loss alone they learn a word only as fast as it shows in noisy latents. After 200 such
@@ -221,7 +226,9 @@ def train_text(base: Base, steps: int, checkpoints: Path) -> None:
     optimise("text", reader.to(base.unet.device), loss, schedule, checkpoints)
 
 
-def diffusion_loss(base: Base, batch: Batch, noise_schedule: cm.NoiseSchedule, draws: StepRandom) -> Tensor:
+def diffusion_loss(
+    base: Miniature, batch: Batch, noise_schedule: cm.NoiseSchedule, draws: StepRandom
+) -> Tensor:
     """Return the mean squared error of v at stratified timesteps, one batch row in ten without its prompt."""
     count, device = len(batch.latents), batch.latents.device
     # Stratified, and leaning to noisy timesteps: there it is decided what the image shows.
@@ -242,7 +249,7 @@ def diffusion_loss(base: Base, batch: Batch, noise_schedule: cm.NoiseSchedule, d
     return F.mse_loss(output, alpha * noise - sigma * batch.latents)
 
 
-def train_base(base: Base, sampler: Sampler, steps: int, checkpoints: Path) -> None:
+def train_base(base: Miniature, sampler: BatchSampler, steps: int, checkpoints: Path) -> None:
     """Train `base` in place; its text encoders learn from the same loss as its UNet."""
     noise_schedule = cm.NoiseSchedule.of(make_scheduler(), base.unet.device)
     order_for_training(base.unet)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.miniature import STAGES
 from fewstep.miniature.base import (
-    Base,
+    BatchSampler,
     LatentSet,
-    Sampler,
+    Miniature,
     make_scheduler,
     make_tokenizer,
     train_base,
@@ -128,12 +128,12 @@ class Build:
         return LatentSet(load_file(path)["latents"], scenes)
 
     @cached_property
-    def base(self) -> Base:
+    def base(self) -> Miniature:
         torch.manual_seed(3)
         tokenizer = make_tokenizer(self.work / "tokenizer")
-        base = Base(tokenizer).to(self.device)
+        base = Miniature(tokenizer).to(self.device)
         if "base" not in self.kept:
-            sampler = Sampler(base, self.latents, self.sizes.base_batch, seed=4)
+            sampler = BatchSampler(base, self.latents, self.sizes.base_batch, seed=4)
             train_text(base, self.sizes.text_steps, self.work / "text")
             train_base(base, sampler, self.sizes.base_steps, self.work / "base")
             self._save_base(base)
@@ -143,7 +143,7 @@ class Build:
         _load(base.unet, self.weights / "unet" / "diffusion_pytorch_model.safetensors")
         return base.eval().requires_grad_(False)
 
-    def _save_base(self, base: Base) -> None:
+    def _save_base(self, base: Miniature) -> None:
         """Write the diffusers folder, in fp16, with CLIP's tokenizer files as SDXL has them."""
         diffusion = StableDiffusionXLPipeline(
             vae=self.vae,
@@ -168,7 +168,7 @@ class Build:
         unet = self.base.unet
         order_for_training(unet)
         add_lora(unet, student)
-        sampler = Sampler(self.base, self.latents, self.sizes.lora_batch, seed=7)
+        sampler = BatchSampler(self.base, self.latents, self.sizes.lora_batch, seed=7)
         optimise(
             "LCM-LoRA",
             unet,
@@ -192,7 +192,7 @@ class Build:
             restyled = self._encoded(
                 f"style-{name}", scenes, partial(draw_restyled, name, scenes, 80_000_000, *SQUARE)
             )
-            sampler = Sampler(self.base, [restyled], self.sizes.style_batch, seed=9)
+            sampler = BatchSampler(self.base, [restyled], self.sizes.style_batch, seed=9)
             optimise(
                 name,
                 unet,

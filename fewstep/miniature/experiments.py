@@ -55,7 +55,7 @@ TITLES = {"all_right": "all right, %", "distance": "Fréchet distance"}
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ExperimentSizes:
     """How much of everything; where it is None, as much as the preset says."""
 
     captions: int = 150
@@ -81,7 +81,7 @@ class Experiment:
 
     work: Path
     out: Path
-    sizes: Sizes = Sizes()
+    sizes: ExperimentSizes = ExperimentSizes()
 
     def base(self) -> Diffusion:
         """Load a fresh base, which may be changed."""
@@ -246,7 +246,7 @@ def universal(experiment: Experiment) -> None:
     experiment.write("universal", table.rows, table.images)
 
 
-def _tune(diffusion: Diffusion, encoded: Sequence[Path], sizes: Sizes, checkpoints: Path) -> None:
+def _tune(diffusion: Diffusion, encoded: Sequence[Path], sizes: ExperimentSizes, checkpoints: Path) -> None:
     """Train all of the UNet on encoded images, by the diffusion loss."""
     unet = diffusion.unet
     order_for_training(unet.requires_grad_(True))

@@ -4,7 +4,15 @@ from itertools import count
 
 import pytest
 
-from fewstep.benchmark.throughput import Load, beside_generate, differences, plot, put_load, rows_of, served
+from fewstep.benchmark.throughput import (
+    LoadResult,
+    beside_generate,
+    differences,
+    plot,
+    put_load,
+    rows_of,
+    served,
+)
 from fewstep.coglet.server import ServerFailed
 from fewstep.settings import Settings
 
@@ -50,9 +58,9 @@ def test_a_server_that_does_not_start_is_told(tmp_path):
 def test_rows_are_medians_over_rounds_and_are_drawn(tmp_path):
     loads = {
         ("fewstep", clients): [
-            Load(2.0, [0.5] * 4, 0, 1, 16 if clients == 8 else 0),
-            Load(1.0, [0.1] * 8, 1, 1, 10 if clients == 8 else 0),
-            Load(1.0, [0.1] * 4, 0, 4, 8 if clients == 8 else 0),
+            LoadResult(2.0, [0.5] * 4, 0, 1, 16 if clients == 8 else 0),
+            LoadResult(1.0, [0.1] * 8, 1, 1, 10 if clients == 8 else 0),
+            LoadResult(1.0, [0.1] * 4, 0, 4, 8 if clients == 8 else 0),
         ]
         for clients in (1, 8)
     }

@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from fewstep.generation.pipeline import load_pipeline
-from fewstep.miniature.base import TOKENS, Base, make_scheduler, make_tokenizer, train_text
+from fewstep.miniature.base import TOKENS, Miniature, make_scheduler, make_tokenizer, train_text
 from fewstep.miniature.build import SQUARE, Build, Sizes
 from fewstep.miniature.scoring import write_card
 from fewstep.miniature.world.restyling import STYLES
@@ -83,7 +83,7 @@ def test_every_word_of_the_world_is_one_token(tokenizer):
 
 def test_the_text_encoders_learn_to_read_positions(tokenizer, tmp_path):
     torch.manual_seed(0)
-    base, rng = Base(tokenizer), random.Random(2)
+    base, rng = Miniature(tokenizer), random.Random(2)
     train_text(base, 60, tmp_path / "text.safetensors")
 
     scenes = rng.sample(all_scenes(), 360)
