@@ -227,5 +227,13 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         name: row["images_per_s"] for name in loads for row in rows if row["system"] == f"{name}-generate"
     }
     y = f"images a second, {rows[0]['cpu']}, {rows[0]['cores']} cores"
-    panel = Panel(loads, "callers at a time", y, ticks=True, y_range=(0, None), levels=levels)
+    panel = Panel(
+        loads,
+        "callers at a time",
+        y,
+        ticks=True,
+        y_range=(0, None),
+        levels=levels,
+        levels_are=f"without a server, batches of {SLOTS}",
+    )
     plot_lines([[panel]], path, (8, 5), legend="lower center")

@@ -45,6 +45,7 @@ class Panel:
     y_scale: str = "linear"
     y_range: tuple[float | None, float | None] = (None, None)
     levels: Mapping[str, float] = field(default_factory=dict)  # dashed, in the colour of the line so named
+    levels_are: str = ""
     dashed: str = ""  # the line that is a bound, not a measurement
 
 
@@ -68,7 +69,7 @@ def plot_lines(
             style = "k--" if name == panel.dashed else "o-"
             [line] = axis.plot(*zip(*points, strict=True), style, markersize=4, label=name)
             if name in panel.levels:
-                label = f"{name} without a server, batches of 8"
+                label = f"{name} {panel.levels_are}"
                 axis.axhline(panel.levels[name], color=line.get_color(), linestyle="--", label=label)
         options: dict[str, Any] = {"log": {"base": 2}, "symlog": {"linthresh": 1}}.get(panel.x_scale, {})
         axis.set_xscale(panel.x_scale, **options)
