@@ -23,7 +23,6 @@ from fewstep.request import Inputs, Request
 from fewstep.settings import Settings
 
 if TYPE_CHECKING:
-    from fewstep.generation.conditioning import EncodedRequest
     from fewstep.generation.pipeline import GenerationResult, Pipeline
 
 logger = logging.getLogger("fewstep.predict")
@@ -37,7 +36,7 @@ class Predictor(BasePredictor):
     outputs: Outputs
     pipeline: "Pipeline"
     styles: LoraResolver
-    batcher: "Batcher[Request, EncodedRequest, GenerationResult]"
+    batcher: "Batcher[Request, GenerationResult]"
 
     async def setup(self) -> None:  # type: ignore[override]  # coglet awaits it
         """Load the model and paint once. Whatever fails ends the start with one sentence."""
