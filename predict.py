@@ -18,12 +18,11 @@ from fewstep.generation.batcher import Batcher
 from fewstep.images.codec import open_image, open_mask
 from fewstep.images.outputs import Outputs
 from fewstep.lora.resolve import LoraResolver
-from fewstep.models.specs import ModelSpec, get_model
+from fewstep.models.specs import get_model
 from fewstep.request import Inputs, Request
 from fewstep.settings import Settings
 
 if TYPE_CHECKING:
-    from fewstep.generation.conditioning import EncodedRequest
     from fewstep.generation.pipeline import GenerationResult, Pipeline
 
 logger = logging.getLogger("fewstep.predict")
@@ -32,12 +31,11 @@ logger = logging.getLogger("fewstep.predict")
 class Predictor(BasePredictor):
     """One loaded model for all callers; everything that belongs to one request stays in predict()."""
 
-    spec: ModelSpec
     recipes: bool
     outputs: Outputs
     pipeline: "Pipeline"
     styles: LoraResolver
-    batcher: "Batcher[Request, EncodedRequest, GenerationResult]"
+    batcher: "Batcher[Request, GenerationResult]"
 
     async def setup(self) -> None:  # type: ignore[override]  # coglet awaits it
         """Load the model and paint once. Whatever fails ends the start with one sentence."""
@@ -45,12 +43,12 @@ class Predictor(BasePredictor):
         with mask_unexpected_errors():
             check_cog()
             settings = Settings.from_env()
-            self.spec, self.recipes = get_model(settings.model), settings.recipes
-            self.outputs = Outputs(settings.output_root, settings.coglet_root)
+            self.outputs, self.recipes = Outputs(settings.output_root, settings.coglet_root), settings.recipes
             self.outputs.prepare()
             atexit.register(self.outputs.remove_all)
             self.batcher = Batcher(deadline_s=settings.deadline_s)
-            self.pipeline = self.batcher.model = await self.batcher.run(lambda: _load(self.spec, settings))
+            self.pipeline = await self.batcher.run(lambda: _load(settings))
+            self.batcher.model = self.pipeline
             self.styles = LoraResolver(settings, self.pipeline.adapters.read)
             await self.batcher.run(self.pipeline.warm_up)
 
@@ -83,13 +81,13 @@ class Predictor(BasePredictor):
         inputs = {name: value for name, value in locals().items() if name != "self"}
         began = time.monotonic()
         with self.outputs.prediction(), mask_unexpected_errors():
-            # A thread costs a quarter of a millisecond, which only pictures are worth.
+            # A thread costs a quarter of a millisecond, which only images are worth.
             drawn = inputs["image"] is not None or inputs["mask"] is not None
             checked = await asyncio.to_thread(self._check, inputs) if drawn else self._check(inputs)
             loras = await self.styles.load(checked.styles, time.monotonic() - began) if checked.styles else []
             request = self.pipeline.request(checked, loras)
             result = await self.batcher.submit(request, time.monotonic() - began)
-            recipes = [request.recipe(seed, self.spec.name, self.pipeline.revision) if self.recipes else {} for seed in result.seeds]
+            recipes = [request.recipe(seed, self.pipeline.spec.name, self.pipeline.revision) if self.recipes else {} for seed in result.seeds]
             started = time.perf_counter()
             files = await asyncio.to_thread(self.outputs.save, result.images, recipes, checked.output_format, checked.output_quality)
             for name, value in {**result.metrics, "encode_ms": 1000 * (time.perf_counter() - started)}.items():
@@ -102,14 +100,13 @@ class Predictor(BasePredictor):
         return self.batcher.healthy()
 
     def _check(self, inputs: dict[str, Any]) -> Inputs:
-        """Open the pictures among the inputs, of which large ones take a second, and check all of them."""
-        for name, open_file in (("image", open_image), ("mask", open_mask)):
-            if inputs[name] is not None:
-                inputs[name] = open_file(fetched_file(name, inputs[name]), name)
-        return Inputs.create(self.spec, **inputs)
+        """Open the images among the inputs, of which large ones take a second, and check all of them."""
+        openers = {"image": open_image, "mask": open_mask}
+        images = {name: openers[name](fetched_file(name, inputs[name]), name) for name in openers if inputs[name] is not None}
+        return Inputs.create(self.pipeline.spec, **(inputs | images))
 
 
-def _load(spec: ModelSpec, settings: Settings) -> "Pipeline":
+def _load(settings: Settings) -> "Pipeline":
     from fewstep.generation.pipeline import load_pipeline  # imports torch, which takes seconds
 
-    return load_pipeline(spec, settings)
+    return load_pipeline(get_model(settings.model), settings)

@@ -38,29 +38,23 @@ class Batchable(Protocol):
     def num_outputs(self) -> int: ...
 
 
-R = TypeVar("R", bound=Batchable)
-R_in = TypeVar("R_in", bound=Batchable, contravariant=True)
-E = TypeVar("E")  # a request with its prompts encoded
-T = TypeVar("T")
-T_out = TypeVar("T_out", covariant=True)
-V = TypeVar("V")
-
-
-class Model(Protocol[R_in, E, T_out]):
+class Model(Protocol):
     """What generates, such as a Pipeline."""
 
-    def max_images(self, request: R_in) -> int:
+    def max_images(self, request: Any) -> int:
         """How many images a pass may hold at that request's size."""
-        ...
 
-    def encode(self, request: R_in) -> E:
-        """Whatever can be done for one request alone, before its mates are known."""
-        ...
+    def encode(self, request: Any) -> Any:
+        """What can be done for one request before its mates are known."""
 
-    def generate(self, batch: Sequence[E], stopped: Callable[[], bool]) -> Sequence[T_out | FewstepError]:
-        """One result, or why there is none, for each of `batch`, in order. It looks at `stopped()` between
-        steps: true says that every caller of this batch has left."""
-        ...
+    def generate(self, batch: Sequence[Any], stopped: Callable[[], bool]) -> Sequence[Any]:
+        """A result, or the FewstepError in its place, for each that was encoded, in order. It looks at
+        `stopped()` between steps: true says that every caller of this batch has left."""
+
+
+R = TypeVar("R", bound=Batchable)
+T = TypeVar("T")
+V = TypeVar("V")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -109,7 +103,7 @@ class _Call(_Waiter[V]):
     function: Callable[[], V]
 
 
-class Batcher(Generic[R, E, T]):
+class Batcher(Generic[R, T]):
     """Runs a model on a thread of its own, for all waiting requests of one shape at a time.
 
     A request alone always goes, even when it is bigger than a pass. Who comes while the prompts of a batch
@@ -118,9 +112,7 @@ class Batcher(Generic[R, E, T]):
     to be stuck.
     """
 
-    def __init__(
-        self, model: Model[R, E, T] | None = None, *, deadline_s: float, grace_s: float = 30.0
-    ) -> None:
+    def __init__(self, model: Model | None = None, *, deadline_s: float, grace_s: float = 30.0) -> None:
         self.model = model  # may come later, loaded by `run` on the thread that owns it
         self._deadline_s = deadline_s
         self._grace_s = grace_s

@@ -8,16 +8,18 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from compel import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from fewstep.errors import InvalidRequest
 from fewstep.models.load import Diffusion
 from fewstep.prompts import Part, is_plain
+
+if TYPE_CHECKING:
+    from compel import EmbeddingsProvider
 
 # Of 75 tokens each for the real models: more than 2,000 characters of any language with an alphabet need.
 MAX_CHUNKS = 8
@@ -48,28 +50,31 @@ class TextEncoder:
         self._tokenizers = [diffusion.tokenizer]
         self._encoders = [_encoder(diffusion.text_encoder)]
         # SDXL was trained on the states before the last layer, without its norm.
-        self._states = ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED
+        self._states = "LAST_HIDDEN_STATES_NORMALIZED"
         if isinstance(diffusion, StableDiffusionXLPipeline):
             self._tokenizers.append(diffusion.tokenizer_2)
             self._encoders.append(_encoder(diffusion.text_encoder_2))
-            self._states = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+            self._states = "PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED"
         for tokenizer in self._tokenizers:  # "will result in indexing errors", which chunks do not
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         # Two threads in one tokenizer are an error, and the model thread has the other. SDXL's two differ in
         # their padding only, which is not counted.
-        self._counter = _provider(deepcopy(diffusion.tokenizer), None, self._states)
+        self._counting_tokenizer = deepcopy(diffusion.tokenizer)
         self._counting = threading.Lock()
         self._kept: OrderedDict[Hashable, PromptEmbeds] = OrderedDict()
 
-    def count_chunks(self, name: str, parts: Sequence[Part]) -> int:
+    def count_chunks(self, name: str, parts: tuple[Part, ...]) -> int:
         """How many times the text encoders' length a prompt fills, on any thread; at least 1.
 
         `name` is that of the input. Raises InvalidRequest for more than MAX_CHUNKS.
         """
         texts, weights = [part.text for part in parts], [part.weight for part in parts]
+        length = self._counting_tokenizer.model_max_length
         with self._counting:
-            ids, *_ = self._counter.get_token_ids_and_expand_weights(texts, weights, device="cpu")
-        length = self._counter.max_token_count
+            if is_plain(parts) and len(self._counting_tokenizer("".join(texts)).input_ids) <= length:
+                return 1  # as nearly all are
+            counter = _provider(self._counting_tokenizer, None, self._states)
+            ids, *_ = counter.get_token_ids_and_expand_weights(texts, weights, device="cpu")
         chunks = int(len(ids) // length)
         if chunks > MAX_CHUNKS:
             raise InvalidRequest(
@@ -176,12 +181,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _provider(tokenizer: Any, encoder: _Encoder | None, states: ReturnedEmbeddingsType) -> EmbeddingsProvider:
+def _provider(tokenizer: Any, encoder: _Encoder | None, states: str) -> EmbeddingsProvider:
+    """compel's encoder of weighted and long prompts; `states` names a ReturnedEmbeddingsType."""
+    from compel import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode  # takes a moment
+
     return EmbeddingsProvider(
         tokenizer,
         encoder,
         truncate=False,
-        returned_embeddings_type=states,
+        returned_embeddings_type=ReturnedEmbeddingsType[states],
         split_long_text_mode=SplitLongTextMode.SENTENCES,
         device=encoder.device if encoder else "cpu",
     )
