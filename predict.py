@@ -1,4 +1,4 @@
-"""The Cog door: typed inputs become a Request, the Batcher paints it, and the files go back to Cog.
+"""The Cog door: typed inputs become a Request, the Batcher runs it, and the files go back to Cog.
 
 `scripts/predict -i prompt="..."` runs this behind the server of a Cog container. Cog reads the inputs without
 running this file, so everything within Input(...) is a literal; a test holds them to fewstep/request.py.
@@ -14,14 +14,12 @@ import cog
 from cog import BasePredictor, Input, Path
 
 from fewstep.coglet.adapter import check_cog, fetched_file, log_to_stderr, mask_unexpected_errors
-from fewstep.errors import FewstepError, UnsafeImage
 from fewstep.generation.batcher import Batcher
-from fewstep.images.codec import encode_image, open_image, open_mask
-from fewstep.images.metadata import recipe_of, save_options
+from fewstep.images.codec import open_image, open_mask
 from fewstep.images.outputs import Outputs
 from fewstep.lora.resolve import LoraResolver
-from fewstep.models.specs import ModelSpec, get_model
-from fewstep.request import Request
+from fewstep.models.specs import get_model
+from fewstep.request import Inputs, Request
 from fewstep.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,12 +31,11 @@ logger = logging.getLogger("fewstep.predict")
 class Predictor(BasePredictor):
     """One loaded model for all callers; everything that belongs to one request stays in predict()."""
 
-    spec: ModelSpec
     recipes: bool
     outputs: Outputs
     pipeline: "Pipeline"
     styles: LoraResolver
-    batcher: "Batcher[Request, GenerationResult | FewstepError]"
+    batcher: "Batcher[Request, GenerationResult]"
 
     async def setup(self) -> None:  # type: ignore[override]  # coglet awaits it
         """Load the model and paint once. Whatever fails ends the start with one sentence."""
@@ -46,22 +43,14 @@ class Predictor(BasePredictor):
         with mask_unexpected_errors():
             check_cog()
             settings = Settings.from_env()
-            self.spec, self.recipes = get_model(settings.model), settings.recipes
-            self.outputs = Outputs(settings.output_root, settings.coglet_root)
+            self.outputs, self.recipes = Outputs(settings.output_root, settings.coglet_root), settings.recipes
             self.outputs.prepare()
             atexit.register(self.outputs.remove_all)
-            self.batcher = Batcher(
-                lambda requests, stopped, more: self.pipeline.generate(requests, stopped, more),
-                max_images=lambda request: self.pipeline.max_images(request),
-                deadline_s=settings.deadline_s,
-            )
-            self.pipeline = await self.batcher.run(lambda: _load(self.spec, settings))
+            self.batcher = Batcher(deadline_s=settings.deadline_s)
+            self.pipeline = await self.batcher.run(lambda: _load(settings))
+            self.batcher.model = self.pipeline
             self.styles = LoraResolver(settings, self.pipeline.adapters.read)
-            width, height = self.pipeline.usual_size
-            warm_up = Request.create(self.spec, prompt="warm up", steps=1, seed=0, aspect_ratio="custom", width=width, height=height)
-            [first] = await self.batcher.run(lambda: self.pipeline.generate([warm_up]))
-            if not isinstance(first, UnsafeImage):  # it was painted all the same
-                _unless_failed(first)
+            await self.batcher.run(self.pipeline.warm_up)
 
     @cog.concurrent(max=8)
     async def predict(
@@ -92,53 +81,32 @@ class Predictor(BasePredictor):
         inputs = {name: value for name, value in locals().items() if name != "self"}
         began = time.monotonic()
         with self.outputs.prediction(), mask_unexpected_errors():
-            # A thread costs a quarter of a millisecond, which only pictures are worth.
+            # A thread costs a quarter of a millisecond, which only images are worth.
             drawn = inputs["image"] is not None or inputs["mask"] is not None
-            request = await asyncio.to_thread(self._request, inputs) if drawn else self._request(inputs)
-            if request.wishes:
-                request = request.with_styles(await self.styles.load(request.wishes, time.monotonic() - began))
-            painting = _unless_failed(await self.batcher.submit(request, time.monotonic() - began))
-            files, encode_ms = await asyncio.to_thread(self._save, painting, request)
-            self._report(request, {**painting.metrics, "encode_ms": encode_ms})
-            return files
+            checked = await asyncio.to_thread(self._check, inputs) if drawn else self._check(inputs)
+            loras = await self.styles.load(checked.styles, time.monotonic() - began) if checked.styles else []
+            request = self.pipeline.request(checked, loras)
+            result = await self.batcher.submit(request, time.monotonic() - began)
+            recipes = [request.recipe(seed, self.pipeline.spec.name, self.pipeline.revision) if self.recipes else {} for seed in result.seeds]
+            started = time.perf_counter()
+            files = await asyncio.to_thread(self.outputs.save, result.images, recipes, checked.output_format, checked.output_quality)
+            for name, value in {**result.metrics, "encode_ms": 1000 * (time.perf_counter() - started)}.items():
+                self.record_metric(name, round(value, 1) if isinstance(value, float) else value)
+            logger.info("seed %d: painted %d of %dx%d in %d steps", checked.seed, checked.num_outputs, checked.width, checked.height, checked.real_steps)
+            return [Path(file) for file in files]
 
     async def healthcheck(self) -> bool:
         """Whether a request sent now would be painted."""
         return self.batcher.healthy()
 
-    def _request(self, inputs: dict[str, Any]) -> Request:
-        """Opens the pictures among the inputs, of which large ones take a second, and counts the tokens."""
-        for name, open_file in (("image", open_image), ("mask", open_mask)):
-            if inputs[name] is not None:
-                inputs[name] = open_file(fetched_file(name, inputs[name]), name)
-        return self.pipeline.counted(Request.create(self.spec, **inputs))
-
-    def _save(self, painting: "GenerationResult", request: Request) -> tuple[list[Path], float]:
-        """The written files and the milliseconds that encoding took."""
-        began = time.perf_counter()
-        kind, quality = request.output_format, request.output_quality
-        encoded = []
-        for image, seed in zip(painting.images, painting.seeds, strict=True):
-            recipe = recipe_of(request, seed, self.spec.name, self.pipeline.revision)
-            encoded.append(encode_image(image, kind, quality, **(save_options(recipe, kind) if self.recipes else {})))
-        encode_ms = (time.perf_counter() - began) * 1000
-        return [Path(file) for file in self.outputs.write(encoded, kind)], encode_ms
-
-    def _report(self, request: Request, timing: dict[str, int | float]) -> None:
-        known = {"seed": request.seed, "width": request.width, "height": request.height, "steps": request.real_steps}
-        for name, value in {**known, **timing}.items():
-            self.record_metric(name, round(value, 1) if isinstance(value, float) else value)
-        size = f"{request.width}x{request.height}"
-        logger.info("seed %d: painted %d of %s in %d steps", request.seed, request.num_outputs, size, request.real_steps)
+    def _check(self, inputs: dict[str, Any]) -> Inputs:
+        """Open the images among the inputs, of which large ones take a second, and check all of them."""
+        openers = {"image": open_image, "mask": open_mask}
+        images = {name: openers[name](fetched_file(name, inputs[name]), name) for name in openers if inputs[name] is not None}
+        return Inputs.create(self.pipeline.spec, **(inputs | images))
 
 
-def _load(spec: ModelSpec, settings: Settings) -> "Pipeline":
+def _load(settings: Settings) -> "Pipeline":
     from fewstep.generation.pipeline import load_pipeline  # imports torch, which takes seconds
 
-    return load_pipeline(spec, settings)
-
-
-def _unless_failed(result: "GenerationResult | FewstepError") -> "GenerationResult":
-    if isinstance(result, FewstepError):
-        raise result
-    return result
+    return load_pipeline(get_model(settings.model), settings)

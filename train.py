@@ -1,7 +1,7 @@
 """The Cog training door: a zip of pictures becomes an adapter that predict() takes as `style`.
 
 `scripts/train` is the same as a plain command line. As in predict.py, everything within Input(...) is a
-literal; a test holds the defaults to fewstep/training/finetune.py.
+literal; a test holds the defaults to fewstep/training/config.py.
 """
 
 import random
@@ -11,7 +11,6 @@ import tempfile
 from cog import BaseModel, Input, Path
 
 from fewstep.coglet.adapter import check_cog, fetched_file, log_to_stderr, mask_unexpected_errors
-from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
 
@@ -37,14 +36,16 @@ def train(
         check_cog()
         settings = Settings.from_env()
         # Imported here: torch takes seconds, and Cog reads this file without running it.
-        from fewstep.training.datasets import unpack
-        from fewstep.training.finetune import Wish, fine_tune
+        from fewstep.cli.train import prior_prompts
+        from fewstep.training.config import TrainingOptions
+        from fewstep.training.data import find, unpack
+        from fewstep.training.run import train_model
 
-        wish = Wish(method, steps, batch_size, learning_rate, rank, resolution, random.getrandbits(31) if seed is None else seed, rehearse)
+        options = TrainingOptions(method, steps, batch_size, learning_rate, rank, resolution, random.getrandbits(31) if seed is None else seed, rehearse)
         with tempfile.TemporaryDirectory() as folder:
-            pictures, run = Path(folder, "pictures"), Path(folder, "run")
-            unpack(fetched_file("images", images), pictures)
-            weights = fine_tune(get_model(settings.model), settings, wish, pictures, run, caption)
+            unpacked = Path(folder, "images")
+            unpack(fetched_file("images", images), unpacked)
+            weights = train_model(settings.model, settings, options, lambda: find(unpacked, caption), Path(folder, "run"), prior_prompts=prior_prompts(settings.model))
             # It outlives this function, since Cog reads it afterwards.
             kept = Path(tempfile.mkdtemp(prefix="fewstep-training-"), weights.name)
             shutil.move(weights, kept)

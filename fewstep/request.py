@@ -1,18 +1,20 @@
-"""One caller's request, checked once: whatever door it came through, a `Request` that exists can be run."""
+"""What one caller asks: `Inputs`, checked without a model, and `Request`, which a loaded model can run."""
 
 import logging
 import math
 import secrets
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 from PIL import Image
 
+from fewstep import __version__
 from fewstep.errors import InvalidRequest
 from fewstep.images.codec import fit, same_shape
+from fewstep.images.metadata import KEY, SAME_NAMES, Recipe
 from fewstep.lora.types import Lora, LoraRef, Mix, parse_source
 from fewstep.models.specs import ModelSpec
-from fewstep.prompts import parse_prompt
+from fewstep.prompts import Part, parse_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +52,16 @@ ASPECT_CHOICES = ("auto", *ASPECT_RATIOS, "custom")
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """A checked wish with nothing left open: sizes in px are resolved and the seed is drawn.
+class Inputs:
+    """What predict() takes, checked, with nothing left open: sizes are resolved and the seed is drawn.
 
     Made by `create`; the constructor checks nothing.
     """
 
     prompt: str
+    prompt_parts: tuple[Part, ...]
     negative_prompt: str
+    negative_parts: tuple[Part, ...]
     steps: int
     guidance: float
     guided: bool  # classifier-free guidance: two UNet evaluations a step, and negative_prompt counts
@@ -68,15 +72,14 @@ class Request:
     output_format: str
     output_quality: int
     strength: float = 1.0  # how far from `image`; without one, all the way from noise
-    wishes: tuple[LoraRef, ...] = ()
-    mix: Mix = Mix()  # without the styles, until `with_styles`
-    image: Image.Image | None = field(default=None, repr=False)  # RGB, of this request's size
+    styles: tuple[LoraRef, ...] = ()
+    lcm_scale: float = 1.0
+    image: Image.Image | None = field(default=None, repr=False)  # RGB, of this size
     mask: Image.Image | None = field(default=None, repr=False)  # L, white where to repaint
     unchecked: bool = False  # asked for; whether it counts is the operator's to say
     image_sha256: str = ""  # of the callers' files
     mask_sha256: str = ""
     clip_skip: int = 0  # of the text encoders' layers, from the last
-    chunks: int = 0  # of the text encoders' length, that the prompts fill; 0: not counted yet
 
     @classmethod
     def create(
@@ -104,7 +107,7 @@ class Request:
         prompt_strength: float = 0.8,
         clip_skip: int = 0,
         disable_safety_checker: bool = False,
-    ) -> "Request":
+    ) -> "Inputs":
         """Check every input, types included, since coglet without a schema passes anything on.
 
         Raises InvalidRequest whose sentence says what is allowed.
@@ -114,10 +117,17 @@ class Request:
         if mask is not None:
             mask = _mask_on(image, mask)
         size = _size(spec, aspect_ratio, width, height, image)
-        far = _number("prompt_strength", prompt_strength, *STRENGTH)
-        request = cls(
-            prompt=_prompt(prompt),
-            negative_prompt=_negative_prompt(negative_prompt),
+        strength = _number("prompt_strength", prompt_strength, *STRENGTH)
+        parts = parse_prompt("prompt", _text("prompt", prompt))
+        if not parts:
+            raise InvalidRequest("prompt is empty; say in a few words what to paint")
+        if _text("negative_prompt", negative_prompt) and not guided:
+            logger.warning("negative_prompt has no effect: guidance is %g, and it takes more than 1", scale)
+        return cls(
+            prompt=prompt,
+            prompt_parts=parts,
+            negative_prompt=negative_prompt,
+            negative_parts=parse_prompt("negative_prompt", negative_prompt),
             steps=_whole("steps", steps, *STEPS),
             guidance=scale,
             guided=guided,
@@ -127,12 +137,12 @@ class Request:
             height=size[1],
             output_format=_choice("output_format", output_format, FORMATS),
             output_quality=_whole("output_quality", output_quality, *QUALITY),
-            wishes=(
+            styles=(
                 *_style("style", style, style_scale),
                 *_style("extra_style", extra_style, extra_style_scale),
             ),
-            mix=Mix(lcm_scale=_lcm_scale(spec, lcm_scale)),
-            strength=1.0 if image is None else far,
+            lcm_scale=_lcm_scale(spec, lcm_scale),
+            strength=1.0 if image is None else strength,
             image=None if image is None else fit(image, *size),
             mask=None if mask is None else fit(mask, *size),
             clip_skip=_whole("clip_skip", clip_skip, 0, spec.max_clip_skip),
@@ -140,9 +150,6 @@ class Request:
             image_sha256="" if image is None else str(image.info.get("sha256", "")),
             mask_sha256="" if mask is None else str(mask.info.get("sha256", "")),
         )
-        if request.negative_prompt and not guided:
-            logger.warning("negative_prompt has no effect: guidance is %g, and it takes more than 1", scale)
-        return request
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -150,27 +157,62 @@ class Request:
         return tuple((self.seed + i) % (SEED_MAX + 1) for i in range(self.num_outputs))
 
     @property
-    def shape_key(self) -> Hashable:
-        """Requests with equal keys may share a forward pass: all that changes the computation but prompt,
-        seed and the value of guidance."""
-        mode = "text" if self.image is None else "image" if self.mask is None else "mask"
-        text = (self.chunks, self.clip_skip)
-        return (self.width, self.height, mode, self.steps, self.strength, self.guided, text, self.mix.key)
+    def real_steps(self) -> int:
+        """How many steps are taken: of a low strength there are fewer to take, but always one."""
+        return min(self.steps, max(1, int(self.strength * SCHEDULE_STEPS)))
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one caller asks of a loaded model; `Pipeline.request` makes it."""
+
+    inputs: Inputs
+    loras: tuple[Lora, ...]  # that `inputs.styles` name, in order
+    chunks: int  # of the text encoders' length, that the prompts fill
 
     @property
-    def real_steps(self) -> int:
-        """How many steps are generated: of a low strength there are fewer to take, but always one."""
-        return min(self.steps, max(1, int(self.strength * SCHEDULE_STEPS)))
+    def num_outputs(self) -> int:
+        """How many images it takes in a batch."""
+        return self.inputs.num_outputs
+
+    @property
+    def mix(self) -> Mix:
+        """What is added to the model's weights."""
+        scales = (style.scale for style in self.inputs.styles)
+        return Mix(tuple(zip(self.loras, scales, strict=True)), self.inputs.lcm_scale)
 
     @property
     def weights_key(self) -> Hashable:
         """Requests with equal keys are generated by the same weights."""
         return self.mix.key
 
-    def with_styles(self, loras: Sequence[Lora]) -> "Request":
-        """The same wish with the LoRAs that its `wishes` name, in order."""
-        styles = tuple((lora, wish.scale) for lora, wish in zip(loras, self.wishes, strict=True))
-        return replace(self, mix=replace(self.mix, styles=styles))
+    @property
+    def shape_key(self) -> Hashable:
+        """Requests with equal keys may share a forward pass: all that changes the computation but prompt,
+        seed and the value of guidance."""
+        inputs = self.inputs
+        mode = "text" if inputs.image is None else "image" if inputs.mask is None else "mask"
+        text = (self.chunks, inputs.clip_skip)
+        size = (inputs.width, inputs.height)
+        return (*size, mode, inputs.steps, inputs.strength, inputs.guided, text, self.weights_key)
+
+    def recipe(self, seed: int, model: str, revision: str) -> Recipe:
+        """The inputs that generate one image of this request again, alone; `revision` is of the weights."""
+        inputs = self.inputs
+        recipe: Recipe = {KEY: __version__, "model": model, "revision": revision}
+        recipe |= {name: getattr(inputs, name) for name in SAME_NAMES}
+        recipe["seed"] = seed
+        recipe["styles"] = [
+            {"style": style.source.shown, "style_scale": style.scale, "sha256": lora.sha256}
+            for style, lora in zip(inputs.styles, self.loras, strict=True)
+        ]
+        if inputs.clip_skip:
+            recipe["clip_skip"] = inputs.clip_skip
+        if inputs.image is not None:
+            recipe |= {"prompt_strength": inputs.strength, "image_sha256": inputs.image_sha256}
+        if inputs.mask is not None:
+            recipe["mask_sha256"] = inputs.mask_sha256
+        return recipe
 
 
 def _shown(value: object) -> str:
@@ -213,19 +255,6 @@ def _text(name: str, value: object) -> str:
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
         raise InvalidRequest(f"{name} holds a NUL or half of a surrogate pair; send it as plain Unicode text")
     return value
-
-
-def _prompt(value: object) -> str:
-    prompt = _text("prompt", value)
-    if not parse_prompt("prompt", prompt):
-        raise InvalidRequest("prompt is empty; say in a few words what to paint")
-    return prompt
-
-
-def _negative_prompt(value: object) -> str:
-    prompt = _text("negative_prompt", value)
-    parse_prompt("negative_prompt", prompt)
-    return prompt
 
 
 def _guidance(spec: ModelSpec, value: object) -> float:

@@ -52,7 +52,7 @@ def test_choices_are_those_of_request() -> None:
 
 
 def test_inputs_and_defaults_are_those_of_request() -> None:
-    defaults = request.Request.create.__kwdefaults__
+    defaults = request.Inputs.create.__kwdefaults__
     assert {name: entry["default"] for name, entry in INPUTS.items() if "default" in entry} == defaults
     assert SCHEMAS["Input"]["required"] == ["prompt"]
     assert all(entry["description"] for entry in INPUTS.values())

@@ -1,7 +1,6 @@
 import dataclasses
 import itertools
 import logging
-from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -9,7 +8,8 @@ from PIL import Image
 from fewstep.errors import InvalidRequest
 from fewstep.lora.types import Mix
 from fewstep.models.specs import MODELS
-from fewstep.request import ASPECT_CHOICES, ASPECT_RATIOS, PROMPT_MAX_CHARS, SEED_MAX, Request
+from fewstep.prompts import Part
+from fewstep.request import ASPECT_CHOICES, ASPECT_RATIOS, PROMPT_MAX_CHARS, SEED_MAX, Inputs, Request
 
 SDXL = MODELS["sdxl"]
 MINIATURE = MODELS["miniature"]
@@ -22,7 +22,11 @@ FULL_LCM = dataclasses.replace(
 
 
 def create(spec=SDXL, **inputs):
-    return Request.create(spec, **({"prompt": "a red house", "seed": 7} | inputs))
+    return Inputs.create(spec, **({"prompt": "a red house", "seed": 7} | inputs))
+
+
+def request(*loras, chunks=1, **inputs):
+    return Request(create(**inputs), loras, chunks)
 
 
 def refusal(spec=SDXL, **inputs):
@@ -32,11 +36,11 @@ def refusal(spec=SDXL, **inputs):
 
 
 def test_defaults_are_resolved():
-    request = create()
-
-    assert request == Request(
+    assert create() == Inputs(
         prompt="a red house",
+        prompt_parts=(Part("a red house"),),
         negative_prompt="",
+        negative_parts=(),
         steps=4,
         guidance=1.0,
         guided=False,
@@ -99,10 +103,10 @@ def test_null_is_refused_where_a_number_is_needed(name):
 
 
 def test_an_integral_float_becomes_an_integer():
-    request = create(steps=2.0, seed=3.0, num_outputs=2.0)
+    inputs = create(steps=2.0, seed=3.0, num_outputs=2.0)
 
-    assert (request.steps, request.seed, request.seeds) == (2, 3, (3, 4))
-    assert all(type(value) is int for value in (request.steps, request.seed, request.num_outputs))
+    assert (inputs.steps, inputs.seed, inputs.seeds) == (2, 3, (3, 4))
+    assert all(type(value) is int for value in (inputs.steps, inputs.seed, inputs.num_outputs))
 
 
 def test_prompt_may_be_long_strange_and_in_any_script_but_not_longer():
@@ -134,7 +138,7 @@ def test_an_unknown_choice_lists_the_choices_and_quotes_nothing(name, bad):
 
 def test_no_refusal_quotes_free_text():
     bad = "QQQ cancelled"
-    for name in Request.create.__kwdefaults__.keys() - {"image", "mask"}:
+    for name in Inputs.create.__kwdefaults__.keys() - {"image", "mask"}:
         if name != "negative_prompt":
             text = refusal(**{"aspect_ratio": "custom", "width": 512, "height": 512, name: bad})
             assert "QQQ" not in text and "cancel" not in text
@@ -203,13 +207,13 @@ def test_seeds_count_up_and_wrap():
 @pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("aspect", ASPECT_CHOICES[:-1])
 def test_sizes_by_name_fit_the_model_and_the_name(spec, aspect):
-    request = create(spec, aspect_ratio=aspect)
+    inputs = create(spec, aspect_ratio=aspect)
 
-    assert request.width % 8 == request.height % 8 == 0
-    assert request.width * request.height <= spec.max_pixels
-    assert request.width * request.height == pytest.approx(spec.native_size**2, rel=0.07)
+    assert inputs.width % 8 == inputs.height % 8 == 0
+    assert inputs.width * inputs.height <= spec.max_pixels
+    assert inputs.width * inputs.height == pytest.approx(spec.native_size**2, rel=0.07)
     wide, high = (1, 1) if aspect == "auto" else map(int, aspect.split(":"))
-    assert request.width / request.height == pytest.approx(wide / high, rel=0.05)
+    assert inputs.width / inputs.height == pytest.approx(wide / high, rel=0.05)
 
 
 def test_sizes_by_name_at_1024_and_128():
@@ -227,9 +231,9 @@ def test_mirrored_names_are_mirrored_sizes():
     ("given", "used"), [(64, 64), (67, 64), (68, 72), (71, 72), (72.0, 72), (2047, 2048), (2048, 2048)]
 )
 def test_custom_sides_are_rounded_to_the_nearest_8(given, used):
-    request = create(aspect_ratio="custom", width=given, height=512)
+    inputs = create(aspect_ratio="custom", width=given, height=512)
 
-    assert (request.width, request.height) == (used, 512)
+    assert (inputs.width, inputs.height) == (used, 512)
 
 
 @pytest.mark.parametrize("bad", [0, -64, 63, 2049, 100_000, "512", True, 512.5, float("nan"), HUGE])
@@ -278,21 +282,19 @@ def test_shape_key_ignores_what_a_batch_may_mix():
         {"aspect_ratio": "custom", "width": 1024, "height": 1024},
     ]
 
-    assert len({create(**inputs).shape_key for inputs in mixable}) == 1
-    assert create(guidance=1.5).shape_key == create(guidance=4, negative_prompt="x").shape_key
+    assert len({request(**inputs).shape_key for inputs in mixable}) == 1
+    assert request(guidance=1.5).shape_key == request(guidance=4, negative_prompt="x").shape_key
 
 
 def test_shape_key_tells_apart_what_changes_the_computation():
     different = [{}, {"steps": 5}, {"guidance": 1.5}, {"aspect_ratio": "4:3"}, {"aspect_ratio": "3:4"}]
 
     for one, other in itertools.combinations(different, 2):
-        assert create(**one).shape_key != create(**other).shape_key
+        assert request(**one).shape_key != request(**other).shape_key
 
 
 def test_prompts_of_other_lengths_or_layers_are_of_another_shape():
-    keys = {
-        replace(create(clip_skip=skip), chunks=chunks).shape_key for skip in (0, 1) for chunks in (0, 1, 2)
-    }
+    keys = {request(clip_skip=skip, chunks=chunks).shape_key for skip in (0, 1) for chunks in (1, 2, 3)}
     assert len(keys) == 6
 
 
@@ -317,34 +319,35 @@ class Style:
         self.sha256 = sha256
 
 
-def test_styles_are_wished_for_in_order_each_with_its_scale():
-    request = create(style="one", style_scale=0.5, extra_style="owner/two", extra_style_scale=-1)
-    assert [(wish.name, wish.source.place, wish.scale) for wish in request.wishes] == [
+def test_styles_stand_in_order_each_with_its_scale():
+    inputs = {"style": "one", "style_scale": 0.5, "extra_style": "owner/two", "extra_style_scale": -1}
+    assert [(style.name, style.source.place, style.scale) for style in create(**inputs).styles] == [
         ("style", "one", 0.5),
         ("extra_style", "owner/two", -1.0),
     ]
-    assert create(style="", extra_style=None).wishes == ()
-    with_styles = request.with_styles([Style("a"), Style("b")])
-    assert [(lora.sha256, scale) for lora, scale in with_styles.mix.styles] == [("a", 0.5), ("b", -1.0)]
+    assert create(style="", extra_style=None).styles == ()
+    mix = request(Style("a"), Style("b"), **inputs).mix
+    assert [(lora.sha256, scale) for lora, scale in mix.styles] == [("a", 0.5), ("b", -1.0)]
+    with pytest.raises(ValueError, match="longer"):
+        _ = request(Style("a"), **inputs).shape_key
 
 
 def test_what_changes_the_weights_is_part_of_the_keys_and_nothing_else_is():
-    plain = create(style="a", style_scale=0.8)
-    a = plain.with_styles([Style("a")])
+    a = request(Style("a"), style="a", style_scale=0.8)
     others = [
-        plain.with_styles([Style("b")]),
-        create(style="a", style_scale=0.7).with_styles([Style("a")]),
-        create(style="a", lcm_scale=0.9).with_styles([Style("a")]),
-        create(style="a", extra_style="b").with_styles([Style("a"), Style("b")]),
-        create(),
+        request(Style("b"), style="a", style_scale=0.8),
+        request(Style("a"), style="a", style_scale=0.7),
+        request(Style("a"), style="a", lcm_scale=0.9),
+        request(Style("a"), Style("b"), style="a", extra_style="b"),
+        request(),
     ]
     for other in others:
         assert other.weights_key != a.weights_key and other.shape_key != a.shape_key
-    renamed = create(style="the-same", seed=8).with_styles([Style("a")])
+    renamed = request(Style("a"), style="the-same", seed=8)
     assert renamed.weights_key == a.weights_key and renamed.shape_key == a.shape_key
-    nothing = create(style="a", style_scale=0).with_styles([Style("a")])
-    assert nothing.weights_key == create().weights_key == Mix().key
-    assert create(steps=2).weights_key == create().weights_key
+    nothing = request(Style("a"), style="a", style_scale=0)
+    assert nothing.weights_key == request().weights_key == Mix().key
+    assert request(steps=2).weights_key == request().weights_key
 
 
 @pytest.mark.parametrize("name", ["style_scale", "extra_style_scale", "lcm_scale"])
@@ -354,7 +357,7 @@ def test_a_bad_scale_is_refused(name, bad):
 
 
 def test_a_full_lcm_has_no_lcm_lora_to_scale():
-    assert create(FULL_LCM, lcm_scale=1).mix == Mix()
+    assert create(FULL_LCM, lcm_scale=1).lcm_scale == 1
     assert "lcm_scale is 0.5" in refusal(FULL_LCM, lcm_scale=0.5)
     assert "-0.5" in refusal(lcm_scale=-0.5)
 
@@ -369,8 +372,8 @@ def test_an_image_gives_the_size_its_shape_unless_asked_otherwise():
 
 def test_a_mask_lies_on_its_image():
     image, mask = Image.new("RGB", (64, 64), "red"), Image.new("L", (64, 64), 0)
-    request = create(image=image, mask=mask, aspect_ratio="16:9")
-    assert request.mask.size == request.image.size == (request.width, request.height)
+    inputs = create(image=image, mask=mask, aspect_ratio="16:9")
+    assert inputs.mask.size == inputs.image.size == (inputs.width, inputs.height)
     assert "mask is given without image" in refusal(mask=mask)
 
 
@@ -379,23 +382,23 @@ def test_a_mask_lies_on_its_image():
     [(0.0, 4, 1), (0.02, 4, 1), (0.05, 1, 1), (0.05, 8, 2), (0.3, 8, 8), (0.8, 4, 4), (1.0, 8, 8)],
 )
 def test_a_low_strength_has_fewer_steps_to_take_but_always_one(strength, steps, real):
-    request = create(image=Image.new("RGB", (64, 64)), prompt_strength=strength, steps=steps)
-    assert request.real_steps == real
+    inputs = create(image=Image.new("RGB", (64, 64)), prompt_strength=strength, steps=steps)
+    assert inputs.real_steps == real
     assert create(prompt_strength=strength, steps=steps).real_steps == steps
 
 
 def test_images_and_strength_are_part_of_the_shape():
     image, mask = Image.new("RGB", (64, 64)), Image.new("L", (64, 64))
     keys = [
-        create().shape_key,
-        create(image=image).shape_key,
-        create(image=image, prompt_strength=0.5).shape_key,
-        create(image=image, mask=mask).shape_key,
+        request().shape_key,
+        request(image=image).shape_key,
+        request(image=image, prompt_strength=0.5).shape_key,
+        request(image=image, mask=mask).shape_key,
     ]
     assert len(set(keys)) == 4
-    assert create(prompt_strength=0.5).shape_key == create().shape_key
+    assert request(prompt_strength=0.5).shape_key == request().shape_key
     other = Image.new("RGB", (64, 64), "blue")
-    assert create(image=other).shape_key == create(image=image).shape_key
+    assert request(image=other).shape_key == request(image=image).shape_key
 
 
 @pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan"), "1", None, True, HUGE])
@@ -407,6 +410,6 @@ def test_a_mask_has_the_shape_of_its_image_at_any_size():
     image = Image.new("RGB", (300, 200))
     mask = Image.new("L", (150, 100))
     mask.paste(255, (0, 0, 75, 100))
-    request = create(image=image, mask=mask, aspect_ratio="1:1")
-    assert request.mask.getpixel((500, 512)) == 255 and request.mask.getpixel((524, 512)) == 0
+    inputs = create(image=image, mask=mask, aspect_ratio="1:1")
+    assert inputs.mask.getpixel((500, 512)) == 255 and inputs.mask.getpixel((524, 512)) == 0
     assert "mask is 300x100 px and image 300x200 px" in refusal(image=image, mask=Image.new("L", (300, 100)))

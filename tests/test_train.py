@@ -16,16 +16,17 @@ from safetensors import safe_open
 from fewstep.coglet.schema import make_schema
 from fewstep.coglet.server import Server, code_and_sentence, free_port, running_server
 from fewstep.miniature.world.dataset import write_world
-from fewstep.training.finetune import Wish
+from fewstep.training.config import TrainingOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 INPUTS = make_schema(ROOT / "predict.py", ROOT / "train.py")["components"]["schemas"]["TrainingInput"]
 
 
-def test_inputs_and_defaults_are_those_of_a_wish() -> None:
+def test_inputs_and_defaults_are_those_of_the_options() -> None:
     defaults = {name: entry["default"] for name, entry in INPUTS["properties"].items() if "default" in entry}
-    wish = {name: value for name, value in vars(Wish()).items() if name != "watch_every"}
-    assert defaults == {**wish, "caption": None, "seed": None}  # the door draws a seed
+    others = {"watch_every", "accumulate", "guidance", "skip"}  # of the commands only
+    options = {name: value for name, value in vars(TrainingOptions()).items() if name not in others}
+    assert defaults == {**options, "caption": None, "seed": None}  # the door draws a seed
     assert INPUTS["required"] == ["images"]
     assert all(entry["description"] for entry in INPUTS["properties"].values())
 

@@ -1,1 +1,1 @@
-"""How fast fewstep is beside what else there is, with the same weights and wishes on the same machine."""
+"""How fast fewstep is beside what else there is, with the same weights and prompts on the same machine."""

@@ -149,7 +149,7 @@ def _save(module: nn.Module, folder: Path, stem: str, generator: torch.Generator
 
 
 def _random(key: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Weights that keep the variance of what passes through, so that nothing overflows in fp16."""
+    """Return weights that keep the variance of what passes through, so that nothing overflows in fp16."""
     if len(shape) < 2:
         return torch.ones(shape, dtype=torch.float16) if key.endswith("weight") else torch.zeros(shape).half()
     scale = 0.02 if "embedding" in key else 0.5 * shape[1:].numel() ** -0.5
@@ -157,7 +157,8 @@ def _random(key: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def _random_lora(unet: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Kohya's keys with diffusers' names and F16 throughout, as latent-consistency/lcm-lora-sdxl has them."""
+    """Return Kohya's keys with diffusers' names and F16 throughout, as latent-consistency/lcm-lora-sdxl has
+    them."""
     tensors = {}
     for path, module in unet.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d) or not path.endswith(LORA_TARGETS):

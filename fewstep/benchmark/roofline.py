@@ -1,23 +1,40 @@
-"""The floor: what the arithmetic would take if all of it ran at the machine's rate for large matrices."""
+"""The roofline: what the arithmetic would take if all of it ran at the machine's rate for large matrices."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep.benchmark.systems import Wish
+from fewstep.benchmark.systems import Scenario
+from fewstep.models.device import DTYPES
 
 TOKENS = 77
 
 
-def flops_of(folder: Path, wish: Wish) -> float:
-    """Of all UNet evaluations and the VAE's decoding of `wish`, by the model in `folder`, SDXL's family."""
-    side = wish.size // 8
+def roofline(folder: Path, scenarios: Sequence[Scenario], dtype: str) -> list[dict[str, Any]]:
+    """Return a row for each scenario, by the model in `folder`, SDXL's family."""
+    rate = matmul_rate(DTYPES[dtype])
+    return [
+        {
+            "system": "floor",  # as the committed tables have it
+            **vars(scenario),
+            "dtype": dtype,
+            "seconds": round(flops_of(folder, scenario) / rate, 4),
+        }
+        for scenario in scenarios
+    ]
+
+
+def flops_of(folder: Path, scenario: Scenario) -> float:
+    """Count all UNet evaluations and the VAE's decoding."""
+    side = scenario.size // 8
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
@@ -27,17 +44,17 @@ def flops_of(folder: Path, wish: Wish) -> float:
         pooled = torch.empty(
             1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         )
-        given = {"text_embeds": pooled, "time_ids": torch.empty(1, 6)}
+        added = {"text_embeds": pooled, "time_ids": torch.empty(1, 6)}
         with FlopCounterMode(display=False) as generated:
-            unet(latents, torch.tensor(1), states, added_cond_kwargs=given)
+            unet(latents, torch.tensor(1), states, added_cond_kwargs=added)
         with FlopCounterMode(display=False) as decoded:
             vae.decode(latents)
-    evaluations = wish.steps * (2 if wish.guidance > 1 else 1)
-    return float(wish.batch * (evaluations * generated.get_total_flops() + decoded.get_total_flops()))
+    evaluations = scenario.steps * (2 if scenario.guidance > 1 else 1)
+    return float(scenario.batch * (evaluations * generated.get_total_flops() + decoded.get_total_flops()))
 
 
 def matmul_rate(dtype: torch.dtype, side: int = 4096, repeats: int = 5) -> float:
-    """FLOP/s of `side` x `side` matrices, the median of `repeats`."""
+    """Return the FLOP/s of `side` x `side` matrices, the median of `repeats`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     seconds = []

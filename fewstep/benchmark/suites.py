@@ -4,48 +4,58 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fewstep.benchmark.quality import EXACT, all_right, load, psnr
-from fewstep.benchmark.systems import PROMPT, Wish
-from fewstep.coglet.server import ROOT, Server, ServerFailed, code_and_sentence, free_port, running_server
+from PIL import Image
+
+from fewstep.benchmark.measure import only, predict, serving, spread
+from fewstep.benchmark.roofline import roofline
+from fewstep.benchmark.systems import PROMPT, Scenario
+from fewstep.coglet.server import ServerFailed
+from fewstep.evaluation.figures import Panel, plot_bars, plot_lines
+from fewstep.evaluation.metrics import psnr
+from fewstep.miniature.judge import load_judge
+from fewstep.miniature.world.scenes import unseen_scenes
 
 HTTP = "fewstep-http"  # the container's server, from the request to the bytes of the image in hand
+EXACT = "diffusers"  # the system that the others' images are compared with: plain diffusers in fp32
+ROOFLINE = "FLOPs at the rate of matmul"
 Sample: TypeAlias = dict[str, Any]
-PARTS = ("unet", "vae", "text", "encode")
+# The networks that stopwatches go round, by what the server calls the stage.
+PARTS = {"unet": "steps", "vae": "decode", "text": "text", "encode": "encode"}
+LABELS = {"unet": "UNet", "vae": "VAE", "text": "text encoders", "encode": "encoding", "other": "all else"}
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Systems and wishes that are compared; `repeats` images of each wish are timed in a round.
+    """Systems and scenarios that are compared; `repeats` images of each are timed in a round.
 
     The judge reads the images of `captions` prompts more, generated as `JUDGED`.
     """
 
     model: str
     systems: tuple[str, ...]
-    wishes: tuple[Wish, ...]
+    scenarios: tuple[Scenario, ...]
     repeats: int
     captions: int = 0
 
     def of(self, system: str) -> Suite:
-        """With the wishes for `system`: fewstep's OpenVINO is compiled for one size; others are torch's."""
+        """Return the suite with the scenarios for `system`: fewstep's OpenVINO is compiled for one size;
+        others are torch's."""
         one_size = system.startswith("fewstep-openvino")
-        asked = (wish for wish in self.wishes if not one_size or wish.size == self.wishes[0].size)
-        return replace(self, wishes=tuple(asked))
+        size = self.scenarios[0].size
+        return replace(self, scenarios=tuple(s for s in self.scenarios if not one_size or s.size == size))
 
 
-JUDGED = Wish(128)
+JUDGED = Scenario(128)
 COMPARED = (
     "fewstep",
     "fewstep-openvino",
@@ -63,139 +73,176 @@ SUITES = {
         COMPARED,
         (
             *(
-                Wish(size, steps, guidance)
+                Scenario(size, steps, guidance)
                 for size in (128, 64, 192, 256)  # OpenVINO is compiled for the first
                 for steps in (1, 2, 4, 8)
                 for guidance in (1.0, 1.5)
             ),
-            Wish(128, batch=8),
+            Scenario(128, batch=8),
         ),
         repeats=3,
         captions=300,
     ),
-    "full": Suite("sdxl-random", COMPARED, (Wish(512),), repeats=1),
-    "full-1024": Suite("sdxl-random", COMPARED, (Wish(1024, steps=1),), repeats=1),
+    "full": Suite("sdxl-random", COMPARED, (Scenario(512),), repeats=1),
+    "full-1024": Suite("sdxl-random", COMPARED, (Scenario(1024, steps=1),), repeats=1),
 }
 
 
+def measure(name: str, weights: Path, rounds: int, report: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Return a row for every system and scenario of a suite, and for the roofline."""
+    suite = SUITES[name]
+    samples, qualities = run(suite, weights, rounds, report)
+    rows: list[dict[str, Any]] = [
+        {
+            "suite": name,
+            "system": system,
+            **vars(scenario),
+            **summarised(taken),
+            **{"psnr": "", "right": "", **qualities.get((system, scenario), {})},
+        }
+        for (system, scenario), taken in samples.items()
+    ]
+    dtype = next(row["dtype"] for row in rows if row["system"] == "fewstep")
+    bounds = roofline(weights / suite.model, suite.scenarios, dtype)
+    return rows + [{"suite": name, **row} for row in bounds]
+
+
+Found: TypeAlias = dict[tuple[str, Scenario], list[Sample]]
+
+
 def run(
-    suite: Suite, weights: Path, rounds: int, told: Callable[[str], None]
-) -> tuple[dict[tuple[str, Wish], list[Sample]], dict[tuple[str, Wish], dict[str, float]]]:
-    """Every system's samples of every wish, over all rounds, and what the first round's images
-    are worth."""
-    found: dict[tuple[str, Wish], list[Sample]] = {}
+    suite: Suite, weights: Path, rounds: int, report: Callable[[str], None]
+) -> tuple[Found, dict[tuple[str, Scenario], dict[str, float]]]:
+    """Return every system's samples of every scenario, over all rounds, and what the first round's images are
+    worth."""
+    samples: Found = {}
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds):
             for system in suite.systems:
-                told(f"round {i + 1} of {rounds}: {system}")
+                report(f"round {i + 1} of {rounds}: {system}")
                 images = Path(folder, str(i), system)
                 captions = 0 if i else suite.captions
-                for wish, sample in samples_of(system, suite.of(system), weights, images, captions):
-                    found.setdefault((system, wish), []).append(sample)
-        return found, _qualities(suite, weights, Path(folder, "0"))
+                for scenario, sample in samples_of(system, suite.of(system), weights, images, captions):
+                    samples.setdefault((system, scenario), []).append(sample)
+        return samples, _qualities(suite, weights, Path(folder, "0"))
 
 
 def samples_of(
     system: str, suite: Suite, weights: Path, images: Path, captions: int
-) -> Iterator[tuple[Wish, Sample]]:
+) -> Iterator[tuple[Scenario, Sample]]:
     """Start `system` anew and time it; what it generates is left in `images`."""
     if system == HTTP:
         yield from _served(suite, weights)
         return
-    texts = [json.dumps(asdict(wish)) for wish in suite.wishes]
+    texts = [json.dumps(asdict(scenario)) for scenario in suite.scenarios]
     command = [sys.executable, "-P", "-m", "fewstep.benchmark.worker", system, suite.model, str(weights)]
     command += [str(suite.repeats), str(captions), str(images), *texts]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ServerFailed(f"{system} ended with status {done.returncode}; its message is above")
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    for i, row in enumerate(rows):
-        yield suite.wishes[i // suite.repeats], row
+    for i, line in enumerate(done.stdout.splitlines()):
+        yield suite.scenarios[i // suite.repeats], json.loads(line)
 
 
-def _qualities(suite: Suite, weights: Path, images: Path) -> dict[tuple[str, Wish], dict[str, float]]:
-    """Of all but HTTP, whose files are compressed and come from the same pipeline."""
-    found: dict[tuple[str, Wish], dict[str, float]] = {}
-    for system in suite.systems:
-        if not (images / system).is_dir():
-            continue
-        for wish in suite.of(system).wishes:
-            row = found.setdefault((system, wish), {})
-            if system != EXACT and EXACT in suite.systems:
-                both = [
-                    [image for i in range(suite.repeats) for image in load(images / name, f"{wish.name}-{i}")]
-                    for name in (system, EXACT)
-                ]
-                row["psnr"] = round(psnr(*both), 1)
-            if wish == JUDGED and suite.captions:
-                row["right"] = round(all_right(images / system, suite.captions, weights), 1)
-    return found
-
-
-def _served(suite: Suite, weights: Path) -> Iterator[tuple[Wish, Sample]]:
-    variables = {"MODEL": suite.model, "VERIFY": "size", "SAFETY": "off", "DEADLINE_S": "3600"}
-    with serving(weights, ROOT, **variables) as server:
+def _served(suite: Suite, weights: Path) -> Iterator[tuple[Scenario, Sample]]:
+    environ = only(weights, MODEL=suite.model, VERIFY="size", SAFETY="off", DEADLINE_S="3600")
+    with serving(environ) as server:
         seed = 0
-        for wish in suite.wishes:
-            if wish.batch > 4:  # more than one request may ask for
+        for scenario in suite.scenarios:
+            if scenario.batch > 4:  # more than one request may ask for
                 continue
             for timed in (False, *(True,) * suite.repeats):
                 seed += 100
-                inputs = {
-                    "prompt": f"{PROMPT} {seed}",
-                    "seed": seed,
-                    "steps": wish.steps if timed else 1,
-                    "guidance": wish.guidance,
-                    "aspect_ratio": "custom",
-                    "width": wish.size,
-                    "height": wish.size,
-                    "num_outputs": wish.batch,
-                }
+                inputs = {**scenario.inputs, "num_outputs": scenario.batch}
+                inputs |= {"prompt": f"{PROMPT} {seed}", "seed": seed, **({} if timed else {"steps": 1})}
                 started = time.perf_counter()
-                status, answer = server.post("/predictions", {"input": inputs})
-                if status != 200 or answer["status"] != "succeeded":
-                    raise ServerFailed(code_and_sentence(str(answer.get("error", answer))))
+                answer = predict(server, **inputs)
                 [base64.b64decode(url.partition(",")[2]) for url in answer["output"]]
                 seconds = time.perf_counter() - started
-                if timed:
-                    yield wish, {"seconds": seconds, **_stages(answer["metrics"])}
+                if timed:  # the server's own stopwatches go round each stage and not the networks alone
+                    parts = {part: answer["metrics"][f"{name}_ms"] / 1000 for part, name in PARTS.items()}
+                    yield scenario, {"seconds": seconds, **parts}
 
 
-@contextmanager
-def serving(weights: Path, root: Path, **variables: str) -> Iterator[Server]:
-    """The server of the predict.py in `root`, ready; of all FEWSTEP_ variables, it has these."""
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("FEWSTEP_")}
-        environ |= {f"FEWSTEP_{name}": value for name, value in variables.items()}
-        environ |= {"FEWSTEP_WEIGHTS": str(weights), "PYTHONPATH": str(ROOT), "TMPDIR": folder}
-        with running_server(port=free_port(), log=log, environ=environ, root=root) as server:
-            server.wait_ready()
-            yield server
+def _qualities(suite: Suite, weights: Path, images: Path) -> dict[tuple[str, Scenario], dict[str, float]]:
+    """Judge the images of all but HTTP, whose files are compressed and come from the same pipeline."""
+    qualities: dict[tuple[str, Scenario], dict[str, float]] = {}
+    for system in suite.systems:
+        if not (images / system).is_dir():
+            continue
+        for scenario in suite.of(system).scenarios:
+            row = qualities.setdefault((system, scenario), {})
+            if system != EXACT and EXACT in suite.systems:
+                both = [_load(images / name, scenario.name) for name in (system, EXACT)]
+                row["psnr"] = round(psnr(*both), 1)
+            if scenario == JUDGED and suite.captions:
+                right = load_judge(weights / "miniature").score(
+                    _load(images / system, "caption"), unseen_scenes(suite.captions)
+                )
+                row["right"] = round(float(100 * right.all(1).mean()), 1)
+    return qualities
 
 
-def _stages(metrics: Mapping[str, float]) -> Sample:
-    """The server's own stopwatches, which go round each stage and not round the networks alone."""
-    names = {"unet": "steps", "vae": "decode", "text": "text", "encode": "encode"}
-    return {part: metrics[f"{name}_ms"] / 1000 for part, name in names.items()}
+def _load(folder: Path, name: str) -> list[Image.Image]:
+    """Load what the worker saved, in its order."""
+    paths = sorted(folder.glob(f"{name}-*.png"), key=lambda path: int(path.stem.rpartition("-")[2]))
+    return [Image.open(path) for path in paths]
 
 
 def summarised(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Medians with the spread of the whole, in seconds; `other` is what no part accounts for."""
-    whole = [sample["seconds"] for sample in samples]
-    rests = [one["seconds"] - sum(one[part] for part in PARTS if part in one) for one in samples]
-    row: dict[str, Any] = {
-        "dtype": samples[0].get("dtype", ""),
+    """Return medians with the spread of the whole, in seconds; `other` is what no part accounts for."""
+
+    def median(values: Sequence[float]) -> float:
+        return round(statistics.median(values), 4)
+
+    first = samples[0]
+    parts = [part for part in PARTS if part in first]
+    return {
+        "dtype": first.get("dtype", ""),
         "samples": len(samples),
-        "seconds": _median(whole),
-        "least": round(min(whole), 4),
-        "most": round(max(whole), 4),
+        **spread("seconds", [sample["seconds"] for sample in samples], 4),
+        **{part: median([sample[part] for sample in samples]) if part in parts else "" for part in PARTS},
+        "other": median([sample["seconds"] - sum(sample[part] for part in parts) for sample in samples]),
+        "peak_gb": round(max(sample["peak_gb"] for sample in samples), 2) if "peak_gb" in first else "",
     }
-    for part in PARTS:
-        row[part] = _median([one[part] for one in samples]) if part in samples[0] else ""
-    row["other"] = _median(rests)
-    row["peak_gb"] = round(max(one["peak_gb"] for one in samples), 2) if "peak_gb" in samples[0] else ""
-    return row
 
 
-def _median(values: Sequence[float]) -> float:
-    return round(statistics.median(values), 4)
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw a bar for each system, of the plain scenario: first size, unguided, in 4 steps if there are."""
+    size = rows[0]["size"]
+    steps = 4 if any(row["steps"] == 4 for row in rows) else rows[0]["steps"]
+    plain = (size, steps, 1.0, 1)
+    shown = [row for row in rows if (row["size"], row["steps"], row["guidance"], row["batch"]) == plain]
+    bars = {}
+    for row in shown:
+        name = f"{row['system'].removesuffix('-bf16')} {row['dtype']}".strip()
+        bars[name] = {label: float(row.get(part) or 0) for part, label in LABELS.items()}
+        if row["system"] == "floor":
+            bars[name] = {ROOFLINE: row["seconds"]}
+    machine = f"{rows[0]['cpu']}, {rows[0]['cores']} cores"
+    x = f"seconds for one picture of {size} px in {steps} steps, {machine}"
+    plot_bars(bars, [row["seconds"] for row in shown], x, path)
+
+
+def plot_costs(rows: Sequence[dict[str, Any]], path: Path, steps: int = 4) -> None:
+    """Draw seconds against the image's size and against steps, unguided, with the line of the FLOPs."""
+    single = [
+        row
+        for row in rows
+        if row["batch"] == 1
+        and row["guidance"] <= 1
+        and not row["system"].startswith("fewstep-openvino")  # which is compiled for one of the sizes
+    ]
+    size = max(row["size"] for row in single)
+    panels = []
+    for x, key, power, shown in (
+        (f"pixels, {steps} steps", "size", 2, [row for row in single if row["steps"] == steps]),
+        (f"steps, {size} px", "steps", 1, [row for row in single if row["size"] == size]),
+    ):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in sorted(shown, key=lambda row: int(row[key])):
+            name = ROOFLINE if row["system"] == "floor" else row["system"]
+            lines.setdefault(name, []).append((row[key] ** power, row["seconds"]))
+        panels.append(Panel(lines, x, y_range=(0, None), dashed=ROOFLINE))
+    y = f"seconds a picture, {rows[0]['cpu']}, {rows[0]['cores']} cores"
+    plot_lines([[replace(panels[0], y=y), panels[1]]], path, (4.5, 4), share_y=True, legend="right upper")

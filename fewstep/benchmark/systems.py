@@ -18,22 +18,20 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionMo
 from PIL import Image
 from torch import Tensor, nn
 
-from fewstep.errors import FewstepError
-from fewstep.generation.engines.compiled import CompiledEngine
-from fewstep.generation.engines.openvino import OpenVinoEngine, infer, shared_core
+from fewstep.evaluation.generate import fuse_lora
+from fewstep.generation.engines.openvino import OpenVinoEngine
 from fewstep.generation.engines.openvino_conversion import Decoder, converted, examples, write
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.models.device import name_of
 from fewstep.models.sources import LCM_LORA
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 
 PROMPT = "a red house in a meadow with mountains at sunset, in the middle"
 
 
 @dataclass(frozen=True)
-class Wish:
+class Scenario:
     """A square image, or `batch` of them at once."""
 
     size: int
@@ -43,37 +41,41 @@ class Wish:
 
     @property
     def name(self) -> str:
-        """Of its images' files."""
+        """The name of its images' files."""
         return f"{self.size}px-{self.steps}-{self.guidance:g}-{self.batch}"
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The inputs of a request, but for prompt, seed and number."""
+        size = {"aspect_ratio": "custom", "width": self.size, "height": self.size}
+        return {"steps": self.steps, "guidance": self.guidance, **size}
 
-def prompts_and_seeds(wish: Wish, seed: int) -> tuple[list[str], list[int]]:
-    """Of `wish`, with prompts that no cache has seen for another `seed`."""
-    seeds = list(range(seed, seed + wish.batch))
-    return [f"{PROMPT} {one}" for one in seeds], seeds
+
+def prompts_and_seeds(scenario: Scenario, seed: int) -> tuple[list[str], list[int]]:
+    """Return those of `scenario`, with prompts that no cache has seen for another `seed`."""
+    seeds = list(range(seed, seed + scenario.batch))
+    return [f"{PROMPT} {seed}" for seed in seeds], seeds
 
 
 @dataclass(frozen=True)
 class System:
-    """A loaded model: `generate(wish, prompts, seeds)` gives an image of each prompt.
+    """A loaded model: `generate(scenario, prompts, seeds)` gives an image of each prompt.
 
-    A stopwatch goes round `networks`, which are modules by part, or round the engine in their place.
+    Stopwatches go round `timed`: by part, objects and the names of their methods.
     """
 
     dtype: str
-    generate: Callable[[Wish, Sequence[str], Sequence[int]], list[Image.Image]]
-    networks: dict[str, list[nn.Module]]
-    engine: OpenVinoEngine | CompiledEngine | None = None
+    generate: Callable[[Scenario, Sequence[str], Sequence[int]], list[Image.Image]]
+    timed: dict[str, list[tuple[Any, str]]]
 
 
-Load: TypeAlias = Callable[[str, Path, int], System]  # a model, where its weights are, a size in px
+LoadSystem: TypeAlias = Callable[[str, Path, int], System]  # a model, where its weights are, a size in px
 
 
 def fewstep(
     model: str, weights: Path, size: int, dtype: str = "auto", engine: str = "torch", vae: str = "full"
 ) -> System:
-    """`Pipeline.generate`, as the container runs it but for the encoding of files."""
-    spec = get_model(model)
+    """Load `Pipeline`, as the container runs it but for the encoding of files."""
     settings = Settings(
         model=model,
         weights_root=weights,
@@ -84,49 +86,34 @@ def fewstep(
         verify="size",
         safety="off",
     )
-    pipeline = load_pipeline(spec, settings)
+    pipeline = load_pipeline(get_model(model), settings)
 
-    def generate(wish: Wish, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        requests = [
-            Request.create(
-                spec,
-                prompt=prompt,
-                seed=seed,
-                steps=wish.steps,
-                guidance=wish.guidance,
-                aspect_ratio="custom",
-                width=wish.size,
-                height=wish.size,
-            )
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        images: list[Image.Image] = []
-        for result in pipeline.generate(requests):
-            if isinstance(result, FewstepError):
-                raise result
-            images += result.images
-        return images
+    def generate(scenario: Scenario, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        return pipeline.images(prompts, seeds, **scenario.inputs)
 
-    networks = _networks(pipeline.diffusion) | {"vae": [pipeline.decoder.decoder]}
-    return System(name_of(pipeline.dtype), generate, networks, pipeline.engine)
+    engines = {id(engine): engine for engine in (pipeline.engine, pipeline.eager)}.values()
+    timed = _networks(pipeline.diffusion)
+    for part, name in (("unet", "unet"), ("vae", "decode")):
+        timed[part] = [(engine, name) for engine in engines]
+    return System(name_of(pipeline.dtype), generate, timed)
 
 
-def _networks(diffusion: Any) -> dict[str, list[nn.Module]]:
+def _networks(diffusion: Any) -> dict[str, list[tuple[Any, str]]]:
     return {
-        "unet": [diffusion.unet],
-        "vae": [diffusion.vae.decoder],
-        "text": [diffusion.text_encoder, diffusion.text_encoder_2],
+        "unet": [(diffusion.unet, "forward")],
+        "vae": [(diffusion.vae.decoder, "forward")],
+        "text": [(diffusion.text_encoder, "forward"), (diffusion.text_encoder_2, "forward")],
     }
 
 
 def diffusers(model: str, weights: Path, size: int, dtype: torch.dtype = torch.float32) -> System:
-    """`StableDiffusionXLPipeline` with `load_lora_weights`, `fuse_lora` and `LCMScheduler`."""
+    """Load `StableDiffusionXLPipeline` with `load_lora_weights`, `fuse_lora` and `LCMScheduler`."""
     return _system(_with_lcm_lora(model, weights, dtype), dtype)
 
 
 def reference(model: str, weights: Path, size: int) -> System:
-    """What the few-step container does that is copied most: slices, tiles and an fp32 VAE against a lack of
-    memory, channels_last, fused QKV, emptied caches and a PNG with every image."""
+    """Load what the few-step container does that is copied most: slices, tiles and an fp32 VAE against a lack
+    of memory, channels_last, fused QKV, emptied caches and a PNG with every image."""
     pipe = _with_lcm_lora(model, weights, torch.float32)
     pipe.enable_attention_slicing()
     pipe.vae.enable_slicing()
@@ -135,11 +122,11 @@ def reference(model: str, weights: Path, size: int) -> System:
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.fuse_qkv_projections()
 
-    def generate(wish: Wish, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def generate(scenario: Scenario, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        images = _call(pipe, wish, prompts, seeds)
+        images = _call(pipe, scenario, prompts, seeds)
         for image in images:
             image.save(io.BytesIO(), "png")
         return images
@@ -160,32 +147,24 @@ def openvino(model: str, weights: Path, size: int) -> System:
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     with torch.device("meta"):  # its configuration; there are no weights in it
         pipe.unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-    plain = place.parent / "plain" / "vae.xml"
-    plain.parent.mkdir(exist_ok=True)
-    write(Decoder(pipe.vae), examples(pipe, 8, 8)["vae"], plain, "bf16")
+    plain = place.parent / "plain"  # with the decoder as it is
+    plain.mkdir(exist_ok=True)
+    write(Decoder(pipe.vae), examples(pipe, 8, 8)["vae"], plain / "vae.xml", "bf16")
+    for name in ("unet.xml", "unet.bin"):
+        (plain / name).unlink(missing_ok=True)
+        (plain / name).symlink_to((place / name).resolve())
 
     @cache
-    def compiled(name: str, side: int) -> Any:
-        given, core = examples(pipe, side, side)[name], shared_core()
-        network = core.read_model({"unet": place / "unet.xml", "vae": plain}[name])
-        network.reshape(dict(zip(network.inputs, [list(one.shape) for one in given], strict=True)))
-        hints = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
-        return core.compile_model(network, "CPU", hints).create_infer_request()
+    def engine(side: int) -> OpenVinoEngine:
+        return OpenVinoEngine(pipe, plain, settings, torch.bfloat16, (8 * side, 8 * side), pipe.vae.decode)
 
-    def one_by_one(name: str, tensors: Sequence[Tensor]) -> Tensor:
-        request, latents = compiled(name, tensors[0].shape[-1]), tensors[0]
-        rows = range(len(latents))
-        return torch.cat([infer(request, [tensor[i : i + 1] for tensor in tensors]) for i in rows])
-
-    def unet(latents: Tensor, timestep: Tensor, **given: Any) -> tuple[Tensor]:
-        states, added = given["encoder_hidden_states"], given["added_cond_kwargs"]
-        tensors = (latents, timestep.expand(len(latents)), states, added["text_embeds"], added["time_ids"])
-        return (one_by_one("unet", tensors),)
+    def unet(latents: Tensor, timestep: Tensor, **condition: Any) -> tuple[Tensor]:
+        return (engine(latents.shape[-1]).unet(latents, timestep, condition),)
 
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
         encoder.to(torch.bfloat16)
     pipe.unet.forward = unet
-    pipe.vae.decoder.forward = lambda latents: one_by_one("vae", (latents,))
+    pipe.vae.decoder.forward = lambda latents: engine(latents.shape[-1]).decode(latents)
     pipe.vae.post_quant_conv = nn.Identity()  # which is in the decoder that was converted
     return _system(pipe, torch.bfloat16)
 
@@ -197,9 +176,7 @@ def _with_lcm_lora(model: str, weights: Path, dtype: torch.dtype) -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe.load_lora_weights(folder, weight_name=LCM_LORA)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
+    fuse_lora(pipe, folder / LCM_LORA)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -207,19 +184,19 @@ def _system(pipe: Any, dtype: torch.dtype) -> System:
     return System(name_of(dtype), partial(_call, pipe), _networks(pipe))
 
 
-def _call(pipe: Any, wish: Wish, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+def _call(pipe: Any, scenario: Scenario, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
     images: list[Image.Image] = pipe(
         list(prompts),
-        num_inference_steps=wish.steps,
-        guidance_scale=wish.guidance,
-        width=wish.size,
-        height=wish.size,
+        num_inference_steps=scenario.steps,
+        guidance_scale=scenario.guidance,
+        width=scenario.size,
+        height=scenario.size,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
     ).images
     return images
 
 
-SYSTEMS: dict[str, Load] = {
+SYSTEMS: dict[str, LoadSystem] = {
     "fewstep": fewstep,
     "fewstep-openvino": partial(fewstep, engine="openvino"),
     "fewstep-openvino-int8": partial(fewstep, engine="openvino-int8"),

@@ -6,10 +6,10 @@ import base64
 import io
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -18,17 +18,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fewstep.benchmark.suites import serving
-from fewstep.benchmark.systems import PROMPT, SYSTEMS, Wish, prompts_and_seeds
+from fewstep.benchmark.measure import in_turns, only, serving, spread
+from fewstep.benchmark.systems import PROMPT, SYSTEMS, Scenario, prompts_and_seeds
 from fewstep.coglet.server import ROOT, Server
+from fewstep.evaluation.figures import Panel, plot_lines
 
 PLAIN = Path(__file__).parent / "plain"
 SLOTS = 8  # as many requests as the server takes at a time, and images in a batch
 CLIENTS = (1, 2, 4, 8, 16)
+REQUESTS = 96  # of each number of callers
 # After the server said that it has no room, doubled from the one up to the other. It has room for a caller
 # again a moment after the caller has its answer.
 RETRY_S = (0.001, 0.2)
-GENERATE = Wish(128, batch=SLOTS)
+GENERATE = Scenario(128, batch=SLOTS)
 # In a round, of SLOTS callers between images of `Pipeline.generate`; they ask for twice as many images as
 # others do, since the first batch of a load and the last are seldom full.
 TURNS = 4
@@ -43,13 +45,14 @@ SERVERS: dict[str, tuple[Path, str]] = {
 
 
 @dataclass(frozen=True)
-class Load:
-    """What callers got of whom each asks again as soon as it is answered."""
+class LoadResult:
+    """What callers got, each of whom asks again as soon as it is answered."""
 
     seconds: float
     waited: list[float]  # of each answered request, in seconds
     lost: int
     together: float  # images in the batch of an answer, on average
+    alone: float = 0.0  # images a second that `Pipeline.generate` makes right before and after; 0: not asked
 
     @property
     def images_per_s(self) -> float:
@@ -57,13 +60,13 @@ class Load:
 
 
 def served(name: str, weights: Path, max_batch: int = SLOTS) -> AbstractContextManager[Server]:
-    """The server `name`, ready, and stopped at the end."""
+    """Run the server `name`, ready, until the end."""
     root, dtype = SERVERS[name]
-    return serving(weights, root, DTYPE=dtype, MAX_BATCH=str(max_batch))
+    return serving(only(weights, DTYPE=dtype, MAX_BATCH=str(max_batch)), root)
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """What a caller got."""
 
     file: bytes | None  # None: it was lost
@@ -71,8 +74,8 @@ class Answer:
     batch: int = 1  # how many images were generated together
 
 
-def ask(server: Server, number: int, **more: Any) -> Answer:
-    """Wish `number`, as often as the server has no room for it."""
+def ask(server: Server, number: int, **more: Any) -> Reply:
+    """Ask for image `number`, as often as the server has no room for it."""
     inputs = {"prompt": f"{PROMPT} {number}", "seed": number, **more}
     started, (pause, longest) = time.perf_counter(), RETRY_S
     while True:
@@ -83,58 +86,60 @@ def ask(server: Server, number: int, **more: Any) -> Answer:
         pause = min(2 * pause, longest)
     seconds = time.perf_counter() - started
     if status != 200 or answer["status"] != "succeeded":
-        return Answer(None, seconds)
+        return Reply(None, seconds)
     [url] = answer["output"]
-    return Answer(base64.b64decode(url.partition(",")[2]), seconds, answer["metrics"].get("batch_size", 1))
+    return Reply(base64.b64decode(url.partition(",")[2]), seconds, answer["metrics"].get("batch_size", 1))
 
 
-def put_load(server: Server, clients: int, numbers: Iterable[int]) -> Load:
-    """The wishes of these `numbers`, from `clients` callers; the server has seen none of them before."""
+def put_load(server: Server, clients: int, numbers: Iterable[int]) -> LoadResult:
+    """Ask for the images of these `numbers`, by `clients` callers; the server has seen none before."""
     with ThreadPoolExecutor(clients) as callers:
         started = time.perf_counter()
         answers = list(callers.map(partial(ask, server), numbers))
         seconds = time.perf_counter() - started
-    painted = [one for one in answers if one.file is not None]
-    together = statistics.fmean(one.batch for one in painted) if painted else 0.0
-    return Load(seconds, [one.seconds for one in painted], len(answers) - len(painted), together)
+    images = [answer for answer in answers if answer.file is not None]
+    together = statistics.fmean(answer.batch for answer in images) if images else 0.0
+    return LoadResult(seconds, [answer.seconds for answer in images], len(answers) - len(images), together)
 
 
 def differences(server: Server, requests: int) -> dict[str, float]:
-    """Of images that were generated beside others, to the same alone: the largest in any value, of 255, and
-    the share of the values that differ by more than 1, in percent."""
+    """Compare images that were generated beside others to the same alone: the most that any value differs, of
+    255, and the share of the values that differ by more than 1, in percent."""
     lossless = partial(ask, server, output_format="png")
     with ThreadPoolExecutor(SLOTS) as callers:
         answers = list(callers.map(lossless, range(requests)))
-    together = [i for i, one in enumerate(answers) if one.batch > 1]
+    together = [i for i, answer in enumerate(answers) if answer.batch > 1]
     far = np.abs(np.array([_values(answers[i]) - _values(lossless(i)) for i in together]))
     return {"most_apart": int(far.max()), "percent_above_1": round(float(100 * (far > 1).mean()), 4)}
 
 
-def _values(answer: Answer) -> Any:
+def _values(answer: Reply) -> Any:
     if answer.file is None:
         raise ValueError("a picture was lost")
     return np.asarray(Image.open(io.BytesIO(answer.file)), dtype=int)
 
 
 def lone_waits(weights: Path, requests: int) -> dict[int, float]:
-    """The median wait of a caller who is alone, in seconds, by how many images the server would put into a
-    batch; the servers are asked in turns."""
-    waited: dict[int, list[float]] = {SLOTS: [], 1: []}
+    """Return the median wait of a caller who is alone, in seconds, by how many images the server would put
+    into a batch; the servers are asked in turns."""
     with ExitStack() as stack:
-        servers = {limit: stack.enter_context(served("fewstep", weights, limit)) for limit in waited}
-        for number in range(-SLOTS, requests):  # the first few are not counted
-            for limit, server in servers.items():
-                seconds = ask(server, 10_000 + number).seconds
-                if number >= 0:
-                    waited[limit].append(seconds)
-    return {limit: statistics.median(seconds) for limit, seconds in waited.items()}
+        measured = {}
+        for limit in (SLOTS, 1):
+            server, numbers = stack.enter_context(served("fewstep", weights, limit)), count(10_000)
+            measured[limit] = partial(_wait_s, server, numbers)
+        waits = in_turns(measured, requests, warm_up=SLOTS)
+    return {limit: statistics.median(seconds) for limit, seconds in waits.items()}
 
 
-def in_turns(
+def _wait_s(server: Server, numbers: Iterator[int]) -> float:
+    return ask(server, next(numbers)).seconds
+
+
+def beside_generate(
     name: str, server: Server, weights: Path, numbers: Iterator[int], requests: int
-) -> list[tuple[Load, float]]:
-    """What as many callers as the server has slots get, each time with the images a second that
-    `Pipeline.generate` makes in this process right before and after: what slows the machine slows both."""
+) -> Iterator[LoadResult]:
+    """Put the load of as many callers as it has slots on a server, in turns with `Pipeline.generate` in this
+    process: what slows the machine slows both."""
     system, seed = SYSTEMS[name]("miniature", weights, GENERATE.size), count(step=SLOTS)
 
     def generate(batches: int) -> float:
@@ -145,79 +150,90 @@ def in_turns(
 
     generate(2)
     batches = max(1, requests // SLOTS // 2)
-    found, before = [], generate(batches)
+    before = generate(batches)
     for _ in range(TURNS):
         load, after = put_load(server, SLOTS, islice(numbers, requests)), generate(batches)
-        found.append((load, 2 * SLOTS * batches / (before + after)))
+        yield replace(load, alone=2 * SLOTS * batches / (before + after))
         before = after
-    return found
+
+
+def measure(weights: Path, rounds: int, report: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Put every load on every server in every round, and return a row for each."""
+    loads, far = run(weights, rounds, REQUESTS, report)
+    report("a caller who is alone")
+    return rows_of(loads, far, lone_waits(weights, 2 * REQUESTS))
 
 
 def run(
-    weights: Path, rounds: int, requests: int, told: Callable[[str], None]
-) -> tuple[dict[tuple[str, int], list[Load]], dict[str, list[float]], dict[str, dict[str, float]]]:
-    """The loads by server and number of clients; of fewstep the images a second of `Pipeline.generate` beside
-    each load of SLOTS clients, and how far batched images are from lone ones."""
-    loads: dict[tuple[str, int], list[Load]] = {}
-    generated: dict[str, list[float]] = {}
+    weights: Path, rounds: int, requests: int, report: Callable[[str], None]
+) -> tuple[dict[tuple[str, int], list[LoadResult]], dict[str, dict[str, float]]]:
+    """Return the loads by server and number of clients, and of fewstep how far batched images are from lone
+    ones."""
+    loads: dict[tuple[str, int], list[LoadResult]] = {}
     far: dict[str, dict[str, float]] = {}
     for i in range(rounds):
         for name, (root, _) in SERVERS.items():
-            told(f"round {i + 1} of {rounds}: {name}")
+            report(f"round {i + 1} of {rounds}: {name}")
             with served(name, weights) as server:
                 numbers = count(10_000)  # words that are in no cache
                 put_load(server, SLOTS, islice(numbers, 2 * SLOTS))
                 for clients in CLIENTS:
-                    found = loads.setdefault((name, clients), [])
                     if root == ROOT and clients == SLOTS:
-                        for load, rate in in_turns(name, server, weights, numbers, 2 * requests):
-                            found.append(load)
-                            generated.setdefault(name, []).append(rate)
+                        taken = list(beside_generate(name, server, weights, numbers, 2 * requests))
                     else:
-                        found.append(put_load(server, clients, islice(numbers, requests)))
+                        taken = [put_load(server, clients, islice(numbers, requests))]
+                    loads.setdefault((name, clients), []).extend(taken)
                 if root == ROOT and i == 0:
                     far[name] = differences(server, 4 * SLOTS)
-    return loads, generated, far
+    return loads, far
 
 
 def rows_of(
-    loads: dict[tuple[str, int], list[Load]],
-    generated: dict[str, list[float]],
-    far: dict[str, dict[str, float]],
-    lone: dict[int, float],
+    loads: dict[tuple[str, int], list[LoadResult]], far: dict[str, dict[str, float]], lone: dict[int, float]
 ) -> list[dict[str, Any]]:
-    """One for each server and number of clients, the medians over the rounds; `of_generate` is the median
-    share that a load got of what `generate` made beside it, in percent."""
+    """Return a row for each server and number of clients, the medians over the rounds; `of_generate` is the
+    median share that a load got of what `generate` made beside it, in percent."""
     rows: list[dict[str, Any]] = []
+    generated: list[dict[str, Any]] = []
     for (name, clients), rounds in loads.items():
         waits = [1000 * wait for load in rounds for wait in load.waited]
-        rates = [load.images_per_s for load in rounds]
-        shares: list[float] = []
-        if clients == SLOTS and name in generated:
-            shares = [100 * rate / alone for rate, alone in zip(rates, generated[name], strict=True)]
-        rows.append(
-            {
-                "system": name,
-                "clients": clients,
-                **_spread(rates),
-                "of_generate": round(statistics.median(shares), 1) if shares else "",
-                "wait_ms": round(statistics.median(waits), 1),
-                "wait_p95_ms": round(float(np.percentile(waits, 95)), 1),
-                "requests": sum(len(load.waited) + load.lost for load in rounds),
-                "lost": sum(load.lost for load in rounds),
-                "together": round(statistics.fmean(load.together for load in rounds), 1),
-                **(far.get(name, {}) if clients == SLOTS else {}),
-            }
-        )
-    for name, rates in generated.items():
-        rows.append({"system": f"{name}-generate", "clients": "", **_spread(rates)})
-    for limit, wait in lone.items():
-        rows.append(
-            {"system": f"fewstep-lone-max-batch-{limit}", "clients": 1, "wait_ms": round(1000 * wait, 2)}
-        )
-    return rows
+        shares = [100 * load.images_per_s / load.alone for load in rounds if load.alone]
+        row = {
+            "system": name,
+            "clients": clients,
+            **spread("images_per_s", [load.images_per_s for load in rounds], 2),
+            "of_generate": round(statistics.median(shares), 1) if shares else "",
+            "wait_ms": round(statistics.median(waits), 1),
+            "wait_p95_ms": round(float(np.percentile(waits, 95)), 1),
+            "requests": sum(len(load.waited) + load.lost for load in rounds),
+            "lost": sum(load.lost for load in rounds),
+            "together": round(statistics.fmean(load.together for load in rounds), 1),
+        }
+        rows.append(row | (far.get(name, {}) if clients == SLOTS else {}))
+        if shares:
+            rates = spread("images_per_s", [load.alone for load in rounds], 2)
+            generated.append({"system": f"{name}-generate", "clients": "", **rates})
+    alone = [(f"fewstep-lone-max-batch-{limit}", round(1000 * wait, 2)) for limit, wait in lone.items()]
+    return rows + generated + [{"system": name, "clients": 1, "wait_ms": wait} for name, wait in alone]
 
 
-def _spread(rates: list[float]) -> dict[str, float]:
-    found = {"images_per_s": statistics.median(rates), "least": min(rates), "most": max(rates)}
-    return {name: round(rate, 2) for name, rate in found.items()}
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw images a second against the number of callers, beside what a batch takes without a server."""
+    loads: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.get("requests"):
+            loads.setdefault(row["system"], []).append((row["clients"], row["images_per_s"]))
+    levels = {
+        name: row["images_per_s"] for name in loads for row in rows if row["system"] == f"{name}-generate"
+    }
+    y = f"images a second, {rows[0]['cpu']}, {rows[0]['cores']} cores"
+    panel = Panel(
+        loads,
+        "callers at a time",
+        y,
+        ticks=True,
+        y_range=(0, None),
+        levels=levels,
+        levels_are=f"without a server, batches of {SLOTS}",
+    )
+    plot_lines([[panel]], path, (8, 5), legend="lower center")

@@ -1,102 +1,96 @@
 """One system in a process of its own:
 
-    python -m fewstep.benchmark.worker SYSTEM MODEL WEIGHTS REPEATS CAPTIONS PICTURES WISH...
+    python -m fewstep.benchmark.worker SYSTEM MODEL WEIGHTS REPEATS CAPTIONS PICTURES SCENARIO...
 
-Each WISH is JSON. Of every timed image one line of JSON is written, after one that is not timed. PICTURES
+Each SCENARIO is JSON. Of every timed image one line of JSON is written, after one that is not timed. PICTURES
 is a folder for what was generated: these and, of the miniature, one image of each of the judge's CAPTIONS.
 """
 
 from __future__ import annotations
 
 import json
-import resource
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from zlib import crc32
 
-from torch import nn
+from PIL import Image
 
-from fewstep.benchmark.quality import generate_captions, save
-from fewstep.benchmark.systems import SYSTEMS, System, Wish, prompts_and_seeds
+from fewstep.benchmark.measure import memory_bytes
+from fewstep.benchmark.systems import SYSTEMS, Scenario, System, prompts_and_seeds
+from fewstep.miniature.world.scenes import complete_captions, unseen_scenes
+
+BATCH = 4
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Load, and generate every wish."""
-    name, model, weights, repeats, captions, pictures, *wishes = arguments
-    asked = [Wish(**json.loads(text)) for text in wishes]
-    system = SYSTEMS[name](model, Path(weights), asked[0].size)
-    for wish in asked:
+    """Load, and generate every scenario."""
+    name, model, weights, repeats, captions, folder, *texts = arguments
+    scenarios = [Scenario(**json.loads(text)) for text in texts]
+    system = SYSTEMS[name](model, Path(weights), scenarios[0].size)
+    for scenario in scenarios:
         # The first of a size is slower.
-        system.generate(Wish(wish.size, 1, wish.guidance, wish.batch), *prompts_and_seeds(wish, 10**6))
+        first = Scenario(scenario.size, 1, scenario.guidance, scenario.batch)
+        system.generate(first, *prompts_and_seeds(scenario, 10**6))
+        images = []
         for repeat in range(int(repeats)):
             # Another one for every image, and the same for every system.
-            prompts, seeds = prompts_and_seeds(wish, crc32(f"{wish.name}-{repeat}".encode()) // 4)
+            prompts, seeds = prompts_and_seeds(scenario, crc32(f"{scenario.name}-{repeat}".encode()) // 4)
             with stopwatches(system) as spent:
                 started = time.perf_counter()
-                images = system.generate(wish, prompts, seeds)
+                images += system.generate(scenario, prompts, seeds)
                 seconds = time.perf_counter() - started
-            row = {"seconds": seconds, **spent, "dtype": system.dtype, "peak_gb": _peak_gb()}
+            peak_gb = memory_bytes(os.getpid(), "VmHWM") / 1e9
+            row = {"seconds": seconds, **spent, "dtype": system.dtype, "peak_gb": peak_gb}
             print(json.dumps(row), flush=True)
-            save(images, Path(pictures), f"{wish.name}-{repeat}")
+        _save(images, Path(folder), scenario.name)
     if int(captions):
-        save(generate_captions(system, int(captions)), Path(pictures), "caption")
+        _save(generate_captions(system, int(captions)), Path(folder), "caption")
+
+
+def generate_captions(system: System, count: int) -> list[Image.Image]:
+    """Generate one image in 4 steps of each of the judge's first `count` captions."""
+    captions = complete_captions(unseen_scenes(count))
+    images: list[Image.Image] = []
+    for start in range(0, count, BATCH):
+        prompts = captions[start : start + BATCH]
+        seeds = range(start, start + len(prompts))
+        images += system.generate(Scenario(128, batch=len(prompts)), prompts, seeds)
+    return images
+
+
+def _save(images: Sequence[Image.Image], folder: Path, name: str) -> None:
+    """Save them as NAME-0.png and so on, in which no pixel is lost."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        image.save(folder / f"{name}-{i}.png", compress_level=1)
 
 
 @contextmanager
 def stopwatches(system: System) -> Iterator[dict[str, float]]:
-    """The seconds that are spent within each network; what is left is everybody's own overhead."""
-    spent = dict.fromkeys(system.networks, 0.0)
-    engine: Any = system.engine
-    # What an engine does is not timed on torch as well, so that nobody takes the one for the other.
-    engines = ("unet", *(["vae"] if engine.decodes else [])) if engine else ()
-    handles = [
-        handle
-        for name, parts in system.networks.items()
-        if name not in engines
-        for part in parts
-        for handle in _time(part, name, spent)
-    ]
-    if engine:
-        engine.unet = _timed(engine.unet, "unet", spent)
-        engine.decode = _timed(engine.decode, "vae", spent)
-    try:
+    """Count the seconds that are spent within each network; what is left is everybody's own overhead."""
+    spent = dict.fromkeys(system.timed, 0.0)
+    with ExitStack() as stack:
+        for part, methods in system.timed.items():
+            for owner, name in methods:
+                stack.enter_context(patch.object(owner, name, _timed(getattr(owner, name), part, spent)))
         yield spent
-    finally:
-        for handle in handles:
-            handle.remove()
-        if engine:
-            del engine.unet, engine.decode  # what the class has comes to light again
 
 
-def _timed(call: Callable[..., Any], name: str, spent: dict[str, float]) -> Callable[..., Any]:
-    def timed(*given: Any) -> Any:
+def _timed(call: Callable[..., Any], part: str, spent: dict[str, float]) -> Callable[..., Any]:
+    def timed(*arguments: Any, **named: Any) -> Any:
         started = time.perf_counter()
         try:
-            return call(*given)
+            return call(*arguments, **named)
         finally:
-            spent[name] += time.perf_counter() - started
+            spent[part] += time.perf_counter() - started
 
     return timed
-
-
-def _time(module: nn.Module, name: str, spent: dict[str, float]) -> list[Any]:
-    began: list[float] = []
-
-    def before(*_: object) -> None:
-        began.append(time.perf_counter())
-
-    def after(*_: object) -> None:
-        spent[name] += time.perf_counter() - began.pop()
-
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-
-
-def _peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 if __name__ == "__main__":

@@ -57,60 +57,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(chosen: argparse.Namespace) -> None:
     from fewstep.errors import DatasetError
-    from fewstep.evaluation import compare as evaluation
-    from fewstep.miniature.showcase import grid
+    from fewstep.evaluation.compare import compare, samplers
+    from fewstep.evaluation.metrics import ClipMeter, FeatureMeter, Metric
     from fewstep.models.device import device_and_dtype
     from fewstep.models.sources import LCM_LORA
     from fewstep.models.specs import MODELS
     from fewstep.settings import Settings
-    from fewstep.training.datasets import SUFFIXES
-    from fewstep.training.sources import load_base
+    from fewstep.training.data import SUFFIXES
+    from fewstep.training.networks import load_base
 
     settings = Settings.from_env()
     device, _ = device_and_dtype(settings)
-    meters: list[evaluation.Meter] = []
+    metrics: list[Metric] = []
     if chosen.prompts:
         lines = chosen.prompts.read_text(encoding="utf-8").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
     else:
-        from fewstep.miniature.scoring import JudgeMeter, held_out_captions
+        from fewstep.miniature.judge import load_judge, make_evaluator
+        from fewstep.miniature.world.scenes import unseen_scenes
 
-        scenes, prompts = held_out_captions(chosen.captions)
-        meters.append(JudgeMeter(settings.weights_root / "miniature", scenes))
+        judge = load_judge(settings.weights_root / "miniature")
+        evaluator = make_evaluator(judge, unseen_scenes(chosen.captions))
+        prompts = evaluator.prompts
+        metrics.append(evaluator)
     if chosen.features:
         real = sorted(path for path in chosen.real.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not real:
             raise DatasetError(f"there is no picture ({', '.join(SUFFIXES)}) below --real")
-        meters.append(evaluation.FeatureMeter(chosen.features, real))
+        metrics.append(FeatureMeter(chosen.features, real))
     if chosen.clip:
-        meters.append(evaluation.ClipMeter(chosen.clip, prompts))
+        metrics.append(ClipMeter(chosen.clip, prompts))
     lora = chosen.lora
     if lora is None and chosen.model in MODELS and MODELS[chosen.model].lcm_lora:
         lora = settings.weights_root / chosen.model / LCM_LORA
     usual = 2.0 if chosen.model == "miniature" else 8.0
     guidance = usual if chosen.guidance is None else chosen.guidance
-    every = evaluation.samplers(
-        partial(load_base, chosen.model, settings, device), guidance, lora, chosen.lcm
-    )
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    rows, images = evaluation.evaluate(
-        every,
-        prompts,
-        chosen.steps,
-        meters,
-        chosen.teacher_steps,
-        partial(evaluation.write_rows, path=chosen.out / "scores.csv"),
-    )
-    evaluation.plot(rows, chosen.out / "plot.png")
-    grid(images, len(chosen.steps)).save(chosen.out / "grid.webp", quality=90)
-    names = [name for name in rows[0] if name not in ("sampler", "steps")]
-    text = "\n\n".join(f"{name}, by steps\n\n{evaluation.table(rows, name)}" for name in names)
-    (chosen.out / "README.md").write_text(
-        f"# Few steps\n\n{len(prompts)} prompts, guidance {guidance:g}.\n\n{text}\n\n![](plot.png)\n\n"
-        f"![{', '.join(dict.fromkeys(row['sampler'] for row in rows))} from top to bottom](grid.webp)\n",
-        encoding="utf-8",
-    )
-    say(text)
+    every = samplers(partial(load_base, chosen.model, settings, device), guidance, lora, chosen.lcm)
+    about = f"{len(prompts)} prompts, guidance {guidance:g}."
+    say(compare(every, prompts, chosen.steps, metrics, chosen.out, about, chosen.teacher_steps))
 
 
 if __name__ == "__main__":

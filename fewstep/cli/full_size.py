@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 
 from fewstep.cli.run import say, status_of
-from fewstep.coglet.server import ROOT
 from fewstep.models.specs import MODELS
 
 
@@ -50,11 +49,13 @@ def make(name: str, again: bool) -> None:
 
 
 def _measure(model: str, size: int, steps: int) -> None:
-    from fewstep.benchmark.measure import append_row, measure
+    from fewstep.benchmark.measure import measure
+    from fewstep.cli.benchmark import BENCHMARKS, line
+    from fewstep.evaluation.tables import append_csv
 
     row = measure(model, os.environ, width=size, height=size, steps=steps)
-    append_row(ROOT / "benchmarks" / "full-size.csv", row)
-    say(", ".join(f"{name} {value}" for name, value in row.items() if value != ""))
+    append_csv(BENCHMARKS / "full-size.csv", row)
+    say(line(row))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ from fewstep.errors import DeadlineExceeded, FewstepError, InternalError, Stoppe
 logger = logging.getLogger(__name__)
 
 
+# How many batches may go before a request that came first, because they need no change of weights.
+MAX_OVERTAKEN = 4
+
+
 class Batchable(Protocol):
     """What the batcher must know of a request."""
 
@@ -34,8 +38,19 @@ class Batchable(Protocol):
     def num_outputs(self) -> int: ...
 
 
-# How many batches may go before a request that came first, because they need no change of weights.
-MAX_OVERTAKEN = 4
+class Model(Protocol):
+    """What generates, such as a Pipeline."""
+
+    def max_images(self, request: Any) -> int:
+        """How many images a pass may hold at that request's size."""
+
+    def encode(self, request: Any) -> Any:
+        """What can be done for one request before its mates are known."""
+
+    def generate(self, batch: Sequence[Any], stopped: Callable[[], bool]) -> Sequence[Any]:
+        """A result, or the FewstepError in its place, for each that was encoded, in order. It looks at
+        `stopped()` between steps: true says that every caller of this batch has left."""
+
 
 R = TypeVar("R", bound=Batchable)
 T = TypeVar("T")
@@ -60,8 +75,8 @@ class _Waiter(Generic[V]):
 
     def fail(self, error: BaseException) -> None:
         # Each caller gets an error of its own, since whoever raises one writes its traceback into it.
-        told = type(error)(error.sentence) if isinstance(error, FewstepError) else InternalError()
-        self._settle(self.future.set_exception, told)
+        own = type(error)(error.sentence) if isinstance(error, FewstepError) else InternalError()
+        self._settle(self.future.set_exception, own)
 
     def _settle(self, settle: Callable[[Any], None], outcome: object) -> None:
         if self.gone():
@@ -76,7 +91,7 @@ class _Waiter(Generic[V]):
 
 
 @dataclass(eq=False, kw_only=True)
-class _Wish(_Waiter[T], Generic[R, T]):
+class _Pending(_Waiter[T], Generic[R, T]):
     request: R
     shape_key: Hashable
     images: int
@@ -89,30 +104,20 @@ class _Call(_Waiter[V]):
 
 
 class Batcher(Generic[R, T]):
-    """Runs `generate` on a thread of its own, for all waiting requests of one shape at a time.
+    """Runs a model on a thread of its own, for all waiting requests of one shape at a time.
 
-    `generate(requests, stopped, more)` returns one result for each request, in order. It looks at `stopped()`
-    between steps: true says that every caller of this batch has left. Until its first step it may ask
-    `more()` for requests that have come meanwhile and have room, whose results follow in that order: under
-    load, callers who were answered together ask again within milliseconds. `max_images(request)` is how many
-    images a pass may hold at that request's size; a request alone always goes, even when it is bigger.
-    A caller waits at most `deadline_s`; a batch that runs `grace_s` longer than that is held to be stuck.
+    A request alone always goes, even when it is bigger than a pass. Who comes while the prompts of a batch
+    are encoded joins it if there is room: under load, callers who were answered together ask again within
+    milliseconds. A caller waits at most `deadline_s`; a batch that runs `grace_s` longer than that is held
+    to be stuck.
     """
 
-    def __init__(
-        self,
-        generate: Callable[[Sequence[R], Callable[[], bool], Callable[[], Sequence[R]]], Sequence[T]],
-        *,
-        max_images: Callable[[R], int],
-        deadline_s: float,
-        grace_s: float = 30.0,
-    ) -> None:
-        self._generate = generate
-        self._max_images = max_images
+    def __init__(self, model: Model | None = None, *, deadline_s: float, grace_s: float = 30.0) -> None:
+        self.model = model  # may come later, loaded by `run` on the thread that owns it
         self._deadline_s = deadline_s
         self._grace_s = grace_s
         self._changed = threading.Condition()  # guards the next two
-        self._queue: deque[_Wish[R, Any] | _Call[Any]] = deque()
+        self._queue: deque[_Pending[R, Any] | _Call[Any]] = deque()
         self._closed = False
         self._batch_since: float | None = None
         self._weights: Hashable = None  # what the last batch left in the model
@@ -123,13 +128,13 @@ class Batcher(Generic[R, T]):
         """Join the next batch of this request's shape and wait for its own result; `spent_s` of its time
         are gone already.
 
-        Raises the FewstepError that `generate` raised, InternalError for anything else it raised,
+        Raises the FewstepError that the model gave or raised, InternalError for anything else it raised,
         DeadlineExceeded, or Stopped once the batcher is closed. A caller whose task is cancelled leaves
         the queue or its batch, and its mates do not notice.
         """
         loop = asyncio.get_running_loop()
         left_s = max(0.0, self._deadline_s - spent_s)
-        wish: _Wish[R, T] = _Wish(
+        pending: _Pending[R, T] = _Pending(
             loop=loop,
             future=loop.create_future(),
             expires=time.monotonic() + left_s,
@@ -137,7 +142,7 @@ class Batcher(Generic[R, T]):
             shape_key=request.shape_key,
             images=request.num_outputs,
         )
-        return await self._result(wish, left_s)
+        return await self._result(pending, left_s)
 
     async def run(self, function: Callable[[], V]) -> V:
         """Call `function` on the model thread in its turn (to load, to warm up), without a deadline.
@@ -163,7 +168,7 @@ class Batcher(Generic[R, T]):
         if self._thread.is_alive():
             logger.warning("the model thread is still busy and was left behind")
 
-    async def _result(self, work: _Wish[R, V] | _Call[V], timeout_s: float | None) -> V:
+    async def _result(self, work: _Pending[R, V] | _Call[V], timeout_s: float | None) -> V:
         with self._changed:
             if self._closed:
                 raise Stopped("the server is shutting down and takes no more requests; send it again later")
@@ -180,7 +185,7 @@ class Batcher(Generic[R, T]):
         finally:
             self._leave(work)
 
-    def _leave(self, work: _Wish[R, Any] | _Call[Any]) -> None:
+    def _leave(self, work: _Pending[R, Any] | _Call[Any]) -> None:
         with self._changed:
             work.left = True
             with suppress(ValueError):  # not in the queue: its turn has come
@@ -208,11 +213,11 @@ class Batcher(Generic[R, T]):
                 self._run_batch(work)
         return True
 
-    def _take_next(self) -> _Wish[R, Any] | _Call[Any]:
+    def _take_next(self) -> _Pending[R, Any] | _Call[Any]:
         """The first of the queue, or one behind it for which the weights need not change; none waits for
         ever."""
         head = self._queue[0]
-        if isinstance(head, _Wish) and head.overtaken < MAX_OVERTAKEN:
+        if isinstance(head, _Pending) and head.overtaken < MAX_OVERTAKEN:
             for work in self._queue:
                 if isinstance(work, _Call):
                     break
@@ -228,42 +233,47 @@ class Batcher(Generic[R, T]):
         except BaseException as error:  # SystemExit too: whatever the model does, this thread lives on
             _fail_all([call], error)
 
-    def _run_batch(self, head: _Wish[R, Any]) -> None:
+    def _run_batch(self, head: _Pending[R, Any]) -> None:
         batch = [head]
         self._batch_since = time.monotonic()
         self._weights = head.request.weights_key
         try:
-            self._add_mates(batch)
-            results = self._generate(
-                [wish.request for wish in batch],
-                lambda: all(wish.gone() for wish in batch),
-                lambda: [wish.request for wish in self._add_mates(batch)],
-            )
+            if self.model is None:
+                raise RuntimeError("a request came before the model")
+            limit = self.model.max_images(head.request)
+            encoded = [self.model.encode(head.request)]
+            while mates := self._take_mates(batch, limit):
+                batch += mates
+                encoded += [self.model.encode(mate.request) for mate in mates]
+            results = self.model.generate(encoded, lambda: all(pending.gone() for pending in batch))
             if len(results) != len(batch):
                 raise RuntimeError(f"generate made {len(results)} results of {len(batch)} requests")
-            for wish, result in zip(batch, results, strict=True):
-                wish.deliver(result)
+            for pending, result in zip(batch, results, strict=True):
+                if isinstance(result, FewstepError):
+                    pending.fail(result)
+                else:
+                    pending.deliver(result)
         except BaseException as error:
             _fail_all(batch, error)
         finally:
             self._batch_since = None
 
-    def _add_mates(self, batch: list[_Wish[R, Any]]) -> list[_Wish[R, Any]]:
+    def _take_mates(self, batch: Sequence[_Pending[R, Any]], limit: int) -> list[_Pending[R, Any]]:
         """Those of the head's shape, in order, until one does not fit; none from behind a call of `run`."""
-        head, before = batch[0], len(batch)
-        room = self._max_images(head.request) - sum(wish.images for wish in batch)
+        mates: list[_Pending[R, Any]] = []
+        room = limit - sum(pending.images for pending in batch)
         with self._changed:
             for work in tuple(self._queue):
                 if isinstance(work, _Call):
                     break
-                if work.shape_key != head.shape_key or work.gone():
+                if work.shape_key != batch[0].shape_key or work.gone():
                     continue
                 if work.images > room:
                     break
                 room -= work.images
-                batch.append(work)
+                mates.append(work)
                 self._queue.remove(work)
-        return batch[before:]
+        return mates
 
 
 def _fail_all(waiters: Sequence[_Waiter[Any]], error: BaseException) -> None:

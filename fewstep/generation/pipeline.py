@@ -1,52 +1,50 @@
-"""The model: load its weights, fuse the LCM-LoRA, generate batches of requests.
+"""The model: load its weights, encode requests, generate batches of them.
 
     pipeline = load_pipeline(get_model("miniature"), Settings.from_env())
-    paintings = pipeline.generate([Request.create(pipeline.spec, prompt="a red house in the snow")])
+    [image] = pipeline.images(["a red house in the snow"], [7])
 
 A pipeline belongs to the thread that uses it: diffusers' are not thread-safe, and nothing here is either.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
-from PIL import Image, ImageFilter
-from torch import Tensor, nn
+from diffusers import AutoencoderTiny, LCMScheduler
+from PIL import Image
+from torch import Tensor
 
-from fewstep.errors import (
-    FewstepError,
-    GenerationError,
-    SafetyError,
-    UnsafeImage,
-)
+from fewstep.errors import FewstepError, InvalidRequest, SafetyError, SettingsError, UnsafeImage
+from fewstep.generation.conditioning import EncodedRequest, Job, guidance_of, make_condition, make_start
+from fewstep.generation.decoding import decode_latents, keep_unmasked
+from fewstep.generation.engines import Engine
 from fewstep.generation.engines.compiled import FOLDER as COMPILED
 from fewstep.generation.engines.compiled import CompiledEngine
+from fewstep.generation.engines.eager import EagerEngine
 from fewstep.generation.engines.openvino import OpenVinoEngine
 from fewstep.generation.engines.openvino_conversion import converted
 from fewstep.generation.safety import SafetyChecker, load_safety_checker
-from fewstep.generation.sampler import Job, sample
-from fewstep.generation.text_encoder import Diffusion, TextEncoder
-from fewstep.generation.upsampling import fold_upsamplers
-from fewstep.lora.merge import NETWORKS, WeightMerger
-from fewstep.lora.types import Mix
-from fewstep.models.device import device_and_dtype, order_channels_last
-from fewstep.models.load import load_tiny_vae, load_verified, read_lcm_lora, usual_size
+from fewstep.generation.sampler import plan, sample
+from fewstep.generation.text_encoder import TextEncoder
+from fewstep.lora.merge import WeightMerger
+from fewstep.lora.types import Lora
+from fewstep.models.device import device_and_dtype
+from fewstep.models.load import Diffusion, load_merged, load_tiny_vae
 from fewstep.models.manifest import verify_weights
 from fewstep.models.specs import ModelSpec
-from fewstep.request import Request
-from fewstep.settings import OPENVINO, Settings
+from fewstep.request import SCHEDULE_STEPS, Inputs, Request
+from fewstep.settings import OPENVINO, Settings, Shape
 
 logger = logging.getLogger(__name__)
-
-SEAM_PX = 2  # over which what is repainted and what is kept run into each other
 
 
 @dataclass(frozen=True)
@@ -66,29 +64,17 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     """
     folder = settings.weights_root / spec.name
     device, dtype = device_and_dtype(settings)
-    size = usual_size(spec, settings)
+    size = _usual_size(spec, settings)
     manifest = verify_weights(folder, fix=spec.fix, mode="size")
     # First, while nothing else takes memory.
     place = converted(folder, settings, device, dtype) if settings.engine in OPENVINO else None
-    diffusion = load_verified(folder, spec, manifest, settings.verify, device, dtype)
-    tiny = load_tiny_vae(folder, manifest, spec.fix).to(device, dtype) if settings.vae == "tiny" else None
-    for module in (part for part in (*diffusion.components.values(), tiny) if isinstance(part, nn.Module)):
-        module.eval().requires_grad_(False)
-    if device.type == "cpu":
-        fold_upsamplers(diffusion.vae)  # the decoder's; on a GPU it has not been measured
-        order_channels_last(diffusion, spec)
-        if tiny:
-            tiny.to(memory_format=torch.channels_last)
-    adapters = WeightMerger(folder, {name: diffusion.components[name] for name in NETWORKS[spec.family]})
-    if spec.lcm_lora:
-        adapters.lcm_lora = read_lcm_lora(adapters, folder, manifest, spec.fix)
-        logger.info("fused the LCM-LoRA into %d layers", adapters.apply(Mix()))
+    diffusion, adapters = load_merged(spec, settings, manifest, device, dtype)
+    tiny = load_tiny_vae(folder, manifest, spec.fix, device, dtype) if settings.vae == "tiny" else None
     checker = None
     if settings.safety == "off" or not spec.checked:
         logger.info("pictures of %s are not checked for safety", spec.name)
     else:
-        fix = manifest.fix(spec.fix)
-        checker = load_safety_checker(folder, settings.safety, device, dtype, fix)
+        checker = load_safety_checker(folder, settings.safety, device, dtype, manifest.fix(spec.fix))
     pipeline = Pipeline(
         spec,
         diffusion,
@@ -99,14 +85,28 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         allow_unsafe=settings.allow_unsafe,
         tiny_vae=tiny,
         usual_size=size,
-        engine=OpenVinoEngine(diffusion, place, settings, dtype, size) if place else None,
     )
-    if settings.engine == "compiled":
-        pipeline.engine = CompiledEngine(
-            diffusion.unet, pipeline.decoder, folder.parent / COMPILED / spec.name
-        )
-        pipeline.engine.compile_for(pipeline, settings.compiled)
+    if place:
+        pipeline.engine = OpenVinoEngine(diffusion, place, settings, dtype, size, pipeline.eager.decode)
+    elif settings.engine == "compiled":
+        cache = folder.parent / COMPILED / spec.name
+        pipeline.compile(CompiledEngine(diffusion.unet, pipeline.decoder, cache), settings.compiled)
     return pipeline
+
+
+def _usual_size(spec: ModelSpec, settings: Settings) -> tuple[int, int]:
+    """Of the images that the engine is made for, in px. Raises SettingsError for what cannot be generated."""
+    name, sizes = "FEWSTEP_COMPILED", [(shape.width, shape.height) for shape in settings.compiled]
+    if settings.engine in OPENVINO and settings.openvino_size:
+        name, sizes = "FEWSTEP_OPENVINO_SIZE", [settings.openvino_size]
+    elif settings.engine != "compiled" or not sizes:
+        return spec.native_size, spec.native_size
+    for width, height in sizes:
+        try:
+            Inputs.create(spec, prompt="any", aspect_ratio="custom", width=width, height=height)
+        except InvalidRequest as error:
+            raise SettingsError(f"{name} has a size that cannot be painted: {error.sentence}") from None
+    return sizes[0]
 
 
 class Pipeline:
@@ -124,7 +124,6 @@ class Pipeline:
         allow_unsafe: bool = False,
         tiny_vae: AutoencoderTiny | None = None,
         usual_size: tuple[int, int] | None = None,
-        engine: OpenVinoEngine | CompiledEngine | None = None,
     ) -> None:
         self.spec = spec
         self.revision = revision  # of the weights
@@ -134,176 +133,181 @@ class Pipeline:
         self.max_batch = max_batch
         self.checker = checker
         self.allow_unsafe = allow_unsafe
-        self.engine = engine
         # In px, of the images that the engine is made for.
         self.usual_size = usual_size or (spec.native_size, spec.native_size)
         self.decoder: Any = tiny_vae or diffusion.vae  # its latents are scaled by its own factor
+        self.eager = EagerEngine(diffusion.unet, self.decoder)
+        self.engine: Engine = self.eager  # `eager` takes what it does not serve
         self.device: torch.device = diffusion.unet.device
         self.dtype: torch.dtype = diffusion.unet.dtype
+
+    def request(self, inputs: Inputs, loras: Sequence[Lora] = ()) -> Request:
+        """The request for `inputs`, whose styles are `loras`, in order; may be called on any thread.
+
+        Raises InvalidRequest for a prompt that fills more chunks than the text encoders are given.
+        """
+        chunks = self.text.count_chunks("prompt", inputs.prompt_parts)
+        if inputs.guided:
+            chunks = max(chunks, self.text.count_chunks("negative_prompt", inputs.negative_parts))
+        return Request(inputs, tuple(loras), chunks)
+
+    def images(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, loras: Sequence[Lora] = (), **inputs: Any
+    ) -> list[Image.Image]:
+        """Generate one image for each prompt and seed, all of one shape; `loras` are those that `inputs`,
+        the other inputs of `Inputs.create`, name as styles.
+
+        Raises the FewstepError of the first that failed, ValueError for shapes that differ.
+        """
+        requests = [
+            self.request(Inputs.create(self.spec, prompt=prompt, seed=seed, **inputs), loras)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        images: list[Image.Image] = []
+        for result in self.generate([self.encode(request) for request in requests]):
+            if isinstance(result, FewstepError):
+                raise result
+            images += result.images
+        return images
+
+    def warm_up(self, shape: Shape | None = None, steps: int = 1) -> None:
+        """Generate a batch of `shape`, or one image of the usual size, for nobody. Raises as `images`."""
+        shape = shape or Shape(*self.usual_size)
+        guidance = 2.0 if shape.guided else None
+        size: dict[str, Any] = {"aspect_ratio": "custom", "width": shape.width, "height": shape.height}
+        with suppress(UnsafeImage):  # it was generated all the same
+            prompts, seeds = ["warm up"] * shape.batch, range(shape.batch)
+            self.images(prompts, seeds, steps=steps, guidance=guidance, **size)
+
+    def compile(self, engine: CompiledEngine, shapes: Sequence[Shape]) -> None:
+        """Let `engine` generate, compiled for batches of each of `shapes`, by default one native image.
+
+        Raises SettingsError for a batch that can never come.
+        """
+        for shape in shapes:
+            if shape.batch > (most := self._room(shape.width, shape.height)):
+                raise SettingsError(
+                    f"FEWSTEP_COMPILED lists batches of {shape.batch}; FEWSTEP_MAX_BATCH allows {most}"
+                )
+        self.engine = engine
+        native = Shape(self.spec.native_size, self.spec.native_size)
+        engine.compile_for(shapes or (native,), partial(self.warm_up, steps=2))
 
     def max_images(self, request: Request) -> int:
         """How many images of this size go through the model at once; `max_batch` at the native size, and one
         where an engine takes them one by one: in a batch, all would wait for the last."""
-        if self.engine and self.engine.one_by_one and self.engine.serves(request):
+        if self._engine_for(request).one_by_one:
             return 1
-        share = self.spec.native_size**2 / (request.width * request.height)
+        return self._room(request.inputs.width, request.inputs.height)
+
+    def _room(self, width: int, height: int) -> int:
+        share = self.spec.native_size**2 / (width * height)
         return max(1, min(self.max_batch, int(self.max_batch * share)))
 
-    def counted(self, request: Request) -> Request:
-        """`request` with the number of chunks that its prompts fill, which may be counted on any thread.
+    def _engine_for(self, request: Request) -> Engine:
+        return self.engine if self.engine.serves(request) else self.eager
 
-        Raises InvalidRequest for a prompt that is too long.
-        """
-        if request.chunks:
-            return request
-        chunks = self.text.count_chunks("prompt", request.prompt)
-        if request.guided:
-            chunks = max(chunks, self.text.count_chunks("negative_prompt", request.negative_prompt))
-        return replace(request, chunks=chunks)
+    @torch.inference_mode()
+    def encode(self, request: Request) -> EncodedRequest:
+        """Add the request's LoRAs to the weights, and encode its prompts by them."""
+        metrics: dict[str, float] = defaultdict(float)
+        with _timed(metrics, "weights_ms"):
+            self.adapters.apply(request.mix)
+        with _timed(metrics, "text_ms"):
+            # One prompt at a time: in a batch, the mates' number would choose the kernels and so the last
+            # bits.
+            inputs = request.inputs
+            styles = [(lora.sha256, scale) for lora, scale in request.mix.styles if lora.changes_text]
+            how = (request.chunks, inputs.clip_skip, tuple(styles))
+            prompt, negative = self.text.encode(inputs.prompt_parts, *how), None
+            if inputs.guided:
+                negative = (
+                    self.text.encode(inputs.negative_parts, *how)
+                    if inputs.negative_prompt
+                    else self.text.encode_nothing(prompt, *how)
+                )
+        return EncodedRequest(request, prompt, negative, metrics)
 
     @torch.inference_mode()
     def generate(
-        self,
-        requests: Sequence[Request],
-        stopped: Callable[[], bool] = lambda: False,
-        more: Callable[[], Sequence[Request]] = tuple,
+        self, batch: Sequence[EncodedRequest], stopped: Callable[[], bool] = lambda: False
     ) -> list[GenerationResult | FewstepError]:
-        """Generate `requests`, all of one shape key; an image that failed fails its own request only.
+        """Generate a batch of one shape key; an image that failed fails its own request only.
 
-        Whenever prompts are encoded, `more` is asked for requests to add, until it has none. `stopped` is
-        asked before every step. Raises Stopped when it says so, ValueError for keys that differ.
+        `stopped` is asked before every step. Raises Stopped when it says so, ValueError for keys that differ.
         """
-        started = time.perf_counter()
-        requests = self._of_one_shape(requests)
-        self.adapters.apply(requests[0].mix)
-        metrics: dict[str, int | float] = {"weights_ms": _ms_since(started)}
-        started = time.perf_counter()
-        jobs: list[Job] = []
-        added = requests
-        while added:
-            first = len(requests) - len(added)
-            jobs += [job for i, one in enumerate(added, first) for job in self._jobs(i, one)]
-            added = self._of_one_shape([requests[0], *more()])[1:]
-            requests += added
-        metrics["text_ms"] = _ms_since(started)
-        engine = self.engine if self.engine and self.engine.serves(requests[0]) else None
-        limit = self.max_images(requests[0])
-        passes = [jobs[i : i + limit] for i in range(0, len(jobs), limit)]
-        metrics["batch_size"] = len(passes[0])
-        images: list[Image.Image | FewstepError] = []
-        for group in passes:
-            started = time.perf_counter()
-            unet = engine.unet if engine else None
-            latents = sample(self.diffusion, self.spec, group, requests[0], stopped, unet)
-            metrics["steps_ms"] = metrics.get("steps_ms", 0.0) + _ms_since(started)
-            started = time.perf_counter()
-            images_of_group = self._decode(
-                latents, engine.decode if engine and engine.decodes else self._own_decode
-            )
-            decoded = [
-                _with_kept_parts(image, job) for image, job in zip(images_of_group, group, strict=True)
-            ]
-            metrics["decode_ms"] = metrics.get("decode_ms", 0.0) + _ms_since(started)
-            started = time.perf_counter()
-            images += self._checked(decoded, [requests[job.request] for job in group])
-            metrics["safety_ms"] = metrics.get("safety_ms", 0.0) + _ms_since(started)
-        generated = groupby(zip(jobs, images, strict=True), key=lambda pair: pair[0].request)
-        return [_result(list(pairs), metrics) for _, pairs in generated]
-
-    def _of_one_shape(self, requests: Sequence[Request]) -> list[Request]:
-        counted = [self.counted(request) for request in requests]
-        if len({request.shape_key for request in counted}) > 1:
+        request = batch[0].request
+        if len({encoded.request.shape_key for encoded in batch}) > 1:
             raise ValueError("requests of different shape keys cannot share a batch")
-        return counted
+        metrics: dict[str, float] = defaultdict(float)
+        for encoded in batch:
+            for name, ms in encoded.metrics.items():
+                metrics[name] += ms
+        with _timed(metrics, "weights_ms"):
+            self.adapters.apply(request.mix)
+        jobs = [Job(encoded, seed) for encoded in batch for seed in encoded.request.inputs.seeds]
+        engine, limit = self._engine_for(request), self.max_images(request)
+        metrics["batch_size"] = min(limit, len(jobs))
+        images: list[Image.Image | FewstepError] = []
+        for first in range(0, len(jobs), limit):
+            together = jobs[first : first + limit]
+            inputs = [job.inputs for job in together]
+            with _timed(metrics, "steps_ms"):
+                latents = self._sample(engine, together, stopped)
+            with _timed(metrics, "decode_ms"):
+                decoded = decode_latents(engine, self.decoder, latents)
+                decoded = [keep_unmasked(*pair) for pair in zip(decoded, inputs, strict=True)]
+            with _timed(metrics, "safety_ms"):
+                images += [self._checked(*pair) for pair in zip(decoded, inputs, strict=True)]
+        in_turn = iter(images)
+        return [_result(encoded.request.inputs, in_turn, metrics) for encoded in batch]
 
-    def _checked(
-        self, images: Sequence[Image.Image | FewstepError], requests: Sequence[Request]
-    ) -> list[Image.Image | FewstepError]:
-        """Each image, or why it is withheld."""
-        if self.checker is None:
-            return list(images)
-        found = list(images)
-        for i, (image, request) in enumerate(zip(images, requests, strict=True)):
-            if isinstance(image, FewstepError) or (request.unchecked and self.allow_unsafe):
-                continue
-            try:  # one by one: a mate's image must not decide, nor fail, another's
-                if self.checker.flagged([image])[0]:
-                    found[i] = UnsafeImage("every picture was flagged as unsafe; try another prompt or seed")
-            except SafetyError as error:
-                found[i] = error
-        return found
-
-    def _jobs(self, place: int, request: Request) -> list[Job]:
-        # One prompt at a time: in a batch, the mates' number would choose the kernels and so the last bits.
-        styles = [(lora.sha256, scale) for lora, scale in request.mix.styles if lora.changes_text]
-        shape = (request.chunks, request.clip_skip, tuple(styles))
-        prompt = self.text.encode(request.prompt, *shape)
-        negative = None
-        if request.guided:
-            negative = (
-                self.text.encode(request.negative_prompt, *shape)
-                if request.negative_prompt
-                else self.text.nothing(prompt, *shape)
-            )
-        return [
-            Job(place, prompt, negative, request.guidance, seed, request.image, request.mask)
-            for seed in request.seeds
-        ]
-
-    def _own_decode(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self.decoder.decode(latents.to(self.dtype)).sample
-        return pixels
-
-    def _decode(
-        self, latents: Tensor, decode: Callable[[Tensor], Tensor]
-    ) -> list[Image.Image | FewstepError]:
-        """Scaled latents -> RGB images; an error where a value is not finite, which would come out black.
-
-        What leaves the range of 16 bits is decoded once more in fp32.
-        """
-        latents = latents / self.decoder.config.scaling_factor
-        pixels = decode(latents).float()
-        again = _finite(latents) & ~_finite(pixels)
-        if self.dtype != torch.float32 and again.any():
-            logger.warning("%d of %d images are decoded again in fp32", again.sum(), len(again))
-            pixels[again] = copy.deepcopy(self.decoder).float().decode(latents[again]).sample
-        finite = _finite(pixels).tolist()
-        rgb = (
-            (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    def _sample(self, engine: Engine, jobs: Sequence[Job], stopped: Callable[[], bool]) -> Tensor:
+        """Scaled latents (N, C, H / 8, W / 8) of jobs of one shape."""
+        inputs = jobs[0].inputs
+        scheduler = LCMScheduler.from_config(self.diffusion.scheduler.config)
+        # A strength below one step of the schedule still takes that one.
+        steps = plan(scheduler, inputs.real_steps, max(inputs.strength, 1 / SCHEDULE_STEPS))
+        return sample(
+            engine.unet,
+            steps,
+            make_start(self.diffusion, jobs, len(steps)),
+            make_condition(self.diffusion, jobs, embedded_guidance=self.spec.embedded_guidance),
+            guidance=guidance_of(jobs),
+            strength=inputs.strength,
+            stopped=stopped,
         )
-        failed = "the model's numbers left their range, so there is no picture; try another seed"
-        return [
-            Image.fromarray(row) if sound else GenerationError(failed)
-            for row, sound in zip(rgb, finite, strict=True)
-        ]
+
+    def _checked(self, image: Image.Image | FewstepError, inputs: Inputs) -> Image.Image | FewstepError:
+        """The image, or why it is withheld."""
+        allowed = inputs.unchecked and self.allow_unsafe
+        if self.checker is None or allowed or isinstance(image, FewstepError):
+            return image
+        try:  # one by one: a mate's image must not decide, nor fail, another's
+            if self.checker.flagged([image])[0]:
+                return UnsafeImage("every picture was flagged as unsafe; try another prompt or seed")
+        except SafetyError as error:
+            return error
+        return image
 
 
-def _finite(values: Tensor) -> Tensor:
-    """Of each image, bool (N,)."""
-    return values.isfinite().flatten(1).all(1)
-
-
-def _with_kept_parts(generated: Image.Image | FewstepError, job: Job) -> Image.Image | FewstepError:
-    """What the mask keeps, from the caller's own pixels: the VAE would return it slightly changed."""
-    if isinstance(generated, FewstepError) or job.image is None or job.mask is None:
-        return generated
-    return Image.composite(generated, job.image, job.mask.filter(ImageFilter.GaussianBlur(SEAM_PX)))
+@contextmanager
+def _timed(metrics: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    metrics[name] += 1000 * (time.perf_counter() - started)
 
 
 def _result(
-    outcomes: Sequence[tuple[Job, Image.Image | FewstepError]], metrics: dict[str, int | float]
+    inputs: Inputs, images: Iterator[Image.Image | FewstepError], metrics: dict[str, float]
 ) -> GenerationResult | FewstepError:
-    """One request's: flagged images are dropped, all flagged is an error, and so is any other failure."""
-    failures = [image for _, image in outcomes if isinstance(image, FewstepError)]
-    unsafe = [failure for failure in failures if isinstance(failure, UnsafeImage)]
-    if len(unsafe) < len(failures):
-        return next(failure for failure in failures if failure not in unsafe)
-    if len(unsafe) == len(outcomes):
-        return unsafe[0]
-    sound = [(job.seed, image) for job, image in outcomes if isinstance(image, Image.Image)]
-    seeds, images = zip(*sound, strict=True)
-    return GenerationResult(list(images), list(seeds), {**metrics, "flagged": len(unsafe)})
-
-
-def _ms_since(started: float) -> float:
-    return round(1000 * (time.perf_counter() - started), 1)
+    """One request's, of the next of `images`: flagged ones are dropped, all flagged is an error, and so is
+    any other failure."""
+    own = dict(zip(inputs.seeds, islice(images, inputs.num_outputs), strict=True))
+    failures = [image for image in own.values() if isinstance(image, FewstepError)]
+    for failure in failures:
+        if not isinstance(failure, UnsafeImage) or len(failures) == len(own):
+            return failure
+    sound = {seed: image for seed, image in own.items() if isinstance(image, Image.Image)}
+    known = {"seed": inputs.seed, "width": inputs.width, "height": inputs.height, "steps": inputs.real_steps}
+    return GenerationResult(list(sound.values()), list(sound), {**known, **metrics, "flagged": len(failures)})

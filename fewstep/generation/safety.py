@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessor, ViTForImageClassification, ViTImageProcessor
 
 from fewstep.errors import SafetyError, WeightsError
 
@@ -59,18 +57,27 @@ def load_safety_checker(
     shown = f"weights/{folder.name}/{FOLDERS[kind]}"
     if not (place / "model.safetensors").is_file():
         raise WeightsError(f"{shown} is missing; run: {fix} (or set FEWSTEP_SAFETY=off)")
-    loaders: dict[str, Any] = {"clip": StableDiffusionSafetyChecker, "vit": ViTForImageClassification}
-    model, found = loaders[kind].from_pretrained(
-        place, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
-    if found["missing_keys"] or found["mismatched_keys"]:  # they would be random numbers
-        raise WeightsError(f"{shown} is not the checker that its config describes; run: {fix}")
-    model = model.to(device).eval().requires_grad_(False)
-    return SafetyChecker(_clip(folder, model) if kind == "clip" else _vit(place, model))
+
+    def load(kind: Any) -> Any:
+        model, info = kind.from_pretrained(
+            place, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        if info["missing_keys"] or info["mismatched_keys"]:  # they would be random numbers
+            raise WeightsError(f"{shown} is not the checker that its config describes; run: {fix}")
+        return model.to(device).eval().requires_grad_(False)
+
+    return SafetyChecker(_clip(folder, load) if kind == "clip" else _vit(place, load))
 
 
-def _clip(folder: Path, checker: StableDiffusionSafetyChecker) -> Decide:
+# What each of them imports, nobody else needs.
+
+
+def _clip(folder: Path, load: Callable[[Any], Any]) -> Decide:
     """CompVis' checker: the image's CLIP embedding is compared with those of 20 unnamed concepts."""
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPImageProcessor
+
+    checker = load(StableDiffusionSafetyChecker)
     processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor", local_files_only=True)
     embeddings: list[Tensor] = []
     checker.visual_projection.register_forward_hook(lambda _, __, output: embeddings.append(output))
@@ -84,7 +91,11 @@ def _clip(folder: Path, checker: StableDiffusionSafetyChecker) -> Decide:
     return decide
 
 
-def _vit(place: Path, classifier: ViTForImageClassification) -> Decide:
+def _vit(place: Path, load: Callable[[Any], Any]) -> Decide:
+    """Falconsai's classifier."""
+    from transformers import ViTForImageClassification, ViTImageProcessor
+
+    classifier = load(ViTForImageClassification)
     processor = ViTImageProcessor.from_pretrained(place, local_files_only=True)
     unsafe = classifier.config.label2id[UNSAFE_LABEL]
 

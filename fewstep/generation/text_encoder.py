@@ -8,17 +8,18 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
-from compel import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from fewstep.errors import InvalidRequest
-from fewstep.prompts import Part, is_plain, parse_prompt
+from fewstep.models.load import Diffusion
+from fewstep.prompts import Part, is_plain
 
-Diffusion: TypeAlias = StableDiffusionXLPipeline | StableDiffusionPipeline
+if TYPE_CHECKING:
+    from compel import EmbeddingsProvider
 
 # Of 75 tokens each for the real models: more than 2,000 characters of any language with an alphabet need.
 MAX_CHUNKS = 8
@@ -30,7 +31,7 @@ NARROW = 128
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptEmbeds:
     """What the text encoders make of one prompt: states (1, T, D); of SDXL's second also pooled (1, P)."""
 
     states: Tensor
@@ -49,74 +50,79 @@ class TextEncoder:
         self._tokenizers = [diffusion.tokenizer]
         self._encoders = [_encoder(diffusion.text_encoder)]
         # SDXL was trained on the states before the last layer, without its norm.
-        self._states = ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED
+        self._states = "LAST_HIDDEN_STATES_NORMALIZED"
         if isinstance(diffusion, StableDiffusionXLPipeline):
             self._tokenizers.append(diffusion.tokenizer_2)
             self._encoders.append(_encoder(diffusion.text_encoder_2))
-            self._states = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+            self._states = "PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED"
         for tokenizer in self._tokenizers:  # "will result in indexing errors", which chunks do not
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         # Two threads in one tokenizer are an error, and the model thread has the other. SDXL's two differ in
         # their padding only, which is not counted.
-        self._counter = _provider(deepcopy(diffusion.tokenizer), None, self._states)
+        self._counting_tokenizer = deepcopy(diffusion.tokenizer)
         self._counting = threading.Lock()
-        self._kept: OrderedDict[Hashable, Prompt] = OrderedDict()
+        self._kept: OrderedDict[Hashable, PromptEmbeds] = OrderedDict()
 
-    def count_chunks(self, name: str, text: str) -> int:
+    def count_chunks(self, name: str, parts: tuple[Part, ...]) -> int:
         """How many times the text encoders' length a prompt fills, on any thread; at least 1.
 
         `name` is that of the input. Raises InvalidRequest for more than MAX_CHUNKS.
         """
-        parts = parse_prompt(name, text)
         texts, weights = [part.text for part in parts], [part.weight for part in parts]
+        length = self._counting_tokenizer.model_max_length
         with self._counting:
-            ids, *_ = self._counter.get_token_ids_and_expand_weights(texts, weights, device="cpu")
-        length = self._counter.max_token_count
-        found = int(len(ids) // length)
-        if found > MAX_CHUNKS:
+            if is_plain(parts) and len(self._counting_tokenizer("".join(texts)).input_ids) <= length:
+                return 1  # as nearly all are
+            counter = _provider(self._counting_tokenizer, None, self._states)
+            ids, *_ = counter.get_token_ids_and_expand_weights(texts, weights, device="cpu")
+        chunks = int(len(ids) // length)
+        if chunks > MAX_CHUNKS:
             raise InvalidRequest(
-                f"{name} fills {found} chunks of {length - 2} tokens; at most {MAX_CHUNKS} fit, so shorten it"
+                f"{name} fills {chunks} chunks of {length - 2} tokens; at most {MAX_CHUNKS} fit, "
+                "so shorten it"
             )
-        return found
+        return chunks
 
-    def encode(self, text: str, chunks: int = 1, clip_skip: int = 0, weights: Hashable = ()) -> Prompt:
+    def encode(
+        self, parts: tuple[Part, ...], chunks: int = 1, clip_skip: int = 0, weights: Hashable = ()
+    ) -> PromptEmbeds:
         """A prompt as `_encode` makes it, or as it was made before by the same `weights` of the encoders."""
-        key = (text, chunks, clip_skip, weights)
+        key = (parts, chunks, clip_skip, weights)
         if key not in self._kept:
-            self._kept[key] = self._encode(text, chunks, clip_skip)
+            self._kept[key] = self._encode(parts, chunks, clip_skip)
             total = sum(prompt.size for prompt in self._kept.values())
             while total > KEPT_BYTES and len(self._kept) > 1:
                 total -= self._kept.popitem(last=False)[1].size
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def _encode(self, text: str, chunks: int, clip_skip: int) -> Prompt:
-        """A prompt that `parse_prompt` and `count_chunks` took, padded to `chunks` with the empty prompt.
+    def _encode(self, parts: tuple[Part, ...], chunks: int, clip_skip: int) -> PromptEmbeds:
+        """A prompt that `count_chunks` took, padded to `chunks` with the empty prompt.
 
         A plain prompt of one chunk is encoded as diffusers' `encode_prompt` does. Weights and chunks are
         compel's: a word's states are moved away from those of the empty prompt, or towards those of the
         prompt without it. What is pooled is of the first chunk and without weights.
         """
-        parts = parse_prompt("prompt", text) or (Part(""),)
+        parts = parts or (Part(""),)
         encoders = [replace(encoder, skip=clip_skip) for encoder in self._encoders]
         if chunks == 1 and is_plain(parts):
             return self._encode_plain(parts[0].text, encoders)
-        found = []
+        states = []
         for tokenizer, encoder in zip(self._tokenizers, encoders, strict=True):
             # A new one each time: it keeps the empty prompt's states, which change with a style's weights.
             provider = _provider(tokenizer, encoder, self._states)
-            states = provider.get_embeddings_for_weighted_prompt_fragments(
+            weighted = provider.get_embeddings_for_weighted_prompt_fragments(
                 [[part.text for part in parts]], [[part.weight for part in parts]], device=encoder.device
             )
-            padding = [provider.empty_z] * (chunks - states.shape[1] // provider.max_token_count)
-            found.append(torch.cat([states, *padding], dim=1))
+            padding = [provider.empty_z] * (chunks - weighted.shape[1] // provider.max_token_count)
+            states.append(torch.cat([weighted, *padding], dim=1))
         pooled = None
         if len(encoders) > 1:
             plain = " ".join(part.text for part in parts)
             pooled = provider.get_pooled_embeddings([plain], device=encoder.device)
-        return Prompt(torch.cat(found, dim=-1), pooled)
+        return PromptEmbeds(torch.cat(states, dim=-1), pooled)
 
-    def _encode_plain(self, text: str, encoders: Sequence[_Encoder]) -> Prompt:
+    def _encode_plain(self, text: str, encoders: Sequence[_Encoder]) -> PromptEmbeds:
         outputs = []
         for tokenizer, encoder in zip(self._tokenizers, encoders, strict=True):
             length = tokenizer.model_max_length
@@ -125,14 +131,17 @@ class TextEncoder:
             )
             outputs.append(encoder(ids.input_ids.to(encoder.device)))
         if len(outputs) == 1:
-            return Prompt(outputs[0].last_hidden_state, None)
-        return Prompt(torch.cat([one.hidden_states[-2] for one in outputs], dim=-1), outputs[1].text_embeds)
+            return PromptEmbeds(outputs[0].last_hidden_state, None)
+        states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return PromptEmbeds(states, outputs[1].text_embeds)
 
-    def nothing(self, prompt: Prompt, chunks: int = 1, clip_skip: int = 0, weights: Hashable = ()) -> Prompt:
+    def encode_nothing(
+        self, prompt: PromptEmbeds, chunks: int = 1, clip_skip: int = 0, weights: Hashable = ()
+    ) -> PromptEmbeds:
         """No prompt at all: zeros for SDXL (`force_zeros_for_empty_prompt`), the empty text for SD."""
         if prompt.pooled is None:
-            return self.encode("", chunks, clip_skip, weights)
-        return Prompt(torch.zeros_like(prompt.states), torch.zeros_like(prompt.pooled))
+            return self.encode((), chunks, clip_skip, weights)
+        return PromptEmbeds(torch.zeros_like(prompt.states), torch.zeros_like(prompt.pooled))
 
 
 @dataclass(frozen=True)
@@ -172,12 +181,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _provider(tokenizer: Any, encoder: _Encoder | None, states: ReturnedEmbeddingsType) -> EmbeddingsProvider:
+def _provider(tokenizer: Any, encoder: _Encoder | None, states: str) -> EmbeddingsProvider:
+    """compel's encoder of weighted and long prompts; `states` names a ReturnedEmbeddingsType."""
+    from compel import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode  # takes a moment
+
     return EmbeddingsProvider(
         tokenizer,
         encoder,
         truncate=False,
-        returned_embeddings_type=states,
+        returned_embeddings_type=ReturnedEmbeddingsType[states],
         split_long_text_mode=SplitLongTextMode.SENTENCES,
         device=encoder.device if encoder else "cpu",
     )

@@ -14,52 +14,21 @@ from typing import Any, BinaryIO
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
-from fewstep import __version__
 from fewstep.errors import InvalidRequest
 from fewstep.models.specs import MODELS, RANDOM
-from fewstep.request import Request
 
 Recipe = dict[str, Any]
 
 KEY = "fewstep"  # of the JSON: a PNG's chunk, and its own first key
+# What is in every recipe by the name that the input has.
+SAME_NAMES = ("prompt", "negative_prompt", "steps", "guidance", "seed", "width", "height", "lcm_scale")
 _NO_RECIPE = (SyntaxError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error)
 _UNICODE = b"UNICODE\0"  # what EXIF wants before a UserComment in UTF-16
 
 
-def recipe_of(request: Request, seed: int, model: str, revision: str) -> Recipe:
-    """The inputs that generate one image of `request` again, alone; `revision` is of the model's weights."""
-    recipe: Recipe = {
-        KEY: __version__,
-        "model": model,
-        "revision": revision,
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "steps": request.steps,
-        "guidance": request.guidance,
-        "seed": seed,
-        "width": request.width,
-        "height": request.height,
-        "lcm_scale": request.mix.lcm_scale,
-        "styles": [
-            {"style": wish.source.shown, "style_scale": scale, "sha256": lora.sha256}
-            for wish, (lora, scale) in zip(request.wishes, request.mix.styles, strict=True)
-        ],
-    }
-    if request.clip_skip:
-        recipe["clip_skip"] = request.clip_skip
-    if request.image is not None:
-        recipe |= {"prompt_strength": request.strength, "image_sha256": request.image_sha256}
-    if request.mask is not None:
-        recipe |= {"mask_sha256": request.mask_sha256}
-    return recipe
-
-
 def inputs_of(recipe: Recipe) -> dict[str, Any]:
     """The inputs of predict() that a recipe stands for, but for the images."""
-    inputs = {
-        name: recipe[name]
-        for name in ("prompt", "negative_prompt", "steps", "guidance", "seed", "width", "height", "lcm_scale")
-    }
+    inputs = {name: recipe[name] for name in SAME_NAMES}
     inputs["aspect_ratio"] = "custom"
     inputs |= {name: recipe[name] for name in ("clip_skip", "prompt_strength") if name in recipe}
     for prefix, style in zip(("", "extra_"), recipe["styles"], strict=False):
@@ -136,7 +105,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _check(recipe: Recipe) -> None:
-    """Raise ValueError, KeyError or TypeError unless it has every field, in the types of recipe_of."""
+    """Raise ValueError, KeyError or TypeError unless it has every field, in the types of `Request.recipe`."""
     texts = [recipe[name] for name in (KEY, "model", "revision", "prompt", "negative_prompt")]
     texts += [style[name] for style in recipe["styles"] for name in ("style", "sha256")]
     texts += [recipe[name] for name in ("image_sha256", "mask_sha256") if name in recipe]

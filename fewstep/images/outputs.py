@@ -10,7 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from PIL import Image
+
 from fewstep.errors import SettingsError
+from fewstep.images.codec import encode_image
+from fewstep.images.metadata import Recipe, save_options
 
 KEEP_S = 600.0
 OUR_NAME = re.compile(r"[0-9a-f-]{36}-\d+\.[a-z]+")
@@ -45,6 +49,18 @@ class Outputs:
                     path.unlink()
         except OSError:
             raise SettingsError("FEWSTEP_OUTPUTS names no folder that can be written; name another") from None
+
+    def save(
+        self, images: Sequence[Image.Image], recipes: Sequence[Recipe], output_format: str, quality: int
+    ) -> list[Path]:
+        """Encode `images`, each with its recipe, which is left out when empty, and `write` them."""
+        encoded = [
+            encode_image(
+                image, output_format, quality, **(save_options(recipe, output_format) if recipe else {})
+            )
+            for image, recipe in zip(images, recipes, strict=True)
+        ]
+        return self.write(encoded, output_format)
 
     def write(self, encoded: Sequence[bytes], suffix: str) -> list[Path]:
         """One file `<uuid>-<i>.<suffix>` for each item; Cog uploads by base name, so none may come twice."""

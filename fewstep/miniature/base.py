@@ -29,8 +29,8 @@ UNPROMPTED_SHARE = 0.1
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's byte-level BPE with merges learnt from the world's captions: every word of the world is one
-    token, and any other text falls apart into pieces and bytes."""
+    """Write CLIP's byte-level BPE with merges learnt from the world's captions: every word of the world is
+    one token, and any other text falls apart into pieces and bytes."""
     rng = random.Random(0)
     words = [caption(scene, rng) for scene in rng.sample(all_scenes(), 5000)]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -63,7 +63,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_scheduler() -> EulerDiscreteScheduler:
-    """SDXL's noise schedule, rescaled to end in pure noise (zero terminal SNR, arXiv 2305.08891).
+    """Return SDXL's noise schedule, rescaled to end in pure noise (zero terminal SNR, arXiv 2305.08891).
 
     Otherwise what is left of the image at the last timestep tells the network on which side the object
     stands, and the prompt's word for it is never learnt. Pure noise holds no answer in terms of noise, so the
@@ -80,7 +80,7 @@ def make_scheduler() -> EulerDiscreteScheduler:
     )
 
 
-class Base(nn.Module):
+class Miniature(nn.Module):
     """Everything of the miniature that is trained by the diffusion loss."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
@@ -115,12 +115,18 @@ class Base(nn.Module):
             projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 32,
         )
 
-    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(N, TOKENS, 2 x TEXT_WIDTH) and (N, TEXT_WIDTH): SDXL's penultimate states of both encoders, and
-        the pooled projection of the second."""
-        tokens = self.tokenizer(
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Return their tokens, (N, TOKENS)."""
+        inputs = self.tokenizer(
             list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids.to(self.unet.device)
+        )
+        tokens: Tensor = inputs.input_ids.to(self.unet.device)
+        return tokens
+
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return (N, TOKENS, 2 x TEXT_WIDTH) and (N, TEXT_WIDTH), SDXL's penultimate states of both encoders,
+        and the pooled projection of the second."""
+        tokens = self.tokens(prompts)
         with autocast(tokens.device):
             one = self.text_encoder(tokens, output_hidden_states=True)
             two = self.text_encoder_2(tokens, output_hidden_states=True)
@@ -136,11 +142,16 @@ class LatentSet:
     scenes: list[Scene]
 
 
-class Sampler:
+class BatchSampler:
     """Draws training batches: mostly square, now and then one of SDXL's other shapes."""
 
     def __init__(
-        self, base: Base, sets: Sequence[LatentSet], batch: int, seed: int, square_share: float = 0.85
+        self,
+        base: Miniature,
+        sets: Sequence[LatentSet],
+        batch: int,
+        seed: int,
+        square_share: float = 0.85,
     ) -> None:
         self.base, self.sets, self.batch, self.seed, self.square_share = base, sets, batch, seed, square_share
 
@@ -162,8 +173,8 @@ class Sampler:
 
 
 def _with_strange_words(text: str, rng: random.Random) -> str:
-    """Now and then a word that means nothing, so that a prompt with unknown words still shows those that are
-    known."""
+    """Add a word that means nothing now and then, so that a prompt with unknown words still shows those that
+    are known."""
     if rng.random() > 0.08:
         return text
     words = text.split(" ")
@@ -176,29 +187,24 @@ class Reader(nn.Module):
     """Both text encoders, and a linear reading of a scene's attributes from each of what the UNet is given of
     them: the penultimate states (at the end of the text) and the pooled embedding."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Miniature) -> None:
         super().__init__()
         self.text_encoder, self.text_encoder_2 = base.text_encoder, base.text_encoder_2
-        self.tokenizer = base.tokenizer
+        self._tokens, self._encode, self._end = base.tokens, base.encode_prompts, base.tokenizer.eos_token_id
         self.sizes = [len(values) for values in ATTRIBUTES.values()]
         self.heads = nn.ModuleList(nn.Linear(TEXT_WIDTH, sum(self.sizes)) for _ in range(3))
 
     def forward(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Logits (N, values of the attribute), one by one for every head and attribute."""
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids.to(self.text_encoder.device)
-        end = (tokens == self.tokenizer.eos_token_id).int().argmax(1)
-        rows = torch.arange(len(tokens), device=tokens.device)
-        with autocast(tokens.device):
-            one = self.text_encoder(tokens, output_hidden_states=True)
-            two = self.text_encoder_2(tokens, output_hidden_states=True)
-        read = (one.hidden_states[-2][rows, end], two.hidden_states[-2][rows, end], two.text_embeds)
-        logits = [head(part.float()) for head, part in zip(self.heads, read, strict=True)]
+        """Return logits (N, values of the attribute), one by one for every head and attribute."""
+        end = (self._tokens(prompts) == self._end).int().argmax(1)
+        states, pooled = self._encode(prompts)
+        last = states[torch.arange(len(end), device=end.device), end]
+        read = (last[:, :TEXT_WIDTH], last[:, TEXT_WIDTH:], pooled)
+        logits = [head(part) for head, part in zip(self.heads, read, strict=True)]
         return [part for row in logits for part in row.split(self.sizes, dim=1)]
 
 
-def train_text(base: Base, steps: int, checkpoints: Path) -> None:
+def train_text(base: Miniature, steps: int, checkpoints: Path) -> None:
     """Teach the text encoders of `base` to read, as SDXL's have learnt it before SDXL: by what captions say.
 
     From the diffusion loss alone they learn a word only as fast as it shows in noisy latents. After 200 such
@@ -213,15 +219,17 @@ def train_text(base: Base, steps: int, checkpoints: Path) -> None:
         labels = torch.tensor([scene.labels for scene in shown], device=base.unet.device)
         logits = reader([caption(scene, rng) for scene in shown])
         targets = [labels[:, i % len(ATTRIBUTES)] for i in range(len(logits))]
-        losses = [F.cross_entropy(found, target) for found, target in zip(logits, targets, strict=True)]
+        losses = [F.cross_entropy(row, target) for row, target in zip(logits, targets, strict=True)]
         return torch.stack(losses).sum()
 
     schedule = Schedule(steps, lr=2e-3, batch=TEXT_BATCH)
     optimise("text", reader.to(base.unet.device), loss, schedule, checkpoints)
 
 
-def diffusion_loss(base: Base, batch: Batch, noise_schedule: cm.NoiseSchedule, draws: StepRandom) -> Tensor:
-    """Mean squared error of v at stratified timesteps, one batch row in ten without its prompt."""
+def diffusion_loss(
+    base: Miniature, batch: Batch, noise_schedule: cm.NoiseSchedule, draws: StepRandom
+) -> Tensor:
+    """Return the mean squared error of v at stratified timesteps, one batch row in ten without its prompt."""
     count, device = len(batch.latents), batch.latents.device
     # Stratified, and leaning to noisy timesteps: there it is decided what the image shows.
     u = draws.stratified(count)
@@ -241,7 +249,7 @@ def diffusion_loss(base: Base, batch: Batch, noise_schedule: cm.NoiseSchedule, d
     return F.mse_loss(output, alpha * noise - sigma * batch.latents)
 
 
-def train_base(base: Base, sampler: Sampler, steps: int, checkpoints: Path) -> None:
+def train_base(base: Miniature, sampler: BatchSampler, steps: int, checkpoints: Path) -> None:
     """Train `base` in place; its text encoders learn from the same loss as its UNet."""
     noise_schedule = cm.NoiseSchedule.of(make_scheduler(), base.unet.device)
     order_for_training(base.unet)

@@ -3,12 +3,11 @@ scripts/build-miniature."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -16,24 +15,23 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from fewstep.miniature import STAGES
-from fewstep.miniature.autoencoder import encode, train_vae
 from fewstep.miniature.base import (
-    Base,
+    BatchSampler,
     LatentSet,
-    Sampler,
+    Miniature,
     make_scheduler,
     make_tokenizer,
     train_base,
     train_text,
 )
-from fewstep.miniature.card import Facts, write_card
-from fewstep.miniature.judge import Judge, load_judge, train_judge
-from fewstep.miniature.scoring import score_all
-from fewstep.miniature.tiny_vae import train_tiny_vae
+from fewstep.miniature.judge import FILE, Judge, load_judge, train_judge
+from fewstep.miniature.scoring import score_all, write_card
+from fewstep.miniature.vae import encode, train_tiny_vae, train_vae
 from fewstep.miniature.world.dataset import Pixels, cached_images, pick_scenes
 from fewstep.miniature.world.restyling import STYLES, draw_restyled
 from fewstep.miniature.world.scenes import Scene, all_scenes, training_scenes
 from fewstep.models.sources import TINY_VAE
+from fewstep.training.config import preset
 from fewstep.training.consistency import NoiseSchedule
 from fewstep.training.distill import (
     LoraStudent,
@@ -42,7 +40,7 @@ from fewstep.training.distill import (
     lora_roles,
     order_for_training,
 )
-from fewstep.training.lora_files import save_lora
+from fewstep.training.export import save_lora
 from fewstep.training.style import StyleStudent, add_style, style_training
 from fewstep.training.trainer import Schedule, optimise
 
@@ -51,6 +49,7 @@ logger = logging.getLogger(__name__)
 SQUARE = (128, 128)
 # SDXL's other training shapes, an eighth of their size: seen in every seventh batch.
 OTHER_SHAPES = ((144, 112), (112, 144), (152, 104), (104, 152), (168, 96), (96, 168), (192, 80), (80, 192))
+LORA = preset("miniature", "lora")
 
 
 @dataclass(frozen=True)
@@ -66,18 +65,14 @@ class Sizes:
     other_images: int = 400  # of each other shape
     base_steps: int = 2_900
     base_batch: int = 64
-    lora_steps: int = 180
-    lora_batch: int = 48
+    lora_steps: int = LORA.schedule.steps
+    lora_batch: int = LORA.schedule.batch
     style_images: int = 1_500  # of each
     style_steps: int = 250
     style_batch: int = 32
     tiny_vae_steps: int = 2_000
     captions: int = 500
     seeds: int = 3
-
-
-# Guidance 1.8 to 2.6 for the teacher: from 3 on, colours burn (97 % right, where at 2 all are).
-STUDENT = LoraStudent(rank=32, guidance=(0.8, 1.6), skip=5, inverse_sigma=True, huber_c=0.3)
 
 
 class Build:
@@ -90,20 +85,16 @@ class Build:
         self.weights, self.work, self.sizes, self.device = weights, work, sizes, device
         self.kept = STAGES[: STAGES.index(start)]
 
-    @property
-    def judge_path(self) -> Path:
-        return self.weights / "judge" / "judge.safetensors"
-
     @cached_property
     def judge(self) -> Judge:
-        path = self.judge_path
         if "judge" not in self.kept:
+            path = self.weights / FILE
             scenes = pick_scenes(all_scenes(), self.sizes.judge_images, seed=0)
             images = cached_images(self.work / "judge-pictures.npy", scenes, 0, *SQUARE)
             judge = train_judge(images, scenes, self.sizes.judge_steps, self.work / "judge", self.device)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({key: value.half().contiguous() for key, value in judge.state_dict().items()}, path)
-        return load_judge(path)
+        return load_judge(self.weights)
 
     @cached_property
     def vae(self) -> AutoencoderKL:
@@ -118,17 +109,15 @@ class Build:
     @cached_property
     def latents(self) -> list[LatentSet]:
         """What the base and the LoRA learn from: scaled latents of drawn scenes, square ones first."""
-        scenes = training_scenes()
-        sets = [self._latents(pick_scenes(scenes, self.sizes.base_images, seed=2), 40_000_000, SQUARE)]
+        kinds = [(SQUARE, self.sizes.base_images, 2, 40_000_000)]
         for i, shape in enumerate(OTHER_SHAPES):
-            picked = pick_scenes(scenes, self.sizes.other_images, seed=3 + i)
-            sets.append(self._latents(picked, 60_000_000 + 1_000_000 * i, shape))
+            kinds.append((shape, self.sizes.other_images, 3 + i, 60_000_000 + 1_000_000 * i))
+        sets = []
+        for shape, count, pick, seed in kinds:
+            name, scenes = f"{shape[0]}x{shape[1]}", pick_scenes(training_scenes(), count, seed=pick)
+            cache = self.work / f"base-pictures-{name}.npy"
+            sets.append(self._encoded(name, scenes, partial(cached_images, cache, scenes, seed, *shape)))
         return sets
-
-    def _latents(self, scenes: list[Scene], seed: int, shape: tuple[int, int]) -> LatentSet:
-        name = f"{shape[0]}x{shape[1]}"
-        cache = self.work / f"base-pictures-{name}.npy"
-        return self._encoded(name, scenes, lambda: cached_images(cache, scenes, seed, *shape))
 
     def _encoded(self, name: str, scenes: list[Scene], draw: Callable[[], Pixels]) -> LatentSet:
         path = self.work / f"latents-{name}.safetensors"
@@ -139,12 +128,12 @@ class Build:
         return LatentSet(load_file(path)["latents"], scenes)
 
     @cached_property
-    def base(self) -> Base:
+    def base(self) -> Miniature:
         torch.manual_seed(3)
         tokenizer = make_tokenizer(self.work / "tokenizer")
-        base = Base(tokenizer).to(self.device)
+        base = Miniature(tokenizer).to(self.device)
         if "base" not in self.kept:
-            sampler = Sampler(base, self.latents, self.sizes.base_batch, seed=4)
+            sampler = BatchSampler(base, self.latents, self.sizes.base_batch, seed=4)
             train_text(base, self.sizes.text_steps, self.work / "text")
             train_base(base, sampler, self.sizes.base_steps, self.work / "base")
             self._save_base(base)
@@ -154,8 +143,8 @@ class Build:
         _load(base.unet, self.weights / "unet" / "diffusion_pytorch_model.safetensors")
         return base.eval().requires_grad_(False)
 
-    def _save_base(self, base: Base) -> None:
-        """The diffusers folder, in fp16, with CLIP's tokenizer files as SDXL has them."""
+    def _save_base(self, base: Miniature) -> None:
+        """Write the diffusers folder, in fp16, with CLIP's tokenizer files as SDXL has them."""
         diffusion = StableDiffusionXLPipeline(
             vae=self.vae,
             text_encoder=base.text_encoder,
@@ -173,41 +162,41 @@ class Build:
             shutil.rmtree(self.weights / name)
             make_tokenizer(self.weights / name)
 
-    @property
-    def noise_schedule(self) -> NoiseSchedule:
-        return NoiseSchedule.of(make_scheduler(), self.device)
-
     def train_lora(self, student: LoraStudent) -> None:
         """Distil the base into weights/miniature/lcm_lora.safetensors."""
         torch.manual_seed(6)
         unet = self.base.unet
         order_for_training(unet)
         add_lora(unet, student)
-        sampler = Sampler(self.base, self.latents, self.sizes.lora_batch, seed=7)
+        sampler = BatchSampler(self.base, self.latents, self.sizes.lora_batch, seed=7)
         optimise(
             "LCM-LoRA",
             unet,
             consistency_training(
-                lora_roles(unet), torch.no_grad()(sampler), self.noise_schedule, student, seed=5
+                lora_roles(unet), torch.no_grad()(sampler), self._noise_schedule(), student, seed=5
             ),
-            Schedule(self.sizes.lora_steps, lr=5e-4, batch=sampler.batch, weight_decay=0.0, ema_decay=0.98),
+            replace(LORA.schedule, steps=self.sizes.lora_steps, batch=sampler.batch),
             self.work / "lora",
         )
         save_lora(unet, self.weights / "lcm_lora.safetensors")
         unet.unload_lora()
 
     def train_styles(self, folder: Path) -> None:
-        """One LoRA over the base for each style of the drawn world, into `folder`."""
+        """Train one LoRA over the base for each style of the drawn world, into `folder`."""
         for i, name in enumerate(STYLES):
             torch.manual_seed(8)
             unet = self.base.unet
             order_for_training(unet)
             add_style(unet, StyleStudent())
-            sampler = Sampler(self.base, [self._restyled(name, i)], self.sizes.style_batch, seed=9)
+            scenes = pick_scenes(training_scenes(), self.sizes.style_images, seed=20 + i)
+            restyled = self._encoded(
+                f"style-{name}", scenes, partial(draw_restyled, name, scenes, 80_000_000, *SQUARE)
+            )
+            sampler = BatchSampler(self.base, [restyled], self.sizes.style_batch, seed=9)
             optimise(
                 name,
                 unet,
-                style_training(unet, torch.no_grad()(sampler), self.noise_schedule, seed=6),
+                style_training(unet, torch.no_grad()(sampler), self._noise_schedule(), seed=6),
                 Schedule(
                     self.sizes.style_steps, lr=1e-3, batch=sampler.batch, weight_decay=0.0, ema_decay=0.98
                 ),
@@ -218,30 +207,13 @@ class Build:
 
     def train_tiny_vae(self) -> None:
         """Distil the VAE's decoder into weights/miniature/vae_tiny."""
-        latents = [one.latents for one in self.latents]
+        latents = [part.latents for part in self.latents]
         work = self.work / "tiny-vae"
         tiny = train_tiny_vae(self.vae, latents, self.sizes.tiny_vae_steps, work, self.device)
         tiny.half().save_pretrained(self.weights / TINY_VAE)
 
-    def _restyled(self, name: str, place: int) -> LatentSet:
-        scenes = pick_scenes(training_scenes(), self.sizes.style_images, seed=20 + place)
-
-        return self._encoded(
-            f"style-{name}", scenes, lambda: draw_restyled(name, scenes, 80_000_000, *SQUARE)
-        )
-
-    def facts(self, student: LoraStudent) -> Facts:
-        unet = self.base.unet
-        return Facts(
-            unet_parameters=sum(parameter.numel() for parameter in unet.parameters()),
-            unet_channels=tuple(unet.config.block_out_channels),
-            tokens=self.base.tokenizer.model_max_length,
-            sizes=asdict(self.sizes),
-            student=student,
-            judge_sha256=_sha256(self.judge_path),
-            captions=self.sizes.captions,
-            seeds=self.sizes.seeds,
-        )
+    def _noise_schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.of(make_scheduler(), self.device)
 
 
 def _load(module: torch.nn.Module, path: Path) -> None:
@@ -255,16 +227,13 @@ def build_miniature(
     and `styles` holds a LoRA for each style."""
     build = Build(weights, work, sizes, device, start)
     judge = build.judge  # first: it is frozen before anything that it judges is trained
+    student = LORA.student
+    assert isinstance(student, LoraStudent)
     if "lora" not in build.kept:
-        build.train_lora(STUDENT)
+        build.train_lora(student)
     if "styles" not in build.kept:
         build.train_styles(styles)
     if "tiny-vae" not in build.kept:
         build.train_tiny_vae()
-    facts = build.facts(STUDENT)
-    write_card(weights, facts, [])  # scoring loads the weights through their manifest
-    write_card(weights, facts, score_all(weights, judge, facts.captions, facts.seeds))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    write_card(weights, asdict(sizes), student, [])  # scoring loads the weights through their manifest
+    write_card(weights, asdict(sizes), student, score_all(weights, judge, sizes.captions, sizes.seeds))

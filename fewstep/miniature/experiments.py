@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import random
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -21,289 +20,285 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, LCMScheduler
 from PIL import Image
 from safetensors import safe_open
 
-from fewstep.evaluation.compare import Sampler, write_rows
-from fewstep.generation.text_encoder import Diffusion
-from fewstep.miniature.scoring import TEACHER_GUIDANCE, TEACHER_STEPS, JudgeMeter
-from fewstep.miniature.showcase import grid
-from fewstep.miniature.world.dataset import pick_scenes, write_images, write_world
-from fewstep.miniature.world.scenes import (
-    Scene,
-    all_scenes,
-    caption,
-    training_scenes,
-    unseen_scenes,
-)
+from fewstep.evaluation.figures import Panel, grid, plot_lines
+from fewstep.evaluation.generate import Sampler, ddim, fuse_lora, lcm_lora
+from fewstep.evaluation.metrics import Evaluator
+from fewstep.evaluation.tables import write_csv
+from fewstep.miniature.judge import load_judge, make_evaluator
+from fewstep.miniature.scoring import TEACHER_GUIDANCE, TEACHER_STEPS
+from fewstep.miniature.world.dataset import pick_scenes, training_captions, write_images, write_world
+from fewstep.miniature.world.scenes import Scene, all_scenes, training_scenes, unseen_scenes
+from fewstep.models.load import Diffusion
 from fewstep.models.sources import LCM_LORA
-from fewstep.models.specs import get_model
 from fewstep.settings import Settings
+from fewstep.training.config import Plan, TrainingOptions, preset
 from fewstep.training.consistency import NoiseSchedule
-from fewstep.training.datasets import find
+from fewstep.training.data import find
 from fewstep.training.distill import LoraStudent, add_lora, order_for_training
-from fewstep.training.encoded import Batches, Encoder
-from fewstep.training.finetune import Wish, fine_tune
-from fewstep.training.plan import Plan
-from fewstep.training.presets import preset
-from fewstep.training.run import DIFFUSERS_FILE, Data, train
-from fewstep.training.sources import load_base
+from fewstep.training.export import DIFFUSERS_FILE
+from fewstep.training.latents import Batches, Encoder
+from fewstep.training.networks import load_base
+from fewstep.training.run import Data, train, train_model
 from fewstep.training.style import style_training
 from fewstep.training.trainer import Schedule, optimise
 
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-STEPS = (1, 2, 4, 8)
-CAPTIONS = 150
-PICTURES = 4_000
+SETTINGS = Settings(verify="size")
+WEIGHTS = SETTINGS.weights_root / "miniature"
 STYLE = "golden-hour"
-FIGURES = {"all_right": "all right, %", "distance": "Fréchet distance"}
+TITLES = {"all_right": "all right, %", "distance": "Fréchet distance"}
 
 
-class Laboratory:
-    """The miniature's world, encoded once, and its judge."""
+@dataclass(frozen=True)
+class ExperimentSizes:
+    """How much of everything; where it is None, as much as the preset says."""
 
-    def __init__(self, work: Path) -> None:
-        self.work, self.settings = work, Settings(verify="size")
-        self.weights = self.settings.weights_root / "miniature"
+    captions: int = 150
+    new_captions: int = 100  # of the object that is taught
+    world: int = 4_000  # images to distil on
+    learnt: int = 600  # images of a new backdrop, and as many of known ones
+    taught: int = 200  # images of a new object
+    rehearsed: int | None = None
+    steps: tuple[int, ...] = (1, 2, 4, 8)  # to generate in
+    teacher_steps: int = TEACHER_STEPS
+    curve: tuple[int, ...] = (0, 10, 20, 30, *range(40, 361, 40))  # training steps
+    ablation_steps: int = 100
+    k: tuple[int, ...] = (1, 5, 10, 20, 50, 100)
+    w: tuple[float, ...] = (0.0, 0.6, 1.2, 2.4, 6.5)
+    learnt_steps: int = 300
+    taught_steps: int | None = None
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Where an experiment works and where its results go."""
+
+    work: Path
+    out: Path
+    sizes: ExperimentSizes = ExperimentSizes()
 
     def base(self) -> Diffusion:
-        """A fresh one, which may be changed."""
-        return load_base("miniature", self.settings, CPU)
+        """Load a fresh base, which may be changed."""
+        return load_base("miniature", SETTINGS, CPU)
+
+    def evaluator(self, scenes: Sequence[Scene] | None = None) -> Evaluator:
+        """Return an evaluator of `scenes`, or of known things in new combinations."""
+        return make_evaluator(load_judge(WEIGHTS), scenes or unseen_scenes(self.sizes.captions))
+
+    def encoded(self, folder: Path) -> Data:
+        """Encode the images in a folder, or take what an earlier run has encoded."""
+        encoder = Encoder(self.base(), self.work / "encoded")
+        return Data(encoder.encode_all(find(folder)), encoder.captions[:4])
 
     @cached_property
     def world(self) -> Data:
-        """What the base was trained on."""
-        write_world(self.work / "world", PICTURES)
+        """What the base was trained on, encoded."""
+        write_world(self.work / "world", self.sizes.world)
         return self.encoded(self.work / "world")
 
-    def encoded(self, folder: Path) -> Data:
-        encoder = Encoder(self.base(), self.work / "encoded")
-        found = encoder.encode_all(find(folder))
-        return Data(found, encoder.captions[:4])
-
-    def drawn(self, name: str, scenes: list[Scene], seed: int) -> Data:
-        """Images of `scenes`, to be learnt."""
-        write_images(self.work / name, scenes, seed)
-        return self.encoded(self.work / name)
-
     def distilled(self, name: str, plan: Plan) -> Path:
-        """The folder of an LCM-LoRA that was trained as `plan` says."""
-        folder = self.work / name
-        train(self.base(), plan, self.world, folder, Accelerator(device_placement=False), "miniature")
-        return folder
+        """Train an LCM-LoRA on the world that the base knows, and return its folder."""
+        if self.sizes.batch:
+            plan = plan.with_schedule(batch=self.sizes.batch)
+        accelerator = Accelerator(device_placement=False)
+        train(self.base(), plan, self.world, self.work / name, accelerator, "miniature")
+        return self.work / name
 
-    def few_step(self, lora: Path, base: Diffusion | None = None) -> Sampler:
-        """The base with an LCM-LoRA fused."""
-        diffusion = base or self.base()
-        diffusion.load_lora_weights(lora.parent, weight_name=lora.name)
-        diffusion.fuse_lora()
-        diffusion.unload_lora_weights()
-        diffusion.scheduler = LCMScheduler.from_config(diffusion.scheduler.config)
-        return Sampler("LCM-LoRA", diffusion, 1.0)
+    def few_steps(self, lora: Path = WEIGHTS / LCM_LORA, style: Path | None = None) -> Sampler:
+        """Return the base with an LCM-LoRA, on top of a style if there is one."""
+        base = self.base()
+        if style:
+            fuse_lora(base, style)
+        return lcm_lora(base, lora)
 
-    def teacher(self, base: Diffusion) -> Sampler:
-        """The base as it is sampled at its best."""
-        scheduler = DDIMScheduler.from_config(
-            base.scheduler.config, clip_sample=False, set_alpha_to_one=False
-        )
-        base.scheduler = scheduler
-        return Sampler("DDIM", base, TEACHER_GUIDANCE)
+    def write(self, name: str, rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image] = ()) -> None:
+        """Write the table, and six images of each row."""
+        write_csv(self.out / f"training-{name}.csv", rows)
+        if images:
+            grid(images, 6).save(self.out / f"training-{name}.webp", quality=90)
 
+    def plot(self, name: str, panels: dict[str, list[dict[str, Any]]], x: str, ticks: bool = False) -> None:
+        """Draw all right above and distance below, against column `x`; a line for each number of steps."""
+        rows = [
+            [
+                Panel(
+                    {
+                        f"{count} step{'s' if count > 1 else ''}": [
+                            (row[x], row[figure]) for row in table if row["steps"] == count
+                        ]
+                        for count in self.sizes.steps
+                    },
+                    x=label if figure == "distance" else "",
+                    y=title,
+                    ticks=ticks,
+                    x_scale="symlog" if ticks else "linear",
+                    y_range=(0, 103) if figure == "all_right" else (None, None),
+                )
+                for label, table in panels.items()
+            ]
+            for figure, title in TITLES.items()
+        ]
+        plot_lines(rows, self.out / f"training-{name}.png", (4.5, 2.8), share_y=True)
 
-class Exam:
-    """The judge's questions: one image of each of `scenes`."""
-
-    def __init__(self, laboratory: Laboratory, scenes: Sequence[Scene]) -> None:
-        rng = random.Random(11)
-        self.prompts = [caption(scene, rng, complete=True) for scene in scenes]
-        self._meter = JudgeMeter(laboratory.weights, scenes)
-
-    def mark(self, sampler: Sampler, steps: int) -> tuple[dict[str, float], list[Image.Image]]:
-        """Figures, rounded, and the images."""
-        images = sampler.generate(self.prompts, steps)
-        return {name: round(value, 1) for name, value in self._meter.measure(images).items()}, images
-
-
-def curve(laboratory: Laboratory, out: Path) -> None:
-    """The judge's figures at several steps of one run, twice as long as the preset's."""
-    exam = Exam(laboratory, unseen_scenes(CAPTIONS))
-    plan = preset("miniature", "lora").with_schedule(steps=360, checkpoint_every=10, checkpoints_kept=100)
-    folder = laboratory.distilled("curve", replace(plan, watch_every=360))
-    rows = []
-    for trained in (0, 10, 20, 30, *range(40, 361, 40)):
-        sampler = _at_step(laboratory, folder / "checkpoints", trained, plan)
-        for count in STEPS:
-            figures, _ = exam.mark(sampler, count)
-            rows.append({"trained": trained, "steps": count, **figures})
+    def rows(self, evaluator: Evaluator, sampler: Sampler, **columns: Any) -> list[dict[str, Any]]:
+        """Return a row of figures for every number of steps."""
+        rows = []
+        for count in self.sizes.steps:
+            figures = evaluator.measure(sampler.generate(evaluator.prompts, count))
+            rounded = {name: round(value, 1) for name, value in figures.items()}
+            rows.append({**columns, "steps": count, **rounded})
             logger.info("%s", rows[-1])
-    write_rows(rows, out / "training-curve.csv")
-    _plot({"": rows}, "trained", "training steps", out / "training-curve.png")
+        return rows
 
 
-def _at_step(laboratory: Laboratory, checkpoints: Path, step: int, plan: Plan) -> Sampler:
-    """The base with the LoRA as it was at a checkpoint; at 0 it is the base alone."""
-    diffusion = laboratory.base()
-    diffusion.scheduler = LCMScheduler.from_config(diffusion.scheduler.config)
-    if step == 0:
-        return Sampler("LCM-LoRA", diffusion, 1.0)
+def curve(experiment: Experiment) -> None:
+    """Measure several steps of one training, twice as long as the preset's."""
+    evaluator, steps = experiment.evaluator(), experiment.sizes.curve
+    plan = preset("miniature", "lora").with_schedule(
+        steps=steps[-1], checkpoint_every=steps[1], checkpoints_kept=100
+    )
+    checkpoints = experiment.distilled("curve", replace(plan, watch_every=steps[-1])) / "checkpoints"
+    rows = []
+    for step in steps:
+        diffusion = experiment.base()
+        if step:
+            _load_checkpoint(diffusion, checkpoints / f"step-{step:06}.safetensors", plan)
+        rows += experiment.rows(evaluator, lcm_lora(diffusion, None), trained=step)
+    experiment.write("curve", rows)
+    experiment.plot("curve", {"training steps": rows}, "trained")
+
+
+def _load_checkpoint(diffusion: Diffusion, checkpoint: Path, plan: Plan) -> None:
+    """Give the base the LoRA as it was at a checkpoint."""
     assert isinstance(plan.student, LoraStudent)
     add_lora(diffusion.unet, plan.student)
     trained = [parameter for parameter in diffusion.unet.parameters() if parameter.requires_grad]
-    with safe_open(checkpoints / f"step-{step:06}.safetensors", framework="pt") as file, torch.no_grad():
+    with safe_open(checkpoint, framework="pt") as file, torch.no_grad():
         for i, parameter in enumerate(trained):
             parameter.copy_(file.get_tensor(f"{i}.ema"))
-    return Sampler("LCM-LoRA", diffusion, 1.0)
 
 
-def ablation(laboratory: Laboratory, out: Path) -> None:
-    """Over k, the timesteps that one consistency step goes back, and over w, after as many steps each."""
-    exam = Exam(laboratory, unseen_scenes(CAPTIONS))
-    begun = preset("miniature", "lora").with_schedule(steps=100, batch=16, checkpoint_every=25)
-    wished: list[tuple[str, float, dict[str, Any]]] = [
-        ("k", k, {"solver_steps": 1000, "skip": k}) for k in (1, 5, 10, 20, 50, 100)
-    ]
-    wished += [("w", w, {"guidance": (w, w)}) for w in (0.0, 0.6, 1.2, 2.4, 6.5)]
-    rows = []
-    for what, value, student in wished:
-        plan = replace(begun.with_student(**student), watch_every=100)
-        folder = laboratory.distilled(f"ablation-{what}-{value:g}", plan)
-        sampler = laboratory.few_step(folder / DIFFUSERS_FILE)
-        for count in STEPS:
-            figures, _ = exam.mark(sampler, count)
-            rows.append({"over": what, "value": value, "steps": count, **figures})
-            logger.info("%s", rows[-1])
-    write_rows(rows, out / "training-ablation.csv")
-    panels = {f"over {what}": [row for row in rows if row["over"] == what] for what in ("k", "w")}
-    _plot(panels, "value", "", out / "training-ablation.png", log=True)
+def ablation(experiment: Experiment) -> None:
+    """Vary k, the timesteps that one consistency step goes back, and w, for as many steps each."""
+    evaluator, steps = experiment.evaluator(), experiment.sizes.ablation_steps
+    plan = preset("miniature", "lora").with_schedule(steps=steps, batch=16, checkpoint_every=25)
+    students: dict[str, dict[float, dict[str, Any]]] = {
+        "k": {k: {"solver_steps": 1000, "skip": k} for k in experiment.sizes.k},
+        "w": {w: {"guidance": (w, w)} for w in experiment.sizes.w},
+    }
+    tables: dict[str, list[dict[str, Any]]] = {name: [] for name in students}
+    for name, figures in students.items():
+        for value, student in figures.items():
+            varied = replace(plan.with_student(**student), watch_every=steps)
+            folder = experiment.distilled(f"ablation-{name}-{value:g}", varied)
+            sampler = experiment.few_steps(folder / DIFFUSERS_FILE)
+            tables[name] += experiment.rows(evaluator, sampler, over=name, value=value)
+    experiment.write("ablation", [row for rows in tables.values() for row in rows])
+    experiment.plot("ablation", tables, "value", ticks=True)
 
 
-def _plot(panels: dict[str, list[dict[str, Any]]], x: str, label: str, path: Path, log: bool = False) -> None:
-    """All right above, distance below, against column `x`; a line for each number of sampling steps."""
-    import matplotlib
+class Comparison:
+    """Systems measured on new things and on known ones, and images of the new things."""
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    def __init__(self, evaluators: dict[str, Evaluator]) -> None:
+        self.evaluators = evaluators
+        self.rows: list[dict[str, Any]] = []
+        self.images: list[Image.Image] = []
 
-    figure, axes = plt.subplots(
-        2, len(panels), figsize=(1 + 4 * len(panels), 5.6), sharey="row", layout="constrained", squeeze=False
-    )
-    for column, (title, rows) in enumerate(panels.items()):
-        for row, (key, figure_title) in enumerate(FIGURES.items()):
-            for count in STEPS:
-                own = [one for one in rows if one["steps"] == count]
-                named = f"{count} step{'s' if count > 1 else ''}"
-                axes[row][column].plot([one[x] for one in own], [one[key] for one in own], "o-", label=named)
-            if log:
-                values = sorted({one[x] for one in rows})
-                axes[row][column].set_xscale("symlog", linthresh=1)
-                axes[row][column].set_xticks(values, [f"{value:g}" for value in values])
-            axes[row][column].set_ylabel(figure_title if column == 0 else "")
-            axes[row][column].spines[["top", "right"]].set_visible(False)
-        axes[0][column].set_title(title)
-        axes[0][column].set_ylim(0, 103)
-        axes[1][column].set_xlabel(label or title.removeprefix("over "))
-    axes[0][0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    def add(self, system: str, sampler: Sampler, steps: int) -> None:
+        """Measure one system."""
+        row: dict[str, Any] = {"system": system, "steps": steps}
+        for i, (name, evaluator) in enumerate(self.evaluators.items()):
+            images = sampler.generate(evaluator.prompts, steps)
+            row |= {f"{name}: {key}": round(value, 1) for key, value in evaluator.measure(images).items()}
+            self.images += images[:6] if i == 0 else []
+        self.rows.append(row)
+        logger.info("%s", row)
 
 
-def universal(laboratory: Laboratory, out: Path) -> None:
-    """The LCM-LoRA that was distilled on the base, on a base that has learnt a new backdrop since."""
+def universal(experiment: Experiment) -> None:
+    """Measure the LCM-LoRA that was distilled on the base, on a base that has learnt a new backdrop since."""
+    sizes, work = experiment.sizes, experiment.work
     new = [scene for scene in all_scenes() if scene.new_backdrop and not scene.new_object]
-    shown = [scene for scene in new if not scene.reserved]
-    asked = [scene for scene in new if scene.reserved]
-    learnt = laboratory.drawn("pyramids", pick_scenes(shown, 600, seed=1), 110_000_000)
-    kept = laboratory.drawn("known", pick_scenes(training_scenes(), 600, seed=2), 120_000_000)
-    tuned = laboratory.base()
-    order_for_training(tuned.unet.requires_grad_(True))
-    noise = NoiseSchedule.of(tuned.scheduler, CPU)
-    batches = Batches([*learnt.encoded, *kept.encoded], 32, 3, CPU)
-    schedule = Schedule(300, lr=3e-4, batch=32, weight_decay=0.0, ema_decay=0.98, checkpoint_every=50)
-    loss = style_training(tuned.unet, batches, noise, seed=13)
-    config = {**asdict(schedule), "pictures": [path.name for path in batches.encoded]}
-    optimise("a new backdrop", tuned.unet, loss, schedule, laboratory.work / "universal", config=config)
-    tuned.unet.requires_grad_(False)
+    shown = pick_scenes([scene for scene in new if not scene.reserved], sizes.learnt, seed=1)
+    asked = pick_scenes([scene for scene in new if scene.reserved], sizes.captions, seed=4)
+    write_images(work / "pyramids", shown, 110_000_000)
+    write_images(work / "known", pick_scenes(training_scenes(), sizes.learnt, seed=2), 120_000_000)
+    encoded = [path for name in ("pyramids", "known") for path in experiment.encoded(work / name).encoded]
+    tuned = experiment.base()
+    _tune(tuned, encoded, sizes, work / "universal")
 
-    exams = {
-        "new backdrop": Exam(laboratory, pick_scenes(asked, CAPTIONS, seed=4)),
-        "known scenes": Exam(laboratory, unseen_scenes(CAPTIONS)),
-    }
-    lora = laboratory.weights / LCM_LORA
-    systems = [
-        ("base, LCM-LoRA", laboratory.few_step(lora), 4),
-        ("fine-tuned base", laboratory.teacher(tuned), TEACHER_STEPS),
-    ]
-    rows: list[dict[str, Any]] = []
-    images: list[Image.Image] = []
-    for name, sampler, count in systems:
-        _mark(name, sampler, count, exams, rows, images)
-    fused = laboratory.few_step(lora, tuned)
-    for count in STEPS:
-        _mark("fine-tuned base, LCM-LoRA", fused, count, exams, rows, images)
+    table = Comparison({"new backdrop": experiment.evaluator(asked), "known scenes": experiment.evaluator()})
+    table.add("base, LCM-LoRA", experiment.few_steps(), 4)
+    table.add("fine-tuned base", ddim(tuned, TEACHER_GUIDANCE), sizes.teacher_steps)
+    fused = lcm_lora(tuned, WEIGHTS / LCM_LORA)
+    for count in sizes.steps:
+        table.add("fine-tuned base, LCM-LoRA", fused, count)
     # Fusing adds up, so the style joins the LCM-LoRA; it leaves all attributes alone.
-    tuned.load_lora_weights(laboratory.settings.styles_root / "miniature", weight_name=f"{STYLE}.safetensors")
-    tuned.fuse_lora(lora_scale=0.8)
-    _mark(f"fine-tuned base, LCM-LoRA, {STYLE} at 0.8", fused, 4, exams, rows, images)
-    write_rows(rows, out / "training-universal.csv")
-    grid(images, 6).save(out / "training-universal.webp", quality=90)
+    fuse_lora(tuned, SETTINGS.styles_root / "miniature" / f"{STYLE}.safetensors", 0.8)
+    table.add(f"fine-tuned base, LCM-LoRA, {STYLE} at 0.8", fused, 4)
+    experiment.write("universal", table.rows, table.images)
 
 
-def _mark(
-    name: str,
-    sampler: Sampler,
-    count: int,
-    exams: dict[str, Exam],
-    rows: list[dict[str, Any]],
-    images: list[Image.Image],
-) -> None:
-    row: dict[str, Any] = {"system": name, "steps": count}
-    for what, exam in exams.items():
-        figures, generated = exam.mark(sampler, count)
-        row |= {f"{what}: {figure}": value for figure, value in figures.items()}
-        if what == next(iter(exams)):
-            images += generated[:6]
-    rows.append(row)
-    logger.info("%s", row)
+def _tune(diffusion: Diffusion, encoded: Sequence[Path], sizes: ExperimentSizes, checkpoints: Path) -> None:
+    """Train all of the UNet on encoded images, by the diffusion loss."""
+    unet = diffusion.unet
+    order_for_training(unet.requires_grad_(True))
+    batches = Batches(encoded, sizes.batch or 32, 3, CPU)
+    schedule = Schedule(
+        sizes.learnt_steps, lr=3e-4, batch=sizes.batch or 32, weight_decay=0.0, ema_decay=0.98,
+        checkpoint_every=50,
+    )  # fmt: skip
+    loss = style_training(unet, batches, NoiseSchedule.of(diffusion.scheduler, CPU), seed=13)
+    config = {**asdict(schedule), "pictures": [path.name for path in batches.encoded]}
+    optimise("a new backdrop", unet, loss, schedule, checkpoints, config=config)
+    unet.requires_grad_(False)
 
 
-def finetuning(laboratory: Laboratory, out: Path) -> None:
-    """200 images of an object that the model has never seen, by the two methods of `scripts/train`."""
+def finetuning(experiment: Experiment) -> None:
+    """Teach images of an object that the model has never seen, by the two methods of `scripts/train`."""
+    sizes, work = experiment.sizes, experiment.work
     new = [scene for scene in all_scenes() if scene.new_object and not scene.new_backdrop]
-    taught = pick_scenes([one for one in new if not one.reserved], 200, seed=5)
-    write_images(laboratory.work / "windmills", taught, 130_000_000)
-    exams = {
-        "new object": Exam(laboratory, pick_scenes([one for one in new if one.reserved], 100, seed=6)),
-        "known scenes": Exam(laboratory, unseen_scenes(CAPTIONS)),
-    }
-    lora = laboratory.weights / LCM_LORA
-    rows: list[dict[str, Any]] = []
-    images: list[Image.Image] = []
-    _mark("before", laboratory.few_step(lora), 4, exams, rows, images)
-    spec = get_model("miniature")
-    for method, rehearse in product(("lcf", "style"), (None, 0)):
-        name = method if rehearse is None else f"{method}, without rehearsal"
-        folder = laboratory.work / f"finetuning-{name}"
-        steps = preset("miniature", method).schedule.steps
+    taught = pick_scenes([scene for scene in new if not scene.reserved], sizes.taught, seed=5)
+    asked = pick_scenes([scene for scene in new if scene.reserved], sizes.new_captions, seed=6)
+    write_images(work / "windmills", taught, 130_000_000)
+    table = Comparison({"new object": experiment.evaluator(asked), "known scenes": experiment.evaluator()})
+    table.add("before", experiment.few_steps(), 4)
+    for method, rehearse in product(("lcf", "style"), (sizes.rehearsed, 0)):
+        name = method if rehearse != 0 else f"{method}, without rehearsal"
+        steps = sizes.taught_steps or preset("miniature", method).schedule.steps
         # As many steps for the new images in both.
-        wish = Wish(method, steps if rehearse is None else steps // 2, rehearse=rehearse, watch_every=0)
-        path = fine_tune(spec, laboratory.settings, wish, laboratory.work / "windmills", folder)
-        both = laboratory.base()
-        both.load_lora_weights(folder, weight_name=path.name)
-        both.fuse_lora()
-        both.unload_lora_weights()
-        _mark(name, laboratory.few_step(lora, both), 4, exams, rows, images)
-    write_rows(rows, out / "training-finetuning.csv")
-    grid(images, 6).save(out / "training-finetuning.webp", quality=90)
+        options = TrainingOptions(
+            method, steps if rehearse != 0 else steps // 2, sizes.batch, rehearse=rehearse, watch_every=0
+        )
+        lora = train_model(
+            "miniature",
+            SETTINGS,
+            options,
+            lambda: find(work / "windmills"),
+            work / f"finetuning-{name}",
+            prior_prompts=training_captions,
+        )
+        table.add(name, experiment.few_steps(style=lora), 4)
+    experiment.write("finetuning", table.rows, table.images)
 
 
-EXPERIMENTS = {"curve": curve, "ablation": ablation, "universal": universal, "finetuning": finetuning}
+EXPERIMENTS: dict[str, Callable[[Experiment], None]] = {
+    "curve": curve,
+    "ablation": ablation,
+    "universal": universal,
+    "finetuning": finetuning,
+}
 
 
 def main() -> None:
-    """Run one."""
+    """Run one experiment."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -313,7 +308,7 @@ def main() -> None:
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     chosen.out.mkdir(parents=True, exist_ok=True)
-    EXPERIMENTS[chosen.name](Laboratory(chosen.work), chosen.out)
+    EXPERIMENTS[chosen.name](Experiment(chosen.work, chosen.out))
 
 
 if __name__ == "__main__":

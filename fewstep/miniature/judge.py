@@ -7,28 +7,31 @@ compare.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewstep.miniature.world.dataset import Pixels
-from fewstep.miniature.world.scenes import ATTRIBUTES, Scene
+from fewstep.evaluation.metrics import Evaluator, Images
+from fewstep.miniature.world.dataset import Pixels, draw_many
+from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, complete_captions
 from fewstep.models.device import autocast
 from fewstep.training.trainer import Schedule, Shard, optimise, step_generator
 
-BATCH = 96
+FILE = "judge/judge.safetensors"  # within the miniature's weights
+BATCH, BATCH_READ = 96, 128  # in training, and in reading
 INPUT_PX = 96  # images of any size and shape are judged at 96 x 96
 
 
 class Judge(nn.Module):
     """(N, 3, 96, 96) in [-1, 1] -> one row of logits per attribute."""
+
+    attributes = tuple(ATTRIBUTES)
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -50,63 +53,50 @@ class Judge(nn.Module):
         hidden = self.head(self.features(images))
         return [layer(hidden) for layer in self.logits.values()]
 
+    @torch.inference_mode()
+    def read_attributes(self, images: Images) -> npt.NDArray[np.int64]:
+        """Return what the judge sees: indices into `ATTRIBUTES`, (N, 6)."""
+        rows = [torch.stack([row.argmax(1) for row in self(x)], 1) for x in _batches(images)]
+        return torch.cat(rows).numpy()
+
+    @torch.inference_mode()
+    def describe(self, images: Images) -> npt.NDArray[np.float64]:
+        """Return what the judge's last layer decides by, (N, 192): the features that a distance compares."""
+        return torch.cat([self.head(self.features(x)) for x in _batches(images)]).double().numpy()
+
+    def score(self, images: Images, scenes: Sequence[Scene]) -> npt.NDArray[np.bool_]:
+        """Return which attributes of which image are right, bool (N, 6)."""
+        right: npt.NDArray[np.bool_] = self.read_attributes(images) == [scene.labels for scene in scenes]
+        return right
+
 
 def _block(channels: int, out: int, stride: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(channels, out, 3, stride, 1), nn.GroupNorm(8, out), nn.SiLU()
 
 
-def load_judge(path: Path) -> Judge:
-    """The frozen judge, in fp32 on the CPU."""
+def load_judge(weights: Path) -> Judge:
+    """Load the frozen judge out of the miniature's weights, in fp32 on the CPU."""
     judge = Judge()
-    judge.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    judge.load_state_dict({key: value.float() for key, value in load_file(weights / FILE).items()})
     return judge.eval().requires_grad_(False)
 
 
-def judge_input(images: Pixels | Sequence[Image.Image]) -> Tensor:
+def judge_input(images: Images) -> Tensor:
     """uint8 (N, H, W, 3) or PIL images of one size -> (N, 3, 96, 96) in [-1, 1]."""
     pixels = np.stack([np.asarray(image) for image in images])
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     return F.interpolate(x, (INPUT_PX, INPUT_PX), mode="bilinear", antialias=True)
 
 
-@torch.inference_mode()
-def read_attributes(judge: Judge, images: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.int64]:
-    """What the judge sees: indices into `ATTRIBUTES`, shape (N, 6)."""
-    rows = []
-    for start in range(0, len(images), 128):
-        logits = judge(judge_input(images[start : start + 128]))
-        rows.append(torch.stack([row.argmax(1) for row in logits], 1).numpy())
-    return np.concatenate(rows)
+def _batches(images: Images) -> Iterator[Tensor]:
+    return (judge_input(images[i : i + BATCH_READ]) for i in range(0, len(images), BATCH_READ))
 
 
-@torch.inference_mode()
-def describe(judge: Judge, images: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.float64]:
-    """What the judge's last layer decides by: (N, 192), for the distance between sets of images."""
-    rows = [
-        judge.head(judge.features(judge_input(images[start : start + 128])))
-        for start in range(0, len(images), 128)
-    ]
-    return torch.cat(rows).double().numpy()
-
-
-def frechet_distance(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
-    """Between Gaussians fitted to two sets of features, (N, D) and (M, D): what FID is in Inception's
-    (arXiv 1706.08500, eq. 6)."""
-    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(covariances[0])
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    # The trace of (A B)^1/2, by way of a symmetric matrix with the same eigenvalues.
-    shared = np.sqrt(np.linalg.eigvalsh(root @ covariances[1] @ root).clip(min=0)).sum()
-    means = a.mean(0) - b.mean(0)
-    return float(means @ means + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * shared)
-
-
-def score(
-    judge: Judge, images: Pixels | Sequence[Image.Image], scenes: Sequence[Scene]
-) -> npt.NDArray[np.bool_]:
-    """Which attributes of which image are right, bool (N, 6)."""
-    right: npt.NDArray[np.bool_] = read_attributes(judge, images) == [scene.labels for scene in scenes]
-    return right
+def make_evaluator(judge: Judge, scenes: Sequence[Scene], seeds: int = 1) -> Evaluator:
+    """Return an evaluator of `seeds` images of a complete caption of each of `scenes`, always the same one;
+    their looks are compared with drawings of the same scenes."""
+    shown = [scene for scene in scenes for _ in range(seeds)]
+    return Evaluator(judge, shown, complete_captions(scenes), draw_many(shown, 2 * 10**9, 128, 128), seeds)
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:

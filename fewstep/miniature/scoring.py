@@ -1,207 +1,147 @@
-"""How well the miniature follows prompts: the judge's table of every way to sample it, and its model card."""
+"""How well the miniature follows prompts: the judge's figures for every way to sample it, its model card and
+its manifest."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
-from PIL import Image
-from tqdm import tqdm
+from diffusers import UNet2DConditionModel
 
-from fewstep.errors import FewstepError
-from fewstep.generation.pipeline import Pipeline, load_pipeline
-from fewstep.miniature.autoencoder import decode, encode
-from fewstep.miniature.judge import Judge, describe, frechet_distance, load_judge, score
-from fewstep.miniature.world.dataset import Pixels, draw_many
-from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, caption, unseen_scenes
-from fewstep.models.device import autocast
+from fewstep.evaluation.generate import Generate, ddim, few_steps
+from fewstep.evaluation.metrics import Score
+from fewstep.evaluation.tables import markdown
+from fewstep.generation.pipeline import load_pipeline
+from fewstep.miniature.base import TOKENS
+from fewstep.miniature.judge import FILE, Judge, make_evaluator
+from fewstep.miniature.vae import reconstruct
+from fewstep.miniature.world.dataset import draw_many
+from fewstep.miniature.world.scenes import ATTRIBUTES, unseen_scenes
+from fewstep.models.manifest import Origin, write_manifest
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import VAES, Settings
+from fewstep.training.distill import LoraStudent
+from fewstep.training.networks import load_base
 
 logger = logging.getLogger(__name__)
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 50, 2.0
-PIPELINE_GUIDANCE = 5.0  # what StableDiffusionXLPipeline takes when it is not told otherwise
-BATCH = 25
-CAPTIONS_SEED = 11
+PIPELINE_GUIDANCE = 5.0  # what StableDiffusionXLPipeline takes when it is not given any
+LICENCE = "Apache-2.0"
 
-Generator = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]
+_CARD = """\
+# The fewstep miniature
 
+SDXL's own classes at toy scale, trained from nothing by `scripts/build-miniature` on pictures that
+`fewstep/miniature/world/drawing.py` draws: two CLIP text encoders and their byte-level BPE tokenizers, a
+`UNet2DConditionModel` with text_time conditioning, an `AutoencoderKL`, and an LCM-LoRA distilled with PEFT.
+It exists to test, measure and show few-step sampling on any CPU in seconds. It is no general image model.
 
-@dataclass(frozen=True)
-class Score:
-    """One row of the table: shares of right answers in percent, with 95 % intervals over the captions."""
+**It paints** one object (house, tree, car, castle, balloon, mushroom, sailboat, rocket) in one of eight
+colours (red, orange, yellow, green, blue, purple, pink, white) on one of five grounds (meadow, desert, snow,
+lake, lavender field) before one of five backdrops (mountains, forest, city, hills, volcano), by day, at
+sunset, at night, in rain, in fog or under an aurora, on the left, in the middle or on the right, at 128 x 128
+px and SDXL's other shapes of that area. **It cannot paint** anything else: other words are taken in and
+ignored. Windmills and pyramids are known to the tokenizer, the VAE and the judge but were kept from the base
+model, for experiments that teach it something new.
 
-    system: str
-    attributes: dict[str, float]
-    all_right: float
-    interval: float  # half its width, in points
-    distance: float  # Fréchet's, to drawings of the same scenes, in the judge's features
+What differs from SDXL: size (UNet {unet:.1f} M parameters, {channels} channels, one layer a block), {tokens}
+tokens of text instead of 77, a VAE without mid attention, a network that predicts v instead of noise, as
+SDXL's v-prediction fine-tunes do, and a noise schedule that ends in pure noise (zero terminal SNR). The text
+encoders first learn to tell what captions say, without pictures, since SDXL's come trained, too. `vae_tiny`,
+for `FEWSTEP_VAE=tiny`, is a decoder of 32 channels (diffusers' `AutoencoderTiny`) that repeats what the VAE
+paints. The sizes of the training: {sizes}.
+LCM-LoRA: rank {rank}, w drawn from {low:g} to {high:g}, k = {k}, pseudo-Huber loss
+with c = {c:g} on answers divided by sigma. Licence: {licence}.
 
+## How well it follows prompts
 
-def held_out_captions(count: int) -> tuple[list[Scene], list[str]]:
-    """Held-out combinations and one complete caption of each, in many wordings, always the same ones."""
-    scenes, rng = unseen_scenes(count), random.Random(CAPTIONS_SEED)
-    return scenes, [caption(scene, rng, complete=True) for scene in scenes]
+The judge (a classifier trained on drawings and their augmentations only, frozen before anything that it
+judges was trained, sha256 `{judge}`) looks at pictures of {captions} captions of combinations that the base
+never saw, with {seeds} seeds each. Percent right per attribute, and of pictures with all six right, with 95 %
+intervals over the captions. DDIM's timesteps are spaced as SDXL publishes its scheduler ("leading"), or where
+it says so "trailing", from the last timestep on, which is kinder to a few steps (arXiv 2305.08891). Guidance
+5 is what diffusers' SDXL pipeline takes by default; it burns this base. The judge reads what a picture
+shows, not how it looks: for that there is a distance, Fréchet's as in FID (arXiv 1706.08500), to drawings of
+the same scenes in the features of the judge's last layer. Less is better; two sets of drawings are 1.9 apart.
 
-
-class Examiner:
-    """The judge with an exam: `seeds` images of each scene, and drawings to compare their looks with."""
-
-    def __init__(self, judge: Judge, scenes: Sequence[Scene], prompts: Sequence[str], seeds: int) -> None:
-        self.judge, self.prompts, self.seeds = judge, prompts, seeds
-        self.scenes = [scene for scene in scenes for _ in range(seeds)]
-        self.drawn = describe(judge, draw_many(self.scenes, 2 * 10**9, 128, 128))
-
-    def mark(self, system: str, pictures: Pixels | Sequence[Image.Image]) -> Score:
-        """`images` in the order of `self.scenes`."""
-        right = score(self.judge, pictures, self.scenes).reshape(-1, self.seeds, len(ATTRIBUTES))
-        percent = 100 * right.mean((0, 1))
-        # Images of one caption are not independent, captions are.
-        per_caption = 100 * right.all(2).mean(1)
-        interval = 1.96 * per_caption.std(ddof=1) / len(per_caption) ** 0.5
-        return Score(
-            system,
-            dict(zip(ATTRIBUTES, percent.tolist(), strict=True)),
-            float(per_caption.mean()),
-            float(interval),
-            frechet_distance(describe(self.judge, pictures), self.drawn),
-        )
-
-    def mark_generator(self, system: str, generate: Generator) -> Score:
-        """Generate every prompt with every seed, in batches, and let the judge look."""
-        wishes = [(prompt, 1000 * i + s) for i, prompt in enumerate(self.prompts) for s in range(self.seeds)]
-        pictures: list[Image.Image] = []
-        for start in tqdm(range(0, len(wishes), BATCH), system, mininterval=5.0):
-            texts, numbers = zip(*wishes[start : start + BATCH], strict=True)
-            pictures += generate(texts, numbers)
-        return self.mark(system, pictures)
+{table}
+"""
 
 
-class JudgeMeter:
-    """What the judge in a folder of the miniature's weights says of one image of each of `scenes`."""
-
-    def __init__(self, weights: Path, scenes: Sequence[Scene]) -> None:
-        self._judge, self._scenes = load_judge(weights / "judge" / "judge.safetensors"), list(scenes)
-        self._drawn = describe(self._judge, draw_many(self._scenes, 2 * 10**9, 128, 128))
-
-    def measure(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
-        """Percent with all attributes right, and Fréchet's distance to drawings of the same scenes."""
-        right = score(self._judge, pictures, self._scenes).all(1).mean()
-        distance = frechet_distance(describe(self._judge, pictures), self._drawn)
-        return {"all_right": 100 * float(right), "distance": distance}
-
-
-def few_step_generator(pipeline: Pipeline, steps: int) -> Generator:
-    """What users run: `Pipeline.generate`, unguided."""
-
-    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        wishes = [
-            Request.create(pipeline.spec, prompt=prompt, steps=steps, seed=seed)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        images: list[Image.Image] = []
-        for result in pipeline.generate(wishes):
-            if isinstance(result, FewstepError):
-                raise result
-            images += result.images
-        return images
-
-    return generate
-
-
-def ddim_generator(
-    base: StableDiffusionXLPipeline, steps: int, guidance: float, spacing: str = "leading"
-) -> Generator:
-    """The base without its LoRA, by diffusers' own SDXL pipeline with the DDIM scheduler; guidance 1 is
-    none.
-
-    `spacing` is of the timesteps: "leading", as SDXL is published, starts few steps far below the noise that
-    they are given; "trailing" starts them at the last timestep (arXiv 2305.08891).
-    """
-    scheduler = DDIMScheduler.from_config(
-        base.scheduler.config, clip_sample=False, set_alpha_to_one=False, timestep_spacing=spacing
+def write_card(weights: Path, sizes: Mapping[str, int], student: LoraStudent, scores: list[Score]) -> None:
+    """Write README.md and manifest.json into `weights`; `sizes` are of the build, among them the captions and
+    seeds of `scores`."""
+    judge_sha256 = hashlib.sha256((weights / FILE).read_bytes()).hexdigest()
+    unet = UNet2DConditionModel.from_pretrained(weights / "unet", use_safetensors=True)
+    card = _CARD.format(
+        unet=unet.num_parameters() / 1e6,
+        channels="/".join(map(str, unet.config.block_out_channels)),
+        tokens=TOKENS,
+        sizes=", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in sizes.items()),
+        rank=student.rank,
+        low=student.guidance[0],
+        high=student.guidance[1],
+        k=1000 // student.solver_steps * student.skip,
+        c=student.huber_c,
+        licence=LICENCE,
+        judge=judge_sha256,
+        captions=sizes["captions"],
+        seeds=sizes["seeds"],
+        table=_table(scores),
     )
-    base.set_progress_bar_config(disable=True)
-
-    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        base.scheduler = scheduler
-        # Latents and scheduler stay in fp32; only the networks run in bf16 where a CPU multiplies that, which
-        # halves half an hour.
-        with autocast(base.device):
-            images = base(
-                list(prompts),
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            ).images
-        return list(images)
-
-    return generate
-
-
-def load_base(folder: Path, device: torch.device) -> StableDiffusionXLPipeline:
-    """The base without the LCM-LoRA, in fp32."""
-    return StableDiffusionXLPipeline.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, add_watermarker=False
-    ).to(device)
+    (weights / "README.md").write_text(card)
+    extra = {"sizes": dict(sizes), "student": asdict(student), "judge_sha256": judge_sha256}
+    write_manifest(
+        weights,
+        model="miniature",
+        origin=Origin("scripts/build-miniature", "2", LICENCE),
+        extra={**extra, "scores": [asdict(score) for score in scores]},
+    )
 
 
 def score_all(weights: Path, judge: Judge, captions: int, seeds: int) -> list[Score]:
-    """Every row of the model card's table."""
-    examiner = Examiner(judge, *held_out_captions(captions), seeds)
-    settings = Settings(weights_root=weights.parent, max_batch=BATCH, verify="size", dtype="fp32")
+    """Return every row of the model card's table."""
+    evaluator = make_evaluator(judge, unseen_scenes(captions), seeds)
+    settings = Settings(weights_root=weights.parent, max_batch=25, verify="size", dtype="fp32")
     pipeline, tiny = (load_pipeline(get_model("miniature"), replace(settings, vae=vae)) for vae in VAES)
-    base = load_base(weights, pipeline.device)
-    drawn = draw_many(examiner.scenes, 10**9, 128, 128)
+    base = load_base("miniature", settings, pipeline.device)
+    drawn = draw_many(evaluator.scenes, 10**9, 128, 128)
     scores = [
-        examiner.mark("drawn pictures", drawn),
-        examiner.mark("VAE's reconstruction", reconstruct(base.vae, drawn)),
+        evaluator.score("drawn pictures", drawn),
+        evaluator.score("VAE's reconstruction", reconstruct(base.vae, drawn)),
     ]
-    generators = {
-        f"LCM-LoRA, {n} step{'s' if n > 1 else ''}, unguided": few_step_generator(pipeline, n)
-        for n in (1, 2, 4, 8)
-    }
-    generators["LCM-LoRA, 4 steps, unguided, tiny VAE"] = few_step_generator(tiny, 4)
+    ways: dict[str, Generate] = {}
+    for model, steps, more in ((pipeline, (1, 2, 4, 8), ""), (tiny, (4,), ", tiny VAE")):
+        for n in steps:
+            name = f"LCM-LoRA, {n} step{'s' if n > 1 else ''}, unguided{more}"
+            ways[name] = few_steps(model, n, name)
     for n, spacing, guidance in product(
         (2, 4), ("leading", "trailing"), (TEACHER_GUIDANCE, PIPELINE_GUIDANCE, 1.0)
     ):
         how = "unguided" if guidance == 1.0 else f"guidance {guidance:g}"
-        row = f"base, {n} DDIM steps, {how}" + (", trailing" if spacing == "trailing" else "")
-        generators[row] = ddim_generator(base, n, guidance, spacing)
+        name = f"base, {n} DDIM steps, {how}" + (", trailing" if spacing == "trailing" else "")
+        ways[name] = ddim(base, guidance, spacing).in_steps(n)
     teacher = f"base, {TEACHER_STEPS} DDIM steps, guidance {TEACHER_GUIDANCE:g} (the teacher)"
-    generators[teacher] = ddim_generator(base, TEACHER_STEPS, TEACHER_GUIDANCE)
-    for system, generate in generators.items():
-        scores.append(examiner.mark_generator(system, generate))
+    ways[teacher] = ddim(base, TEACHER_GUIDANCE).in_steps(TEACHER_STEPS)
+    for system, generate in ways.items():
+        scores.append(evaluator.generate_and_score(system, generate))
         logger.info("%s: %.1f ± %.1f", system, scores[-1].all_right, scores[-1].interval)
     return scores
 
 
-def reconstruct(vae: AutoencoderKL, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """uint8 (N, H, W, 3) through the VAE and back."""
-    return decode(vae, encode(vae, pictures))
-
-
-def table(scores: Sequence[Score]) -> str:
-    """The scores as Markdown."""
-    head = ["", *ATTRIBUTES, "**all right**", "distance"]
+def _table(scores: Sequence[Score]) -> str:
     rows = [
         [
-            s.system,
-            *(f"{v:.1f}" for v in s.attributes.values()),
-            f"**{s.all_right:.1f}** ± {s.interval:.1f}",
-            f"{s.distance:.1f}",
+            score.system,
+            *(f"{value:.1f}" for value in score.attributes.values()),
+            f"**{score.all_right:.1f}** ± {score.interval:.1f}",
+            f"{score.distance:.1f}",
         ]
-        for s in scores
+        for score in scores
     ]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(["", *ATTRIBUTES, "**all right**", "distance"], rows)

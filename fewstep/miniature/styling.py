@@ -12,26 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-from tqdm import tqdm
-
-from fewstep.errors import FewstepError
+from fewstep.evaluation.figures import sheet
+from fewstep.evaluation.generate import few_steps
+from fewstep.evaluation.tables import ROOT, markdown
 from fewstep.generation.pipeline import Pipeline, load_pipeline
 from fewstep.lora.types import Lora
-from fewstep.miniature.judge import Judge, load_judge, score
-from fewstep.miniature.scoring import held_out_captions, reconstruct
-from fewstep.miniature.showcase import grid
+from fewstep.miniature.judge import Judge, load_judge
+from fewstep.miniature.vae import reconstruct
 from fewstep.miniature.world.dataset import draw_many
 from fewstep.miniature.world.restyling import STYLES, StyleMeter, draw_restyled
-from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, unseen_scenes
+from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, complete_captions, unseen_scenes
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 
 SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 GRID_STEPS = (1, 2, 4, 8)
 GRID_PROMPT, GRID_SEED = "a red house in a meadow with mountains at sunset, in the middle", 3
-BATCH = 25
 CAPTIONS = 200
 
 _CARD = """\
@@ -61,34 +57,8 @@ class StyleScore:
 
 
 def load_style(pipeline: Pipeline, path: Path) -> Lora:
-    """The style in `path`, as a request carries it."""
+    """Load the style in `path`, as a request carries it."""
     return pipeline.adapters.read(path, hashlib.sha256(path.read_bytes()).hexdigest())
-
-
-def generate_styled(
-    pipeline: Pipeline, prompts: Sequence[str], style: Lora, scale: float, *, steps: int = 4, seed: int = 0
-) -> list[Image.Image]:
-    """One image of each prompt, the i-th with seed `seed + i`."""
-    images: list[Image.Image] = []
-    for start in range(0, len(prompts), BATCH):
-        wishes = [
-            Request.create(
-                pipeline.spec, prompt=prompt, steps=steps, seed=seed + start + i, style="x", style_scale=scale
-            ).with_styles([style])
-            for i, prompt in enumerate(prompts[start : start + BATCH])
-        ]
-        for result in pipeline.generate(wishes):
-            if isinstance(result, FewstepError):
-                raise result
-            images += result.images
-    return images
-
-
-def meter_of(name: str, pipeline: Pipeline, drawings: int) -> StyleMeter:
-    """Fitted to drawings that went through the VAE, as all that is generated does."""
-    scenes, vae = unseen_scenes(drawings, seed=9), pipeline.diffusion.vae
-    plain, styled = draw_many(scenes, 5, 128, 128), draw_restyled(name, scenes, 5, 128, 128)
-    return StyleMeter(reconstruct(vae, plain), reconstruct(vae, styled))
 
 
 def score_style(
@@ -97,19 +67,22 @@ def score_style(
     pipeline: Pipeline,
     judge: Judge,
     scenes: Sequence[Scene],
-    prompts: Sequence[str],
     scales: Sequence[float] = SCALES,
     drawings: int = 400,
 ) -> list[StyleScore]:
-    """How the style and what it leaves alone come out, scale by scale."""
-    meter, kept = (
-        meter_of(name, pipeline, drawings),
-        [list(ATTRIBUTES).index(one) for one in STYLES[name].leaves],
-    )
-    scores = []
-    for scale in tqdm(scales, name):
-        images = generate_styled(pipeline, prompts, style, scale)
-        right = score(judge, images, scenes)[:, kept].all(1)
+    """Measure how a style and what it leaves alone come out, scale by scale."""
+    # Fitted to drawings that went through the VAE, as all that is generated does.
+    drawn, vae = unseen_scenes(drawings, seed=9), pipeline.diffusion.vae
+    plain, styled = draw_many(drawn, 5, 128, 128), draw_restyled(name, drawn, 5, 128, 128)
+    meter = StyleMeter(reconstruct(vae, plain), reconstruct(vae, styled))
+    kept = [list(ATTRIBUTES).index(attribute) for attribute in STYLES[name].leaves]
+    prompts, scores = complete_captions(scenes), []
+    for scale in scales:
+        generate = few_steps(
+            pipeline, 4, f"{name} at {scale:g}", loras=[style], style=name, style_scale=scale
+        )
+        images = generate(prompts, range(len(prompts)))
+        right = judge.score(images, scenes)[:, kept].all(1)
         scores.append(StyleScore(scale, float(meter(images).mean()), 100 * float(right.mean())))
     return scores
 
@@ -117,40 +90,31 @@ def score_style(
 def main() -> None:
     """Score all styles in styles/miniature and write their card and their grid."""
     settings = Settings()
-    pipeline = load_pipeline(get_model("miniature"), Settings(max_batch=BATCH, dtype="fp32"))
-    judge = load_judge(settings.weights_root / "miniature" / "judge" / "judge.safetensors")
-    scenes, prompts = held_out_captions(CAPTIONS)
+    pipeline = load_pipeline(get_model("miniature"), Settings(max_batch=25, dtype="fp32"))
+    judge = load_judge(settings.weights_root / "miniature")
     folder = settings.styles_root / "miniature"
     styles = {name: load_style(pipeline, folder / f"{name}.safetensors") for name in STYLES}
-    found = {
-        name: score_style(name, style, pipeline, judge, scenes, prompts) for name, style in styles.items()
-    }
-    leaves = ";\n".join(f"{name}: {', '.join(style.leaves)}" for name, style in STYLES.items())
-    card = _CARD.format(captions=CAPTIONS, leaves=leaves, table=_table(found))
-    (folder / "README.md").write_text(card)
-    docs = Path(__file__).resolve().parents[2] / "docs"
-    _grid(pipeline, list(styles.values())).save(docs / "styles.webp", quality=92)
-
-
-def _table(found: dict[str, list[StyleScore]]) -> str:
-    head = ["style_scale", *(f"{name}: style | right" for name in found)]
-    lines = [f"| {' | '.join(head)} |", "|" + "---:|" * (1 + 2 * len(found))]
-    for row in zip(*found.values(), strict=True):
-        cells = (f"{one.style:.2f} | {one.all_right:.1f}" for one in row)
-        lines.append(f"| {row[0].scale:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _grid(pipeline: Pipeline, styles: Sequence[Lora]) -> Image.Image:
+    scenes = unseen_scenes(CAPTIONS)
+    scores = {name: score_style(name, style, pipeline, judge, scenes) for name, style in styles.items()}
     rows = [
+        [f"{row[0].scale:g}", *(f"{score.style:.2f} | {score.all_right:.1f}" for score in row)]
+        for row in zip(*scores.values(), strict=True)
+    ]
+    head = ["style_scale", *(cell for name in scores for cell in (f"{name}: style", "right"))]
+    leaves = ";\n".join(f"{name}: {', '.join(style.leaves)}" for name, style in STYLES.items())
+    card = _CARD.format(captions=CAPTIONS, leaves=leaves, table=markdown(head, rows))
+    (folder / "README.md").write_text(card)
+    columns = [(style, steps) for style in styles.values() for steps in GRID_STEPS]
+    images = [
         [
-            generate_styled(pipeline, [GRID_PROMPT], style, scale, steps=steps, seed=GRID_SEED)[0]
-            for style in styles
-            for steps in GRID_STEPS
+            few_steps(pipeline, steps, loras=[style], style="x", style_scale=scale)(
+                [GRID_PROMPT], [GRID_SEED]
+            )[0]
+            for style, steps in columns
         ]
         for scale in SCALES
     ]
-    return grid([image for row in rows for image in row], len(rows[0]))
+    sheet(images).save(ROOT / "docs" / "styles.webp", quality=92)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,14 @@ from __future__ import annotations
 import torch
 
 from fewstep.errors import SettingsError
-from fewstep.generation.text_encoder import Diffusion
-from fewstep.models.specs import ModelSpec
 from fewstep.settings import Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As settings and tables write it."""
-    return next(name for name, one in DTYPES.items() if one == dtype)
+    """The name that settings and tables have for `dtype`."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
@@ -52,11 +50,3 @@ def _multiplies_bf16() -> bool:
         return False
     able = torch.cpu.get_capabilities()
     return any(able.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
-
-
-def order_channels_last(diffusion: Diffusion, spec: ModelSpec) -> None:
-    """As a CPU's convolutions want it: a VAE is a fifth to a third faster, SDXL's UNet a twentieth. The
-    miniature's UNet, of few channels, is slower that way."""
-    diffusion.vae.to(memory_format=torch.channels_last)
-    if spec.native_size >= 512:
-        diffusion.unet.to(memory_format=torch.channels_last)

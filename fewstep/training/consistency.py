@@ -26,12 +26,12 @@ class NoiseSchedule:
 
     @classmethod
     def of(cls, scheduler: Any, device: torch.device) -> NoiseSchedule:
-        """That of a diffusers scheduler."""
+        """Return that of a diffusers scheduler."""
         return cls(scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type)
 
     def signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha(t) and sigma(t) of t (N,), ready to multiply `like` (N, ...); t = -1 stands for clean data:
-        (1, 0)."""
+        """Return alpha(t) and sigma(t) of t (N,), ready to multiply `like` (N, ...); t = -1 stands for clean
+        data: (1, 0)."""
         product = torch.where(
             t < 0, torch.ones_like(self.alphas_cumprod[0]), self.alphas_cumprod[t.clamp(min=0)]
         )
@@ -39,15 +39,15 @@ class NoiseSchedule:
 
 
 def spread(coefficient: Tensor, like: Tensor) -> Tensor:
-    """(N,) -> (N, 1, 1, 1), ready to multiply `like`."""
+    """Return a coefficient (N,) as (N, 1, 1, 1), ready to multiply `like`."""
     return coefficient.reshape(-1, *(1,) * (like.ndim - 1)).to(like)
 
 
 def boundary_scalings(
     t: Tensor, sigma_data: float = SIGMA_DATA, timestep_scaling: float = TIMESTEP_SCALING
 ) -> tuple[Tensor, Tensor]:
-    """c_skip(t) and c_out(t), with c_skip(0) = 1 and c_out(0) = 0, so that f(x, 0) = x (LCM, section 4.1 and
-    appendix)."""
+    """Return c_skip(t) and c_out(t), with c_skip(0) = 1 and c_out(0) = 0, so that f(x, 0) = x (LCM, section
+    4.1 and appendix)."""
     scaled = t * timestep_scaling
     variance = scaled**2 + sigma_data**2
     return sigma_data**2 / variance, scaled / variance**0.5
@@ -56,7 +56,7 @@ def boundary_scalings(
 def predicted_original(
     output: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
 ) -> Tensor:
-    """x_0 from what the network says of z_t = alpha x_0 + sigma noise (LCM, appendix "Different
+    """Return x_0 from what the network says of z_t = alpha x_0 + sigma noise (LCM, appendix "Different
     Parameterizations")."""
     if prediction_type == "epsilon":
         return (z_t - sigma * output) / alpha
@@ -70,7 +70,7 @@ def predicted_original(
 def predicted_noise(
     output: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
 ) -> Tensor:
-    """The noise in z_t, from what the network says of it."""
+    """Return the noise in z_t, from what the network says of it."""
     if prediction_type == "epsilon":
         return output
     if prediction_type == "v_prediction":
@@ -81,20 +81,20 @@ def predicted_noise(
 
 
 def guided_estimate(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
-    """(1 + w) conditional - w unconditional (LCM, equation 14); diffusers' guidance_scale is 1 + w."""
+    """Return (1 + w) conditional - w unconditional (LCM, equation 14); diffusers' guidance_scale is 1 + w."""
     return conditional + spread(w, conditional) * (conditional - unconditional)
 
 
 def guidance_embedding(w: Tensor, width: int) -> Tensor:
-    """The sines and cosines (N, `width`) of w (N,) that a full LCM's UNet takes as `timestep_cond` (LCM,
-    section 4.3; Meng et al., arXiv 2210.03142); those with which diffusers' LCM pipelines generate."""
+    """Return the sines and cosines (N, `width`) of w (N,) that a full LCM's UNet takes as `timestep_cond`
+    (LCM, section 4.3; Meng et al., arXiv 2210.03142); those with which diffusers' LCM pipelines generate."""
     embedded: Tensor = get_timestep_embedding(1000 * w, width, downscale_freq_shift=1)
     return embedded
 
 
 def solver_timesteps(train_timesteps: int, solver_steps: int) -> Tensor:
-    """The `solver_steps` timesteps between which the teacher's ODE is solved, ascending: k - 1, 2k - 1, ...,
-    N - 1.
+    """Return the `solver_steps` timesteps between which the teacher's ODE is solved, ascending: k - 1,
+    2k - 1, ..., N - 1.
 
     They are those from which `diffusers.LCMScheduler` picks its own when it samples.
     """
@@ -103,16 +103,12 @@ def solver_timesteps(train_timesteps: int, solver_steps: int) -> Tensor:
 
 
 def ddim_step(x_0: Tensor, noise: Tensor, alpha_prev: Tensor, sigma_prev: Tensor) -> Tensor:
-    """The DDIM solver's estimate of z at the earlier timestep, over a skip of any length (LCM, equation
-    13)."""
+    """Return the DDIM solver's estimate of z at the earlier timestep, over a skip of any length (LCM,
+    equation 13)."""
     return alpha_prev * x_0 + sigma_prev * noise
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
-    """The mean of sqrt((a - b)^2 + c^2) - c: quadratic below c, linear above, so outliers weigh little."""
+    """Return the mean of sqrt((a - b)^2 + c^2) - c: quadratic below c, linear above, so outliers weigh
+    little."""
     return (((a - b) ** 2 + c**2).sqrt() - c).mean()
-
-
-def squared(a: Tensor, b: Tensor) -> Tensor:
-    """The mean of (a - b)^2, the plainer distance."""
-    return ((a - b) ** 2).mean()

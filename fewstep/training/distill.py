@@ -2,7 +2,7 @@
 2310.04378).
 
 Two students: a LoRA over the frozen teacher (LCM-LoRA, arXiv 2311.05556), and a full LCM, a copy of the
-teacher's UNet that is told w and learns from its own slow average.
+teacher's UNet that takes w and learns from its own slow average.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
@@ -38,7 +39,7 @@ SHORT = 32  # latents a side
 class Batch:
     """Clean latents and what they show; N images.
 
-    `latents` (N, C, H, W) are scaled to unit variance; `prompt_embeds` is (N, T, D). SDXL is told `pooled`
+    `latents` (N, C, H, W) are scaled to unit variance; `prompt_embeds` is (N, T, D). SDXL takes `pooled`
     (N, P) and `time_ids` (N, 6), too. `empty` is the encoded empty prompt, (T, D) and for SDXL (P,); without
     it, no prompt is all zeros, as SDXL has it (`force_zeros_for_empty_prompt`).
     """
@@ -50,10 +51,10 @@ class Batch:
     empty: tuple[Tensor, ...] | None = None
 
     def without_prompt(self) -> Batch:
-        """What the unconditional answer is given."""
-        told = [one for one in (self.prompt_embeds, self.pooled) if one is not None]
-        nothing = self.empty or [torch.zeros_like(one[0]) for one in told]
-        states, *pooled = (one.expand_as(like) for one, like in zip(nothing, told, strict=True))
+        """Return what the unconditional answer is asked with."""
+        prompt = [part for part in (self.prompt_embeds, self.pooled) if part is not None]
+        nothing = self.empty or [torch.zeros_like(part[0]) for part in prompt]
+        states, *pooled = (part.expand_as(like) for part, like in zip(nothing, prompt, strict=True))
         return replace(self, prompt_embeds=states, pooled=pooled[0] if pooled else None)
 
 
@@ -79,8 +80,8 @@ class Distillation:
     huber_c: float | None = 1e-3
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """A scalar, 0 when both are equal."""
-        return cm.squared(a, b) if self.huber_c is None else cm.pseudo_huber(a, b, self.huber_c)
+        """Return a scalar, 0 when both are equal."""
+        return F.mse_loss(a, b) if self.huber_c is None else cm.pseudo_huber(a, b, self.huber_c)
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,15 @@ class LoraStudent(Distillation):
 
 @dataclass(frozen=True)
 class FullStudent(Distillation):
-    """A full LCM, which is told any w of `guidance`, and whose target is its average over the last steps:
+    """A full LCM, which takes any w of `guidance`, and whose target is its average over the last steps:
     `Schedule.ema_decay` is LCM's mu."""
 
     guidance: tuple[float, float] = (2.0, 14.0)  # the paper's range
     width: int = 256  # of the embedding of w
 
 
-class Answer(Protocol):
-    """A network's output for z_t (N, C, H, W) at timesteps t (N,), fp32; w (N,) is for who wants to know."""
-
-    def __call__(self, z_t: Tensor, t: Tensor, batch: Batch, w: Tensor) -> Tensor: ...
+# Of z_t (N, C, H, W), timesteps t (N,), a batch and w (N,), which a full LCM takes: a network's output, fp32.
+Answer: TypeAlias = Callable[[Tensor, Tensor, Batch, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -120,14 +119,17 @@ def add_lora(unet: UNet2DConditionModel, student: LoraStudent) -> None:
     unet.add_adapter(LoraConfig(r=student.rank, lora_alpha=student.rank, target_modules=list(LORA_TARGETS)))
 
 
-def lora_roles(unet: UNet2DConditionModel) -> Roles:
-    """One network in all roles: with what `add_lora` gave it student and target, without it the teacher."""
+def lora_roles(unet: UNet2DConditionModel, teacher: bool = True) -> Roles:
+    """Return roles all of one network: with what `add_lora` gave it, student and target, without, teacher.
+
+    Without `teacher`, a network that generates in few steps already learns from itself and from images.
+    """
     own = partial(predict, unet)
-    return Roles(own, own, partial(predict_without_lora, unet))
+    return Roles(own, own, partial(predict_without_lora, unet) if teacher else None)
 
 
 def make_full_student(teacher: UNet2DConditionModel, student: FullStudent) -> UNet2DConditionModel:
-    """A trainable copy of `teacher` in fp32 that takes w, and at first does not heed it.
+    """Return a trainable copy of `teacher` in fp32 that takes w, and at first does not heed it.
 
     Raises ValueError for a teacher that takes w itself.
     """
@@ -141,23 +143,16 @@ def make_full_student(teacher: UNet2DConditionModel, student: FullStudent) -> UN
     return unet
 
 
-def finetuning_roles(unet: UNet2DConditionModel) -> Roles:
-    """`unet`, which generates in few steps and was given a LoRA by `add_lora`, learns from itself and from
-    images."""
-    own = partial(predict, unet)
-    return Roles(student=own, target=own)
-
-
 def full_roles(
     student: UNet2DConditionModel, target: UNet2DConditionModel, teacher: UNet2DConditionModel
 ) -> Roles:
-    """A full LCM that learns from `target`, its own average; see `make_full_student`."""
+    """Return the roles of a full LCM that learns from `target`, its own average; see `make_full_student`."""
     return Roles(*(partial(predict, network) for network in (student, target, teacher)))
 
 
 def order_for_training(unet: UNet2DConditionModel) -> None:
-    """Its memory as convolutions want it; and on a CPU, in bf16 and for sequences as short as the
-    miniature's, plain attention: the fused kernel's backward is a quarter of the whole step."""
+    """Order the memory of `unet` as convolutions want it; and on a CPU, in bf16 and for sequences as short as
+    the miniature's, take plain attention: the fused kernel's backward is a quarter of the whole step."""
     unet.to(memory_format=torch.channels_last)
     if unet.device.type == "cpu" and unet.config.sample_size <= SHORT:
         unet.set_attn_processor(AttnProcessor())
@@ -166,24 +161,24 @@ def order_for_training(unet: UNet2DConditionModel) -> None:
 def predict(
     unet: UNet2DConditionModel, z_t: Tensor, t: Tensor, batch: Batch, w: Tensor | None = None
 ) -> Tensor:
-    """The network's output for `z_t` at timesteps `t` (N,), fp32; w (N,) is for a network that takes it.
+    """Return the network's output for `z_t` at timesteps `t` (N,), fp32; w (N,) is for one that takes it.
 
     It runs in the dtype of the caller's autocast, or without one in what the device trains in.
     """
-    given: dict[str, Any] = {"encoder_hidden_states": batch.prompt_embeds}
+    conditions: dict[str, Any] = {"encoder_hidden_states": batch.prompt_embeds}
     if batch.pooled is not None:
-        given["added_cond_kwargs"] = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
+        conditions["added_cond_kwargs"] = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
     if unet.config.time_cond_proj_dim and w is not None:
-        given["timestep_cond"] = cm.guidance_embedding(w, unet.config.time_cond_proj_dim)
+        conditions["timestep_cond"] = cm.guidance_embedding(w, unet.config.time_cond_proj_dim)
     with nullcontext() if torch.is_autocast_enabled(z_t.device.type) else autocast(z_t.device):
-        output = unet(z_t, t, **given).sample
+        output = unet(z_t, t, **conditions).sample
     return output.float()  # type: ignore[no-any-return]
 
 
 def predict_without_lora(
     unet: UNet2DConditionModel, z_t: Tensor, t: Tensor, batch: Batch, w: Tensor | None = None
 ) -> Tensor:
-    """`predict` by the network as it was before it got a LoRA."""
+    """Return what `predict` does, of the network as it was before it got a LoRA."""
     unet.disable_adapters()
     try:
         return predict(unet, z_t, t, batch, w)
@@ -191,10 +186,22 @@ def predict_without_lora(
         unet.enable_adapters()
 
 
+def add_noise(
+    batch: Batch, noise_schedule: cm.NoiseSchedule, draws: StepRandom
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return timesteps t (N,) spread evenly over the schedule, the latents with noise at t, and the noise."""
+    latents = batch.latents
+    t = (draws.stratified(len(latents)) * len(noise_schedule.alphas_cumprod)).long().to(latents.device)
+    noise = draws.normal(*latents.shape).to(latents.device)
+    alpha, sigma = noise_schedule.signal_and_noise(t, noise)
+    return t, alpha * latents + sigma * noise, noise
+
+
 def consistency_loss(
     roles: Roles, batch: Batch, noise_schedule: cm.NoiseSchedule, how: Distillation, draws: StepRandom
 ) -> Tensor:
-    """One step of Algorithm 1: the distance between the student at t_{n+k} and the target at t_n."""
+    """Return the loss of one step of Algorithm 1: the distance between the student at t_{n+k} and the target
+    at t_n."""
     device, count = batch.latents.device, len(batch.latents)
     kind = noise_schedule.prediction_type
 
@@ -245,7 +252,7 @@ def consistency_loss(
 def consistency_training(
     roles: Roles, next_batch: NextBatch, noise_schedule: cm.NoiseSchedule, how: Distillation, seed: int
 ) -> Loss:
-    """What `optimise` minimises: `consistency_loss` of each step's own batch and random numbers."""
+    """Return what `optimise` minimises: `consistency_loss` of each step's own batch and random numbers."""
 
     def loss(step: int, share: Shard) -> Tensor:
         return consistency_loss(

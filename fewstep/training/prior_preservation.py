@@ -1,4 +1,4 @@
-"""Against forgetting: while a few images are learnt, a model rehearses what it generated before.
+"""Prior preservation: while it learns a few images, a model rehearses what it generated before.
 
 DreamBooth's prior preservation (arXiv 2208.12242) trains on a model's own images, too. Here its own answers
 are kept (Learning without Forgetting, arXiv 1606.09282): on noisy versions of those images, the network
@@ -7,29 +7,28 @@ with its LoRA is to say what it says without.
 
 from __future__ import annotations
 
-import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import LCMScheduler, UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 
-from fewstep.generation.text_encoder import Diffusion
-from fewstep.miniature.world.dataset import pick_scenes
-from fewstep.miniature.world.scenes import caption, training_scenes
+from fewstep.generation.reference import generate_images
+from fewstep.models.load import Diffusion
 from fewstep.training import consistency as cm
-from fewstep.training.datasets import METADATA
-from fewstep.training.distill import NextBatch, predict, predict_without_lora
-from fewstep.training.samples import generate
+from fewstep.training.data import write_captioned
+from fewstep.training.distill import NextBatch, add_noise, predict, predict_without_lora
 from fewstep.training.trainer import Loss, Shard, StepRandom
 
 logger = logging.getLogger(__name__)
 
+FEW_STEPS = 4
 FULL_LCM_GUIDANCE = 8.0  # what LCM_Dreamshaper_v7 is published with
 
 # Far apart rather than many: what lies between is kept with them.
@@ -47,55 +46,51 @@ _PLACES = (
 )
 
 
-def prompts_of(model: str, count: int) -> list[str]:
-    """`count` prompts of many kinds, always the same, for `model`."""
+def varied_prompts(count: int) -> list[str]:
+    """Return `count` prompts of many kinds, always the same, for a model of photographs and paintings."""
     rng = random.Random(17)
-    if model == "miniature":
-        return [caption(scene, rng) for scene in pick_scenes(training_scenes(), count, seed=17)]
     every = [" ".join(words) for words in product(_MEDIA, _SUBJECTS, _PLACES)]
     return [text for _ in range(0, count, len(every)) for text in rng.sample(every, len(every))][:count]
 
 
 def generate_prior_images(folder: Path, prompts: Sequence[str], diffusion: Diffusion) -> None:
-    """An image of each of `prompts` in `folder`, with captions in metadata.jsonl, by `diffusion`, which
-    generates in few steps; kept, so that a run that goes on sees the same ones."""
-    listed = folder / METADATA
-    rows = [{"file_name": f"{i:05}.png", "text": text} for i, text in enumerate(prompts)]
-    wanted = "".join(f"{json.dumps(row)}\n" for row in rows)
-    if listed.exists() and listed.read_text(encoding="utf-8") == wanted:
-        return
-    logger.info("painting %d pictures to rehearse", len(prompts))
+    """Write an image of each of `prompts` into `folder`, with captions in metadata.jsonl, by `diffusion`,
+    which generates in few steps; once, so that a run that goes on sees the same ones."""
     guidance = FULL_LCM_GUIDANCE if diffusion.unet.config.time_cond_proj_dim else 1.0
-    folder.mkdir(parents=True, exist_ok=True)
-    for row, image in zip(rows, generate(diffusion, diffusion.unet, prompts, guidance=guidance), strict=True):
-        image.save(folder / row["file_name"])
-    part = listed.with_suffix(".part")
-    part.write_text(wanted, encoding="utf-8")
-    part.replace(listed)
+
+    def images() -> Iterator[Image.Image]:
+        logger.info("generating %d images to rehearse", len(prompts))
+        return generate_images(
+            diffusion,
+            prompts,
+            range(len(prompts)),
+            steps=FEW_STEPS,
+            guidance=guidance,
+            scheduler=LCMScheduler.from_config(diffusion.scheduler.config),
+            batch=1,  # a training leaves little memory
+        )
+
+    write_captioned(folder, prompts, images)
 
 
-def keeping_training(
+def prior_loss(
     unet: UNet2DConditionModel,
     next_batch: NextBatch,
     noise_schedule: cm.NoiseSchedule,
     guidance: tuple[float, float],
     seed: int,
 ) -> Loss:
-    """What `optimise` minimises for `unet` to go on saying what it says without its LoRA: the mean squared
-    error between both outputs, at timesteps spread evenly over the schedule.
+    """Return what `optimise` minimises for `unet` to go on saying what it says without its LoRA: the mean
+    squared error between both outputs, at timesteps spread evenly over the schedule.
 
-    A full LCM is told a w drawn uniformly from `guidance`.
+    A full LCM takes a w drawn uniformly from `guidance`.
     """
     low, high = guidance
 
     def loss(step: int, share: Shard) -> Tensor:
         batch, draws = next_batch(step, share), StepRandom(seed, step, share)
-        count, device = len(batch.latents), batch.latents.device
-        t = (draws.stratified(count) * len(noise_schedule.alphas_cumprod)).long().to(device)
-        noise = draws.normal(*batch.latents.shape).to(device)
-        w = (draws.uniform(count) * (high - low) + low).to(device)
-        alpha, sigma = noise_schedule.signal_and_noise(t, noise)
-        z_t = alpha * batch.latents + sigma * noise
+        t, z_t, _ = add_noise(batch, noise_schedule, draws)
+        w = (draws.uniform(len(t)) * (high - low) + low).to(t.device)
         with torch.no_grad():
             before = predict_without_lora(unet, z_t, t, batch, w)
         return F.mse_loss(predict(unet, z_t, t, batch, w), before)
@@ -103,10 +98,10 @@ def keeping_training(
     return loss
 
 
-def in_turns(learnt: Loss, kept: Loss) -> Loss:
-    """Every other step is for what is kept."""
+def in_turns(new: Loss, prior: Loss) -> Loss:
+    """Return a loss of which every other step is for the prior."""
 
     def loss(step: int, share: Shard) -> Tensor:
-        return (learnt, kept)[step % 2](step // 2, share)
+        return (new, prior)[step % 2](step // 2, share)
 
     return loss

@@ -1,52 +1,51 @@
-"""One training, from a loaded diffusers pipeline and encoded images to files that others can load."""
+"""One training, from a model, images and a caller's options to files that others can load.
+
+Latent Consistency Fine-tuning ("Latent Consistency Models", arXiv 2310.04378, section 4.4) needs no teacher:
+its loss is Algorithm 1's, see distill.py, and the images and their noise answer in the teacher's place. So
+the model goes on generating in few steps.
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import logging
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
+from diffusers import LCMScheduler, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from safetensors import SafetensorError
+from PIL import Image
 from torch import Tensor
 
-from fewstep.errors import TrainingError
-from fewstep.generation.text_encoder import Diffusion
-from fewstep.training.card import write_card
+from fewstep.errors import SettingsError, TrainingError
+from fewstep.generation.reference import generate_images
+from fewstep.models.device import device_and_dtype
+from fewstep.models.load import Diffusion
+from fewstep.models.manifest import MANIFEST
+from fewstep.models.sources import LCM_LORA
+from fewstep.models.specs import get_model
+from fewstep.settings import Settings
+from fewstep.training import distill, prior_preservation
+from fewstep.training.config import Plan, TrainingOptions
 from fewstep.training.consistency import NoiseSchedule
-from fewstep.training.distill import (
-    Distillation,
-    FullStudent,
-    NextBatch,
-    add_lora,
-    consistency_training,
-    finetuning_roles,
-    full_roles,
-    lora_roles,
-    make_full_student,
-    order_for_training,
-)
-from fewstep.training.encoded import Batches
-from fewstep.training.lora_files import save_lora
-from fewstep.training.plan import Plan
-from fewstep.training.prior_preservation import in_turns, keeping_training
-from fewstep.training.samples import generate_samples
-from fewstep.training.sources import halve_if_large
+from fewstep.training.data import Captioned, find
+from fewstep.training.export import DIFFUSERS_FILE, save_network, write_card
+from fewstep.training.latents import Batches, Encoder
+from fewstep.training.networks import halve_if_large, load_base, load_few_step
+from fewstep.training.prior_preservation import FEW_STEPS, varied_prompts
 from fewstep.training.style import StyleStudent, add_style, style_training
-from fewstep.training.trainer import WHOLE, Loss, Validation, optimise
+from fewstep.training.trainer import WHOLE, Loss, Validation, check_shares, optimise
 
 logger = logging.getLogger(__name__)
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-KOHYA_FILE = "kohya.safetensors"
+SAMPLES = 4
+# For a LoRA on the base alone, which knows nothing of few steps.
+BASE_STEPS, BASE_GUIDANCE = 20, 5.0
 VALIDATION_BATCH = 4  # whatever the training's is, and however many processes share it
 VALIDATION_SEED = 999
 # Images are held out for validation when there are that many; else it uses those of the training.
@@ -58,21 +57,68 @@ HELD_OUT = 16
 class Data:
     """Encoded images (see `Encoder`), prompts of the samples, and the encoded empty prompt, see `Batch`.
 
-    `rehearsed` are encoded images of the model's own, on which a LoRA is to change nothing.
+    `prior` are encoded images of the model's own, on which a LoRA is to change nothing.
     """
 
     encoded: Sequence[Path]
     prompts: Sequence[str]
     empty: tuple[Tensor, ...] | None = None
-    rehearsed: Sequence[Path] = ()
+    prior: Sequence[Path] = ()
 
     def split(self) -> tuple[Sequence[Path], Sequence[Path]]:
-        """For training and for validation, here and there one of the whole."""
+        """Return those for training and those for validation, here and there one of the whole."""
         apart = max(1, len(self.encoded) // HELD_OUT)
         held_out = list(self.encoded[::apart][:HELD_OUT])
         if len(self.encoded) < ENOUGH_TO_HOLD_OUT:
             return self.encoded, held_out
-        return [one for one in self.encoded if one not in held_out], held_out
+        return [path for path in self.encoded if path not in held_out], held_out
+
+
+def train_model(
+    model: str,
+    settings: Settings,
+    options: TrainingOptions,
+    images: Callable[[], Iterable[Captioned]],
+    folder: Path,
+    *,
+    limit: int | None = None,
+    prior_prompts: Callable[[int], Sequence[str]] = varied_prompts,
+    accelerator: Accelerator | None = None,
+) -> Path:
+    """Train `model` on the first `limit` of what `images` finds, and return what a user loads, in `folder`;
+    see `train` for what else is there.
+
+    `model` is one of ours, or to distil it any diffusers folder. Where the plan rehearses, the model
+    generates images of as many `prior_prompts` first. Raises DatasetError for images, WeightsError for
+    weights, SettingsError for a device that cannot be used or a full LCM that has no base, and TrainingError.
+    """
+    accelerator = accelerator or Accelerator(device_placement=False)
+    device = accelerator.device if settings.device == "auto" else device_and_dtype(settings)[0]
+    plan = options.plan(model)
+    check_shares(plan.schedule, accelerator)
+    if plan.method == "style" and not get_model(model).lcm_lora:
+        raise SettingsError("the model is a full LCM and has no base for a style; train it with lcf")
+    with accelerator.main_process_first():
+        found = images()
+    load = load_few_step if plan.method == "lcf" else load_base
+    diffusion = load(model, settings, device)
+    with accelerator.main_process_first():
+        encoder = Encoder(diffusion, folder / "encoded", options.resolution)
+        encoded, captions, prior = encoder.encode_all(found, limit), encoder.captions, list[Path]()
+        if plan.rehearse:
+            weights = settings.weights_root / model
+            key = f"{plan.rehearse} {(weights / MANIFEST).read_text()}"
+            own = folder / "rehearsal" / hashlib.sha256(key.encode()).hexdigest()[:16]
+            if plan.method != "lcf":  # a base generates in few steps meanwhile
+                diffusion.load_lora_weights(weights, weight_name=LCM_LORA)
+            prior_preservation.generate_prior_images(own, prior_prompts(plan.rehearse), diffusion)
+            if plan.method != "lcf":
+                diffusion.unload_lora_weights()
+            prior = encoder.encode_all(find(own))
+    logger.info("training %s on %d images, seed %d", plan.method, len(encoded), plan.seed)
+    data = Data(encoded, list(dict.fromkeys(captions))[:SAMPLES], encoder.no_prompt(), prior)
+    train(diffusion, plan, data, folder, accelerator, model)
+    return folder / ("unet" if plan.method == "full" else DIFFUSERS_FILE)
 
 
 def train(
@@ -88,134 +134,123 @@ def train(
     torch.manual_seed(plan.seed)  # of a fresh LoRA's first weights
     unet = diffusion.unet.requires_grad_(False)
     noise_schedule = NoiseSchedule.of(diffusion.scheduler, unet.device)
-    own, average, loss_of = _trained(unet, plan, noise_schedule)
-    for network in filter(None, (unet, own, average)):
-        order_for_training(network)
-    own.train()
-    if plan.gradient_checkpointing:
-        own.enable_gradient_checkpointing()
+    network, average, loss_of = prepare(unet, plan, noise_schedule)
     encoded, held_out = data.split()
-    device, size = unet.device, plan.schedule.batch
-    batches = Batches(encoded, size, plan.seed, device, data.empty)
-    watched = Batches(held_out, min(VALIDATION_BATCH, len(held_out)), plan.seed, device, data.empty)
-    validate = loss_of(watched, VALIDATION_SEED)
-    loss = loss_of(batches, plan.seed)
-    if data.rehearsed:
-        own_images = Batches(data.rehearsed, size, plan.seed, device, data.empty)
-        guidance = plan.student.guidance if isinstance(plan.student, Distillation) else (0.0, 0.0)
-        kept = keeping_training(own, own_images, noise_schedule, guidance, plan.seed + 1)
-        loss = in_turns(loss, kept)
-    told = {"model": model, **plan.told()}
-    # A file's name is a hash of what was encoded.
-    names = " ".join(path.name for path in (*encoded, *data.rehearsed))
-    images = hashlib.sha256(names.encode()).hexdigest()
-    _check_same(images, accelerator)
-    result = average or own  # with a LoRA, the loop leaves the average in its place
 
-    def look(step: int) -> float:
-        _generate(
-            diffusion, result, plan, data.prompts, folder / "samples" / f"step-{step:06}.webp", accelerator
-        )
+    def batches(files: Sequence[Path], size: int) -> Batches:
+        return Batches(files, size, plan.seed, unet.device, data.empty)
+
+    loss = loss_of(batches(encoded, plan.schedule.batch), plan.seed)
+    if data.prior:
+        own_images, guidance = batches(data.prior, plan.schedule.batch), plan.student.guidance
+        prior = prior_preservation.prior_loss(network, own_images, noise_schedule, guidance, plan.seed + 1)
+        loss = prior_preservation.in_turns(loss, prior)
+    validation_batches = batches(held_out, min(VALIDATION_BATCH, len(held_out)))
+    validation_loss = loss_of(validation_batches, VALIDATION_SEED)
+    metadata = {"model": model, **plan.metadata()}
+    images = _check_same([*encoded, *data.prior], accelerator)
+    result = average or network  # with a LoRA, the trainer leaves the average in its place
+    few_steps, scale = plan.method != "style", 1.0
+    if result.config.time_cond_proj_dim:  # a full LCM takes the middle of its range of w
+        scale += sum(plan.student.guidance) / 2
+
+    def evaluate(step: int) -> float:
+        row = generate_samples(diffusion, result, data.prompts, few_steps=few_steps, guidance=scale)
+        _save_samples(row, folder / "samples" / f"step-{step:06}.webp", step, accelerator)
         with torch.no_grad():
-            losses = [validate(i, WHOLE) for i in range(watched.per_epoch)]
+            losses = [validation_loss(i, WHOLE) for i in range(validation_batches.per_epoch)]
         return float(torch.stack(losses).mean())
 
-    def save(place: Path, step: int) -> None:
-        _save(result, place, {**told, "step": step})
+    def save_best(step: int) -> None:
+        save_network(result, folder / "best", {**metadata, "step": step})
 
-    watch = Validation(plan.watch_every, look, lambda step: save(folder / "best", step))
     optimise(
         plan.method,
-        own,
+        network,
         loss,
         plan.schedule,
         folder / "checkpoints",
         average,
         accelerator=accelerator,
-        config={**told, "pictures": images, "fp16": accelerator.mixed_precision == "fp16"},
-        watch=watch if plan.watch_every else None,
+        config={**metadata, "pictures": images, "fp16": accelerator.mixed_precision == "fp16"},
+        validation=Validation(plan.watch_every, evaluate, save_best) if plan.watch_every else None,
     )
     if accelerator.is_main_process:
-        save(folder, plan.schedule.steps)
-        write_card(folder, told, _guidance(result, plan))
+        save_network(result, folder, {**metadata, "step": plan.schedule.steps})
+        write_card(folder, metadata, scale)
     accelerator.wait_for_everyone()
 
 
-def _check_same(images: str, accelerator: Accelerator) -> None:
-    """Raises TrainingError when a process sees other images, as after a download that failed there."""
+def _check_same(files: Sequence[Path], accelerator: Accelerator) -> str:
+    """Return a hash of the encoded images. Raises TrainingError when a process sees other ones, as after a
+    download that failed there."""
+    # A file's name is a hash of what was encoded.
+    images = hashlib.sha256(" ".join(path.name for path in files).encode()).hexdigest()
     own = torch.tensor([int(images[:15], 16)], device=accelerator.device)
     if (accelerator.gather(own) != own).any():
         raise TrainingError("the processes see different pictures; run it again")
+    return images
 
 
-def _trained(
+def prepare(
     unet: UNet2DConditionModel, plan: Plan, schedule: NoiseSchedule
-) -> tuple[UNet2DConditionModel, UNet2DConditionModel | None, Callable[[NextBatch, int], Loss]]:
-    """The network whose parameters are trained, its average where it has one of its own, and what is
-    minimised, of batches and a seed."""
-    student = plan.student
-    if isinstance(student, StyleStudent):
-        halve_if_large(unet)
-        add_style(unet, student)
-        cast_training_params(unet)
-        return unet, None, lambda batches, seed: style_training(unet, batches, schedule, seed)
-    own, average = unet, None
-    if isinstance(student, FullStudent):
-        own = make_full_student(unet, student)  # in fp32, before the teacher is rounded
-        halve_if_large(unet)
-        average = copy.deepcopy(own).requires_grad_(False)
-        roles = full_roles(own, average, unet)
+) -> tuple[UNet2DConditionModel, UNet2DConditionModel | None, Callable[[distill.NextBatch, int], Loss]]:
+    """Make of a frozen `unet` what `plan` trains: return the network whose parameters are trained, its
+    average where it has one of its own, and what is minimised, of batches and a seed."""
+    student, network, average = plan.student, unet, None
+    if isinstance(student, distill.FullStudent):
+        network = distill.make_full_student(unet, student)  # in fp32, before the teacher is rounded
+    halve_if_large(unet)
+    if isinstance(student, distill.FullStudent):
+        average = copy.deepcopy(network).requires_grad_(False)
     else:
-        halve_if_large(unet)
-        add_lora(unet, student)
+        add_style(unet, student) if isinstance(student, StyleStudent) else distill.add_lora(unet, student)
         cast_training_params(unet)
-        roles = lora_roles(unet) if plan.method == "lora" else finetuning_roles(unet)
+    for part in filter(None, (unet, network, average)):
+        distill.order_for_training(part)
+    network.train()
+    if plan.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if isinstance(student, StyleStudent):
+        return network, None, lambda batches, seed: style_training(unet, batches, schedule, seed)
+    if average:
+        roles = distill.full_roles(network, average, unet)
+    else:
+        roles = distill.lora_roles(unet, teacher=plan.method == "lora")
     return (
-        own,
+        network,
         average,
-        lambda batches, seed: consistency_training(roles, batches, schedule, student, seed),
+        lambda batches, seed: distill.consistency_training(roles, batches, schedule, student, seed),
     )
 
 
-def _generate(
+def generate_samples(
     diffusion: Diffusion,
     unet: UNet2DConditionModel,
-    plan: Plan,
     prompts: Sequence[str],
-    path: Path,
-    accelerator: Accelerator,
-) -> None:
-    """A row of samples, to `path` and to whoever tracks the run."""
-    few_steps = plan.method != "style"
-    row = generate_samples(diffusion, unet, prompts, few_steps=few_steps, guidance=_guidance(unet, plan))
+    *,
+    few_steps: bool = True,
+    guidance: float = 1.0,
+) -> Image.Image:
+    """Return a row of images, of each of `prompts` with the seed of its place, by `unet` with what else
+    `diffusion` has."""
+    images = generate_images(
+        diffusion,
+        prompts,
+        range(len(prompts)),
+        steps=FEW_STEPS if few_steps else BASE_STEPS,
+        guidance=guidance if few_steps else BASE_GUIDANCE,
+        scheduler=LCMScheduler.from_config(diffusion.scheduler.config) if few_steps else None,
+        batch=1,  # a training leaves little memory
+        unet=unet,
+    )
+    return Image.fromarray(np.hstack([np.asarray(image) for image in images]))
+
+
+def _save_samples(row: Image.Image, path: Path, step: int, accelerator: Accelerator) -> None:
+    """Write a row of samples to `path` and to whoever tracks the run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     row.save(path, quality=90)
-    step = int(path.stem.removeprefix("step-"))
     for tracker in accelerator.trackers:
         order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({"samples": np.asarray(row)[None]}, step=step, **order)
-
-
-def _guidance(unet: UNet2DConditionModel, plan: Plan) -> float:
-    """What samples are generated with: of a full LCM, which is told w, the middle of what it was told."""
-    student = plan.student
-    if unet.config.time_cond_proj_dim and isinstance(student, Distillation):
-        return 1.0 + sum(student.guidance) / 2
-    return 1.0
-
-
-def _save(network: UNet2DConditionModel, folder: Path, told: Mapping[str, object]) -> None:
-    if hasattr(network, "peft_config"):
-        save_lora(network, folder / DIFFUSERS_FILE, told)
-        save_lora(network, folder / KOHYA_FILE, told, kohya=True)
-        return
-    target, part = folder / "unet", folder / "unet.part"
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        network.save_pretrained(part)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        logger.error("the UNet could not be written", exc_info=error)
-        raise TrainingError("the UNet could not be written; is the disk full?") from None
-    shutil.rmtree(target, ignore_errors=True)
-    part.rename(target)

@@ -7,6 +7,7 @@ same (arXiv 2311.05556, section 3): tau' = lambda_1 * tau_style + lambda_2 * tau
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
@@ -14,7 +15,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from fewstep.training import consistency as cm
-from fewstep.training.distill import Batch, NextBatch, predict
+from fewstep.training.distill import NextBatch, add_noise, predict
 from fewstep.training.trainer import Loss, Shard, StepRandom
 
 # The attention of the published style LoRAs, and half of the convolutions, which carry texture.
@@ -28,6 +29,7 @@ STYLE_TARGETS = (
 class StyleStudent:
     """What is trained; alpha is the rank, so that a scale of 1 is the style as it was learnt."""
 
+    guidance: ClassVar = (0.0, 0.0)  # it has none
     rank: int = 8
     targets: tuple[str, ...] = STYLE_TARGETS
 
@@ -39,29 +41,23 @@ def add_style(unet: UNet2DConditionModel, student: StyleStudent) -> None:
     )
 
 
-def style_loss(
-    unet: UNet2DConditionModel, batch: Batch, noise_schedule: cm.NoiseSchedule, draws: StepRandom
-) -> Tensor:
-    """Mean squared error of what the network predicts, noise or v, at timesteps spread evenly over the
-    schedule."""
-    device = batch.latents.device
-    t = (draws.stratified(len(batch.latents)) * len(noise_schedule.alphas_cumprod)).long().to(device)
-    noise = draws.normal(*batch.latents.shape).to(device)
-    alpha, sigma = noise_schedule.signal_and_noise(t, noise)
-    output = predict(unet, alpha * batch.latents + sigma * noise, t, batch)
-    kind = noise_schedule.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise ValueError(f"a network that predicts {kind} cannot be trained here")
-    target = noise if kind == "epsilon" else alpha * noise - sigma * batch.latents
-    return F.mse_loss(output, target)
-
-
 def style_training(
     unet: UNet2DConditionModel, next_batch: NextBatch, noise_schedule: cm.NoiseSchedule, seed: int
 ) -> Loss:
-    """What `optimise` minimises to train the LoRA that `add_style` gave to `unet`."""
+    """Return what `optimise` minimises to train the LoRA that `add_style` gave to `unet`: the mean squared
+    error of what it predicts, noise or v, at timesteps spread evenly over the schedule.
+
+    Raises ValueError for a network that predicts something else.
+    """
+    kind = noise_schedule.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"a network that predicts {kind} cannot be trained here")
 
     def loss(step: int, share: Shard) -> Tensor:
-        return style_loss(unet, next_batch(step, share), noise_schedule, StepRandom(seed, step, share))
+        batch = next_batch(step, share)
+        t, z_t, noise = add_noise(batch, noise_schedule, StepRandom(seed, step, share))
+        alpha, sigma = noise_schedule.signal_and_noise(t, noise)
+        target = noise if kind == "epsilon" else alpha * noise - sigma * batch.latents
+        return F.mse_loss(predict(unet, z_t, t, batch), target)
 
     return loss

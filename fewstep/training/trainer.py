@@ -1,8 +1,8 @@
 """One training loop on accelerate: AdamW, warm-up then a linear fall to zero, EMA, checkpoints that resume
 exactly.
 
-A step's random numbers come from its own number (`Draws`), so a run that was interrupted goes on with the
-very batches it would have seen, and several processes see what one would. Checkpoints are safetensors:
+A step's random numbers come from its own number (`StepRandom`), so a run that was interrupted goes on with
+the very batches it would have seen, and several processes see what one would. Checkpoints are safetensors:
 nothing is ever unpickled.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fewstep.errors import TrainingError
-from fewstep.training.run_state import RunState
+from fewstep.training.checkpoint import Checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Schedule:
     checkpoints_kept: int = 2
 
     def lr_at(self, step: int) -> float:
-        """Warm-up to `lr`, flat for the first 40 %, then linear to zero."""
+        """Return the learning rate: warm-up to `lr`, flat for the first 40 %, then linear to zero."""
         fall = max(1.0, self.steps * 0.6)
         return self.lr * min((step + 1) / self.warmup, 1.0, (self.steps - step) / fall)
 
@@ -60,7 +60,7 @@ class Shard:
     count: int = 1
 
     def of(self, rows: Rows) -> Rows:
-        """This part of `rows`, which are as many as the step's whole batch."""
+        """Return this part of `rows`, which are as many as the step's whole batch."""
         size = len(rows) // self.count
         return rows[self.index * size : (self.index + 1) * size]
 
@@ -80,38 +80,39 @@ class StepRandom:
         self._share = share
 
     def normal(self, *shape: int) -> Tensor:
-        """Noise of `shape`, whose first dimension is this share's images."""
+        """Return noise of `shape`, whose first dimension is this share's images."""
         first, *rest = shape
         return self._share.of(torch.randn(first * self._share.count, *rest, generator=self._generator))
 
     def uniform(self, count: int) -> Tensor:
-        """(count,) in [0, 1)."""
+        """Return (count,) in [0, 1)."""
         return self._share.of(torch.rand(count * self._share.count, generator=self._generator))
 
     def below(self, high: int, count: int) -> Tensor:
-        """(count,) whole numbers in [0, high)."""
+        """Return (count,) whole numbers in [0, high)."""
         return self._share.of(torch.randint(high, (count * self._share.count,), generator=self._generator))
 
     def stratified(self, count: int) -> Tensor:
-        """(count,) in [0, 1), one in each of as many equal parts of it as the whole batch has images."""
+        """Return (count,) in [0, 1), one in each of as many equal parts as the whole batch has images."""
         total = count * self._share.count
         drawn = (torch.arange(total) + torch.rand(total, generator=self._generator)) / total
         return self._share.of(drawn.clamp(max=BELOW_ONE))  # the last may be rounded up
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step, on the CPU whatever the device: a resumed run draws the same ones."""
+    """Return the generator of one step, on the CPU whatever the device; a resumed run draws the same."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Every `every` steps and at the end, `look(step)` finds the averaged weights in the module, or in
-    `average`, and returns a validation loss; when it is the lowest so far, `keep(step)` may save them."""
+    """What happens every `every` steps and at the end: `evaluate(step)` finds the averaged weights in the
+    module, or in `average`, and returns a validation loss; when that is the lowest so far,
+    `save_best(step)` may save them."""
 
     every: int
-    look: Callable[[int], float]
-    keep: Callable[[int], None]
+    evaluate: Callable[[int], float]
+    save_best: Callable[[int], None]
 
 
 Loss: TypeAlias = Callable[[int, Shard], Tensor]
@@ -139,7 +140,7 @@ def optimise(
     *,
     accelerator: Accelerator | None = None,
     config: Mapping[str, object] | None = None,
-    watch: Validation | None = None,
+    validation: Validation | None = None,
 ) -> None:
     """Train the parameters of `module` that require a gradient; leave their EMA in it.
 
@@ -157,65 +158,44 @@ def optimise(
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
     ema = [p.detach() for p in average.parameters()] if average else [p.detach().clone() for p in parameters]
-    state = RunState(
-        checkpoints,
-        parameters,
-        ema,
-        optimizer,
-        config or {},
-        kept=schedule.checkpoints_kept,
-        scaler=accelerator.scaler,
-    )
-    start = state.resume()
+    kept, scaler = schedule.checkpoints_kept, accelerator.scaler
+    saved = Checkpoints(checkpoints, parameters, ema, optimizer, config or {}, kept=kept, scaler=scaler)
+    start = saved.resume()
     starts = accelerator.gather(torch.tensor([start], device=accelerator.device))
     if (starts != start).any():
         raise TrainingError("the processes see different checkpoints; name a folder that all of them share")
-    count = accelerator.num_processes
-    plural = "" if count == 1 else "es"
-    logger.info("%s: %d steps of %d on %d process%s", name, schedule.steps, schedule.batch, count, plural)
+    processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
+    logger.info("%s: %d steps of %d on %s", name, schedule.steps, schedule.batch, processes)
     step_loss, prepared = accelerator.prepare(_StepLoss(module, loss), optimizer)
+    main = accelerator.is_main_process
     progress = tqdm(
-        range(start, schedule.steps),
-        name,
-        schedule.steps,
-        initial=start,
-        mininterval=5.0,
-        disable=not accelerator.is_main_process,
+        range(start, schedule.steps), name, schedule.steps, initial=start, mininterval=5.0, disable=not main
     )
     began, running = time.monotonic(), None
     for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr_at(step)
-        value = _backward(accelerator, step_loss, step, schedule.accumulate)
-        norm = accelerator.clip_grad_norm_(parameters, schedule.max_grad_norm)
-        # fp16 leaves out a step whose gradients overflow, and lowers its scale.
-        if not value.isfinite() or not (accelerator.scaler or norm.isfinite()):
-            raise TrainingError(
-                f"the loss of step {step + 1} is not a number; {state.told()}, a lower learning rate may help"
-            )
-        prepared.step()
-        prepared.zero_grad(set_to_none=True)
+        value = _step(accelerator, step_loss, prepared, parameters, schedule, step)
+        if value is None:
+            hint = f"{saved.latest()}, a lower learning rate may help"
+            raise TrainingError(f"the loss of step {step + 1} is not a number; {hint}")
         # A short memory at first: the EMA of a young model must not hold its random start.
         decay = min(schedule.ema_decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1.0 - decay)
 
-        running = value.item() if running is None else 0.9 * running + 0.1 * value.item()
+        running = value if running is None else 0.9 * running + 0.1 * value
         rate = (step + 1 - start) * schedule.batch / (time.monotonic() - began)
         progress.set_postfix({"loss": f"{running:.4f}", "images/s": f"{rate:.1f}"}, refresh=False)
-        figures = {"loss": value.item(), "lr": schedule.lr_at(step), "images_per_s": rate}
+        figures = {"loss": value, "lr": schedule.lr_at(step), "images_per_s": rate}
         last = step + 1 == schedule.steps
-        if watch and accelerator.is_main_process and (last or (step + 1) % watch.every == 0):
+        if validation and main and (last or (step + 1) % validation.every == 0):
             with nullcontext() if average else _averaged(parameters, ema):
-                figures["validation_loss"] = watch.look(step + 1)
-                if state.is_best(figures["validation_loss"]):
-                    watch.keep(step + 1)
+                figures["validation_loss"] = validation.evaluate(step + 1)
+                if saved.is_best(figures["validation_loss"]):
+                    validation.save_best(step + 1)
         accelerator.log(figures, step=step + 1)
-        if accelerator.is_main_process and (last or (step + 1) % schedule.checkpoint_every == 0):
-            state.save(step + 1)
+        if main and (last or (step + 1) % schedule.checkpoint_every == 0):
+            saved.save(step + 1)
     accelerator.wait_for_everyone()
-    with torch.no_grad():
-        for parameter, mean in zip(parameters, ema, strict=True):
-            parameter.copy_(mean)
+    _copy(parameters, ema)
 
 
 def check_shares(schedule: Schedule, accelerator: Accelerator) -> None:
@@ -227,30 +207,47 @@ def check_shares(schedule: Schedule, accelerator: Accelerator) -> None:
         )
 
 
-def _backward(accelerator: Accelerator, step_loss: nn.Module, step: int, accumulate: int) -> Tensor:
-    """Gradients of all parts of one step; returns the mean loss over all processes."""
-    total = torch.zeros((), device=accelerator.device)
-    count = accelerator.num_processes * accumulate
-    for part in range(accumulate):
-        waits = part + 1 < accumulate  # the processes exchange gradients once a step
+def _step(
+    accelerator: Accelerator,
+    step_loss: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    schedule: Schedule,
+    step: int,
+) -> float | None:
+    """Do one step with the gradients of all its parts; return the mean loss over all processes, or None and
+    leave the parameters where the loss is no number."""
+    for group in optimizer.param_groups:
+        group["lr"] = schedule.lr_at(step)
+    total, parts = torch.zeros((), device=accelerator.device), schedule.accumulate
+    for part in range(parts):
+        waits = part + 1 < parts  # the processes exchange gradients once a step
+        share = Shard(accelerator.process_index * parts + part, accelerator.num_processes * parts)
         with accelerator.no_sync(step_loss) if waits else nullcontext():
-            value = step_loss(step, Shard(accelerator.process_index * accumulate + part, count)) / accumulate
+            value = step_loss(step, share) / parts
             accelerator.backward(value)
         total += value.detach()
     mean: Tensor = accelerator.reduce(total, "mean")
-    return mean
+    norm = accelerator.clip_grad_norm_(parameters, schedule.max_grad_norm)
+    # fp16 leaves out a step whose gradients overflow, and lowers its scale.
+    if not mean.isfinite() or not (accelerator.scaler or norm.isfinite()):
+        return None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return mean.item()
 
 
 @contextmanager
 def _averaged(parameters: list[nn.Parameter], ema: list[Tensor]) -> Iterator[None]:
-    """The average in the place of the parameters."""
+    """Within it, the average is in the place of the parameters."""
     own = [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():
-        for parameter, mean in zip(parameters, ema, strict=True):
-            parameter.copy_(mean)
+    _copy(parameters, ema)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, own, strict=True):
-                parameter.copy_(value)
+        _copy(parameters, own)
+
+
+@torch.no_grad()
+def _copy(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    torch._foreach_copy_(list(parameters), list(values))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fewstep.errors import InvalidRequest
 from fewstep.models.specs import ModelSpec
-from fewstep.request import SIDE, Request
+from fewstep.request import SIDE, Inputs
 
 # In px: a model gives up below half of what it was trained on, and the miniature before that.
 QUICK_SIDE = 512
@@ -83,7 +83,7 @@ def make_wish(
     if style and style not in styles:  # other sources would have the server fetch what a stranger names
         raise InvalidRequest("style is not one of this server's; choose one that the page offers")
     given = {name: value for name, value in fields.items() if value is not None}
-    request = Request.create(spec, **given, image=image, mask=mask)
+    request = Inputs.create(spec, **given, image=image, mask=mask)
     width, height = request.width, request.height
     if quick and has_quick_size(spec):
         scale = QUICK_SIDE / spec.native_size
@@ -103,7 +103,7 @@ def make_wish(
     if request.guided and request.negative_prompt:
         inputs["negative_prompt"] = request.negative_prompt
     if style:
-        inputs |= {"style": style, "style_scale": request.wishes[0].scale}
+        inputs |= {"style": style, "style_scale": request.styles[0].scale}
     if request.image is not None:
         inputs |= {"image": _data_url(request.image), "prompt_strength": request.strength}
     if request.mask is not None:

@@ -11,12 +11,12 @@ from tiny import UNETS as TINY_UNETS
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from fewstep.benchmark import full_size as fullsize
-from fewstep.benchmark.measure import append_row, measure
+from fewstep.benchmark.measure import measure
+from fewstep.evaluation.tables import append_csv, commit
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.lora.merge import weights_by_layer
 from fewstep.models.manifest import read_manifest
 from fewstep.models.specs import MODELS, get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 
 
@@ -79,21 +79,19 @@ def test_what_is_made_loads_and_generates(toy, name):
     assert {file.source for file in read_manifest(folder, fix="").files} == {"fewstep"}
     spec = get_model(f"{name}-random")
     pipeline = load_pipeline(spec, Settings(weights_root=toy))
-    (result,) = pipeline.generate(
-        [Request.create(spec, prompt="noise", aspect_ratio="custom", width=64, height=64)]
-    )
-    assert result.images[0].size == (64, 64)
+    [image] = pipeline.images(["noise"], [1], aspect_ratio="custom", width=64, height=64)
+    assert image.size == (64, 64)
 
 
 def test_a_measurement_is_a_row_with_its_machine(tmp_path):
     row = measure("miniature", os.environ, width=64, height=64, steps=1)
 
     path = tmp_path / "benchmarks" / "full-size.csv"
-    append_row(path, row)
-    append_row(path, row)
+    append_csv(path, row)
+    append_csv(path, row)
 
     first, second = csv.DictReader(path.read_text().splitlines())
-    assert first == second
+    assert first == second and first["commit"] == commit()
     assert (first["model"], first["width"], first["torch"]) == ("miniature", "64", torch.__version__)
     assert 0.2 < float(first["setup_peak_gb"]) < 8 and 0.2 < float(first["painting_peak_gb"]) < 8
     assert 0 < float(first["steps_s"]) <= float(first["painting_s"])

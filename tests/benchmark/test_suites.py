@@ -4,38 +4,37 @@ from dataclasses import replace
 
 import pytest
 
-from fewstep.benchmark.plots import plot
-from fewstep.benchmark.suites import HTTP, JUDGED, SUITES, run, summarised
-from fewstep.benchmark.systems import Wish
+from fewstep.benchmark.suites import HTTP, JUDGED, SUITES, plot, plot_costs, run, summarised
+from fewstep.benchmark.systems import Scenario
 from fewstep.coglet.server import ServerFailed
 from fewstep.settings import Settings
 
 
 def test_a_run_measures_every_system_and_draws_it(tmp_path):
-    wish = Wish(128, 1)
+    first = Scenario(128, 1)
     systems = ("fewstep", HTTP, "fewstep-openvino", "diffusers")
-    wishes = (wish, Wish(64, 1), JUDGED)
-    suite = replace(SUITES["miniature"], systems=systems, wishes=wishes, repeats=2, captions=5)
-    told = []
-    found, worth = run(suite, Settings().weights_root, 1, told.append)
-    assert told == [f"round 1 of 1: {name}" for name in systems]
-    every = {(name, wish) for name in systems for wish in wishes} - {("fewstep-openvino", wishes[1])}
-    assert set(found) == every
-    assert {len(rows) for rows in found.values()} == {2}
-    assert set(worth) == {(name, wish) for name, wish in every if name != HTTP}
+    scenarios = (first, Scenario(64, 1), JUDGED)
+    suite = replace(SUITES["miniature"], systems=systems, scenarios=scenarios, repeats=2, captions=5)
+    reported = []
+    samples, worth = run(suite, Settings().weights_root, 1, reported.append)
+    assert reported == [f"round 1 of 1: {name}" for name in systems]
+    every = {(name, one) for name in systems for one in scenarios} - {("fewstep-openvino", scenarios[1])}
+    assert set(samples) == every
+    assert {len(rows) for rows in samples.values()} == {2}
+    assert set(worth) == {(name, one) for name, one in every if name != HTTP}
     assert all(30 < row["psnr"] <= 100 for (name, _), row in worth.items() if name != "diffusers")
     assert "psnr" not in worth["diffusers", JUDGED]
-    assert worth["fewstep", JUDGED]["right"] >= 80 and "right" not in worth["fewstep", wish]
+    assert worth["fewstep", JUDGED]["right"] >= 80 and "right" not in worth["fewstep", first]
     machine = {"cpu": "any", "cores": 2}
     rows = [
-        {**machine, "system": name, **vars(wish), **summarised(rows)} for (name, wish), rows in found.items()
+        {**machine, "system": name, **vars(one), **summarised(rows)} for (name, one), rows in samples.items()
     ]
     assert all(row["least"] <= row["seconds"] <= row["most"] and row["other"] > 0 for row in rows)
-    plot(
-        [*rows, {**machine, "system": "floor", **vars(wish), "dtype": "fp32", "seconds": 0.1}],
-        tmp_path / "x.png",
-    )
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    roofline = {**machine, "system": "floor", **vars(first), "dtype": "fp32", "seconds": 0.1}
+    for draw in (plot, plot_costs):
+        draw([*rows, roofline], tmp_path / "x.png")
+        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "x.png").unlink()
 
 
 def test_a_summary_is_of_medians():
@@ -49,6 +48,6 @@ def test_a_summary_is_of_medians():
 
 
 def test_a_system_that_fails_is_named(tmp_path):
-    suite = replace(SUITES["miniature"], systems=("diffusers",), wishes=(Wish(128, 1),))
+    suite = replace(SUITES["miniature"], systems=("diffusers",), scenarios=(Scenario(128, 1),))
     with pytest.raises(ServerFailed, match="diffusers ended with status 1"):
         run(suite, tmp_path, 1, str)  # where there are no weights

@@ -4,8 +4,15 @@ from itertools import count
 
 import pytest
 
-from fewstep.benchmark.plots import plot_throughput
-from fewstep.benchmark.throughput import Load, differences, in_turns, put_load, rows_of, served
+from fewstep.benchmark.throughput import (
+    LoadResult,
+    beside_generate,
+    differences,
+    plot,
+    put_load,
+    rows_of,
+    served,
+)
 from fewstep.coglet.server import ServerFailed
 from fewstep.settings import Settings
 
@@ -26,9 +33,9 @@ def test_loads_take_turns_with_generate(monkeypatch):
     monkeypatch.setattr("fewstep.benchmark.throughput.TURNS", 2)
     numbers = count()
     with served("fewstep", WEIGHTS) as server:
-        turns = in_turns("fewstep", server, WEIGHTS, numbers, requests=8)
-    assert [(len(load.waited), load.lost, rate > 0) for load, rate in turns] == [(8, 0, True)] * 2
-    assert next(numbers) == 16  # each with wishes that no cache has seen
+        turns = list(beside_generate("fewstep", server, WEIGHTS, numbers, requests=8))
+    assert [(len(load.waited), load.lost, load.alone > 0) for load in turns] == [(8, 0, True)] * 2
+    assert next(numbers) == 16  # each with prompts that no cache has seen
 
 
 def test_plain_diffusers_is_served_by_the_same_server():
@@ -51,13 +58,13 @@ def test_a_server_that_does_not_start_is_told(tmp_path):
 def test_rows_are_medians_over_rounds_and_are_drawn(tmp_path):
     loads = {
         ("fewstep", clients): [
-            Load(2.0, [0.5] * 4, 0, 1),
-            Load(1.0, [0.1] * 8, 1, 1),
-            Load(1.0, [0.1] * 4, 0, 4),
+            LoadResult(2.0, [0.5] * 4, 0, 1, 16 if clients == 8 else 0),
+            LoadResult(1.0, [0.1] * 8, 1, 1, 10 if clients == 8 else 0),
+            LoadResult(1.0, [0.1] * 4, 0, 4, 8 if clients == 8 else 0),
         ]
         for clients in (1, 8)
     }
-    rows = rows_of(loads, {"fewstep": [16, 10, 8]}, {"fewstep": {"most_apart": 2}}, {8: 0.1, 1: 0.2})
+    rows = rows_of(loads, {"fewstep": {"most_apart": 2}}, {8: 0.1, 1: 0.2})
     assert [(row["system"], row["clients"]) for row in rows] == [
         ("fewstep", 1),
         ("fewstep", 8),
@@ -71,5 +78,5 @@ def test_rows_are_medians_over_rounds_and_are_drawn(tmp_path):
     assert "most_apart" not in first and second["most_apart"] == 2
     assert (first["of_generate"], second["of_generate"]) == ("", 50)  # of 12.5, 80 and 50 %
     assert (generate["images_per_s"], lone["wait_ms"]) == (10, 100)
-    plot_throughput([{"cpu": "any", "cores": 2, **row} for row in rows], tmp_path / "x.png")
+    plot([{"cpu": "any", "cores": 2, **row} for row in rows], tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -20,15 +20,15 @@ from transformers import (
     ViTModel,
 )
 
-from fewstep.evaluation.compare import ClipMeter, FeatureMeter, samplers, table
+from fewstep.evaluation.compare import samplers, table
+from fewstep.evaluation.metrics import ClipMeter, FeatureMeter
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 from fewstep.training.distill import FullStudent, make_full_student
-from fewstep.training.sources import load_base
+from fewstep.training.networks import load_base
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(verify="size", dtype="fp32")
@@ -57,8 +57,8 @@ def test_the_lcm_lora_generates_as_in_the_container(lcm):
     assert last.name == "LCM-LoRA"
     [theirs] = last.generate(["a red house in the snow"], 4)
     pipeline = load_pipeline(get_model("miniature"), SETTINGS)
-    wish = Request.create(pipeline.spec, prompt="a red house in the snow", seed=1000)
-    assert np.abs(pixels(theirs) - pixels(pipeline.generate([wish])[0].images[0])).mean() < 1  # bf16
+    [ours] = pipeline.images(["a red house in the snow"], [1000])
+    assert np.abs(pixels(theirs) - pixels(ours)).mean() < 1  # bf16
 
 
 def test_every_sampler_is_another_and_the_first_two_agree_in_many_steps(lcm):
@@ -100,7 +100,7 @@ def test_the_command_writes_table_plot_and_grid(lcm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--steps", "0"], "--steps must be at least 1"),
         (["--model", "sdxl"], "--prompts is needed"),
@@ -111,12 +111,12 @@ def test_the_command_writes_table_plot_and_grid(lcm, tmp_path):
         (["--lora", "nowhere"], "there is nothing at the path of --lora"),
     ],
 )
-def test_what_cannot_be_measured_is_told_at_once(arguments, told, capsys, tmp_path):
+def test_what_cannot_be_measured_is_refused_at_once(arguments, message, capsys, tmp_path):
     from fewstep.cli.evaluate import main
 
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), *arguments])
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_table_has_samplers_down_and_steps_across():

@@ -6,17 +6,32 @@ import random
 import threading
 import time
 import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
-from fewstep.errors import DeadlineExceeded, GenerationError, InternalError, Stopped
+from fewstep.errors import DeadlineExceeded, GenerationError, InternalError, InvalidRequest, Stopped
 from fewstep.generation.batcher import MAX_OVERTAKEN, Batcher
-from fewstep.models.specs import MODELS
-from fewstep.request import Request
 
 
-def wish(seed, **inputs):
-    return Request.create(MODELS["miniature"], prompt="a red house", seed=seed, **inputs)
+@dataclass(frozen=True)
+class Wish:
+    """What the batcher must know of a request."""
+
+    seed: int
+    num_outputs: int = 1
+    shape_key: Hashable = None
+    weights_key: Hashable = None
+
+
+def wish(seed, num_outputs=1, **inputs):
+    return Wish(seed, num_outputs, tuple(inputs.items()))
+
+
+def styled(seed, weights):
+    return Wish(seed, 1, weights, weights)
 
 
 class Result:
@@ -27,6 +42,8 @@ class Result:
 class Model:
     """Stands in for the model: notes every batch and its thread, and can be held in the middle of one."""
 
+    limit = 8
+
     def __init__(self):
         self.batches = []
         self.threads = set()
@@ -36,7 +53,13 @@ class Model:
         self.saw_stopped = False
         self._inside = threading.Lock()
 
-    def generate(self, requests, stopped, more):
+    def max_images(self, request):
+        return self.limit
+
+    def encode(self, request):
+        return request
+
+    def generate(self, requests, stopped):
         assert self._inside.acquire(blocking=False), "two batches at once"
         try:
             self.batches.append([request.seed for request in requests])
@@ -52,7 +75,13 @@ class Model:
 
 
 def batcher_of(model, limit=8, deadline_s=20.0, **options):
-    return Batcher(model.generate, max_images=lambda request: limit, deadline_s=deadline_s, **options)
+    model.limit = limit
+    return Batcher(model, deadline_s=deadline_s, **options)
+
+
+def batcher_by(generate, max_images=lambda request: 8, encode=lambda request: request):
+    model = SimpleNamespace(generate=generate, max_images=max_images, encode=encode)
+    return Batcher(model, deadline_s=20)
 
 
 def play(scene, seconds=20):
@@ -152,9 +181,7 @@ def test_the_limit_is_asked_of_the_head():
     asked = []
 
     async def scene():
-        batcher = Batcher(
-            model.generate, max_images=lambda request: asked.append(request.seed) or 8, deadline_s=20
-        )
+        batcher = batcher_by(model.generate, lambda request: asked.append(request.seed) or 8)
         first = await held(model, batcher)
         tasks = await queued(batcher, wish(1), wish(2))
         model.gate.set()
@@ -260,24 +287,26 @@ def test_a_caller_that_leaves_a_running_batch_leaves_its_mates_unharmed():
     assert model.batches == [[0], [1, 2, 3]]
 
 
-def test_who_comes_before_the_first_step_joins_if_there_is_room():
+def test_who_comes_while_others_are_encoded_joins_if_there_is_room():
     batches, asked = [], threading.Semaphore(0)
-    gates = [threading.Event() for _ in range(3)]
+    gates = {seed: threading.Event() for seed in (1, 2, 4)}
 
-    def generate(requests, stopped, more):
-        requests = list(requests)
-        for gate in gates:
+    def encode(request):
+        if request.seed in gates:
             asked.release()
-            gate.wait(10)
-            requests += more()
-        batches.append([request.seed for request in requests])
-        return [Result(request.seed) for request in requests]
+            gates[request.seed].wait(10)
+        return f"encoded {request.seed}"
+
+    def generate(encoded, stopped):
+        seeds = [int(text.removeprefix("encoded ")) for text in encoded]
+        batches.append(seeds)
+        return [Result(seed) for seed in seeds]
 
     async def scene():
-        batcher = Batcher(generate, max_images=lambda request: 4, deadline_s=20)
+        batcher = batcher_by(generate, lambda request: 4, encode)
         tasks = await queued(batcher, wish(1))
         comers = [[wish(2), wish(3, steps=2)], [wish(4)], [wish(5, num_outputs=2), wish(6)]]
-        for gate, late in zip(gates, comers, strict=True):
+        for gate, late in zip(gates.values(), comers, strict=True):
             await asyncio.to_thread(asked.acquire)
             tasks += await queued(batcher, *late)
             gate.set()
@@ -289,21 +318,20 @@ def test_who_comes_before_the_first_step_joins_if_there_is_room():
 
 
 def test_nobody_joins_from_behind_a_call_nor_once_gone():
-    batches, asked, gate = [], threading.Event(), threading.Event()
+    model, asked, gate = Model(), threading.Event(), threading.Event()
 
-    def generate(requests, stopped, more):
+    def encode(request):
         asked.set()
         gate.wait(10)
-        batches.append([request.seed for request in [*requests, *more()]])
-        return [Result(seed) for seed in batches[-1]]
+        return request
 
     async def scene():
-        batcher = Batcher(generate, max_images=lambda request: 8, deadline_s=20)
+        batcher = batcher_by(model.generate, encode=encode)
         tasks = await queued(batcher, wish(1))
         await asyncio.to_thread(asked.wait)
         gone, kept = await queued(batcher, wish(2), wish(3))
         gone.cancel()
-        call = asyncio.create_task(batcher.run(lambda: list(batches)))
+        call = asyncio.create_task(batcher.run(lambda: list(model.batches)))
         await asyncio.sleep(0)
         behind = await queued(batcher, wish(4))
         gate.set()
@@ -311,7 +339,43 @@ def test_nobody_joins_from_behind_a_call_nor_once_gone():
 
     seeds, before_the_call = play(scene())
     assert seeds == [1, 3, 4]
-    assert before_the_call == [[1, 3]] and batches == [[1, 3], [4]]
+    assert before_the_call == [[1, 3]] and model.batches == [[1, 3], [4]]
+
+
+def test_a_prompt_that_cannot_be_encoded_fails_its_batch_and_no_other():
+    model = Model()
+
+    def encode(request):
+        if request.seed == 2:
+            raise InvalidRequest("prompt is too long")
+        return request
+
+    async def scene():
+        batcher = batcher_by(model.generate, encode=encode)
+        first = await held(model, batcher)
+        tasks = await queued(batcher, wish(1), wish(2), wish(3, steps=2))
+        model.gate.set()
+        ends = await asyncio.gather(first, *tasks, return_exceptions=True)
+        return [type(end) for end in ends]
+
+    assert play(scene()) == [Result, InvalidRequest, InvalidRequest, Result]
+    assert model.batches == [[0], [3]]
+
+
+def test_a_failure_among_the_results_is_raised_to_its_own_caller():
+    def generate(requests, stopped):
+        return [GenerationError("no picture") if request.seed == 1 else Result(2) for request in requests]
+
+    async def scene():
+        batcher, gate = batcher_by(generate), threading.Event()
+        call = asyncio.create_task(batcher.run(gate.wait))
+        tasks = await queued(batcher, wish(1), wish(2))
+        gate.set()
+        await call
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    failure, result = play(scene())
+    assert type(failure) is GenerationError and result.seed == 2
 
 
 def test_a_batch_is_stopped_once_everybody_has_left_and_the_next_is_served():
@@ -406,12 +470,12 @@ def test_a_mate_whose_time_is_up_takes_nobody_along():
 
 
 def failing_with(error):
-    def generate(requests, stopped, more):
+    def generate(requests, stopped):
         if requests[0].seed == 666:
             raise error
         return [Result(request.seed) for request in requests]
 
-    return Batcher(generate, max_images=lambda request: 8, deadline_s=20)
+    return batcher_by(generate)
 
 
 @pytest.mark.parametrize(
@@ -449,12 +513,12 @@ def test_anything_unforeseen_becomes_an_internal_error_and_the_thread_lives_on(e
 def test_a_foreseen_error_reaches_every_mate_each_with_its_own_copy():
     model = Model()
 
-    def generate(requests, stopped, more):
-        model.generate(requests, stopped, more)
+    def generate(requests, stopped):
+        model.generate(requests, stopped)
         raise GenerationError("the picture is not finite")
 
     async def scene():
-        batcher = Batcher(generate, max_images=lambda request: 8, deadline_s=20)
+        batcher = batcher_by(generate)
         first = await held(model, batcher)
         tasks = await queued(batcher, wish(1), wish(2))
         model.gate.set()
@@ -472,12 +536,12 @@ def test_a_foreseen_error_reaches_every_mate_each_with_its_own_copy():
 def test_a_wrong_number_of_results_is_an_error_for_all_and_never_a_mixup(results):
     model = Model()
 
-    def generate(requests, stopped, more):
-        model.generate(requests, stopped, more)
+    def generate(requests, stopped):
+        model.generate(requests, stopped)
         return results if len(requests) == 2 else [Result(request.seed) for request in requests]
 
     async def scene():
-        batcher = Batcher(generate, max_images=lambda request: 8, deadline_s=20)
+        batcher = batcher_by(generate)
         first = await held(model, batcher)
         tasks = await queued(batcher, wish(1), wish(2))
         model.gate.set()
@@ -490,7 +554,7 @@ def test_a_wrong_number_of_results_is_an_error_for_all_and_never_a_mixup(results
 
 def test_a_failure_to_size_the_batch_is_told_to_its_head():
     async def scene():
-        batcher = Batcher(lambda *_: [1], max_images=lambda request: 1 // 0, deadline_s=20)
+        batcher = batcher_by(lambda *_: [1], lambda request: 1 // 0)
         with pytest.raises(InternalError):
             await batcher.submit(wish(1))
         healthy = batcher.healthy()
@@ -530,13 +594,13 @@ def test_an_error_on_its_way_to_a_caller_that_leaves_is_not_reported_as_forgotte
     model = Model()
     reports = []
 
-    def generate(requests, stopped, more):
-        model.generate(requests, stopped, more)
+    def generate(requests, stopped):
+        model.generate(requests, stopped)
         raise GenerationError("the picture is not finite")
 
     async def scene():
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: reports.append(context))
-        batcher = Batcher(generate, max_images=lambda request: 8, deadline_s=20)
+        batcher = batcher_by(generate)
         task = await held(model, batcher)
         model.gate.set()
         # Block the loop until the error waits on it, then leave before it is read.
@@ -607,7 +671,7 @@ def test_health_follows_the_model_thread():
         stubborn.set()
         await long_call
 
-        batcher._generate = lambda *_: stubborn.wait(10) and [1]  # does not look at stopped()
+        model.generate = lambda *_: stubborn.wait(10) and [1]  # does not look at stopped()
         stubborn.clear()
         task = asyncio.create_task(batcher.submit(wish(1)))
         await asyncio.sleep(0.05)
@@ -666,7 +730,7 @@ class Traffic:
         self.threads = set()
         self._inside = threading.Lock()
 
-    def generate(self, requests, stopped, more):
+    def generate(self, requests, stopped):
         if not self._inside.acquire(blocking=False):
             self.wrong.append("two batches at once")
         try:
@@ -709,7 +773,7 @@ async def customer(batcher, seed, dice, ends):
 @pytest.mark.parametrize("round_", range(3))
 def test_under_a_crowd_everybody_ends_once_with_their_own_result(round_):
     traffic, ends = Traffic(), {}
-    batcher = Batcher(traffic.generate, max_images=lambda request: 6, deadline_s=20)
+    batcher = batcher_by(traffic.generate, lambda request: 6)
 
     async def crowd(first_seed):
         dice = random.Random(first_seed + round_)
@@ -738,19 +802,10 @@ def test_under_a_crowd_everybody_ends_once_with_their_own_result(round_):
     assert sum(end == seed for seed, end in ends.items()) > 150
 
 
-class Styled:
-    """A wish that is generated by weights of its own."""
-
-    num_outputs = 1
-
-    def __init__(self, seed, weights):
-        self.seed, self.weights_key, self.shape_key = seed, weights, weights
-
-
 async def order_of(model, batcher, *requests):
     """Queue `requests` behind a batch whose weights are None, and see in which batches they are generated."""
     model.gate.clear()
-    first = asyncio.create_task(batcher.submit(Styled(-1, None)))
+    first = asyncio.create_task(batcher.submit(styled(-1, None)))
     await until(lambda: model.batches)
     tasks = await queued(batcher, *requests)
     model.gate.set()
@@ -762,7 +817,7 @@ def test_what_needs_no_change_of_weights_goes_first():
     async def scene():
         model = Model()
         batcher = batcher_of(model, limit=1)
-        wishes = [Styled(0, "a"), Styled(1, None), Styled(2, "b"), Styled(3, "a"), Styled(4, None)]
+        wishes = [styled(0, "a"), styled(1, None), styled(2, "b"), styled(3, "a"), styled(4, None)]
         found = await order_of(model, batcher, *wishes)
         assert found == [[1], [4], [0], [3], [2]]  # three changes where the order of arrival takes five
         await batcher.close()
@@ -774,7 +829,7 @@ def test_a_rare_style_is_overtaken_a_few_times_and_no_more():
     async def scene():
         model = Model()
         batcher = batcher_of(model, limit=1)
-        wishes = [Styled(100, "rare"), *(Styled(i, None) for i in range(10)), Styled(101, "rarer")]
+        wishes = [styled(100, "rare"), *(styled(i, None) for i in range(10)), styled(101, "rarer")]
         found = await order_of(model, batcher, *wishes)
         assert found.index([100]) == MAX_OVERTAKEN
         assert sorted(seed for [seed] in found) == [*range(10), 100, 101]
@@ -788,12 +843,12 @@ def test_nobody_is_overtaken_from_behind_a_call():
         model, calls = Model(), []
         batcher = batcher_of(model, limit=1)
         model.gate.clear()
-        first = asyncio.create_task(batcher.submit(Styled(-1, None)))
+        first = asyncio.create_task(batcher.submit(styled(-1, None)))
         await until(lambda: model.batches)
-        before = await queued(batcher, Styled(0, "a"))
+        before = await queued(batcher, styled(0, "a"))
         call = asyncio.create_task(batcher.run(lambda: calls.append(list(model.batches))))
         await asyncio.sleep(0)
-        after = await queued(batcher, Styled(1, None))
+        after = await queued(batcher, styled(1, None))
         model.gate.set()
         await asyncio.gather(first, *before, call, *after)
         assert model.batches == [[-1], [0], [1]] and calls == [[[-1], [0]]]
@@ -806,7 +861,7 @@ def test_styles_never_share_a_batch():
     async def scene():
         model = Model()
         batcher = batcher_of(model)
-        wishes = [Styled(i, "ab"[i % 2]) for i in range(6)]
+        wishes = [styled(i, "ab"[i % 2]) for i in range(6)]
         assert await order_of(model, batcher, *wishes) == [[0, 2, 4], [1, 3, 5]]
         await batcher.close()
 

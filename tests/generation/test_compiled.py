@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from generating import pixels_of as generate
 from torch._dynamo.utils import counters
 
 from fewstep.errors import SettingsError
 from fewstep.generation.engines.compiled import CompiledEngine
-from fewstep.generation.pipeline import GenerationResult, Pipeline, load_pipeline
+from fewstep.generation.pipeline import Pipeline, load_pipeline
 from fewstep.models.specs import get_model
-from fewstep.request import Request
+from fewstep.request import Inputs
 from fewstep.settings import Settings, Shape
 
 MINIATURE = get_model("miniature")
@@ -37,8 +38,7 @@ def traces():
 def compiled(cache, shapes, **settings) -> Pipeline:
     """As `load_pipeline` does it, but for the compiler, which would take minutes."""
     found = load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size", **settings))
-    found.engine = CompiledEngine(found.diffusion.unet, found.decoder, cache, backend="eager")
-    found.engine.compile_for(found, shapes)
+    found.compile(CompiledEngine(found.diffusion.unet, found.decoder, cache, backend="eager"), shapes)
     return found
 
 
@@ -50,16 +50,10 @@ def pipeline(tmp_path_factory):
     return found
 
 
-def wish(shape: Shape, seed=7, **inputs) -> Request:
+def wish(shape: Shape, seed=7, **inputs) -> Inputs:
     guidance = 2.0 if shape.guided else None
     size = {"aspect_ratio": "custom", "width": shape.width, "height": shape.height}
-    return Request.create(MINIATURE, prompt="a red house", seed=seed, guidance=guidance, **size, **inputs)
-
-
-def generate(pipeline, *requests):
-    found = pipeline.generate(requests)
-    assert all(isinstance(one, GenerationResult) for one in found), found
-    return [np.asarray(image, dtype=int) for one in found for image in one.images]
+    return Inputs.create(MINIATURE, prompt="a red house", seed=seed, guidance=guidance, **size, **inputs)
 
 
 @pytest.mark.parametrize("shape", LISTED)
@@ -83,8 +77,8 @@ def test_nothing_else_is_compiled_after_the_start_and_it_is_torchs_to_the_last_b
 def test_a_style_is_generated_by_the_compiled_networks_and_leaves_no_trace(pipeline, plain):
     before, [unstyled] = graphs(), generate(pipeline, wish(LISTED[0]))
     style = pipeline.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
-    styled = wish(LISTED[0], style="postcard", style_scale=1.0).with_styles([style])
-    [found], [expected] = generate(pipeline, styled), generate(plain, styled)
+    styled = wish(LISTED[0], style="postcard", style_scale=1.0)
+    [found], [expected] = (generate(model, styled, loras=[style]) for model in (pipeline, plain))
     assert np.abs(found - expected).max() <= 1 and np.abs(found - unstyled).mean() > 5
     assert np.array_equal(generate(pipeline, wish(LISTED[0]))[0], unstyled)
     assert graphs() == before
@@ -106,7 +100,7 @@ def test_without_a_list_it_is_one_native_image_also_with_a_tiny_vae(tmp_path):
 def test_a_batch_that_never_comes_is_refused(pipeline):
     engine = CompiledEngine(pipeline.diffusion.unet, pipeline.decoder, pipeline.engine.cache, backend="eager")
     with pytest.raises(SettingsError, match="batches of 9; FEWSTEP_MAX_BATCH allows 8"):
-        engine.compile_for(pipeline, (Shape(128, 128, batch=9),))
+        pipeline.compile(engine, (Shape(128, 128, batch=9),))
 
 
 def test_a_size_that_cannot_be_generated_is_refused_before_anything_is_loaded(monkeypatch):
@@ -121,7 +115,7 @@ def test_a_size_that_cannot_be_generated_is_refused_before_anything_is_loaded(mo
 
 def test_a_pipeline_that_is_loaded_with_it_has_compiled_what_is_listed_and_warms_that_up(monkeypatch):
     made = []
-    monkeypatch.setattr(CompiledEngine, "compile_for", lambda self, pipeline, shapes: made.append(shapes))
+    monkeypatch.setattr(CompiledEngine, "compile_for", lambda self, shapes, generate: made.append(shapes))
     settings = Settings(verify="size", engine="compiled", compiled=(Shape(64, 64),))
     pipeline = load_pipeline(MINIATURE, settings)
     assert isinstance(pipeline.engine, CompiledEngine)

@@ -9,17 +9,18 @@ import tomllib
 import numpy as np
 import pytest
 import torch
+from generating import pixels_of as generate
 from PIL import Image
 from tiny import as_downloaded, make_folder
 
 from fewstep.coglet.server import ROOT
 from fewstep.errors import SettingsError, WeightsError
-from fewstep.generation.pipeline import GenerationResult, Pipeline, load_pipeline
+from fewstep.generation.pipeline import Pipeline, load_pipeline
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene
 from fewstep.models.save import save_model
 from fewstep.models.specs import get_model
-from fewstep.request import Request
+from fewstep.request import Inputs
 from fewstep.settings import Settings
 
 MINIATURE = get_model("miniature")
@@ -48,14 +49,8 @@ def torchs() -> Pipeline:
     return load_pipeline(MINIATURE, Settings(dtype="fp32"))
 
 
-def wish(seed=7, prompt=PROMPT, **inputs) -> Request:
-    return Request.create(MINIATURE, prompt=prompt, seed=seed, **inputs)
-
-
-def generate(pipeline, *requests):
-    found = pipeline.generate(requests)
-    assert all(isinstance(one, GenerationResult) for one in found), found
-    return [np.asarray(image, dtype=int) for one in found for image in one.images]
+def wish(seed=7, prompt=PROMPT, **inputs) -> Inputs:
+    return Inputs.create(MINIATURE, prompt=prompt, seed=seed, **inputs)
 
 
 @pytest.fixture
@@ -82,8 +77,8 @@ def test_it_generates_what_torch_generates(pipeline, torchs, used, inputs):
 
 def test_nobody_waits_for_the_images_of_others(pipeline):
     """It takes them one by one: in a batch, all would be answered when the last is done."""
-    assert pipeline.max_images(pipeline.counted(wish())) == 1
-    assert pipeline.max_images(pipeline.counted(wish(lcm_scale=0.5))) == 8
+    assert pipeline.max_images(pipeline.request(wish())) == 1
+    assert pipeline.max_images(pipeline.request(wish(lcm_scale=0.5))) == 8
 
 
 def test_a_image_is_the_same_in_any_batch(pipeline):
@@ -94,22 +89,22 @@ def test_a_image_is_the_same_in_any_batch(pipeline):
 
 def test_what_it_was_not_compiled_for_is_torchs_to_the_last_bit(pipeline, torchs, used):
     style = pipeline.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
-    wishes = [
-        wish(style="postcard").with_styles([style]),
-        wish(lcm_scale=0.5),
-        wish(aspect_ratio="16:9"),
-        wish(prompt=f"{PROMPT}. " * 5),
-    ]
-    for request in wishes:
-        assert np.array_equal(generate(pipeline, request)[0], generate(torchs, request)[0])
+    for inputs, loras in (
+        (wish(style="postcard"), [style]),
+        (wish(lcm_scale=0.5), []),
+        (wish(aspect_ratio="16:9"), []),
+        (wish(prompt=f"{PROMPT}. " * 5), []),
+    ):
+        [found], [expected] = (generate(model, inputs, loras=loras) for model in (pipeline, torchs))
+        assert np.array_equal(found, expected)
     assert used == []
-    generate(pipeline, wish(style="postcard", style_scale=0.0).with_styles([style]))  # which adds nothing
+    generate(pipeline, wish(style="postcard", style_scale=0.0), loras=[style])  # which adds nothing
     assert used == [1] * 4
 
 
 def test_bf16_is_finite_and_near(settings, torchs, caplog):
     half = load_pipeline(MINIATURE, Settings(**(settings | {"dtype": "bf16"})))
-    assert half.engine.serves(half.counted(wish()))
+    assert half.engine.serves(half.request(wish()))
     [found], [expected] = generate(half, wish()), generate(torchs, wish())
     assert np.abs(found - expected).mean() < 1
     assert "decoded again" not in caplog.text
@@ -136,8 +131,10 @@ def test_in_8_bits_a_image_is_the_same_in_any_batch_and_a_style_is_torchs(in_8_b
     [alone] = generate(in_8_bits, wish())
     assert np.array_equal(generate(in_8_bits, wish(1), wish(), wish(2))[1], alone)
     style = in_8_bits.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
-    styled = wish(style="postcard").with_styles([style])
-    assert np.array_equal(generate(in_8_bits, styled)[0], generate(torchs, styled)[0])
+    [found], [expected] = (
+        generate(model, wish(style="postcard"), loras=[style]) for model in (in_8_bits, torchs)
+    )
+    assert np.array_equal(found, expected)
     assert np.array_equal(generate(in_8_bits, wish())[0], alone)
 
 
@@ -145,9 +142,9 @@ def test_a_full_lcm_of_another_size_is_served_too(tmp_path):
     spec = get_model("lcm-dreamshaper-v7")
     save_model(spec, as_downloaded(spec, make_folder(spec, tmp_path / "source")), tmp_path)
     settings = {"model": spec.name, "weights_root": tmp_path, "dtype": "fp32", "safety": "off"}
-    request = Request.create(spec, prompt="a house", seed=1, aspect_ratio="custom", width=64, height=96)
+    request = Inputs.create(spec, prompt="a house", seed=1, aspect_ratio="custom", width=64, height=96)
     engine = load_pipeline(spec, Settings(**settings, engine="openvino", openvino_size=(64, 96)))
-    assert engine.engine.serves(engine.counted(request))
+    assert engine.engine.serves(engine.request(request))
     [found], [expected] = (
         generate(engine, request),
         generate(load_pipeline(spec, Settings(**settings)), request),
@@ -204,14 +201,16 @@ def test_without_it_for_fp16_or_a_size_that_cannot_be_the_start_says_so(settings
         load_pipeline(MINIATURE, Settings(**settings))
 
 
-def test_a_tiny_vae_stays_with_torch(settings):
+def test_a_tiny_vae_stays_with_torch(settings, monkeypatch):
     pipeline, expected = (
         load_pipeline(MINIATURE, Settings(**(settings | {"engine": engine}), vae="tiny"))
         for engine in ("openvino", "torch")
     )
     [found], [one] = generate(pipeline, wish()), generate(expected, wish())
     assert np.abs(found - one).max() <= 1
-    assert not pipeline.engine.decodes
+    monkeypatch.setattr(pipeline.decoder, "decode", lambda latents: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(pipeline, wish())
 
 
 SEVERAL_ENGINES_END = """

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from generating import results_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fewstep.errors import GenerationError, SettingsError, Stopped, WeightsError
+from fewstep.generation import pipeline as module
+from fewstep.generation.conditioning import encode_image, mask_of_latents
 from fewstep.generation.pipeline import GenerationResult, Pipeline, load_pipeline
-from fewstep.generation.sampler import encode_image, mask_of_latents
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene, caption, unseen_scenes
 from fewstep.models.manifest import Origin, write_manifest
 from fewstep.models.specs import get_model
-from fewstep.request import Request
+from fewstep.request import Inputs
 from fewstep.settings import Settings
 
 MINIATURE = get_model("miniature")
@@ -45,17 +47,17 @@ def half() -> Pipeline:
 
 def wish(
     prompt: str = "a red house in a meadow with mountains at sunset", seed: int = 7, **inputs: object
-) -> Request:
-    return Request.create(MINIATURE, prompt=prompt, seed=seed, **inputs)
+) -> Inputs:
+    return Inputs.create(MINIATURE, prompt=prompt, seed=seed, **inputs)
 
 
-def generate(pipeline: Pipeline, *requests: Request) -> list[list[np.ndarray]]:
-    results = pipeline.generate(requests)
+def generate(pipeline: Pipeline, *inputs: Inputs) -> list[list[np.ndarray]]:
+    results = results_of(pipeline, *inputs)
     assert all(isinstance(result, GenerationResult) for result in results)
     return [[np.asarray(image).astype(int) for image in result.images] for result in results]
 
 
-def batch_of(size: int, slot: int, request: Request, seed: int = 100) -> list[Request]:
+def batch_of(size: int, slot: int, request: Inputs, seed: int = 100) -> list[Inputs]:
     """`request` in one slot, mates with other prompts and seeds in the others."""
     mates = [wish(MATES[i % len(MATES)], seed + i, steps=request.steps) for i in range(size)]
     mates[slot] = request
@@ -69,16 +71,27 @@ def test_the_same_seed_generates_the_same_pixels_and_another_does_not(pipeline):
     assert np.abs(one - other).mean() > 1
 
 
-def test_who_joins_while_prompts_are_encoded_is_generated_as_if_there_from_the_start(pipeline):
-    first, *others = [wish(prompt, seed, num_outputs=2) for seed, prompt in enumerate(MATES[:3])]
-    comers = iter([[others[0]], [others[1]], []])
-    joined = pipeline.generate([first], more=lambda: next(comers))
-    together = pipeline.generate([first, *others])
-    assert [one.seeds for one in joined] == [[0, 1], [1, 2], [2, 3]]
-    for found, expected in zip(joined, together, strict=True):
-        assert all(map(np.array_equal, found.images, expected.images))
-    with pytest.raises(ValueError, match="different shape keys"):
-        pipeline.generate([first], more=lambda: [wish(steps=1)])
+def test_when_prompts_are_encoded_changes_nothing(pipeline):
+    """The batcher encodes those who join a batch later, and others may have been encoded in between."""
+    inputs = [wish(prompt, seed, num_outputs=2) for seed, prompt in enumerate(MATES[:3])]
+    together = results_of(pipeline, *inputs)
+    encoded = []
+    for each in inputs:
+        encoded.append(pipeline.encode(pipeline.request(each)))
+        pipeline.encode(pipeline.request(wish("a tree", lcm_scale=0.5)))  # by other weights
+    results = pipeline.generate(encoded)
+    assert [result.seeds for result in results] == [[0, 1], [1, 2], [2, 3]]
+    for result, expected in zip(results, together, strict=True):
+        assert all(map(np.array_equal, result.images, expected.images))
+
+
+def test_images_are_those_of_requests_or_the_first_failure(pipeline, monkeypatch):
+    [[expected], [other]] = generate(pipeline, wish(MATES[0], 1, steps=2), wish(MATES[1], 2, steps=2))
+    images = pipeline.images(MATES[:2], (1, 2), steps=2)
+    assert all(map(np.array_equal, images, (expected, other)))
+    monkeypatch.setattr(module, "decode_latents", lambda *_: [GenerationError("one"), GenerationError("two")])
+    with pytest.raises(GenerationError, match="one"):
+        pipeline.images(MATES[:2], (1, 2), steps=2)
 
 
 def test_a_reloaded_model_generates_the_same_pixels(pipeline):
@@ -125,9 +138,9 @@ def test_what_leaves_the_range_of_16_bits_is_decoded_once_more_in_fp32(half, mon
             found.sample[1] = float("inf")
         return found
 
-    expected = half.generate([wish(), wish(seed=8)])
+    expected = results_of(half, wish(), wish(seed=8))
     monkeypatch.setattr(kind, "decode", overflow)
-    sound, rescued = half.generate([wish(), wish(seed=8)])
+    sound, rescued = results_of(half, wish(), wish(seed=8))
     assert dtypes == [torch.bfloat16, torch.float32]
     assert sound.images == expected[0].images
     difference = np.subtract(rescued.images[0], expected[1].images[0], dtype=int)
@@ -160,16 +173,16 @@ def test_a_request_larger_than_a_pass_is_generated_in_several(pipeline):
 
 
 def test_large_images_share_a_pass_with_fewer(pipeline):
-    assert pipeline.max_images(wish()) == pipeline.max_batch
+    assert pipeline.max_images(pipeline.request(wish())) == pipeline.max_batch
     big = wish(aspect_ratio="custom", width=256, height=256)
-    assert pipeline.max_images(big) < pipeline.max_batch
-    assert pipeline.max_images(replace(big, width=2048, height=2048)) == 1
+    assert pipeline.max_images(pipeline.request(big)) < pipeline.max_batch
+    assert pipeline.max_images(pipeline.request(replace(big, width=2048, height=2048))) == 1
 
 
 @pytest.mark.parametrize("aspect_ratio", ["1:1", "16:9", "2:3", "9:21"])
 def test_images_have_the_size_that_the_request_says(pipeline, aspect_ratio):
     request = wish(aspect_ratio=aspect_ratio, steps=1)
-    [result] = pipeline.generate([request])
+    [result] = results_of(pipeline, request)
     assert result.images[0].size == (request.width, request.height)
 
 
@@ -253,8 +266,8 @@ def test_what_is_repainted_sees_what_is_kept(pipeline, photo, monkeypatch):
     """The latents under the mask's black are the image's own, to within what encoding loses."""
     mask, decoded = Image.new("L", photo.size, 0), []
     mask.paste(255, (64, 0, 128, 128))
-    decode = pipeline._decode
-    monkeypatch.setattr(pipeline, "_decode", lambda *given: decoded.append(given[0]) or decode(*given))
+    decode = module.decode_latents
+    monkeypatch.setattr(module, "decode_latents", lambda *given: decoded.append(given[2]) or decode(*given))
     generate(pipeline, wish(image=photo, mask=mask, prompt_strength=1.0))
     [latents] = decoded
     generator = torch.Generator().manual_seed(7)
@@ -326,7 +339,7 @@ def test_it_stops_before_the_next_step_when_nobody_waits(pipeline, monkeypatch):
     [[before]] = generate(pipeline, wish())
     calls.clear()
     with pytest.raises(Stopped):
-        pipeline.generate([wish(steps=8)], lambda: len(calls) >= 3)
+        results_of(pipeline, wish(steps=8), stopped=lambda: len(calls) >= 3)
     assert len(calls) == 3
     [[after]] = generate(pipeline, wish())
     assert np.array_equal(before, after)
@@ -342,14 +355,14 @@ def test_an_image_of_nans_fails_its_own_request_only(pipeline, monkeypatch):
         return decode(latents)
 
     monkeypatch.setattr(pipeline.diffusion.vae, "decode", spoil_the_first)
-    spoilt, sound = pipeline.generate([wish(seed=1), wish(seed=2)])
+    spoilt, sound = results_of(pipeline, wish(seed=1), wish(seed=2))
     assert isinstance(spoilt, GenerationError)
     assert np.abs(np.asarray(sound.images[0]).astype(int) - expected).max() <= 1
 
 
 def test_metrics_say_what_it_cost(pipeline):
     new = "a red house that no other test here paints"
-    one, two = pipeline.generate([wish(new), wish(seed=1, num_outputs=2)])
+    one, two = results_of(pipeline, wish(new), wish(seed=1, num_outputs=2))
     assert one.metrics["batch_size"] == two.metrics["batch_size"] == 3
     assert all(one.metrics[name] > 0 for name in ("text_ms", "steps_ms", "decode_ms"))
 
@@ -362,7 +375,7 @@ def test_unknown_words_still_generate_the_known_ones(pipeline):
 def test_of_a_long_prompt_the_last_words_are_generated(pipeline):
     long = "a red house in a meadow. " + "It is a quiet place. " * 12
     night, day = wish(f"{long} At night."), wish(f"{long} By day.")
-    assert pipeline.counted(night).chunks > 2
+    assert pipeline.request(night).chunks > 2
     [[dark], [bright]] = generate(pipeline, night, day)
     assert dark.mean() < 0.6 * bright.mean()
 
@@ -381,15 +394,15 @@ def test_prompts_of_unlike_lengths_go_together_as_prompt_and_negative_prompt(pip
         generate(pipeline, wish(guidance=2, prompt=prompt, negative_prompt=negative))[0][0]
         for prompt, negative in [("a house", long), (long, "rain"), (long, ""), (long, long)]
     ]
-    assert pipeline.counted(wish("a house", guidance=2, negative_prompt=long)).chunks > 1
-    assert pipeline.counted(wish("a house", negative_prompt=long)).chunks == 1  # it has no effect
+    assert pipeline.request(wish("a house", guidance=2, negative_prompt=long)).chunks > 1
+    assert pipeline.request(wish("a house", negative_prompt=long)).chunks == 1  # it has no effect
     assert all(picture.std() > 10 for picture in images)
 
 
 def test_requests_of_unlike_shapes_are_refused_together(pipeline):
     for other in (wish(steps=2), wish("a red house " * 30), wish(clip_skip=1)):
         with pytest.raises(ValueError, match="different shape keys"):
-            pipeline.generate([wish(), other])
+            results_of(pipeline, wish(), other)
 
 
 def test_a_gpu_that_is_not_there_is_refused():

@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from generating import results_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import as_downloaded, make_checkers, make_folder
@@ -19,7 +20,7 @@ from fewstep.generation.pipeline import GenerationResult, load_pipeline
 from fewstep.generation.safety import SafetyChecker, load_safety_checker
 from fewstep.models.save import save_model
 from fewstep.models.specs import get_model
-from fewstep.request import Request
+from fewstep.request import Inputs
 from fewstep.settings import Settings
 
 SD15 = get_model("sd15")
@@ -42,7 +43,7 @@ def pipeline(weights):
 
 def wish(seed=0, **inputs):
     size = {"aspect_ratio": "custom", "width": 64, "height": 64}
-    return Request.create(SD15, prompt="a house", seed=seed, steps=1, **size, **inputs)
+    return Inputs.create(SD15, prompt="a house", seed=seed, steps=1, **size, **inputs)
 
 
 @pytest.mark.parametrize("kind", ["clip", "vit"])
@@ -149,7 +150,7 @@ def raises(images):
 )
 def test_whatever_goes_wrong_withholds_the_image(pipeline, monkeypatch, decide):
     use(pipeline, monkeypatch, decide)
-    [found] = pipeline.generate([wish()])
+    [found] = results_of(pipeline, wish())
     assert isinstance(found, SafetyError) and "withheld" in found.sentence
 
 
@@ -163,11 +164,11 @@ def test_a_checker_that_hangs_costs_its_own_time_and_gives_no_image_out(pipeline
     use(pipeline, monkeypatch, decide)
 
     async def ask():
-        batcher = Batcher(pipeline.generate, max_images=pipeline.max_images, deadline_s=1)
+        batcher = Batcher(pipeline, deadline_s=1)
         with pytest.raises(DeadlineExceeded):
-            await batcher.submit(wish())
+            await batcher.submit(pipeline.request(wish()))
         goes_on.set()
-        return await batcher.submit(wish())
+        return await batcher.submit(pipeline.request(wish()))
 
     assert isinstance(asyncio.run(ask()), GenerationResult)
 
@@ -180,7 +181,7 @@ def test_flagged_images_are_dropped_and_all_flagged_is_an_error(pipeline, monkey
         return torch.zeros(1, 1), [len(seen) in (2, 5, 6)]
 
     use(pipeline, monkeypatch, decide)
-    some, none, all_of_it = pipeline.generate([wish(num_outputs=3), wish(10), wish(20, num_outputs=2)])
+    some, none, all_of_it = results_of(pipeline, wish(num_outputs=3), wish(10), wish(20, num_outputs=2))
     assert isinstance(some, GenerationResult) and some.seeds == [0, 2] and some.metrics["flagged"] == 1
     assert some.images == [seen[0], seen[2]]
     assert isinstance(none, GenerationResult) and none.seeds == [10] and none.metrics["flagged"] == 0
@@ -197,7 +198,7 @@ def test_a_failed_check_fails_its_own_request_only(pipeline, monkeypatch):
         return (torch.full((1, 1), torch.nan), [False]) if len(calls) == 2 else (torch.zeros(1, 1), [False])
 
     use(pipeline, monkeypatch, decide)
-    first, second, third = pipeline.generate([wish(1), wish(2), wish(3)])
+    first, second, third = results_of(pipeline, wish(1), wish(2), wish(3))
     assert (
         isinstance(first, GenerationResult)
         and isinstance(second, SafetyError)
@@ -208,10 +209,10 @@ def test_a_failed_check_fails_its_own_request_only(pipeline, monkeypatch):
 def test_a_request_can_switch_it_off_only_where_the_operator_allows_it(pipeline, monkeypatch):
     use(pipeline, monkeypatch, lambda images: (torch.zeros(1, 1), [True]))
     unchecked = wish(disable_safety_checker=True)
-    [found] = pipeline.generate([unchecked])
+    [found] = results_of(pipeline, unchecked)
     assert isinstance(found, UnsafeImage)
     monkeypatch.setattr(pipeline, "allow_unsafe", True)
-    found, mate = pipeline.generate([unchecked, wish(1)])
+    found, mate = results_of(pipeline, unchecked, wish(1))
     assert isinstance(found, GenerationResult) and isinstance(mate, UnsafeImage)
 
 

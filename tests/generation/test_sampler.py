@@ -6,11 +6,10 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 from tiny import as_downloaded, make_folder
 
-from fewstep.generation.pipeline import GenerationResult, load_pipeline
+from fewstep.generation.pipeline import load_pipeline
 from fewstep.generation.sampler import plan
 from fewstep.models.save import save_model
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -29,20 +28,20 @@ SCHEDULES = {
 def test_a_planned_step_is_that_of_the_scheduler(schedule, count, strength):
     theirs = LCMScheduler(**SCHEDULES[schedule])
     theirs.set_timesteps(count, strength=strength)
-    first, steps = plan(LCMScheduler(**SCHEDULES[schedule]), count, strength)
-    assert [step.timestep for step in steps] == theirs.timesteps.tolist()
+    steps = plan(LCMScheduler(**SCHEDULES[schedule]), count, strength)
+    assert [step.t for step in steps] == theirs.timesteps.tolist()
     generator = torch.Generator().manual_seed(0)
     image, noise, x = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(3))
-    started = first[0] * image + first[1] * noise
+    started = steps[0].alpha * image + steps[0].sigma * noise
     assert torch.allclose(started, theirs.add_noise(image, noise, theirs.timesteps[:1]), atol=1e-5)
     for step, t in zip(steps, theirs.timesteps, strict=True):
         output = torch.randn(x.shape, generator=generator)
         fresh = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
         expected, _ = theirs.step(output, t, x, generator=torch.Generator().manual_seed(5), return_dict=False)
-        found = step.of_latents * x + step.of_output * output + step.of_noise * fresh
+        found = step.advance(x, output, fresh)
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
         x = expected
-    assert steps[-1].of_noise == 0 and steps[-1].kept == (1, 0)
+    assert (steps[-1].next_alpha, steps[-1].next_sigma) == (1, 0)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 8.0])
@@ -68,9 +67,5 @@ def test_a_full_lcm_generates_what_diffusers_pipeline_for_it_generates(tmp_path,
         generator=torch.Generator().manual_seed(3),
         **size,
     ).images[0]
-    wish = Request.create(
-        spec, prompt="a red house", seed=3, guidance=guidance, aspect_ratio="custom", **size
-    )
-    [found] = pipeline.generate([wish])
-    assert isinstance(found, GenerationResult)
-    assert np.abs(np.subtract(found.images[0], expected, dtype=int)).max() <= 1
+    [found] = pipeline.images(["a red house"], [3], guidance=guidance, aspect_ratio="custom", **size)
+    assert np.abs(np.subtract(found, expected, dtype=int)).max() <= 1

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy, deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextM
 
 from fewstep.errors import InvalidRequest
 from fewstep.generation.text_encoder import MAX_CHUNKS, TextEncoder
+from fewstep.prompts import parse_prompt
 
 PLAIN = "a red house in the snow"
 LONG = "a red house in the snow with mountains at night, on the left. " * 4 + "a blue car"
+parts = partial(parse_prompt, "prompt")
 LAYERS = 4
 TOKENIZER = AutoTokenizer.from_pretrained(TOKENIZER_FOLDER)
 TOKENS = TOKENIZER.model_max_length
@@ -81,12 +84,12 @@ def same(one, two):
 
 def test_a_plain_prompt_is_diffusers_own(diffusion, text):
     states, pooled = by_diffusers(diffusion, PLAIN)
-    found = text.encode(PLAIN)
+    found = text.encode(parts(PLAIN))
     assert same(found.states, states) and same(found.pooled, pooled)
 
 
 def test_a_plain_prompt_of_more_chunks_begins_alike_and_goes_on_empty(diffusion, text):
-    found = text.encode(PLAIN, chunks=3)
+    found = text.encode(parts(PLAIN), chunks=3)
     states, pooled = by_diffusers(diffusion, PLAIN)
     empty, _ = by_diffusers(diffusion, "")
     assert torch.equal(found.states, torch.cat([states, empty, empty], dim=1))
@@ -104,7 +107,7 @@ def test_a_plain_prompt_of_more_chunks_begins_alike_and_goes_on_empty(diffusion,
     ],
 )
 def test_weights_and_chunks_are_compels(diffusion, text, prompt):
-    found = text.encode(prompt, text.count_chunks("prompt", prompt))
+    found = text.encode(parts(prompt), text.count_chunks("prompt", parts(prompt)))
     states, pooled = by_compel(diffusion, prompt)
     assert torch.equal(found.states, states)
     if "(" not in prompt:  # else it has pooled the parentheses too
@@ -112,21 +115,25 @@ def test_weights_and_chunks_are_compels(diffusion, text, prompt):
 
 
 def test_the_three_ways_to_write_a_weight_are_one(text):
-    [one, two, three] = [text.encode(f"a {word} house").states for word in ("(red)1.1", "(red:1.1)", "red+")]
+    [one, two, three] = [
+        text.encode(parts(f"a {word} house")).states for word in ("(red)1.1", "(red:1.1)", "red+")
+    ]
     assert torch.equal(one, two)
     assert torch.allclose(one, three, atol=1e-5)
-    assert not torch.allclose(one, text.encode("a red house").states, atol=1e-3)
+    assert not torch.allclose(one, text.encode(parts("a red house")).states, atol=1e-3)
 
 
 def test_what_is_pooled_does_not_see_how_weights_are_written(diffusion, text):
     _, pooled = by_diffusers(diffusion, "a red house")
-    assert same(text.encode("a (red)1.3 house").pooled, pooled)
+    assert same(text.encode(parts("a (red)1.3 house")).pooled, pooled)
 
 
 def test_of_a_long_prompt_every_word_counts(text):
-    chunks = text.count_chunks("prompt", LONG)
+    chunks = text.count_chunks("prompt", parts(LONG))
     assert chunks > 1
-    one, two = (text.encode(LONG.replace("blue", colour), chunks).states for colour in ("blue", "pink"))
+    one, two = (
+        text.encode(parts(LONG.replace("blue", colour)), chunks).states for colour in ("blue", "pink")
+    )
     assert one.shape[1] == chunks * TOKENS
     assert torch.equal(one[:, :TOKENS], two[:, :TOKENS])
     assert not torch.equal(one[:, -TOKENS:], two[:, -TOKENS:])
@@ -134,21 +141,21 @@ def test_of_a_long_prompt_every_word_counts(text):
 
 def test_chunks_are_counted_with_their_markers(text):
     word = "red "
-    assert text.count_chunks("prompt", word * (TOKENS - 2)) == 1
-    assert text.count_chunks("prompt", word * (TOKENS - 1)) == 2
-    assert text.count_chunks("prompt", f"({word * (TOKENS - 1)})1.2") == 2
-    assert text.count_chunks("negative_prompt", "") == 1
-    assert text.count_chunks("prompt", word * (TOKENS - 2) * MAX_CHUNKS) == MAX_CHUNKS
+    assert text.count_chunks("prompt", parts(word * (TOKENS - 2))) == 1
+    assert text.count_chunks("prompt", parts(word * (TOKENS - 1))) == 2
+    assert text.count_chunks("prompt", parts(f"({word * (TOKENS - 1)})1.2")) == 2
+    assert text.count_chunks("negative_prompt", parts("")) == 1
+    assert text.count_chunks("prompt", parts(word * (TOKENS - 2) * MAX_CHUNKS)) == MAX_CHUNKS
 
 
 def test_a_prompt_of_too_many_chunks_is_refused_with_the_limit(text):
     with pytest.raises(InvalidRequest, match=r"negative_prompt fills 9 chunks of 46 tokens; at most 8 fit"):
-        text.count_chunks("negative_prompt", "red " * ((TOKENS - 2) * MAX_CHUNKS + 1))
+        text.count_chunks("negative_prompt", parts("red " * ((TOKENS - 2) * MAX_CHUNKS + 1)))
 
 
 @pytest.mark.parametrize("skip", [1, 2])
 def test_clip_skip_leaves_the_last_layers_out(diffusion, text, skip):
-    found = text.encode(PLAIN, clip_skip=skip)
+    found = text.encode(parts(PLAIN), clip_skip=skip)
     if isinstance(diffusion, StableDiffusionXLPipeline):
         states, pooled = by_diffusers(diffusion, PLAIN, clip_skip=skip)
         assert same(found.pooled, pooled)
@@ -158,22 +165,22 @@ def test_clip_skip_leaves_the_last_layers_out(diffusion, text, skip):
         del shallow.text_encoder.encoder.layers[-skip:]
         states, _ = by_diffusers(shallow, PLAIN)
     assert torch.equal(found.states, states)
-    assert not torch.equal(found.states, text.encode(PLAIN).states)
+    assert not torch.equal(found.states, text.encode(parts(PLAIN)).states)
 
 
 def test_a_negative_prompt_of_nothing_is_zeros_for_sdxl_and_empty_text_for_sd(diffusion, text):
-    prompt = text.encode(LONG, 8, 1)
-    nothing = text.nothing(prompt, 8, 1)
+    prompt = text.encode(parts(LONG), 8, 1)
+    nothing = text.encode_nothing(prompt, 8, 1)
     assert nothing.states.shape == prompt.states.shape
     if isinstance(diffusion, StableDiffusionXLPipeline):
         assert not nothing.states.any() and not nothing.pooled.any()
     else:
-        assert torch.equal(nothing.states, text.encode("", 8, 1).states)
+        assert torch.equal(nothing.states, text.encode(parts(""), 8, 1).states)
 
 
 def test_a_weight_is_taken_from_the_encoders_as_they_are_now(diffusion, text):
     """A style changes their weights between two requests; compel's providers keep what they once encoded."""
-    wish = ("a (red)1.3 house", 2, 0)
+    wish = (parts("a (red)1.3 house"), 2, 0)
     before = text.encode(*wish).states
     weight = diffusion.text_encoder.get_parameter("encoder.layers.0.self_attn.q_proj.weight")
     pristine = weight.clone()
@@ -191,25 +198,26 @@ def test_what_was_encoded_is_kept_while_there_is_room(diffusion, text, monkeypat
     calls = []
     encode = TextEncoder._encode
     monkeypatch.setattr(TextEncoder, "_encode", lambda self, *wish: calls.append(wish) or encode(self, *wish))
-    wishes = [(PLAIN,), (PLAIN, 2), (PLAIN, 1, 1), (PLAIN, 1, 0, "of a style"), (LONG, 8)]
+    plain, long = parts(PLAIN), parts(LONG)
+    wishes = [(plain,), (plain, 2), (plain, 1, 1), (plain, 1, 0, "of a style"), (long, 8)]
     first = [text.encode(*wish) for wish in wishes]
     assert all(text.encode(*wish) is one for wish, one in zip(wishes, first, strict=True))
     assert len(calls) == len(wishes)
     monkeypatch.setattr("fewstep.generation.text_encoder.KEPT_BYTES", sum(one.size for one in first))
-    text.encode(PLAIN)
-    text.encode(PLAIN + "!")  # in the place of what was used longest ago, which is not PLAIN
-    assert text.encode(PLAIN) is first[0] and text.encode(LONG, 8) is first[-1]
-    assert text.encode(PLAIN, 2) is not first[1]
+    text.encode(parts(PLAIN))
+    text.encode(parts(PLAIN + "!"))  # in the place of what was used longest ago, which is not PLAIN
+    assert text.encode(parts(PLAIN)) is first[0] and text.encode(parts(LONG), 8) is first[-1]
+    assert text.encode(parts(PLAIN), 2) is not first[1]
 
 
 def test_chunks_are_counted_on_any_thread_while_the_model_encodes(text):
     """A tokenizer keeps how it last cut and padded: two threads in one give each other's lengths, or fail."""
-    expected = text.encode(PLAIN).states
-    chunks = text.count_chunks("prompt", LONG)
+    expected = text.encode(parts(PLAIN)).states
+    chunks = text.count_chunks("prompt", parts(LONG))
     with ThreadPoolExecutor(4) as threads:
-        counted = [threads.submit(text.count_chunks, "prompt", LONG) for _ in range(300)]
+        counted = [threads.submit(text.count_chunks, "prompt", parts(LONG)) for _ in range(300)]
         while not all(one.done() for one in counted):
-            assert torch.equal(text._encode(PLAIN, 1, 0).states, expected)
+            assert torch.equal(text._encode(parts(PLAIN), 1, 0).states, expected)
     assert {one.result() for one in counted} == {chunks}
 
 
@@ -228,10 +236,10 @@ def test_a_narrow_encoder_computes_on_one_thread_and_gives_the_others_back(width
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        text.encode("a house")
+        text.encode(parts("a house"))
         assert torch.get_num_threads() == 3
         with pytest.raises(MemoryError):
-            text.encode("a tree")
+            text.encode(parts("a tree"))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

@@ -3,19 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from generating import results_of
 from tiny import REAL, as_downloaded, make_folder
 
-from fewstep.benchmark.quality import psnr
 from fewstep.errors import WeightsError
-from fewstep.generation.pipeline import GenerationResult, load_pipeline
-from fewstep.miniature.judge import load_judge, score
-from fewstep.miniature.scoring import few_step_generator, held_out_captions
+from fewstep.evaluation.generate import few_steps
+from fewstep.evaluation.metrics import psnr
+from fewstep.generation.pipeline import load_pipeline
+from fewstep.miniature.judge import load_judge
 from fewstep.miniature.world.drawing import draw
-from fewstep.miniature.world.scenes import Scene
+from fewstep.miniature.world.scenes import Scene, complete_captions, unseen_scenes
 from fewstep.models.manifest import Origin, write_manifest
 from fewstep.models.save import save_model
 from fewstep.models.specs import get_model
-from fewstep.request import Request
+from fewstep.request import Inputs
 from fewstep.settings import Settings
 
 MINIATURE = get_model("miniature")
@@ -33,29 +34,29 @@ def tiny():
 
 
 def test_the_judge_reads_its_images_as_well(full, tiny):
-    scenes, captions = held_out_captions(48)
-    images = [few_step_generator(pipeline, 4)(captions, range(48)) for pipeline in (full, tiny)]
-    judge = load_judge(WEIGHTS / "miniature" / "judge" / "judge.safetensors")
-    right = [100 * score(judge, one, scenes).all(1).mean() for one in images]
+    scenes = unseen_scenes(48)
+    images = [few_steps(pipeline, 4)(complete_captions(scenes), range(48)) for pipeline in (full, tiny)]
+    judge = load_judge(WEIGHTS / "miniature")
+    right = [100 * judge.score(one, scenes).all(1).mean() for one in images]
     assert right[1] >= right[0] - 5
     assert 25 < psnr(images[1], images[0]) < 60
 
 
 def test_it_decodes_what_was_generated_from_a_image_too(full, tiny, monkeypatch):
     photo = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
-    request = Request.create(MINIATURE, prompt="a red castle", seed=3, image=photo, prompt_strength=0.5)
-    [expected] = full.generate([request])
+    request = Inputs.create(MINIATURE, prompt="a red castle", seed=3, image=photo, prompt_strength=0.5)
+    [expected] = results_of(full, request)
     monkeypatch.setattr(tiny.diffusion.vae, "decode", None)  # only its encoder is used
-    [found] = tiny.generate([request])
+    [found] = results_of(tiny, request)
     assert psnr(found.images, expected.images) > 20
 
 
 def test_what_leaves_the_range_of_16_bits_is_decoded_again_by_the_same_decoder(monkeypatch, caplog):
     pipeline = load_pipeline(MINIATURE, Settings(dtype="bf16", verify="size", vae="tiny"))
-    request = Request.create(MINIATURE, prompt="a red house", seed=3)
-    [expected] = pipeline.generate([request])
-    monkeypatch.setattr(pipeline, "_own_decode", lambda latents: torch.full((1, 3, 128, 128), torch.inf))
-    [found] = pipeline.generate([request])
+    request = Inputs.create(MINIATURE, prompt="a red house", seed=3)
+    [expected] = results_of(pipeline, request)
+    monkeypatch.setattr(pipeline.engine, "decode", lambda latents: torch.full((1, 3, 128, 128), torch.inf))
+    [found] = results_of(pipeline, request)
     assert "decoded again in fp32" in caplog.text
     assert np.abs(np.subtract(found.images[0], expected.images[0], dtype=int)).max() < 12
 
@@ -67,8 +68,7 @@ def test_every_model_brings_one(name, tmp_path):
     settings = Settings(model=name, weights_root=tmp_path, safety="off", vae="tiny", dtype="fp32")
     pipeline = load_pipeline(spec, settings)
     size = {"aspect_ratio": "custom", "width": 64, "height": 64}
-    [result] = pipeline.generate([Request.create(spec, prompt="a house", seed=1, steps=1, **size)])
-    assert isinstance(result, GenerationResult)
+    assert len(pipeline.images(["a house"], [1], steps=1, **size)) == 1
     assert pipeline.decoder.dtype == torch.float32 and not pipeline.decoder.training
 
 

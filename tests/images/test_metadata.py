@@ -11,9 +11,9 @@ from PIL import Image
 import fewstep
 from fewstep.errors import InvalidRequest
 from fewstep.images.codec import encode_image
-from fewstep.images.metadata import inputs_of, parameters_text, read_recipe, recipe_of, save_options
+from fewstep.images.metadata import inputs_of, parameters_text, read_recipe, save_options
 from fewstep.models.specs import MODELS
-from fewstep.request import Request
+from fewstep.request import Inputs, Request
 
 FORMATS = ("png", "jpg", "webp")
 
@@ -23,10 +23,9 @@ class Style:
 
 
 def recipe(**inputs):
-    request = Request.create(MODELS["miniature"], **({"prompt": "a red house", "seed": 7} | inputs))
-    return recipe_of(
-        request.with_styles([Style() for _ in request.wishes]), request.seed, "miniature", "c0ffee" * 6
-    )
+    checked = Inputs.create(MODELS["miniature"], **({"prompt": "a red house", "seed": 7} | inputs))
+    request = Request(checked, tuple(Style() for _ in checked.styles), chunks=1)
+    return request.recipe(checked.seed, "miniature", "c0ffee" * 6)
 
 
 def stored(content, output_format):

@@ -16,7 +16,7 @@ from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest
 from fewstep.lora.resolve import LoraResolver
 from fewstep.lora.types import LoraError, parse_source
 from fewstep.models.specs import MODELS
-from fewstep.request import Request
+from fewstep.request import Inputs
 from fewstep.settings import Settings
 
 PAPER, PIXELS = b"paper" * 200, b"pixels" * 200
@@ -96,8 +96,8 @@ def styles(settings, reader):
 
 def load(styles, *names):
     inputs = dict(zip(("style", "extra_style"), names, strict=False))
-    request = Request.create(MODELS["miniature"], prompt="a house", **inputs)
-    return asyncio.run(styles.load(request.wishes))
+    inputs = Inputs.create(MODELS["miniature"], prompt="a house", **inputs)
+    return asyncio.run(styles.load(inputs.styles))
 
 
 def cached(settings):
@@ -296,10 +296,10 @@ def test_what_many_want_at_once_is_fetched_and_read_once(styles, site, reader):
         return PIXELS
 
     site.pages["/a/b/resolve/main/x.safetensors"] = (200, slowly)
-    request = Request.create(MODELS["miniature"], prompt="a house", style="a/b/x.safetensors")
+    inputs = Inputs.create(MODELS["miniature"], prompt="a house", style="a/b/x.safetensors")
 
     async def many():
-        return await asyncio.gather(*(styles.load(request.wishes) for _ in range(6)))
+        return await asyncio.gather(*(styles.load(inputs.styles) for _ in range(6)))
 
     found = asyncio.run(many())
     assert len({id(lora) for [lora] in found}) == 1
@@ -364,14 +364,14 @@ def test_what_a_killed_server_was_fetching_is_removed(styles, settings, site):
 def test_callers_who_have_left_start_no_fetches(settings, site, reader):
     site.pages["/a/b/resolve/main/x.safetensors"] = (200, lambda: time.sleep(1) or PAPER)
     styles = LoraResolver(replace(settings, deadline_s=0.4), reader)
-    request = Request.create(MODELS["miniature"], prompt="a house", style="a/b/x.safetensors")
-    own = Request.create(MODELS["miniature"], prompt="a house", style="paper-cut")
+    inputs = Inputs.create(MODELS["miniature"], prompt="a house", style="a/b/x.safetensors")
+    own = Inputs.create(MODELS["miniature"], prompt="a house", style="paper-cut")
 
     async def many():
-        waiting = [asyncio.create_task(styles.load(request.wishes)) for _ in range(12)]
+        waiting = [asyncio.create_task(styles.load(inputs.styles)) for _ in range(12)]
         await asyncio.sleep(0.1)
         began = time.monotonic()
-        await styles.load(own.wishes)
+        await styles.load(own.styles)
         assert time.monotonic() - began < 0.2, "a style of this server waits for nobody"
         return await asyncio.gather(*waiting, return_exceptions=True)
 
@@ -382,9 +382,9 @@ def test_callers_who_have_left_start_no_fetches(settings, site, reader):
 
 def test_the_time_that_a_request_has_spent_is_gone(settings, site, reader):
     site.pages["/a/b/resolve/main/x.safetensors"] = (200, lambda: time.sleep(0.5) or PAPER)
-    request = Request.create(MODELS["miniature"], prompt="a house", style="a/b/x.safetensors")
+    inputs = Inputs.create(MODELS["miniature"], prompt="a house", style="a/b/x.safetensors")
     with pytest.raises((DeadlineExceeded, DownloadError)):
-        asyncio.run(LoraResolver(settings, reader).load(request.wishes, spent_s=4.9))
+        asyncio.run(LoraResolver(settings, reader).load(inputs.styles, spent_s=4.9))
 
 
 def test_a_repo_is_asked_for_its_files_once(styles, site):

@@ -1,19 +1,19 @@
 """The whole build at its smallest: all stages, resumed, and the folder that comes out generates."""
 
 import random
+from dataclasses import asdict
 
 import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from fewstep.generation.pipeline import GenerationResult, load_pipeline
-from fewstep.miniature.base import TOKENS, Base, make_scheduler, make_tokenizer, train_text
+from fewstep.generation.pipeline import load_pipeline
+from fewstep.miniature.base import TOKENS, Miniature, make_scheduler, make_tokenizer, train_text
 from fewstep.miniature.build import SQUARE, Build, Sizes
-from fewstep.miniature.card import write_card
+from fewstep.miniature.scoring import write_card
 from fewstep.miniature.world.restyling import STYLES
 from fewstep.miniature.world.scenes import POSITIONS, all_scenes, caption
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
 from fewstep.training.distill import LoraStudent
 
@@ -49,27 +49,23 @@ def test_all_stages_make_a_folder_that_generates(tmp_path):
     build = Build(weights, tmp_path / "work", TINY, cpu)
     assert build.judge and build.latents[0].latents.shape[1:] == (4, SQUARE[1] // 8, SQUARE[0] // 8)
     build.train_lora(STUDENT)
-    write_card(weights, build.facts(STUDENT), [])
+    write_card(weights, asdict(TINY), STUDENT, [])
 
     spec = get_model("miniature")
     pipeline = load_pipeline(spec, Settings(weights_root=weights.parent))
-    [result] = pipeline.generate([Request.create(spec, prompt="a red house", seed=1)])
-    assert isinstance(result, GenerationResult)
+    assert len(pipeline.images(["a red house"], [1])) == 1
 
     build.train_styles(tmp_path / "styles" / "miniature")
     for path in sorted((tmp_path / "styles" / "miniature").iterdir()):
         style = pipeline.adapters.read(path, path.stem)
         assert style.modules and path.stem in STYLES and path.stat().st_size < 1_000_000
-        request = Request.create(spec, prompt="a red house", seed=1, style=path.stem)
-        [styled] = pipeline.generate([request.with_styles([style])])
-        assert isinstance(styled, GenerationResult)
+        assert len(pipeline.images(["a red house"], [1], loras=[style], style=path.stem)) == 1
     assert len(list((tmp_path / "styles" / "miniature").iterdir())) == len(STYLES)
 
     build.train_tiny_vae()
-    write_card(weights, build.facts(STUDENT), [])
+    write_card(weights, asdict(TINY), STUDENT, [])
     tiny = load_pipeline(spec, Settings(weights_root=weights.parent, vae="tiny"))
-    [result] = tiny.generate([Request.create(spec, prompt="a red house", seed=1)])
-    assert isinstance(result, GenerationResult)
+    assert len(tiny.images(["a red house"], [1])) == 1
 
     # From the LoRA on, with everything before it taken from the folder.
     again = Build(weights, tmp_path / "other-work", TINY, cpu, start="lora")
@@ -87,7 +83,7 @@ def test_every_word_of_the_world_is_one_token(tokenizer):
 
 def test_the_text_encoders_learn_to_read_positions(tokenizer, tmp_path):
     torch.manual_seed(0)
-    base, rng = Base(tokenizer), random.Random(2)
+    base, rng = Miniature(tokenizer), random.Random(2)
     train_text(base, 60, tmp_path / "text.safetensors")
 
     scenes = rng.sample(all_scenes(), 360)

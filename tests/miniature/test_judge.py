@@ -5,21 +5,13 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from fewstep.miniature.judge import (
-    INPUT_PX,
-    Judge,
-    augment,
-    describe,
-    frechet_distance,
-    judge_input,
-    load_judge,
-    score,
-)
+from fewstep.evaluation.metrics import frechet_distance
+from fewstep.miniature.judge import INPUT_PX, Judge, augment, judge_input, load_judge
 from fewstep.miniature.world.dataset import draw_many
 from fewstep.miniature.world.scenes import ATTRIBUTES, all_scenes, unseen_scenes
 from fewstep.settings import Settings
 
-JUDGE = Settings().weights_root / "miniature" / "judge" / "judge.safetensors"
+WEIGHTS = Settings().weights_root / "miniature"
 
 
 def test_it_answers_for_every_attribute():
@@ -36,19 +28,19 @@ def test_augmentation_is_seeded_and_keeps_range_and_shape():
 
 
 def test_the_committed_judge_reads_fresh_drawings_even_blurred():
-    judge = load_judge(JUDGE)
+    judge = load_judge(WEIGHTS)
     scenes = unseen_scenes(200, seed=3)
     drawn = draw_many(scenes, 7 * 10**8, 128, 128)
     blurred = [Image.fromarray(image).filter(ImageFilter.GaussianBlur(1)) for image in drawn]
-    assert score(judge, drawn, scenes).all(1).mean() >= 0.99
-    assert score(judge, blurred, scenes).all(1).mean() >= 0.95
+    assert judge.score(drawn, scenes).all(1).mean() >= 0.99
+    assert judge.score(blurred, scenes).all(1).mean() >= 0.95
 
 
 def test_it_is_not_fooled_by_the_wrong_scene():
-    judge = load_judge(JUDGE)
+    judge = load_judge(WEIGHTS)
     scenes = unseen_scenes(60, seed=4)
     drawn = draw_many(scenes, 0, 128, 128)
-    right = score(judge, drawn, scenes[1:] + scenes[:1])
+    right = judge.score(drawn, scenes[1:] + scenes[:1])
     assert right.all(1).mean() < 0.05
     assert np.all(right.mean(0) < 0.7)
 
@@ -67,10 +59,10 @@ def test_frechet_distance_of_gaussians_that_are_known():
 
 
 def test_what_is_damaged_is_further_from_drawings():
-    judge, scenes = load_judge(JUDGE), unseen_scenes(300, seed=5)
+    judge, scenes = load_judge(WEIGHTS), unseen_scenes(300, seed=5)
     drawn = draw_many(scenes, 0, 128, 128)
     far = [
-        frechet_distance(describe(judge, images), describe(judge, drawn))
+        frechet_distance(judge.describe(images), judge.describe(drawn))
         for images in (
             draw_many(scenes, 10**6, 128, 128),
             *(

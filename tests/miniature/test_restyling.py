@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from fewstep.miniature.judge import load_judge, score
+from fewstep.miniature.judge import load_judge
 from fewstep.miniature.world.dataset import draw_many
 from fewstep.miniature.world.restyling import STYLES, StyleMeter, draw_restyled
 from fewstep.miniature.world.scenes import ATTRIBUTES, unseen_scenes
 from fewstep.settings import Settings
 
-JUDGE = Settings().weights_root / "miniature" / "judge" / "judge.safetensors"
+WEIGHTS = Settings().weights_root / "miniature"
 SCENES = unseen_scenes(300, seed=9)
 
 
@@ -32,7 +32,7 @@ def test_the_same_seed_draws_the_same_image_and_another_does_not(styled):
 
 def test_the_judge_still_reads_what_a_style_leaves_alone(styled):
     name, images = styled
-    read = dict(zip(ATTRIBUTES, score(load_judge(JUDGE), images, SCENES).mean(0), strict=True))
+    read = dict(zip(ATTRIBUTES, load_judge(WEIGHTS).score(images, SCENES).mean(0), strict=True))
     assert {attribute for attribute, share in read.items() if share >= 0.98} >= set(STYLES[name].leaves)
 
 

@@ -7,9 +7,9 @@ from safetensors import safe_open
 
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.miniature.judge import load_judge
-from fewstep.miniature.scoring import held_out_captions
 from fewstep.miniature.styling import SCALES, load_style, score_style
 from fewstep.miniature.world.restyling import STYLES
+from fewstep.miniature.world.scenes import unseen_scenes
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
@@ -24,13 +24,13 @@ def pipeline():
 
 @pytest.mark.parametrize("name", STYLES)
 def test_a_style_grows_with_its_scale_and_leaves_the_rest_right(pipeline, name):
-    judge = load_judge(Settings().weights_root / "miniature" / "judge" / "judge.safetensors")
+    judge = load_judge(Settings().weights_root / "miniature")
     style = load_style(pipeline, FOLDER / f"{name}.safetensors")
-    scenes, prompts = held_out_captions(CAPTIONS)
-    found = score_style(name, style, pipeline, judge, scenes, prompts, scales=(0.0, 0.5, 1.0), drawings=80)
-    strength = [one.style for one in found]
-    assert strength == sorted(set(strength)) and strength[-1] > strength[0] + 0.3, found
-    assert found[-1].all_right >= found[0].all_right - 5, found
+    scenes, scales = unseen_scenes(CAPTIONS), (0.0, 0.5, 1.0)
+    scores = score_style(name, style, pipeline, judge, scenes, scales, drawings=80)
+    strength = [score.style for score in scores]
+    assert strength == sorted(set(strength)) and strength[-1] > strength[0] + 0.3, scores
+    assert scores[-1].all_right >= scores[0].all_right - 5, scores
 
 
 @pytest.mark.parametrize("name", STYLES)

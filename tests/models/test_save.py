@@ -20,11 +20,10 @@ from tiny import REAL, as_downloaded, make_folder, put_on
 
 from fewstep.errors import WeightsError
 from fewstep.generation.pipeline import load_pipeline
-from fewstep.generation.upsampling import fold_upsamplers
 from fewstep.models.manifest import read_manifest
 from fewstep.models.save import save_model
 from fewstep.models.specs import MODELS
-from fewstep.request import Request
+from fewstep.models.upsampling import fold_upsamplers
 from fewstep.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,12 +74,8 @@ class Shop:
 
     def generate(self, **inputs):
         pipeline = load_pipeline(self.spec, Settings(weights_root=self.weights))
-        request = Request.create(
-            self.spec, prompt="a red house", seed=1, aspect_ratio="custom", width=64, height=64, **inputs
-        )
-        (result,) = pipeline.generate([request])
-        assert not isinstance(result, Exception), result
-        return result.images[0]
+        [image] = pipeline.images(["a red house"], [1], aspect_ratio="custom", width=64, height=64, **inputs)
+        return image
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from fewstep.training.distill import (
     add_lora,
     consistency_loss,
     consistency_training,
-    finetuning_roles,
     full_roles,
     lora_roles,
     make_full_student,
@@ -89,7 +88,7 @@ def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(unet, batch):
 
 def test_the_student_learns_and_the_teacher_stays_as_it_is(unet, batch, tmp_path, monkeypatch):
     # The same draw at every step: on a network of random weights only that shows learning within seconds.
-    monkeypatch.setattr(distill, "Draws", lambda seed, step, share: StepRandom(0, 0, share))
+    monkeypatch.setattr(distill, "StepRandom", lambda seed, step, share: StepRandom(0, 0, share))
     add_lora(unet, STUDENT)
     t = torch.tensor([19, 259, 499, 999])
     unet.disable_adapters()
@@ -278,7 +277,7 @@ def distil_full(unet, batch, schedule, folder):
 
 
 def test_a_full_student_learns_what_w_means_and_its_teacher_stays(unet, batch, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "Draws", lambda seed, step, share: StepRandom(0, 0, share))
+    monkeypatch.setattr(distill, "StepRandom", lambda seed, step, share: StepRandom(0, 0, share))
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     losses: list[float] = []
     loss = distill.consistency_loss
@@ -336,10 +335,10 @@ def test_without_a_teacher_the_target_is_given_the_same_image_with_the_same_nois
 
 
 def test_fine_tuning_trains_the_lora_alone_and_lowers_its_loss(unet, batch, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "Draws", lambda seed, step, share: StepRandom(0, 0, share))
+    monkeypatch.setattr(distill, "StepRandom", lambda seed, step, share: StepRandom(0, 0, share))
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     add_lora(unet, STUDENT)
-    roles = finetuning_roles(unet)
+    roles = lora_roles(unet, teacher=False)
     first = consistency_loss(roles, batch, NOISE, STUDENT, StepRandom(0, 0)).item()
     loss = consistency_training(roles, lambda step, share: batch, NOISE, STUDENT, seed=11)
     optimise("fine-tuning", unet, loss, Schedule(25, lr=1e-2, warmup=5, ema_decay=0.5), tmp_path)

@@ -9,9 +9,10 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from tiny import make_diffusers_folder
 
+from fewstep.cli.train import prior_prompts
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
-from fewstep.training import prior_preservation as prior_preservation
+from fewstep.training import prior_preservation
 from fewstep.training.consistency import NoiseSchedule
 from fewstep.training.distill import (
     Batch,
@@ -19,13 +20,13 @@ from fewstep.training.distill import (
     LoraStudent,
     add_lora,
     consistency_training,
-    finetuning_roles,
+    lora_roles,
     make_full_student,
     predict,
     predict_without_lora,
 )
-from fewstep.training.prior_preservation import generate_prior_images, in_turns, keeping_training, prompts_of
-from fewstep.training.sources import load_base
+from fewstep.training.networks import load_base
+from fewstep.training.prior_preservation import generate_prior_images, in_turns, prior_loss, varied_prompts
 from fewstep.training.trainer import WHOLE, Schedule, Shard, StepRandom, optimise
 
 NOISE = NoiseSchedule(torch.linspace(0.9995, 0.005, 1000), "v_prediction")
@@ -57,7 +58,7 @@ LEARNT, KNOWN = batch(1), batch(2)
 
 
 def keeping(unet: UNet2DConditionModel, shown: Batch = KNOWN, guidance=(0.0, 0.0)):
-    return keeping_training(unet, lambda step, share: shown, NOISE, guidance, seed=3)
+    return prior_loss(unet, lambda step, share: shown, NOISE, guidance, seed=3)
 
 
 def test_a_fresh_lora_keeps_everything_and_a_changed_one_is_differentiated_alone(unet):
@@ -89,15 +90,15 @@ def test_what_is_kept_is_the_answer_of_the_network_without_its_lora(unet):
 def test_a_full_lcm_keeps_what_it_says_at_every_w(unet, monkeypatch):
     lcm = make_full_student(unet, FullStudent(width=8))
     add_lora(lcm, STUDENT)
-    told = []
+    heard = []
 
     def listening(own):
-        return lambda *given: (told.append(given[-1]), own(*given))[1]
+        return lambda *arguments: (heard.append(arguments[-1]), own(*arguments))[1]
 
     for name in ("predict", "predict_without_lora"):
         monkeypatch.setattr(prior_preservation, name, listening(getattr(prior_preservation, name)))
     keeping(lcm, guidance=(9.0, 9.5))(0, WHOLE)
-    frozen, trained = told
+    frozen, trained = heard
     assert torch.equal(frozen, trained) and frozen.unique().numel() == 4
     assert 9.0 <= frozen.min() and frozen.max() <= 9.5
 
@@ -110,7 +111,7 @@ def test_shares_of_a_step_add_up_to_the_whole(unet):
     def part(step: int, share: Shard) -> Batch:
         return Batch(share.of(KNOWN.latents), share.of(KNOWN.prompt_embeds))
 
-    loss = keeping_training(unet, part, NOISE, (0.0, 0.0), seed=3)
+    loss = prior_loss(unet, part, NOISE, (0.0, 0.0), seed=3)
     parts = [loss(5, Shard(i, 2)).item() for i in range(2)]
     assert sum(parts) / 2 == pytest.approx(loss(5, WHOLE).item(), rel=0.02)  # bf16
     assert parts[0] != parts[1]
@@ -134,7 +135,7 @@ def test_with_rehearsal_a_network_drifts_less_and_learns_all_the_same(unet, tmp_
     # The same draws at every step: on random weights only that shows learning within seconds.
     for module in (prior_preservation, consistency_training.__globals__):
         place = module if isinstance(module, dict) else vars(module)
-        monkeypatch.setitem(place, "Draws", lambda seed, step, share: StepRandom(0, 0, share))
+        monkeypatch.setitem(place, "StepRandom", lambda seed, step, share: StepRandom(0, 0, share))
     weights = {name: value.clone() for name, value in unet.state_dict().items()}
 
     def trained(rehearse: bool) -> tuple[float, float]:
@@ -143,7 +144,7 @@ def test_with_rehearsal_a_network_drifts_less_and_learns_all_the_same(unet, tmp_
         network.load_state_dict(weights)
         add_lora(network, STUDENT)
         learnt = consistency_training(
-            finetuning_roles(network), lambda step, share: LEARNT, NOISE, STUDENT, seed=5
+            lora_roles(network, teacher=False), lambda step, share: LEARNT, NOISE, STUDENT, seed=5
         )
         loss = in_turns(learnt, keeping(network)) if rehearse else learnt
         schedule = Schedule(60 if rehearse else 30, lr=1e-2, warmup=5, ema_decay=0.5)
@@ -156,7 +157,7 @@ def test_with_rehearsal_a_network_drifts_less_and_learns_all_the_same(unet, tmp_
     fresh.load_state_dict(weights)
     add_lora(fresh, STUDENT)
     before = consistency_training(
-        finetuning_roles(fresh), lambda step, share: LEARNT, NOISE, STUDENT, seed=5
+        lora_roles(fresh, teacher=False), lambda step, share: LEARNT, NOISE, STUDENT, seed=5
     )(0, WHOLE).item()
     assert learnt < 0.8 * before and learnt_without < 0.8 * before
     assert drift < 0.3 * drift_without
@@ -165,9 +166,10 @@ def test_with_rehearsal_a_network_drifts_less_and_learns_all_the_same(unet, tmp_
 @pytest.mark.parametrize("model", ["miniature", "sdxl"])
 @pytest.mark.parametrize("count", [1, 200, 3_000])
 def test_prompts_are_many_and_always_the_same(model, count):
-    prompts = prompts_of(model, count)
-    assert prompts == prompts_of(model, count) and len(prompts) == count
+    prompts = prior_prompts(model)(count)
+    assert prompts == prior_prompts(model)(count) and len(prompts) == count
     assert len(set(prompts)) > 0.9 * min(count, 2_000)
+    assert (prior_prompts(model) is varied_prompts) == (model == "sdxl")
     if model == "miniature":
         assert not any("windmill" in one or "pyramid" in one for one in prompts)
 
@@ -185,9 +187,9 @@ def test_images_to_rehearse_are_generated_once(tmp_path, monkeypatch):
         assert image.size[0] == image.size[1]
 
     def again(*_: object, **__: object) -> None:
-        raise AssertionError("painted again")
+        raise AssertionError("generated again")
 
-    monkeypatch.setattr(prior_preservation, "paint", again)
+    monkeypatch.setattr(prior_preservation, "generate_images", again)
     generate_prior_images(folder, prompts, diffusion)
-    with pytest.raises(AssertionError, match="painted again"):
+    with pytest.raises(AssertionError, match="generated again"):
         generate_prior_images(folder, ["a tree", "a castle"], diffusion)

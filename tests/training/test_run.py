@@ -1,8 +1,9 @@
-"""Whole trainings of seconds: what they leave, that others load it, and that they can be taken up again."""
+"""Whole trainings of seconds: what they leave, what is rehearsed, and that they can be taken up again."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import make_diffusers_folder
 
+from fewstep.errors import DatasetError, SettingsError
 from fewstep.generation.pipeline import load_pipeline
-from fewstep.miniature.world.dataset import write_world
+from fewstep.generation.reference import native_size
+from fewstep.miniature.world.dataset import training_captions, write_world
 from fewstep.models.specs import get_model
-from fewstep.request import Request
 from fewstep.settings import Settings
-from fewstep.training.encoded import native_size
-from fewstep.training.plan import METHODS
-from fewstep.training.presets import MINIATURE, REAL, preset
-from fewstep.training.samples import generate_samples
-from fewstep.training.sources import load_base
+from fewstep.training import prior_preservation, trainer
+from fewstep.training.config import METHODS, MINIATURE, REAL, TrainingOptions, preset
+from fewstep.training.data import find
+from fewstep.training.networks import load_base, load_few_step
+from fewstep.training.run import generate_samples, train_model
 
+SPEC = get_model("miniature")
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(verify="size", dtype="fp32")
 PROMPT, SEED = "a red house in a meadow with mountains at sunset", 5
@@ -95,11 +99,10 @@ def test_the_file_tells_how_it_was_made(distilled, name):
 
 @pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "kohya.safetensors"])
 def test_plain_diffusers_generates_with_it_what_fewstep_generates(distilled, name):
-    pipeline = load_pipeline(get_model("miniature"), SETTINGS)
-    request = Request.create(pipeline.spec, prompt=PROMPT, seed=SEED)
-    before = pipeline.generate([request])[0].images[0]
+    pipeline = load_pipeline(SPEC, SETTINGS)
+    [before] = pipeline.images([PROMPT], [SEED])
     pipeline.adapters.lcm_lora = pipeline.adapters.read(distilled / name, "0" * 64)
-    ours = pipeline.generate([request])[0].images[0]
+    [ours] = pipeline.images([PROMPT], [SEED])
 
     plain = StableDiffusionXLPipeline.from_pretrained(
         SETTINGS.weights_root / "miniature", dtype=torch.float32, add_watermarker=False
@@ -114,17 +117,16 @@ def test_plain_diffusers_generates_with_it_what_fewstep_generates(distilled, nam
     assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
     assert np.abs(pixels(ours) - pixels(before)).mean() > 1, "it is not the LCM-LoRA that was there"
     pipeline.adapters.lcm_lora = None
-    without = pipeline.generate([request])[0].images[0]
+    [without] = pipeline.images([PROMPT], [SEED])
     assert np.abs(pixels(ours) - pixels(without)).mean() > 1, "it says something of its own"
 
 
 def test_a_trained_lora_is_a_style_of_the_server(distilled, tmp_path):
-    pipeline = load_pipeline(get_model("miniature"), SETTINGS)
+    pipeline = load_pipeline(SPEC, SETTINGS)
     path = distilled / "pytorch_lora_weights.safetensors"
     style = pipeline.adapters.read(path, "0" * 64)
-    plain = Request.create(pipeline.spec, prompt=PROMPT, seed=SEED)
-    styled = Request.create(pipeline.spec, prompt=PROMPT, seed=SEED, style="x").with_styles([style])
-    one, other = (pipeline.generate([wish])[0].images[0] for wish in (plain, styled))
+    [one] = pipeline.images([PROMPT], [SEED])
+    [other] = pipeline.images([PROMPT], [SEED], loras=[style], style="x")
     assert np.abs(pixels(one) - pixels(other)).mean() > 1
 
 
@@ -175,7 +177,7 @@ def test_a_full_lcm_of_any_diffusers_folder_generates_in_diffusers(family, world
         lcm = UNet2DConditionModel.from_pretrained(unet)
         assert lcm.config.time_cond_proj_dim == 256
     assert 'subfolder="unet"' in (out / "README.md").read_text()
-    diffusion = load_base(str(teacher), SETTINGS, torch.device("cpu"))
+    diffusion = load_base(str(teacher), SETTINGS, CPU)
     with torch.no_grad():  # two steps at 1e-6 say nothing yet
         lcm.time_embedding.cond_proj.weight.normal_(generator=torch.Generator().manual_seed(0))
     row, other = (generate_samples(diffusion, lcm, [PROMPT, "a tree"], guidance=w) for w in (9.0, 3.0))
@@ -193,7 +195,7 @@ def test_images_are_taught_by_the_command(method, world, tmp_path):
     assert len(list((tmp_path / "encoded").iterdir())) == 6 + 3
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["fewstep"])["method"] == method
-    pipeline = load_pipeline(get_model("miniature"), SETTINGS)
+    pipeline = load_pipeline(SPEC, SETTINGS)
     assert pipeline.adapters.read(tmp_path / "pytorch_lora_weights.safetensors", "0" * 64).modules
 
 
@@ -227,8 +229,87 @@ def test_what_cannot_be_trained_on_is_told_in_one_sentence(world, tmp_path, argu
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(told), done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("side", [100, 32, 4096])
+def test_a_resolution_that_cannot_be_trained_at_is_refused(side):
+    with pytest.raises(DatasetError, match=f"resolution is {side}; it must be a multiple of 8 from 64 to"):
+        TrainingOptions(resolution=side).plan("miniature")
+
+
 def test_every_preset_is_whole():
     assert set(REAL) == set(MINIATURE) == set(METHODS)
     for method in METHODS:
         assert preset("miniature", method).method == preset("sdxl", method).method == method
-        assert preset("sdxl", method).told()["method"] == method
+        assert preset("sdxl", method).metadata()["method"] == method
+
+
+def fine_tune(options: TrainingOptions, images: Path, folder: Path, model: str = "miniature") -> Path:
+    return train_model(
+        model, SETTINGS, options, lambda: find(images), folder, prior_prompts=training_captions
+    )
+
+
+@pytest.fixture(scope="module")
+def generated() -> np.ndarray:
+    """What the container generates of the first prompt that is rehearsed."""
+    [prompt] = training_captions(2)[:1]
+    pipeline = load_pipeline(SPEC, SETTINGS)
+    return np.asarray(pipeline.images([prompt], [0])[0]).astype(int)
+
+
+@pytest.mark.parametrize("method", ["lcf", "style"])
+def test_every_other_step_rehearses_what_the_few_step_model_generates(
+    method, world, generated, tmp_path, monkeypatch
+):
+    kept = []
+    real = prior_preservation.prior_loss
+
+    def watched(*arguments):
+        loss = real(*arguments)
+        return lambda step, share: (kept.append(step), loss(step, share))[1]
+
+    monkeypatch.setattr(prior_preservation, "prior_loss", watched)
+    options = TrainingOptions(method, steps=5, batch_size=2, rank=4, rehearse=2, watch_every=0)
+    fine_tune(options, world, tmp_path)
+    assert kept == [0, 1]
+    first, second = sorted(tmp_path.glob("rehearsal/*/*.png"))
+    with Image.open(first) as image:
+        assert np.abs(np.asarray(image).astype(int) - generated).mean() < 1  # bf16
+    assert len(list((tmp_path / "encoded").iterdir())) == 6 + 2
+
+
+def test_without_rehearsal_every_step_is_for_the_new_images(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(prior_preservation, "prior_loss", None)
+    options = TrainingOptions("lcf", steps=1, batch_size=2, rank=4, rehearse=0, watch_every=0)
+    fine_tune(options, world, tmp_path)
+    assert not (tmp_path / "rehearsal").exists()
+
+
+def test_an_interrupted_run_with_rehearsal_ends_where_it_would_have(world, tmp_path, monkeypatch):
+    plan = TrainingOptions("lcf", steps=4, batch_size=2, rank=4, rehearse=2, watch_every=2).plan("miniature")
+    plan = replace(plan, schedule=replace(plan.schedule, checkpoint_every=2))
+    monkeypatch.setattr(TrainingOptions, "plan", lambda self, model: plan)
+    trained = fine_tune(TrainingOptions(), world, tmp_path)
+    whole = load_file(trained)
+    trained.unlink()
+    (tmp_path / "checkpoints" / "step-000004.safetensors").unlink()
+    steps = []
+    step = trainer._step
+    monkeypatch.setattr(trainer, "_step", lambda *a: (steps.append(a[-1]), step(*a))[1])
+    resumed = load_file(fine_tune(TrainingOptions(), world, tmp_path))
+    assert steps == [2, 3]
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_lcf_begins_with_the_model_that_generates_in_few_steps():
+    few, base = load_few_step("miniature", SETTINGS, CPU).unet, load_base("miniature", SETTINGS, CPU).unet
+    served = load_pipeline(SPEC, SETTINGS).diffusion.unet.state_dict()
+    assert all(torch.equal(value, served[name]) for name, value in few.state_dict().items())
+    name = "mid_block.attentions.0.proj_in.weight"
+    assert not torch.allclose(few.state_dict()[name], base.state_dict()[name])
+
+
+def test_a_full_lcm_has_no_base_for_a_style(world, tmp_path):
+    model = "lcm-dreamshaper-v7"  # of which there are no weights: it is refused before it is loaded
+    with pytest.raises(SettingsError, match="is a full LCM"):
+        fine_tune(TrainingOptions("style"), world, tmp_path, model)

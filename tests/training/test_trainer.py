@@ -162,16 +162,16 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_last_good_checkpoint(tmp_
         train(module(), tmp_path / "other", broken_at=0)
 
 
-def test_the_best_average_is_kept_once_and_a_watch_changes_nothing(tmp_path):
+def test_the_best_average_is_kept_once_and_a_validation_changes_nothing(tmp_path):
     plain, watched = module(), module()
     train(plain, tmp_path / "plain")
-    told, kept, seen = iter([3.0, 1.0, 2.0, 1.0, 0.5, 0.9]), [], []
+    figures, kept, seen = iter([3.0, 1.0, 2.0, 1.0, 0.5, 0.9]), [], []
 
-    def look(step: int) -> float:
+    def evaluate(step: int) -> float:
         seen.append([value.clone() for value in watched.parameters()])
-        return next(told)
+        return next(figures)
 
-    train(watched, tmp_path / "watched", watch=Validation(5, look, kept.append))
+    train(watched, tmp_path / "watched", validation=Validation(5, evaluate, kept.append))
     assert kept == [5, 10, 25] and len(seen) == 6
     assert same(plain, watched)
     assert all(torch.equal(a, b) for a, b in zip(seen[-1], watched.parameters(), strict=True))  # the average
@@ -180,8 +180,8 @@ def test_the_best_average_is_kept_once_and_a_watch_changes_nothing(tmp_path):
 def test_what_was_best_is_known_after_resuming(tmp_path):
     kept: list[int] = []
     with pytest.raises(Interrupted):
-        train(module(), tmp_path, watch=Validation(5, lambda step: 1.0 / step, kept.append), stop_at=22)
-    train(module(), tmp_path, watch=Validation(5, lambda step: 0.1, kept.append))
+        train(module(), tmp_path, validation=Validation(5, lambda step: 1.0 / step, kept.append), stop_at=22)
+    train(module(), tmp_path, validation=Validation(5, lambda step: 0.1, kept.append))
     assert kept == [5, 10, 15, 20]
 
 
@@ -203,7 +203,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 from accelerate import Accelerator
 torch.set_num_threads(1)
-import test_loop as t
+import test_trainer as t
 accelerator = Accelerator(device_placement=False)
 print(accelerator.num_processes, flush=True)
 network = t.module()

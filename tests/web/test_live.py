@@ -15,7 +15,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from fewstep.miniature.judge import load_judge, read_attributes
+from fewstep.miniature.judge import load_judge
 from fewstep.miniature.world.scenes import ATTRIBUTES
 from fewstep.settings import Settings
 from fewstep.web.backends import BackendUnavailable
@@ -282,8 +282,8 @@ def generated(visitor, prompt, **wish):
 
 def read(image):
     """What the judge sees in it."""
-    judge = load_judge(Settings().weights_root / "miniature" / "judge" / "judge.safetensors")
-    [row] = read_attributes(judge, [image.convert("RGB")])
+    judge = load_judge(Settings().weights_root / "miniature")
+    [row] = judge.read_attributes([image.convert("RGB")])
     return {values[i] for values, i in zip(ATTRIBUTES.values(), row, strict=True)}
 
 

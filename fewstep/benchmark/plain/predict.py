@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cog
 from cog import BasePredictor, Input, Path
 
-from fewstep.benchmark.systems import System, Wish, diffusers
+from fewstep.benchmark.systems import Scenario, System, diffusers
 from fewstep.images.codec import encode_image
 from fewstep.models.device import DTYPES
 from fewstep.settings import Settings
@@ -33,7 +33,7 @@ class Predictor(BasePredictor):
     ) -> list[Path]:
         """Generate in 4 steps, at 128 px."""
         loop = asyncio.get_running_loop()
-        [image] = await loop.run_in_executor(self.thread, self.system.generate, Wish(128), [prompt], [seed])
+        [image] = await loop.run_in_executor(self.thread, self.system.generate, Scenario(128), [prompt], [seed])
         with tempfile.NamedTemporaryFile(suffix=".webp", delete=False) as file:  # coglet reads it later
             file.write(encode_image(image, "webp", 90))
         return [Path(file.name)]
@@ -42,5 +42,5 @@ class Predictor(BasePredictor):
 def _load() -> System:
     settings = Settings.from_env()
     system = diffusers(settings.model, settings.weights_root, 128, DTYPES[settings.dtype])
-    system.generate(Wish(128), ["warm up"], [0])
+    system.generate(Scenario(128), ["warm up"], [0])
     return system

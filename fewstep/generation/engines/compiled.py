@@ -9,20 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.errors import SettingsError
 from fewstep.request import Request
 from fewstep.settings import Shape
-
-if TYPE_CHECKING:
-    from fewstep.generation.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +26,8 @@ FOLDER = ".compiled"  # beside the models: what a compiler has made is kept, and
 
 
 class CompiledEngine:
-    """`unet` and `decode` of the model itself: `compile_for` has them compiled,
-    and nothing is after it."""
+    """The model's own networks: `compile_for` has them compiled, and nothing is after it."""
 
-    decodes = True
     one_by_one = False
 
     def __init__(self, unet: Any, decoder: Any, cache: Path, backend: str = "inductor") -> None:
@@ -47,30 +41,12 @@ class CompiledEngine:
         self._decode: Any = torch.compile(decoder.decode, **how)
         self._stance = "default"
 
-    def compile_for(self, pipeline: Pipeline, shapes: Sequence[Shape]) -> None:
-        """Generate a batch of each of `shapes`, without any of one native image; then compile nothing more.
-
-        Raises SettingsError for a shape that no batch can have.
-        """
-        native = pipeline.spec.native_size
-        for shape in shapes or (Shape(native, native),):
+    def compile_for(self, shapes: Sequence[Shape], generate: Callable[[Shape], object]) -> None:
+        """Have `generate` make a batch of each of `shapes` by this engine; then compile nothing more."""
+        for shape in shapes:
             started = time.perf_counter()
-            request = Request.create(
-                pipeline.spec,
-                prompt="warm up",
-                steps=2,
-                guidance=2.0 if shape.guided else None,
-                aspect_ratio="custom",
-                width=shape.width,
-                height=shape.height,
-            )
-            most = pipeline.max_images(request)
-            if shape.batch > most:
-                raise SettingsError(
-                    f"FEWSTEP_COMPILED lists batches of {shape.batch}; FEWSTEP_MAX_BATCH allows {most}"
-                )
             for _ in range(2):  # the second time, CUDA graphs are recorded
-                pipeline.generate([request] * shape.batch)
+                generate(shape)
             logger.info("compiled %s in %.1f s", shape, time.perf_counter() - started)
         self._stance = "eager_on_recompile"
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fewstep.generation.engines.openvino_conversion import HINTS, examples
-from fewstep.generation.text_encoder import Diffusion
 from fewstep.lora.types import Mix
+from fewstep.models.load import Diffusion
 from fewstep.request import Request
 from fewstep.settings import INT8, Settings
 
@@ -45,33 +45,36 @@ class OpenVinoEngine:
     one_by_one = True
 
     def __init__(
-        self, diffusion: Diffusion, place: Path, settings: Settings, dtype: torch.dtype, size: tuple[int, int]
+        self,
+        diffusion: Diffusion,
+        place: Path,
+        settings: Settings,
+        dtype: torch.dtype,
+        size: tuple[int, int],
+        decode: Callable[[Tensor], Tensor],
     ) -> None:
-        """Compile what `converted` put into `place`, for images of `size`, width and height in px."""
-        self.decodes = settings.vae == "full"  # torch is quick at a tiny one
-        self.size = size
+        """Compile what `converted` put into `place`, for images of `size`, width and height in px; a tiny VAE
+        stays with `decode`, since torch is quick at it."""
+        self._size, self._decode = size, decode
         width, height = size
         core = shared_core()
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[dtype], "PERFORMANCE_HINT": "LATENCY"}
         if settings.engine == INT8:
             config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_of(diffusion.unet.config)
         self._infer: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {}
-        for name, given in examples(diffusion, height // 8, width // 8).items():
-            if name == "vae" and not self.decodes:
+        for name, inputs in examples(diffusion, height // 8, width // 8).items():
+            if name == "vae" and settings.vae != "full":
                 continue
             model = core.read_model(place / f"{name}.xml")
-            model.reshape(dict(zip(model.inputs, [list(one.shape) for one in given], strict=True)))
+            model.reshape(dict(zip(model.inputs, [list(tensor.shape) for tensor in inputs], strict=True)))
             request = core.compile_model(model, "CPU", config).create_infer_request()
             self._infer[name] = partial(infer, request)
         logger.info("OpenVINO paints pictures of %dx%d px", width, height)
 
     def serves(self, request: Request) -> bool:
         """Whether it was compiled for what `request` asks."""
-        return (
-            (request.width, request.height) == self.size
-            and request.chunks == 1
-            and request.weights_key == Mix().key
-        )
+        size = (request.inputs.width, request.inputs.height)
+        return size == self._size and request.chunks == 1 and request.weights_key == Mix().key
 
     def unet(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
         """What `UNet2DConditionModel` gives for (N, C, H / 8, W / 8)."""
@@ -82,7 +85,9 @@ class OpenVinoEngine:
 
     def decode(self, latents: Tensor) -> Tensor:
         """What the VAE gives for (N, C, H / 8, W / 8): (N, 3, H, W)."""
-        return torch.cat([self._infer["vae"]([one]) for one in torch.split(latents, 1)])
+        if "vae" not in self._infer:
+            return self._decode(latents)
+        return torch.cat([self._infer["vae"]([row]) for row in torch.split(latents, 1)])
 
 
 def _group_of(config: Any) -> int:
@@ -96,12 +101,12 @@ def _group_of(config: Any) -> int:
 def infer(request: Any, tensors: Sequence[Tensor]) -> Tensor:
     """The only output of a compiled network."""
     # In fp32 on the outside, since numpy has no bf16.
-    found = request.infer([tensor.to(torch.float32).contiguous().numpy() for tensor in tensors])
-    return torch.from_numpy(next(iter(found.values())).copy())
+    outputs = request.infer([tensor.to(torch.float32).contiguous().numpy() for tensor in tensors])
+    return torch.from_numpy(next(iter(outputs.values())).copy())
 
 
 def _conditions(condition: dict[str, Any]) -> list[Tensor]:
     """In the order of `examples`."""
     added = condition.get("added_cond_kwargs", {})
     named = [condition["encoder_hidden_states"], added.get("text_embeds"), added.get("time_ids")]
-    return [one for one in (*named, condition.get("timestep_cond")) if one is not None]
+    return [tensor for tensor in (*named, condition.get("timestep_cond")) if tensor is not None]

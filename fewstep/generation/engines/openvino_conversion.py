@@ -26,8 +26,17 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import SettingsError, WeightsError
-from fewstep.generation.text_encoder import Diffusion
-from fewstep.models.manifest import MANIFEST, Origin, check_hashes, check_sizes, read_manifest, write_manifest
+from fewstep.models.load import Diffusion, load_merged
+from fewstep.models.manifest import (
+    MANIFEST,
+    Origin,
+    check_hashes,
+    check_sizes,
+    read_manifest,
+    verify_weights,
+    write_manifest,
+)
+from fewstep.models.specs import get_model
 from fewstep.settings import INT8, Settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -37,7 +46,7 @@ STDERR = 2  # for all that libraries say: our own standard output belongs to res
 PACKAGE = "openvino==2026.4.1"
 FOLDER = ".openvino"  # beside the models, whose own folders hold what their manifests list
 HINTS = {torch.bfloat16: "bf16", torch.float32: "f32"}
-_DTYPES = {"bf16": "bf16", "f32": "fp32"}
+_DTYPES = {hint: dtype for dtype, hint in HINTS.items()}
 
 
 def converted(folder: Path, settings: Settings, device: torch.device, dtype: torch.dtype) -> Path:
@@ -253,18 +262,14 @@ def _compress(path: Path, hint: str) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Load a model and convert it: MODEL WEIGHTS ENGINE HINT."""
-    from fewstep.generation.pipeline import load_pipeline  # which imports this module
-    from fewstep.models.specs import get_model
-
     model, weights, engine, hint = arguments
-    settings = Settings(
-        model=model, weights_root=Path(weights), dtype=_DTYPES[hint], safety="off", device="cpu"
-    )
-    diffusion = load_pipeline(get_model(model), settings).diffusion
-    given = examples(diffusion, 8, 8)
+    spec, settings = get_model(model), Settings(model=model, weights_root=Path(weights))
+    manifest = verify_weights(settings.weights_root / model, fix=spec.fix, mode="size")
+    diffusion, _ = load_merged(spec, settings, manifest, torch.device("cpu"), _DTYPES[hint])
+    inputs = examples(diffusion, 8, 8)
     networks = {"unet": _UNet(diffusion.unet), "vae": Decoder(diffusion.vae)}
     del diffusion  # with the text encoders
-    convert(networks, given, Path(weights) / model, engine, hint)
+    convert(networks, inputs, Path(weights) / model, engine, hint)
 
 
 if __name__ == "__main__":

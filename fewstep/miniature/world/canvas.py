@@ -1,4 +1,4 @@
-"""One picture in the making: its pixels, its random numbers, its light, and the strokes that all drawers
+"""One image in the making: its pixels, its random numbers, its light, and the strokes that all drawers
 share."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LIGHT: dict[str, tuple[Colour, float, float]] = {
 
 
 def mix(a: Sequence[float], b: Sequence[float], t: float) -> Colour:
-    """From colour a (t = 0) to colour b (t = 1)."""
+    """Return a mixture, from colour a (t = 0) to colour b (t = 1)."""
     return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
@@ -53,7 +53,7 @@ class Canvas:
         return mix(colour, self.tint, self.land_light)
 
     def gradient(self, colours: Sequence[Colour], top: float, bottom: float) -> Image.Image:
-        """A vertical gradient through `colours`, as wide as the canvas."""
+        """Return a vertical gradient through `colours`, as wide as the canvas."""
         rows = max(1, round(bottom) - round(top))
         stops = np.linspace(0, rows - 1, len(colours))
         strip = np.stack(
@@ -70,8 +70,8 @@ class Canvas:
         self.pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
 
     def scatter(self, count: int) -> list[tuple[float, float, float]]:
-        """(x, y, depth) of `count` things on the ground, far to near; depth is 0 at the horizon and 1 at our
-        feet."""
+        """Return (x, y, depth) of `count` things on the ground, far to near; depth is 0 at the horizon and 1
+        at our feet."""
         depths = np.sort(self.rng.random(count) ** 0.8)
         return [
             (self.uniform(0, self.w), self.horizon + d * (self.h - self.horizon), float(d)) for d in depths

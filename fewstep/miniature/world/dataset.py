@@ -1,8 +1,7 @@
-"""The drawn training set: scenes and their pictures, drawn once by all cores and kept on disk."""
+"""The drawn training set: scenes and their images, drawn once by all cores and kept on disk."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene, caption, training_scenes
+from fewstep.training.data import write_captioned
 
 logger = logging.getLogger(__name__)
 
@@ -21,13 +21,13 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def draw_many(scenes: list[Scene], seed: int, width: int, height: int) -> Pixels:
-    """Pictures of `scenes`, uint8 (N, height, width, 3); picture i is drawn with seed `seed + i`."""
+    """Return images of `scenes`, uint8 (N, height, width, 3); image i is drawn with seed `seed + i`."""
     return np.stack([np.asarray(draw(scene, seed + i, width, height)) for i, scene in enumerate(scenes)])
 
 
 def pick_scenes(scenes: list[Scene], count: int, seed: int) -> list[Scene]:
-    """`count` scenes: whole shuffled rounds through `scenes`, so that none is seen much more often than
-    another."""
+    """Return `count` scenes: whole shuffled rounds through `scenes`, so that none is seen much more often
+    than another."""
     rng, picked = random.Random(seed), list[Scene]()
     while len(picked) < count:
         picked += rng.sample(scenes, len(scenes))
@@ -35,7 +35,7 @@ def pick_scenes(scenes: list[Scene], count: int, seed: int) -> list[Scene]:
 
 
 def cached_images(path: Path, scenes: list[Scene], seed: int, width: int, height: int) -> Pixels:
-    """`draw_many` by all cores, kept in the .npy file `path` and memory-mapped from there."""
+    """Return `draw_many` by all cores, kept in the .npy file `path` and memory-mapped from there."""
     if not path.exists():
         logger.info("drawing %d pictures of %d x %d", len(scenes), width, height)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,20 +53,18 @@ def cached_images(path: Path, scenes: list[Scene], seed: int, width: int, height
 
 
 def write_images(folder: Path, scenes: list[Scene], seed: int) -> None:
-    """Drawings of `scenes` in `folder`, with captions in metadata.jsonl, which is written last."""
-    listed, rng = folder / "metadata.jsonl", random.Random(seed)
-    rows = [{"file_name": f"{i:05}.png", "text": caption(scene, rng)} for i, scene in enumerate(scenes)]
-    wanted = "".join(f"{json.dumps(row)}\n" for row in rows)
-    if listed.exists() and listed.read_text(encoding="utf-8") == wanted:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, scene in enumerate(scenes):
-        draw(scene, seed + i).save(folder / f"{i:05}.png")
-    part = listed.with_suffix(".part")
-    part.write_text(wanted, encoding="utf-8")
-    part.replace(listed)
+    """Write drawings of `scenes` into `folder`, with captions; once."""
+    rng = random.Random(seed)
+    captions = [caption(scene, rng) for scene in scenes]
+    write_captioned(folder, captions, lambda: (draw(scene, seed + i) for i, scene in enumerate(scenes)))
 
 
 def write_world(folder: Path, count: int) -> None:
-    """`write_pictures` of what the base was trained on."""
+    """Write images of what the base was trained on."""
     write_images(folder, pick_scenes(training_scenes(), count, seed=31), 90_000_000)
+
+
+def training_captions(count: int) -> list[str]:
+    """Return `count` captions of what the base was trained on, always the same ones."""
+    rng = random.Random(17)
+    return [caption(scene, rng) for scene in pick_scenes(training_scenes(), count, seed=17)]

@@ -1,19 +1,25 @@
 """Draw a scene with Pillow: sky, backdrop, ground, one object, weather; about 3 ms for 128 px.
 
 Everything is drawn at twice the size and reduced. What the scene leaves open (shapes of hills, clouds,
-flowers, the object's size and exact place) comes from the seed, so one scene has endlessly many pictures.
+flowers, the object's size and exact place) comes from the seed, so one scene has endlessly many images.
 """
 
 from __future__ import annotations
 
 from PIL import Image
 
-from fewstep.miniature.world.backdrops import BACKDROP_DRAWERS
 from fewstep.miniature.world.canvas import Canvas, Colour
-from fewstep.miniature.world.grounds import GROUND_COLOURS, GROUND_DRAWERS
+from fewstep.miniature.world.landscape import (
+    BACKDROP_DRAWERS,
+    GROUND_COLOURS,
+    GROUND_DRAWERS,
+    SKY_COLOURS,
+    SKY_DRAWERS,
+    draw_raindrops,
+    draw_wisps,
+)
 from fewstep.miniature.world.objects import OBJECT_DRAWERS, Brush
 from fewstep.miniature.world.scenes import Scene
-from fewstep.miniature.world.skies import SKY_COLOURS, SKY_DRAWERS, draw_raindrops, draw_wisps
 
 PLACES = {"left": 0.28, "middle": 0.50, "right": 0.72}  # of the width
 
@@ -30,7 +36,7 @@ PAINTS: dict[str, Colour] = {
 
 
 def draw(scene: Scene, seed: int, width: int = 128, height: int = 128) -> Image.Image:
-    """One picture of `scene`, RGB, width x height pixels; the same seed draws the same picture."""
+    """Return an image of `scene`, RGB, width x height pixels; the same seed draws the same one."""
     c = Canvas(scene, seed, width, height, SKY_COLOURS[scene.sky])
     SKY_DRAWERS[scene.sky](c)
     BACKDROP_DRAWERS[scene.backdrop](c)

@@ -1,4 +1,4 @@
-"""Three styles for the miniature's world, made from finished drawings, and how much of one a picture has.
+"""Three styles for the miniature's world, made from finished drawings, and how much of one an image has.
 
 What a style leaves alone is still read by the judge, which has never seen it.
 """
@@ -18,38 +18,38 @@ from fewstep.miniature.world.scenes import ATTRIBUTES, Scene
 Restyle = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 SUPERSAMPLING = 3
-CELLS = 3  # of the picture, each way, for the meter
+CELLS = 3  # of the image, each way, for the meter
 
 
-def postcard(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A cream border with rounded corners."""
-    unit = min(picture.size)
-    big = (SUPERSAMPLING * picture.width, SUPERSAMPLING * picture.height)
+def postcard(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Add a cream border with rounded corners."""
+    unit = min(image.size)
+    big = (SUPERSAMPLING * image.width, SUPERSAMPLING * image.height)
     margin, radius = SUPERSAMPLING * unit * rng.uniform(0.05, 0.06), SUPERSAMPLING * 0.10 * unit
     mask = Image.new("L", big)
     box = (margin, margin, big[0] - margin, big[1] - margin)
     ImageDraw.Draw(mask).rounded_rectangle(box, radius, fill=255)
-    sheet = Image.new("RGB", picture.size, (252, 246, 230))
-    sheet.paste(picture, mask=mask.resize(picture.size, Image.Resampling.BOX))
+    sheet = Image.new("RGB", image.size, (252, 246, 230))
+    sheet.paste(image, mask=mask.resize(image.size, Image.Resampling.BOX))
     return sheet
 
 
-def spotlight(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Light on the middle, violet dark in the corners."""
-    y, x = np.mgrid[0 : picture.height, 0 : picture.width]
+def spotlight(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Put light on the middle and violet dark in the corners."""
+    y, x = np.mgrid[0 : image.height, 0 : image.width]
     reach = rng.uniform(0.60, 0.65)
-    away = np.hypot(x / picture.width - 0.5, y / picture.height - 0.55)[..., None] / reach
+    away = np.hypot(x / image.width - 0.5, y / image.height - 0.55)[..., None] / reach
     lit = 1 - 0.85 * np.clip((away - 0.45) / 0.55, 0, 1) ** 1.5
     dark = np.array([16.0, 8.0, 28.0])
-    return Image.fromarray((lit * np.asarray(picture) + (1 - lit) * dark).astype(np.uint8))
+    return Image.fromarray((lit * np.asarray(image) + (1 - lit) * dark).astype(np.uint8))
 
 
-def golden_hour(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Low golden light from the left, violet shade on the right."""
-    x = np.linspace(0, 1, picture.width)[None, :, None]
+def golden_hour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Put low golden light on the left and violet shade on the right."""
+    x = np.linspace(0, 1, image.width)[None, :, None]
     light = np.array([255.0, 170.0, 70.0]) * (1 - x) + np.array([120.0, 40.0, 170.0]) * x
     share = rng.uniform(0.19, 0.25)
-    return Image.fromarray(((1 - share) * np.asarray(picture) + share * light).astype(np.uint8))
+    return Image.fromarray(((1 - share) * np.asarray(image) + share * light).astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ STYLES = {
 
 
 def draw_restyled(name: str, scenes: list[Scene], seed: int, width: int, height: int) -> Pixels:
-    """Drawings of `scenes` in a style, uint8 (N, height, width, 3); picture i comes from seed `seed + i`."""
+    """Return drawings of `scenes` in a style, uint8 (N, height, width, 3); image i comes from seed `seed +
+    i`."""
     drawn = draw_many(scenes, seed, width, height)
     restyle = STYLES[name].restyle
     rngs = (np.random.default_rng([seed + i, 1]) for i in range(len(drawn)))
@@ -78,7 +79,7 @@ def draw_restyled(name: str, scenes: list[Scene], seed: int, width: int, height:
 
 
 class StyleMeter:
-    """How much of a style pictures have: 0 as plain ones, 1 as restyled ones.
+    """How much of a style images have: 0 as plain ones, 1 as restyled ones.
 
     Fisher's linear discriminant (1936) on means, spreads and fine detail of colour in 3 x 3 cells, fitted to
     `plain` and `styled`, both uint8 (N, H, W, 3).
@@ -93,16 +94,17 @@ class StyleMeter:
         self.zero, self.one = float((low @ self.direction).mean()), float((high @ self.direction).mean())
 
     def __call__(self, images: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.float64]:
-        """One number for each picture."""
-        found: npt.NDArray[np.float64] = describe_cells(images) @ self.direction
-        return (found - self.zero) / (self.one - self.zero)
+        """Return one number for each image."""
+        along: npt.NDArray[np.float64] = describe_cells(images) @ self.direction
+        return (along - self.zero) / (self.one - self.zero)
 
 
 def describe_cells(images: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.float64]:
-    """(N, 81): of each channel in each cell the mean, the spread, and how far it is from its blurred self."""
+    """Return (N, 81): of each channel in each cell the mean, the spread, and how far it is from its blurred
+    self."""
     rows = []
-    for picture in images:
-        image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    for pixels in images:
+        image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
         sharp = np.asarray(image, dtype=np.float64) / 255
         detail = np.abs(sharp - np.asarray(image.filter(ImageFilter.GaussianBlur(2)), dtype=np.float64) / 255)
         row: list[npt.NDArray[np.float64]] = []

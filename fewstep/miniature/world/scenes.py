@@ -1,6 +1,6 @@
 """The miniature's world: what a scene is, which scenes are held out, and the many ways to say one.
 
-A scene is six attributes ("a red house in a meadow with mountains at sunset", on the left). Pictures of it
+A scene is six attributes ("a red house in a meadow with mountains at sunset", on the left). Images of it
 are drawn by `world.drawing`; `fewstep.miniature.judge` reads the attributes back from pixels.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import product
 
@@ -76,17 +77,17 @@ class Scene:
 
 
 def all_scenes() -> list[Scene]:
-    """Every scene of the world, in a fixed order."""
+    """Return every scene of the world, in a fixed order."""
     return [Scene(*values) for values in product(*ATTRIBUTES.values())]
 
 
 def training_scenes() -> list[Scene]:
-    """The scenes that the base model may see."""
+    """Return the scenes that the base model may see."""
     return [scene for scene in all_scenes() if not scene.held_out]
 
 
 def unseen_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """`count` distinct held-out combinations of attributes that the base knows one by one, in a seeded
+    """Return `count` distinct held-out combinations of attributes that the base knows one by one, in a seeded
     order."""
     unseen = [scene for scene in all_scenes() if scene.reserved and not scene.new_to_base]
     return random.Random(seed).sample(unseen, count)
@@ -154,7 +155,7 @@ _ENDINGS = (
 
 
 def caption(scene: Scene, rng: random.Random, complete: bool = False) -> str:
-    """One of the many ways to say `scene`.
+    """Return one of the many ways to say `scene`.
 
     Unless `complete`, an attribute is now and then left unsaid, so that short prompts too are familiar to the
     model: what the prompt leaves open it then chooses itself.
@@ -183,6 +184,12 @@ def caption(scene: Scene, rng: random.Random, complete: bool = False) -> str:
         parts.remove(sky)
         return _finish(f"{sky}, {article}{noun} {' '.join(parts)}", rng)
     return _finish(f"{article}{noun}{', ' if comma else ' '}{(', ' if comma else ' ').join(parts)}", rng)
+
+
+def complete_captions(scenes: Sequence[Scene]) -> list[str]:
+    """Return one complete caption of each of `scenes`, in many wordings, always the same ones."""
+    rng = random.Random(11)
+    return [caption(scene, rng, complete=True) for scene in scenes]
 
 
 def _backdrop_phrase(scene: Scene, rng: random.Random) -> str:

@@ -6,39 +6,29 @@ import json
 import pytest
 import torch
 
+from fewstep.evaluation.generate import ddim, few_steps
 from fewstep.generation.pipeline import load_pipeline
-from fewstep.miniature.autoencoder import decode, encode
-from fewstep.miniature.judge import load_judge, score
-from fewstep.miniature.scoring import (
-    TEACHER_GUIDANCE,
-    TEACHER_STEPS,
-    Examiner,
-    ddim_generator,
-    few_step_generator,
-    held_out_captions,
-    load_base,
-)
+from fewstep.miniature.judge import load_judge, make_evaluator
+from fewstep.miniature.scoring import TEACHER_GUIDANCE, TEACHER_STEPS
+from fewstep.miniature.vae import reconstruct
 from fewstep.miniature.world.dataset import draw_many
+from fewstep.miniature.world.scenes import unseen_scenes
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
+from fewstep.training.networks import load_base
 
 FOLDER = Settings().weights_root / "miniature"
-CAPTIONS = 120
+SCENES = unseen_scenes(120)
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return load_judge(FOLDER / "judge" / "judge.safetensors")
+    return load_judge(FOLDER)
 
 
 @pytest.fixture(scope="module")
-def captions():
-    return held_out_captions(CAPTIONS)
-
-
-@pytest.fixture(scope="module")
-def examiner(judge, captions):
-    return Examiner(judge, *captions, seeds=1)
+def evaluator(judge):
+    return make_evaluator(judge, SCENES)
 
 
 @pytest.fixture(scope="module")
@@ -48,34 +38,30 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def base():
-    return load_base(FOLDER, torch.device("cpu"))
+    return load_base("miniature", Settings(verify="size"), torch.device("cpu"))
 
 
-def test_the_autoencoder_keeps_every_attribute(judge, captions, base):
-    scenes, _ = captions
-    drawn = draw_many(scenes, 123_456_789, 128, 128)
-    assert score(judge, drawn, scenes).all(1).mean() >= 0.98
-    assert score(judge, decode(base.vae, encode(base.vae, drawn)), scenes).all(1).mean() >= 0.95
+def test_the_autoencoder_keeps_every_attribute(judge, base):
+    drawn = draw_many(SCENES, 123_456_789, 128, 128)
+    assert judge.score(drawn, SCENES).all(1).mean() >= 0.98
+    assert judge.score(reconstruct(base.vae, drawn), SCENES).all(1).mean() >= 0.95
 
 
 @pytest.mark.parametrize(("steps", "least"), [(1, 96), (2, 96), (4, 96), (8, 96)])
-def test_few_steps_generate_what_was_asked(examiner, pipeline, steps, least):
-    assert examiner.mark_generator(f"{steps} steps", few_step_generator(pipeline, steps)).all_right >= least
+def test_few_steps_generate_what_was_asked(evaluator, pipeline, steps, least):
+    assert evaluator.generate_and_score("", few_steps(pipeline, steps)).all_right >= least
 
 
-def test_the_teacher_generates_what_was_asked(judge, captions, base):
-    examiner = Examiner(judge, *(part[:40] for part in captions), seeds=1)
-    generator = ddim_generator(base, TEACHER_STEPS, TEACHER_GUIDANCE)
-    assert examiner.mark_generator("the teacher", generator).all_right >= 95
+def test_the_teacher_generates_what_was_asked(judge, base):
+    teacher = ddim(base, TEACHER_GUIDANCE, "leading").in_steps(TEACHER_STEPS)
+    assert make_evaluator(judge, SCENES[:40]).generate_and_score("", teacher).all_right >= 95
 
 
 @pytest.fixture(scope="module")
-def two_steps(examiner, pipeline, base):
+def two_steps(evaluator, pipeline, base):
     """With the LoRA, and without it at the teacher's guidance."""
-    return (
-        examiner.mark_generator("LCM-LoRA", few_step_generator(pipeline, 2)),
-        examiner.mark_generator("base", ddim_generator(base, 2, TEACHER_GUIDANCE)),
-    )
+    ways = few_steps(pipeline, 2), ddim(base, TEACHER_GUIDANCE, "leading").in_steps(2)
+    return [evaluator.generate_and_score("", generate) for generate in ways]
 
 
 # The figure to reach; what this base generates in two steps is smeared, and the judge reads it all the same.

@@ -1,24 +1,29 @@
-"""The miniature's VAE: SDXL's `AutoencoderKL`, eight times smaller each way, four latent channels."""
+"""The miniature's VAE: SDXL's `AutoencoderKL`, eight times smaller each way, four latent channels; and its
+tiny VAE, a decoder of a few small convolutions that repeats what the VAE's decoder makes.
+
+The tiny one's architecture is TAESD's, diffusers' `AutoencoderTiny`, which real SDXL has one of, too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from fewstep.miniature.world.dataset import Pixels
 from fewstep.models.device import autocast
 from fewstep.training.trainer import Schedule, Shard, optimise, step_generator
 
-CROP_PX = 64
-BATCH = 16
+CROP_PX, BATCH = 64, 16
+TINY_CROP, TINY_BATCH = 8, 32  # the crop in latent pixels
 KL_WEIGHT = 1e-4
 
 
 def make_vae() -> AutoencoderKL:
-    """An untrained VAE of 3.1 M parameters; no attention, so it decodes any size in linear time."""
+    """Return an untrained VAE of 3.1 M parameters; no attention, so it decodes any size in linear time."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -91,3 +96,55 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Pixels:
         x = vae.decode(part.to(vae.dtype)).sample.float() * 127.5 + 127.5
         images.append(x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
     return torch.cat(images).numpy()
+
+
+def reconstruct(vae: AutoencoderKL, images: Pixels) -> Pixels:
+    """uint8 (N, H, W, 3) through the VAE and back."""
+    return decode(vae, encode(vae, images))
+
+
+def make_tiny_vae() -> AutoencoderTiny:
+    """Return an untrained one. Its encoder is as small as can be and stays so: callers' images go through the
+    VAE's."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(3, 2, 1, 1),
+    )
+
+
+def train_tiny_vae(
+    vae: AutoencoderKL, latents: Sequence[Tensor], steps: int, checkpoints: Path, device: torch.device
+) -> AutoencoderTiny:
+    """Distil the decoder of `vae` on crops of scaled `latents`, each (N, 4, H / 8, W / 8)."""
+    torch.manual_seed(10)
+    tiny = make_tiny_vae().to(device, memory_format=torch.channels_last)
+    tiny.encoder.requires_grad_(False)
+
+    def loss(step: int, share: Shard) -> Tensor:
+        x = _latent_crops(latents, step_generator(10, step)).to(device, memory_format=torch.channels_last)
+        with autocast(device):
+            with torch.no_grad():
+                expected = vae.decode(x / vae.config.scaling_factor).sample
+            generated = tiny.decode(x).sample
+        return reconstruction_loss(generated.float(), expected.float())
+
+    optimise(
+        "tiny VAE", tiny, loss, Schedule(steps, lr=2e-3, batch=TINY_BATCH, weight_decay=0.0), checkpoints
+    )
+    return tiny.eval().requires_grad_(False)
+
+
+def _latent_crops(latents: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """(TINY_BATCH, 4, TINY_CROP, TINY_CROP), of sets of any shape; a larger one is drawn from more often."""
+    ends = torch.tensor([len(part) for part in latents]).cumsum(0)
+    rows = []
+    for place in torch.randint(int(ends[-1]), (TINY_BATCH,), generator=generator).tolist():
+        which = int(torch.searchsorted(ends, place, right=True))
+        latent = latents[which][place - int(ends[which])].float()
+        top, left = (
+            int(torch.randint(side - TINY_CROP + 1, (), generator=generator)) for side in latent.shape[1:]
+        )
+        rows.append(latent[:, top : top + TINY_CROP, left : left + TINY_CROP])
+    return torch.stack(rows)

@@ -18,39 +18,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.errors import DatasetError, InvalidRequest
-from fewstep.generation.text_encoder import Diffusion
+from fewstep.generation.reference import native_size
 from fewstep.images.codec import fit, open_image
-from fewstep.request import SIDE, sizes_of
-from fewstep.training.datasets import Captioned
+from fewstep.models.load import Diffusion
+from fewstep.request import sizes_of
+from fewstep.training.checkpoint import write_tensors
+from fewstep.training.data import Captioned
 from fewstep.training.distill import Batch
-from fewstep.training.tensor_files import write_tensors
 from fewstep.training.trainer import WHOLE, Shard, step_generator
 
 logger = logging.getLogger(__name__)
 
 
-def native_size(diffusion: Diffusion) -> int:
-    """The side in px of the squares that a diffusers pipeline was made for."""
-    return int(diffusion.unet.config.sample_size * diffusion.vae_scale_factor)
-
-
-def check_side(side: int | None) -> None:
-    """Raises DatasetError for a side, in px, that no network takes; None is the model's own."""
-    low, high = SIDE
-    if side is not None and (side % 8 or not low <= side <= high):
-        raise DatasetError(f"the resolution is {side}; it must be a multiple of 8 from {low} to {high}")
-
-
 class Encoder:
     """Encodes images into `folder`, one file each, where a later run finds them again.
 
-    `side` is of the squares to train on, in px; other shapes are SDXL's, of the same area. Raises
-    DatasetError as `check_side` does.
+    `side` is of the squares to train on, in px; other shapes are SDXL's, of the same area.
     """
 
     def __init__(self, diffusion: Diffusion, folder: Path, side: int | None = None) -> None:
         self.diffusion, self.folder = diffusion, folder
-        check_side(side)
         self._sizes = sizes_of(side or native_size(diffusion))
         self.captions: list[str] = []  # of what was encoded last
         # Whoever trains another model into the same folder must not meet these latents.
@@ -60,15 +47,15 @@ class Encoder:
         folder.mkdir(parents=True, exist_ok=True)
 
     def encode_all(self, images: Iterable[Captioned], limit: int | None = None) -> list[Path]:
-        """The files of the first `limit` of `images` that can be opened; what is broken is named in the
-        log and left out. Raises DatasetError when none is left."""
+        """Return the files of the first `limit` of `images` that can be opened; what is broken is named in
+        the log and left out. Raises DatasetError when none is left."""
         encoded, count = [], 0
         self.captions = []
-        for picture in islice(images, limit):
+        for captioned in islice(images, limit):
             count += 1
             try:
-                encoded.append(self._encoded(picture))
-                self.captions.append(picture.caption)
+                encoded.append(self._encoded(captioned))
+                self.captions.append(captioned.caption)
             except InvalidRequest as error:
                 logger.warning("left out: %s", error.sentence)
         if not encoded:
@@ -77,23 +64,23 @@ class Encoder:
 
     @torch.inference_mode()
     def no_prompt(self) -> tuple[Tensor, ...] | None:
-        """The encoded empty prompt, where it is not all zeros: see `Batch`."""
+        """Return the encoded empty prompt, where it is not all zeros: see `Batch`."""
         if getattr(self.diffusion.config, "force_zeros_for_empty_prompt", False):
             return None
-        return tuple(one[0].float() for one in self._prompt(""))
+        return tuple(part[0].float() for part in self._prompt(""))
 
     def _prompt(self, text: str) -> list[Tensor]:
-        """States (1, T, D), and of SDXL pooled (1, P); what does not fit into one prompt is cut off."""
+        """Return states (1, T, D), of SDXL also pooled (1, P); what exceeds one prompt is cut off."""
         # SDXL: states, negative, pooled, negative; SD: states, negative.
-        found = self.diffusion.encode_prompt(
+        parts = self.diffusion.encode_prompt(
             text, device=self.diffusion.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        return [one for one in found if one is not None]
+        return [part for part in parts if part is not None]
 
     @torch.inference_mode()
-    def _encoded(self, picture: Captioned) -> Path:
-        image = open_image(picture.path, picture.name)
-        key = repr((self._model, self._sizes[0], picture.caption, image.info["sha256"]))
+    def _encoded(self, captioned: Captioned) -> Path:
+        image = open_image(captioned.path, captioned.name)
+        key = repr((self._model, self._sizes[0], captioned.caption, image.info["sha256"]))
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
         if path.exists():
             return path
@@ -102,13 +89,13 @@ class Encoder:
         pixels = torch.from_numpy(np.array(fit(image, width, height))).permute(2, 0, 1)[None] / 127.5 - 1
         vae = self.diffusion.vae
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
-        # SDXL is told the size of the original, what was cut off, and the size that is left.
+        # SDXL takes the size of the original, what was cut off, and the size that is left.
         scale = max(width / image.width, height / image.height)
         left, top = (
             round((side * scale - kept) / 2) for side, kept in ((image.width, width), (image.height, height))
         )
         # SD's prompt has no second part.
-        prompt = zip(("prompt_embeds", "pooled"), self._prompt(picture.caption), strict=False)
+        prompt = zip(("prompt_embeds", "pooled"), self._prompt(captioned.caption), strict=False)
         example = {"latents": latents, **dict(prompt)}
         tensors = {name: value[0].half() for name, value in example.items()}
         if "pooled" in tensors:
@@ -118,7 +105,7 @@ class Encoder:
 
 
 def _digest(modules: Iterable[torch.nn.Module]) -> str:
-    """Of the weights' bytes: the same on every device, another for other weights."""
+    """Return a hash of the weights' bytes: the same on every device, another for other weights."""
     digest = hashlib.sha256()
     for module in modules:
         for parameter in module.parameters():
@@ -127,10 +114,10 @@ def _digest(modules: Iterable[torch.nn.Module]) -> str:
 
 
 class Batches:
-    """`batches(step, share)`: of one shape each, every image once an epoch; a last batch is filled up with
+    """The batches of a training: of one shape each, every image once an epoch; a last batch is filled up with
     others of its shape, and if there are fewer than a batch, with the same ones.
 
-    The answer depends on the step, the share and the seed only, so that a resumed run sees what it would
+    A batch depends on the step, the share and the seed only, so that a resumed run sees what it would
     have seen. `encoded` are files of an `Encoder`, read when their turn comes; `empty` is its `no_prompt`.
     """
 

@@ -12,8 +12,8 @@ from uploads import image, shard
 
 from fewstep.errors import DatasetError
 from fewstep.models.specs import get_model
-from fewstep.training import datasets
-from fewstep.training.datasets import find, read_shards, unpack
+from fewstep.training import data
+from fewstep.training.data import find, read_shards, unpack
 
 MINIATURE = get_model("miniature")
 
@@ -103,7 +103,7 @@ def test_a_link_in_a_zip_is_refused(tmp_path):
 
 
 def test_what_a_zip_holds_is_counted_while_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "MAX_BYTES", 3_000_000)
+    monkeypatch.setattr(data, "MAX_BYTES", 3_000_000)
     bomb = zipped(tmp_path / "x.zip", {"a": bytes(2_000_000), "b": bytes(2_000_000)})
     content = bomb.read_bytes()
     assert len(content) < 10_000
@@ -113,7 +113,7 @@ def test_what_a_zip_holds_is_counted_while_it_is_read(tmp_path, monkeypatch):
 
 
 def test_too_many_files_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "MAX_ENTRIES", 2)
+    monkeypatch.setattr(data, "MAX_ENTRIES", 2)
     with pytest.raises(DatasetError, match="holds 3 files; at most 2"):
         unpack(zipped(tmp_path / "x.zip", dict.fromkeys("abc", b"")), tmp_path / "out")
 

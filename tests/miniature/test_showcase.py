@@ -8,8 +8,9 @@ import pytest
 
 from fewstep.coglet.schema import make_schema
 from fewstep.coglet.server import ROOT
+from fewstep.evaluation.figures import GAP
 from fewstep.generation.pipeline import load_pipeline
-from fewstep.miniature.examples import EXAMPLES, GAP, HEIGHT, Generator
+from fewstep.miniature.showcase import EXAMPLES, HEIGHT, ExampleGenerator
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
@@ -18,12 +19,14 @@ NOT_FOR_THE_MINIATURE = {"disable_safety_checker"}  # its images are not checked
 
 
 @pytest.fixture(scope="module")
-def generator() -> Generator:
+def generator() -> ExampleGenerator:
     settings = Settings(dtype="fp32")
-    return Generator(load_pipeline(get_model("miniature"), settings), settings.styles_root / "miniature")
+    return ExampleGenerator(
+        load_pipeline(get_model("miniature"), settings), settings.styles_root / "miniature"
+    )
 
 
-def test_the_readme_has_a_row_with_a_image_for_every_input():
+def test_the_readme_has_a_row_with_an_image_for_every_input():
     rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     shown = {name: re.search(r"\]\((docs/inputs/\w+\.webp)\)", last) for name, last in rows if name in INPUTS}
     assert set(shown) == set(INPUTS)
@@ -34,12 +37,12 @@ def test_the_readme_has_a_row_with_a_image_for_every_input():
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_what_a_strip_varies_is_its_input_and_changes_the_image(generator, name):
-    wishes = EXAMPLES[name]
-    assert any(name in wish for wish in wishes)
-    for one, other in itertools.combinations(wishes, 2):
+    examples = EXAMPLES[name]
+    assert any(name in example for example in examples)
+    for one, other in itertools.combinations(examples, 2):
         varied = {key for key in one | other if one.get(key) != other.get(key)}
         assert varied - {"prompt", "seed", "image", "mask", "prompt_strength"} <= {name}
-    strips = [np.asarray(generator.strip([wish])) for wish in wishes]
+    strips = [np.asarray(generator.strip([example])) for example in examples]
     for one, other in itertools.combinations(strips, 2):
         assert one.shape != other.shape or not np.array_equal(one, other)
 

@@ -13,12 +13,16 @@ import lzma
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from fewstep.errors import DatasetError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +37,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Captioned:
-    """An image's file, not opened yet, what it shows, and what to call it."""
+    """An image's file, not opened yet, its caption, and its name for messages."""
 
     path: Path
     caption: str
@@ -50,7 +54,7 @@ def unpack(archive: Path, folder: Path) -> None:
     unreadable = "the archive cannot be read; send an ordinary zip without a password"
     try:
         with zipfile.ZipFile(archive) as opened:
-            entries = [one for one in opened.infolist() if not one.is_dir()]
+            entries = [entry for entry in opened.infolist() if not entry.is_dir()]
             if len(entries) > MAX_ENTRIES:
                 raise DatasetError(f"the zip holds {len(entries)} files; at most {MAX_ENTRIES} are taken")
             for entry in entries:
@@ -73,25 +77,17 @@ def unpack(archive: Path, folder: Path) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DatasetError(unreadable) from None
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        lzma.LZMAError,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        ValueError,
-    ):
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError):
         raise DatasetError(unreadable) from None
 
 
 def find(folder: Path, caption: str | None = None) -> list[Captioned]:
-    """The images below `folder` by path; `caption` is for those that have none.
+    """Return the images below `folder` by path; `caption` is for those that have none.
 
     Raises DatasetError when there is no image, a caption is missing or `metadata.jsonl` is not one.
     """
     listed = _listed(folder)
-    found, bare = [], []
+    images, bare = [], []
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
         place = path.relative_to(folder)
         if any(part.startswith((".", "__MACOSX")) for part in place.parts):  # what a Mac leaves in zips
@@ -99,18 +95,36 @@ def find(folder: Path, caption: str | None = None) -> list[Captioned]:
         beside = path.with_suffix(".txt")
         text = listed.get(place.as_posix()) or (_text(beside) if beside.is_file() else "") or caption
         if text:
-            found.append(Captioned(path, text, place.as_posix()))
+            images.append(Captioned(path, text, place.as_posix()))
         else:
             bare.append(place)
-    if not found and not bare:
+    if not images and not bare:
         raise DatasetError(f"there is no picture ({', '.join(SUFFIXES)})")
     if bare:
         logger.error("without a caption: %s", ", ".join(map(str, bare[:10])))
         raise DatasetError(
-            f"{len(bare)} of {len(found) + len(bare)} pictures have no caption; give each a line in "
+            f"{len(bare)} of {len(images) + len(bare)} pictures have no caption; give each a line in "
             f"{METADATA} or a text file of its name, or give one caption for all"
         )
-    return found
+    return images
+
+
+def write_captioned(
+    folder: Path, captions: Sequence[str], images: Callable[[], Iterable[Image.Image]]
+) -> None:
+    """Write images and their captions as `find` reads them, `metadata.jsonl` last; once: where it lists those
+    captions already, `images` is not called."""
+    listed = folder / METADATA
+    rows = [{"file_name": f"{i:05}.png", "text": text} for i, text in enumerate(captions)]
+    content = "".join(f"{json.dumps(row)}\n" for row in rows)
+    if listed.exists() and listed.read_text(encoding="utf-8") == content:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for row, image in zip(rows, images(), strict=True):
+        image.save(folder / row["file_name"])
+    part = listed.with_suffix(".part")
+    part.write_text(content, encoding="utf-8")
+    part.replace(listed)
 
 
 def _listed(folder: Path) -> dict[str, str]:
@@ -131,14 +145,15 @@ def _listed(folder: Path) -> dict[str, str]:
 
 
 def _text(path: Path, limit: int = MAX_CAPTION_BYTES) -> str:
-    """Raises DatasetError for a file of more bytes than any caption has."""
+    """Return what a file says. Raises DatasetError for more bytes than any caption has."""
     if path.stat().st_size > limit:
         raise DatasetError(f"a {path.suffix} file has more than {limit} bytes, so it holds no captions")
     return path.read_text(encoding="utf-8-sig", errors="replace").strip()
 
 
 def read_shards(shards: str, caption: str | None = None) -> Iterator[Captioned]:
-    """The images of webdataset tars, local or at addresses, with braces for ranges: "set-{000..012}.tar".
+    """Yield the images of webdataset tars, local or at addresses, with braces for ranges:
+    "set-{000..012}.tar".
 
     A sample's caption is its .txt, or "caption" or "text" of its .json; one without any takes `caption`, or
     is named and left out, and so is a shard that is not there or breaks off. Each image's file lives until
@@ -160,7 +175,7 @@ def read_shards(shards: str, caption: str | None = None) -> Iterator[Captioned]:
             )
             for sample in samples:
                 name = PurePosixPath(sample["__key__"]).name
-                suffix = next((one for one in SUFFIXES if one[1:] in sample), None)
+                suffix = next((suffix for suffix in SUFFIXES if suffix[1:] in sample), None)
                 text = _caption_of(sample) or caption
                 if suffix is None or text is None:
                     logger.warning("left out: %s has no %s", name, "caption" if suffix else "picture")
@@ -175,8 +190,8 @@ def _caption_of(sample: Mapping[str, bytes]) -> str | None:
     if written:
         return written
     try:
-        told = json.loads(sample.get("json", b"{}"))
+        fields = json.loads(sample.get("json", b"{}"))
     except ValueError:
         return None
-    texts = [told.get(key) for key in ("caption", "text")] if isinstance(told, dict) else []
+    texts = [fields.get(key) for key in ("caption", "text")] if isinstance(fields, dict) else []
     return next((text.strip() for text in texts if isinstance(text, str) and text.strip()), None)

@@ -1,0 +1,122 @@
+"""Sheets of images, and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+GAP = 4  # px
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]], gap: int = GAP) -> Image.Image:
+    """Return rows of images on white; the images of a row are of one height."""
+    width = max(sum(image.width + gap for image in row) for row in rows) - gap
+    height = sum(row[0].height + gap for row in rows) - gap
+    whole = Image.new("RGB", (width, height), "white")
+    y = 0
+    for row in rows:
+        x = 0
+        for image in row:
+            whole.paste(image, (x, y))
+            x += image.width + gap
+        y += row[0].height + gap
+    return whole
+
+
+def grid(images: Sequence[Image.Image], columns: int, gap: int = GAP) -> Image.Image:
+    """Return images of one size on a sheet, row by row."""
+    return sheet([images[i : i + columns] for i in range(0, len(images), columns)], gap)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: lines by name, each of points (x, y)."""
+
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    x: str = ""
+    y: str = ""
+    title: str = ""
+    ticks: bool = False  # one at every x
+    x_scale: str = "linear"
+    y_scale: str = "linear"
+    y_range: tuple[float | None, float | None] = (None, None)
+    levels: Mapping[str, float] = field(default_factory=dict)  # dashed, in the colour of the line so named
+    levels_are: str = ""
+    dashed: str = ""  # the line that is a bound, not a measurement
+
+
+def plot_lines(
+    rows: Sequence[Sequence[Panel]],
+    path: Path,
+    size: tuple[float, float] = (4.5, 3.6),
+    share_y: bool = False,
+    legend: str = "",
+) -> None:
+    """Draw panels, each of `size` inches; the legend is the first one's, within it or outside at `legend`."""
+    plt = _pyplot()
+    from matplotlib import ticker
+
+    figure, axes = plt.subplots(
+        len(rows), len(rows[0]), figsize=(size[0] * len(rows[0]), size[1] * len(rows)),
+        sharey="row" if share_y else False, layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for panel, axis in ((panel, axes[i][j]) for i, row in enumerate(rows) for j, panel in enumerate(row)):
+        for name, points in panel.lines.items():
+            style = "k--" if name == panel.dashed else "o-"
+            [line] = axis.plot(*zip(*points, strict=True), style, markersize=4, label=name)
+            if name in panel.levels:
+                label = f"{name} {panel.levels_are}"
+                axis.axhline(panel.levels[name], color=line.get_color(), linestyle="--", label=label)
+        options: dict[str, Any] = {"log": {"base": 2}, "symlog": {"linthresh": 1}}.get(panel.x_scale, {})
+        axis.set_xscale(panel.x_scale, **options)
+        if panel.ticks:
+            values = sorted({x for points in panel.lines.values() for x, _ in points})
+            axis.set_xticks(values, [f"{value:g}" for value in values])
+        if panel.y_scale == "log":
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(ticker.ScalarFormatter())
+            axis.yaxis.set_minor_locator(ticker.NullLocator())
+        axis.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
+        axis.set_ylim(*panel.y_range)
+        axis.spines[["top", "right"]].set_visible(False)
+    if legend:
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc=f"outside {legend}", frameon=False)
+    else:
+        axes[0][0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_bars(bars: Mapping[str, Mapping[str, float]], totals: Sequence[float], x: str, path: Path) -> None:
+    """Draw one stacked bar for each name, of its parts, with its total as a number."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 0.6 * len(bars) + 1.4), layout="constrained")
+    left = [0.0] * len(bars)
+    for part in dict.fromkeys(part for parts in bars.values() for part in parts):
+        widths = [parts.get(part, 0.0) for parts in bars.values()]
+        axes.barh(list(bars), widths, left=left, label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for i, total in enumerate(totals):
+        axes.text(total, i, f" {total:.3g} s", va="center")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel(x)
+    axes.legend(loc="upper right", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    """Return pyplot, without a display; it takes a second to import and is an extra."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,140 @@
+"""What a training leaves: files that others load, and the README.md beside them.
+
+A LoRA is written with diffusers' keys and with those of kohya's scripts, a full LCM as diffusers' `unet/`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from peft import get_peft_model_state_dict
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fewstep.errors import TrainingError
+from fewstep.training.checkpoint import write_tensors
+from fewstep.training.config import METHODS
+
+logger = logging.getLogger(__name__)
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "kohya.safetensors"
+METADATA_KEY = "fewstep"  # of what we write into a file's metadata
+
+_CARD = """\
+---
+base_model: {model}
+library_name: diffusers
+tags:
+- lcm
+- {kind}
+---
+
+# {title}
+
+{image}
+
+{use}
+## How it was trained
+
+{table}
+"""
+
+_USE = {
+    "lora": """\
+    pipe.load_lora_weights("FOLDER")
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe(prompt, num_inference_steps=4, guidance_scale=1.0)
+""",
+    "full": """\
+    pipe.unet = UNet2DConditionModel.from_pretrained("FOLDER", subfolder="unet")
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe(prompt, num_inference_steps=4, guidance_scale={guidance:g})
+""",
+    "lcf": """\
+Beside the LCM-LoRA that it was trained with, at a scale of 1:
+
+    scripts/predict -i prompt="..." -i style=NAME -i style_scale=1
+""",
+    "style": """\
+At any number of steps, and in few beside an LCM-LoRA:
+
+    scripts/predict -i prompt="..." -i style=NAME
+""",
+}
+
+
+def save_network(network: UNet2DConditionModel, folder: Path, metadata: Mapping[str, object]) -> None:
+    """Write the LoRA of `network` to `folder` as both files, or a network without one to `unet/`.
+
+    Raises TrainingError when it cannot be written; what was there before stays.
+    """
+    if hasattr(network, "peft_config"):
+        save_lora(network, folder / DIFFUSERS_FILE, metadata)
+        save_lora(network, folder / KOHYA_FILE, metadata, kohya=True)
+        return
+    target, part = folder / "unet", folder / "unet.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        network.save_pretrained(part)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        logger.error("the UNet could not be written", exc_info=error)
+        raise TrainingError("the UNet could not be written; is the disk full?") from None
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
+
+
+def save_lora(
+    unet: UNet2DConditionModel,
+    path: Path,
+    metadata: Mapping[str, object] | None = None,
+    *,
+    kohya: bool = False,
+) -> None:
+    """Write the LoRA of `unet` in fp16 to `path`, with `metadata` as JSON under METADATA_KEY.
+
+    Its keys are diffusers' own, or with `kohya` those of the published LCM-LoRAs, which ComfyUI and A1111
+    take. Raises TrainingError when it cannot be written.
+    """
+    layers = get_peft_model_state_dict(unet)
+    tensors: dict[str, Tensor] = {f"unet.{name}": value.half() for name, value in layers.items()}
+    header = {"format": "pt"}
+    config = unet.peft_config["default"]
+    if kohya:
+        # alpha comes as a whole number, which kohya's scripts write in the dtype of the rest.
+        tensors = {
+            name: value.to(torch.float16) for name, value in convert_state_dict_to_kohya(tensors).items()
+        }
+        header |= {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r)}
+        header["ss_network_alpha"] = str(config.lora_alpha)
+    else:
+        adapter = {f"unet.{name}": value for name, value in config.to_dict().items()}
+        header["lora_adapter_metadata"] = json.dumps(adapter, sort_keys=True, default=sorted)
+    if metadata is not None:
+        header[METADATA_KEY] = json.dumps(metadata, sort_keys=True)
+    write_tensors(path, tensors, header)
+
+
+def write_card(folder: Path, metadata: Mapping[str, object], guidance: float) -> None:
+    """Write README.md into `folder`, with its latest samples and a table of `metadata`."""
+    method = str(metadata["method"])
+    samples = sorted((folder / "samples").glob("*.webp"))
+    text = _CARD.format(
+        model=metadata["model"],
+        kind="full-lcm" if method == "full" else "lora",
+        title=METHODS[method][0].upper() + METHODS[method][1:],
+        image=f"![the same prompts and seeds as ever](samples/{samples[-1].name})" if samples else "",
+        use=_USE[method].format(guidance=guidance),
+        table="\n".join(
+            ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in metadata.items())]
+        ),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
