@@ -11,7 +11,6 @@ So the client's `http_get` is called here, and told where to go on.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get
@@ -100,16 +100,14 @@ def downloaded(repos: Sequence[HubRepo], folder: Path, fix: str) -> list[Downloa
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Have `folder` for oneself: two runs that write into one would write to the same parts."""
-    handle = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / ".lock")
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another run is writing into the same folder; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("another run is writing into the same folder; waiting for it")
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        os.close(handle)
 
 
 def _wanted(repo: HubRepo, folder: Path) -> list[Download]:

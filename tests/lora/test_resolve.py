@@ -405,8 +405,9 @@ def test_where_nothing_is_fetched_that_is_said(settings, reader):
             load(LoraResolver(own, reader), name)
 
 
-def test_memory_of_addresses_is_bounded(styles, site, monkeypatch):
+def test_memory_of_addresses_is_bounded(settings, site, reader, monkeypatch):
     monkeypatch.setattr("fewstep.lora.resolve.MAX_ANSWERS", 3)
+    styles = LoraResolver(settings, reader)
     for i in range(6):
         site.pages[f"/a/b{i}/resolve/main/x.safetensors"] = (200, PAPER)
         load(styles, f"a/b{i}/x.safetensors")
