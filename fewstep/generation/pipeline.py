@@ -84,7 +84,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         adapters.lcm_lora = read_lcm_lora(adapters, folder, manifest, spec.fix)
         logger.info("fused the LCM-LoRA into %d layers", adapters.apply(Mix()))
     checker = None
-    if settings.safety == "off" or not spec.checked:
+    if settings.safety == "off" or not spec.needs_safety_checker:
         logger.info("pictures of %s are not checked for safety", spec.name)
     else:
         fix = manifest.fix(spec.fix)
