@@ -3,6 +3,7 @@
 FewstepError
 ├── InvalidRequest    invalid_request     422  the caller asked for something that cannot be had
 ├── LoraError         lora                422  a LoRA file is refused; callers are told as InvalidRequest
+├── Refused           refused             422  a command line asks for something that cannot be had
 ├── WeightsError      weights             500  a model's files are missing, damaged or not its own
 ├── DownloadError     download            500  a file could not be had from the hub as it should be
 ├── SettingsError     settings            500  an environment variable holds something unknown
@@ -56,6 +57,13 @@ class LoraError(FewstepError):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}{detail}")
         self.reason = reason
+
+
+class Refused(FewstepError):
+    """A command cannot do what its arguments say; the terminal shows the sentence without the code."""
+
+    code = "refused"
+    status = 422
 
 
 class WeightsError(FewstepError):

@@ -18,6 +18,7 @@ def test_codes_and_statuses_are_the_published_ones():
     assert {kind.code: kind.status for kind in KINDS} == {
         "invalid_request": 422,
         "lora": 422,
+        "refused": 422,
         "weights": 500,
         "download": 500,
         "settings": 500,

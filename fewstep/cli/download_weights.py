@@ -5,24 +5,17 @@ before it takes its name; a run that was interrupted goes on where it was, and a
 HF_TOKEN, HF_ENDPOINT and HF_HOME are honoured; scripts/save-weights then makes the model's folder.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
-from fewstep.cli.run import say, status_of
+from fewstep.cli.run import model_parser, say, status_of
 from fewstep.models.specs import MODELS, ModelSpec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """1 when something could not be had; the reason is one sentence on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/download-weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    names = [name for name, spec in MODELS.items() if spec.sources]
-    parser.add_argument("name", nargs="?", choices=names, default="sdxl", help="the model (%(default)s)")
+    parser = model_parser("scripts/download-weights", __doc__)
     parser.add_argument(
         "--for-single-file",
         action="store_true",

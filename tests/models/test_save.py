@@ -100,7 +100,7 @@ def test_a_model_goes_from_the_hub_to_a_image(shop, name):
     assert model.generate().tobytes() == model.generate().tobytes()
     guided = 3.0 if model.spec.embedded_guidance else 2.0
     assert model.generate(guidance=guided).tobytes() != model.generate().tobytes()
-    assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", name]
+    assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", ".lock", name]
 
 
 def test_the_folder_is_what_design_says(shop):
