@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
 
 
 def read_pins(root: Path, extras: list[str]) -> Pins:
-    """What requirements.txt and each of the extras pin, by name; SystemExit for an unknown extra."""
+    """Return what requirements.txt and each of the extras pin, by name; SystemExit for an unknown extra."""
     lines = (root / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins: Pins = {RUNTIME: [line.strip() for line in lines if line.strip() and not line.startswith("#")]}
     known = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -120,8 +120,8 @@ def _torch_source(index: str | None) -> str:
 def _has(pin: str) -> bool:
     code = "import sys, importlib.metadata as m; print(m.version(sys.argv[1]))"
     name, _, wanted = pin.partition("==")
-    found = subprocess.run([PYTHON, "-c", code, name], capture_output=True, text=True, check=False)
-    return found.stdout.strip().partition("+")[0] == wanted
+    done = subprocess.run([PYTHON, "-c", code, name], capture_output=True, text=True, check=False)
+    return done.stdout.strip().partition("+")[0] == wanted
 
 
 def _pip(*arguments: str) -> None:

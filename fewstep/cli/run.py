@@ -12,7 +12,7 @@ from fewstep.models.specs import MODELS
 
 
 def say(sentence: str) -> None:
-    """A line for the person at the terminal."""
+    """Write a line for the person at the terminal."""
     sys.stderr.write(f"{sentence}\n")
     sys.stderr.flush()
 

@@ -13,7 +13,7 @@ from fewstep.models.specs import MODELS, ModelSpec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """1 when something is missing or damaged; the reason is one sentence on stderr."""
+    """Return 1 when something is missing or damaged; the reason is one sentence on stderr."""
     parser = model_parser("scripts/save-weights", __doc__)
     parser.add_argument("--from-single-file", type=Path, metavar="PATH", help="a .safetensors checkpoint")
     chosen = parser.parse_args(arguments)

@@ -47,7 +47,7 @@ class Outputs:
             raise SettingsError("FEWSTEP_OUTPUTS names no folder that can be written; name another") from None
 
     def write(self, encoded: Sequence[bytes], suffix: str) -> list[Path]:
-        """One file `<uuid>-<i>.<suffix>` for each item; Cog uploads by base name, so none may come twice."""
+        """Write a file `<uuid>-<i>.<suffix>` an item; Cog uploads by base name, so none may come twice."""
         name = uuid.uuid4()
         paths = [self._root / f"{name}-{i}.{suffix}" for i in range(len(encoded))]
         self._files.extend(paths)  # before they exist: a caller who leaves while they are written leaks none

@@ -44,7 +44,7 @@ _UNICAST = ip_network("2000::/3")
 _NAT64 = ip_network("64:ff9b::/96")
 # What ipaddress takes for public: metadata services of Oracle's and Azure's clouds, and 6to4, which can hold
 # any IPv4 address.
-_NOT_PUBLIC = tuple(ip_network(one) for one in ("192.0.0.0/24", "168.63.129.16/32", "2002::/16"))
+_NOT_PUBLIC = tuple(map(ip_network, ("192.0.0.0/24", "168.63.129.16/32", "2002::/16")))
 
 # What a server did, by the first class that fits. The errors' own words hold names, so they are not used.
 _FAILURES: tuple[tuple[type[Exception], str], ...] = (
@@ -63,7 +63,7 @@ _BROKEN = (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.Protoco
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a fetch may do; the operator's choice, never the caller's."""
+    """Limits of a fetch; the operator's choice, never the caller's."""
 
     hosts: tuple[str, ...]  # names; "*.example.org" or ".example.org" is any host below example.org
     max_bytes: int

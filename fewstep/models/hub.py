@@ -41,7 +41,7 @@ AGAIN = "run the command again, and it goes on from there"
 
 @dataclass(frozen=True)
 class Expected:
-    """What a file must be, and who says so."""
+    """Bytes that a file must have, and who says so."""
 
     size: int  # bytes
     digest: str
@@ -80,8 +80,8 @@ class Download:
 
 
 def downloads_folder(weights_root: Path, environ: Mapping[str, str] | None = None) -> Path:
-    """`$HF_HOME/fewstep` if HF_HOME is set, else beside the weights: a container's own cache would be gone
-    before its weights are saved."""
+    """Return `$HF_HOME/fewstep` if HF_HOME is set, else a folder beside the weights: a container's own cache
+    would be gone before its weights are saved."""
     home = (os.environ if environ is None else environ).get("HF_HOME", "")
     return Path(home).expanduser().absolute() / "fewstep" if home else weights_root / ".downloads"
 
@@ -153,7 +153,7 @@ def _wanted(repo: HubRepo, folder: Path) -> list[Download]:
 
 
 def _known(repo: HubRepo, home: Path) -> dict[str, Expected]:
-    """What is pinned of the repo's files, and what the hub stated earlier of the others."""
+    """Return what is pinned of the repo's files, and what the hub stated earlier of the others."""
     stated = {}
     with suppress(OSError, ValueError, TypeError, AttributeError):
         rows = json.loads((home / STATED).read_text(encoding="utf-8"))
@@ -168,14 +168,14 @@ def _known(repo: HubRepo, home: Path) -> dict[str, Expected]:
 def _ask_hub(repo: HubRepo, paths: list[str]) -> dict[str, Expected]:
     with _failures_explained(repo, "the list of its files"):
         listed = HfApi().get_paths_info(repo.name, paths, revision=repo.revision)
-    found = {info.path: info for info in listed if isinstance(info, RepoFile)}
-    absent = [path for path in paths if path not in found]
+    infos = {info.path: info for info in listed if isinstance(info, RepoFile)}
+    absent = [path for path in paths if path not in infos]
     if absent:
         raise DownloadError(_not_there(repo, absent[0]))
     pins = {file.path: file.sha256 for file in repo.files}
     stated = {}
     for path in paths:
-        info = found[path]
+        info = infos[path]
         digest, algorithm = (info.lfs.sha256, "sha256") if info.lfs else (info.blob_id, "git")
         pin = pins[path]
         if pin is not None and pin != digest:

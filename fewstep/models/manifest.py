@@ -1,4 +1,4 @@
-"""Which files a model's folder must hold, byte for byte: write its manifest, read it, check the folder by it.
+"""The list of the files that a model's folder must hold, byte for byte: write it, read it, check by it.
 
 A manifest is `manifest.json` at the top of `weights/<name>/`:
 
@@ -39,7 +39,7 @@ class ManifestFile:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a file came from."""
+    """The place a file came from."""
 
     source: str
     revision: str

@@ -109,7 +109,7 @@ def _save_file(download: Download, target: Path) -> None:
 
 
 def _save_in_fp16(source: Path, target: Path) -> None:
-    """A file in fp16 is taken as it is; of any other, one tensor after the other is converted."""
+    """Take a file in fp16 as it is; of any other, convert one tensor after the other."""
     wide = (torch.float32, torch.bfloat16, torch.float64)
     tensors = {}
     with safe_open(source, framework="pt") as file:

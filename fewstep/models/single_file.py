@@ -61,9 +61,9 @@ def check_checkpoint(spec: ModelSpec, checkpoint: Path, unet_config: Path) -> No
         raise _refused(
             spec, checkpoint, f"has {channels} input channels, as inpainting and editing models do"
         )
-    found = sum(key.startswith(_PREFIXES[spec.family]["unet"]) for key in keys)
-    if found != len(unet.state_dict()):  # the names differ, but each tensor has its own
-        what = f"has a UNet of {found} tensors where {len(unet.state_dict())} are expected"
+    count = sum(key.startswith(_PREFIXES[spec.family]["unet"]) for key in keys)
+    if count != len(unet.state_dict()):  # the names differ, but each tensor has its own
+        what = f"has a UNet of {count} tensors where {len(unet.state_dict())} are expected"
         raise _refused(spec, checkpoint, what)
 
 

@@ -9,7 +9,7 @@ from fewstep.models.sources import SOURCES, HubRepo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """What is known about a model before any of its weights are read."""
+    """The facts about a model before any of its weights are read."""
 
     name: str
     family: Literal["sdxl", "sd"]

@@ -178,7 +178,7 @@ def test_saving_anew_replaces_the_folder(shop):
     assert model.run("save_weights")[0] == 0
 
     model.generate()
-    assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", "sd15"]
+    assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", ".lock", "sd15"]
 
 
 def test_a_byte_flipped_in_the_unet_is_found_at_setup_and_named(shop):
