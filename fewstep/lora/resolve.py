@@ -67,7 +67,7 @@ class LoraResolver:
         self._answers: TTLCache[object, tuple[str, ...]] = TTLCache(
             MAX_ANSWERS, FRESH_S, timer=lambda: time.monotonic()
         )
-        memory = settings.style_memory_bytes
+        memory = max(1, settings.style_memory_bytes)
         # One that is larger than all memory for them is still kept, alone.
         self._in_memory: LRUCache[str, Lora] = LRUCache(memory, getsizeof=lambda lora: min(lora.size, memory))
 
