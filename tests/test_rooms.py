@@ -38,7 +38,7 @@ parse = cache(ast.parse)
 def modules(sources):
     """The trees of all modules, by names without the package's own."""
     paths = {
-        path.removesuffix(".py").removesuffix("/__init__"): path for path in sources if path.endswith("py")
+        path.removesuffix(".py").removesuffix("/__init__"): path for path in sources if path.endswith(".py")
     }
     return {short(name.replace("/", ".")): parse(sources[path]) for name, path in paths.items()}
 
@@ -54,6 +54,7 @@ def imports(tree, loaded):
     unread = {node for check in checks if loaded for part in check.body for node in ast.walk(part)}
     plain = [node for node in nodes if isinstance(node, ast.Import) and node not in unread]
     sourced = [node for node in nodes if isinstance(node, ast.ImportFrom) and node not in unread]
+    assert not any(node.level for node in sourced), "an import is relative"
     names = [short(name.name) for node in plain for name in node.names]
     return names + [short(f"{node.module}.{name.name}") for node in sourced for name in node.names]
 
