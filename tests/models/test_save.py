@@ -323,7 +323,7 @@ def test_two_saves_at_once_take_turns(tmp_path):
         saved = [threads.submit(save_model, spec, files, weights) for _ in range(4)]
     assert {one.result() for one in saved} == {weights / "sd15"}
     load_pipeline(spec, Settings(weights_root=weights))
-    assert [path.name for path in weights.iterdir()] == ["sd15"]
+    assert sorted(path.name for path in weights.iterdir()) == [".lock", "sd15"]
 
 
 def test_linked_files_keep_their_mode(tmp_path):
