@@ -1,12 +1,12 @@
-"""scripts/predict --recipe IMAGE: paint again what a picture was painted from."""
+"""scripts/predict --recipe IMAGE: generate an image again from its own metadata."""
 
 import base64
 import hashlib
 import io
 from typing import Any
 
-from fewstep.cli.run import Refused, say
-from fewstep.errors import FewstepError
+from fewstep.cli.run import say
+from fewstep.errors import FewstepError, Refused
 from fewstep.images.metadata import Recipe, inputs_of, read_recipe
 
 __all__ = ["follow", "read_recipe", "say_what_changed"]
@@ -15,7 +15,7 @@ Inputs = dict[str, Any]
 
 
 def follow(recipe: Recipe, given: Inputs, environ: dict[str, str]) -> Inputs:
-    """The recipe's inputs with those that are given in their place; Refused when it cannot be followed."""
+    """Return the recipe's inputs, overridden by `given`; Refused when it cannot be followed."""
     model = environ["FEWSTEP_MODEL"] = environ.get("FEWSTEP_MODEL") or recipe["model"]
     if model != recipe["model"]:
         raise Refused(f"the picture was painted by {recipe['model']}; set FEWSTEP_MODEL to that, or unset it")
@@ -39,7 +39,7 @@ def _sha256_of_url(url: object) -> str:
 
 
 def say_what_changed(recipe: Recipe, content: bytes) -> None:
-    """Other weights paint another picture; the file that was painted says which they were."""
+    """Say whether the weights or styles in the metadata of `content` are others than the recipe's."""
     try:
         now = read_recipe(io.BytesIO(content))
     except FewstepError:  # the server keeps no recipes

@@ -5,24 +5,17 @@ before it takes its name; a run that was interrupted goes on where it was, and a
 HF_TOKEN, HF_ENDPOINT and HF_HOME are honoured; scripts/save-weights then makes the model's folder.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
-from fewstep.cli.run import say, status_of
+from fewstep.cli.run import model_parser, say, status_of
 from fewstep.models.specs import MODELS, ModelSpec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """1 when something could not be had; the reason is one sentence on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/download-weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    names = [name for name, spec in MODELS.items() if spec.sources]
-    parser.add_argument("name", nargs="?", choices=names, default="sdxl", help="the model (%(default)s)")
+    """Return 1 when something could not be had; the reason is one sentence on stderr."""
+    parser = model_parser("scripts/download-weights", __doc__)
     parser.add_argument(
         "--for-single-file",
         action="store_true",
@@ -46,8 +39,8 @@ def _download(spec: ModelSpec, for_single_file: bool) -> None:
     for repo, licence, link in dict.fromkeys((repo.name, repo.licence, repo.link) for repo in repos):
         say(f"{repo}: {licence}, see {link}; to download it is to accept that")
     files = download(repos, downloads_folder(Settings.from_env().weights_root))
-    pinned = sum(one.expected.pinned for one in files)
-    size = sum(one.expected.size for one in files) / 1e9
+    pinned = sum(file.expected.pinned for file in files)
+    size = sum(file.expected.size for file in files) / 1e9
     then = " --from-single-file PATH" if for_single_file else ""
     say(
         f"{spec.name}: {len(files)} files, {size:.2f} GB, all verified: {pinned} against hashes that fewstep "

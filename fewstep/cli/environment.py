@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
 
 
 def read_pins(root: Path, extras: list[str]) -> Pins:
-    """What requirements.txt and each of the extras pin, by name; SystemExit for an unknown extra."""
+    """Return what requirements.txt and each of the extras pin, by name; SystemExit for an unknown extra."""
     lines = (root / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins: Pins = {RUNTIME: [line.strip() for line in lines if line.strip() and not line.startswith("#")]}
     known = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -120,14 +120,28 @@ def _torch_source(index: str | None) -> str:
 def _has(pin: str) -> bool:
     code = "import sys, importlib.metadata as m; print(m.version(sys.argv[1]))"
     name, _, wanted = pin.partition("==")
-    found = subprocess.run([PYTHON, "-c", code, name], capture_output=True, text=True, check=False)
-    return found.stdout.strip().partition("+")[0] == wanted
+    done = subprocess.run([PYTHON, "-c", code, name], capture_output=True, text=True, check=False)
+    return done.stdout.strip().partition("+")[0] == wanted
 
 
 def _pip(*arguments: str) -> None:
-    command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
-    # On stderr, since a script's stdout is for its result.
-    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+    """Install with a line a package on stderr, on a terminal each over the last; all of pip's if it fails."""
+    command = [str(PYTHON), "-u", "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+    begin, end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")
+    said: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as pip:
+        for line in pip.stdout or ():
+            said.append(line)
+            match line.split():
+                case ["Collecting", package, *_]:
+                    _say(f"{begin}  {package}", end)
+                case ["Installing", "collected", *packages]:
+                    _say(f"{begin}  unpacking {len(packages) - 1} packages", end)
+    _say(begin, "")
+    if pip.returncode:
+        _say("".join(said), "")
         raise SystemExit(
             "pip could not install what is pinned; its message is above, and a second run goes on"
         )
@@ -144,8 +158,9 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _say(sentence: str) -> None:
-    sys.stderr.write(f"{sentence}\n")
+def _say(sentence: str, end: str = "\n") -> None:
+    # On stderr, since a script's stdout is for its result.
+    print(sentence, end=end, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Paint once and print the paths of the files, one a line: scripts/predict -i prompt="a red house" -o out.webp
+"""Generate once and print the paths of the files, one a line: scripts/predict -i prompt="a red house" -o out.webp
 
 It starts the server of a Cog container with our Predictor, asks it once, and stops it; the flags are those of
 `cog predict`. FEWSTEP_MODEL chooses the model.
@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.run import Refused, say
+from fewstep.cli.run import say
 from fewstep.coglet.schema import make_schema
 from fewstep.coglet.server import (
     ROOT,
@@ -29,20 +29,22 @@ from fewstep.coglet.server import (
     free_port,
     running_server,
 )
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, Refused
 
 Inputs = dict[str, Any]
 LONGEST_MESSAGE = 500
 LOG_TAIL = 30
+SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Paint as the command line says; 0 when every file is written."""
+    """Generate as the command line says; 0 when every file is written."""
     end_as_by_ctrl_c()
-    properties, enumerations = _inputs_of_model()
+    schemas = make_schema(ROOT / "predict.py")["components"]["schemas"]
+    properties = schemas["Input"]["properties"]
     options = _parser(properties).parse_args(arguments)
     try:
-        inputs = _read_inputs(options, properties, enumerations)
+        inputs = _read_inputs(options, properties, schemas)
         recipe, environ = None, {**os.environ}
         if options.recipe:
             from fewstep.cli import again  # imports Pillow, which --help must do without
@@ -50,15 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             recipe = again.read_recipe(options.recipe)
             inputs = again.follow(recipe, inputs, environ)
         target = check_target(options.output)
-        _follow_suffix(inputs, target, enumerations)
-        outputs = _ask(inputs, environ)
-        for path, content in name_files(outputs, target):
+        suffix = target.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
+        if suffix in schemas["output_format"]["enum"]:  # -o image.png asks for a png
+            inputs.setdefault("output_format", suffix)
+        for path, content in name_files(_ask(inputs, environ), target):
             path.write_bytes(content)
             if recipe:
                 again.say_what_changed(recipe, content)
             sys.stdout.write(f"{path}\n")
     except (Refused, ServerFailed, FewstepError) as error:
-        say(str(error)[:LONGEST_MESSAGE])
+        sentence = error.sentence if isinstance(error, Refused) else str(error)
+        say(sentence[:LONGEST_MESSAGE])
         return 1
     except OSError as error:
         say(f"cannot use {error.filename}: {error.strerror}")
@@ -66,11 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def _inputs_of_model() -> tuple[Inputs, Inputs]:
-    schemas = make_schema(ROOT / "predict.py")["components"]["schemas"]
-    return schemas["Input"]["properties"], schemas
 
 
 def _parser(properties: Inputs) -> argparse.ArgumentParser:
@@ -101,7 +100,7 @@ def _read_inputs(options: argparse.Namespace, properties: Inputs, enumerations: 
     if options.json is not None:
         inputs = _read_json(options.json)
         for name in inputs:
-            _property(name, properties)
+            _check_name(name, properties)
         return inputs
     inputs = {}
     for written in options.input:
@@ -110,8 +109,14 @@ def _read_inputs(options: argparse.Namespace, properties: Inputs, enumerations: 
             raise Refused(f"-i needs NAME=VALUE, such as -i steps=4; {name!r} has no '='")
         if name in inputs:
             raise Refused(f"{name} is given twice")
-        inputs[name] = convert(name, value, _property(name, properties), enumerations)
+        _check_name(name, properties)
+        inputs[name] = convert(name, value, properties[name], enumerations)
     return inputs
+
+
+def _check_name(name: str, properties: Inputs) -> None:
+    if name not in properties:
+        raise Refused(f"there is no input {name!r}; the inputs are {', '.join(properties)}")
 
 
 def _read_json(written: str) -> Inputs:
@@ -132,15 +137,8 @@ def _read_json(written: str) -> Inputs:
     return inputs
 
 
-def _property(name: str, properties: Inputs) -> Inputs:
-    if name not in properties:
-        raise Refused(f"there is no input {name!r}; the inputs are {', '.join(properties)}")
-    entry: Inputs = properties[name]
-    return entry
-
-
 def convert(name: str, value: str, entry: Inputs, enumerations: Inputs) -> Any:
-    """`value` as the JSON type that the schema gives the input; the range is the server's to check.
+    """Return `value` as the JSON type that the schema gives the input; the range is the server's to check.
 
     A value @FILE is the file: as a data URL for an input that takes files, otherwise as its text.
     """
@@ -165,28 +163,19 @@ def _read_file(path: Path, as_url: bool) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise Refused(f"cannot read {path}: {error.strerror}") from None
-    if as_url:
-        kind = mimetypes.guess_type(path.name, strict=False)[0] or _kind_by_content(content)
-        if not kind.startswith("image/"):  # coglet would refuse it by quoting all of it
-            raise Refused(f"{path} is not a picture as JPEG, PNG or WebP")
-        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-    return content.decode(errors="replace").rstrip("\n")
-
-
-def _kind_by_content(content: bytes) -> str:
-    signatures = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
-    return next((kind for start, kind in signatures.items() if content.startswith(start)), "")
-
-
-def _follow_suffix(inputs: Inputs, target: Path, enumerations: Inputs) -> None:
-    """Without an output_format, `-o picture.png` asks for a png."""
-    suffix = target.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
-    if suffix in enumerations["output_format"]["enum"]:
-        inputs.setdefault("output_format", suffix)
+    if not as_url:
+        return content.decode(errors="replace").rstrip("\n")
+    kind = mimetypes.guess_type(path.name, strict=False)[0]
+    for start, signed in SIGNATURES.items():
+        if kind is None and content.startswith(start):
+            kind = signed
+    if not kind or not kind.startswith("image/"):  # coglet would refuse it by quoting all of it
+        raise Refused(f"{path} is not a picture as JPEG, PNG or WebP")
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def check_target(written: str | None) -> Path:
-    """Where the output goes, found out before anything slow starts; Refused when nothing can be written there."""
+    """Return where the output goes, before anything slow starts; Refused when nothing can be written there."""
     target = Path(written or "output")
     if target.is_dir():
         target = target / "output"
@@ -198,7 +187,7 @@ def check_target(written: str | None) -> Path:
 
 
 def name_files(outputs: list[str], target: Path) -> list[tuple[Path, bytes]]:
-    """The files' paths and contents: `target` for one output, `stem.i.suffix` for several, as Cog names them.
+    """Return the files' paths and contents: `target` for one output, `stem.i.suffix` for several, as Cog does.
 
     A target without a suffix gets the outputs' own.
     """
@@ -215,7 +204,7 @@ def name_files(outputs: list[str], target: Path) -> list[tuple[Path, bytes]]:
 
 
 def _ask(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
-    """The outputs as data URLs, by way of a server of our own."""
+    """Return the outputs as data URLs, by way of a server of our own."""
     model = environ.get("FEWSTEP_MODEL")
     chosen = f"model {model}" if model else "model miniature, since FEWSTEP_MODEL is not set"
     with tempfile.TemporaryDirectory(prefix="fewstep-") as folder, open(Path(folder) / "log", "w+b") as log:
@@ -232,7 +221,8 @@ def _ask(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
                 outputs: list[str] = answer["output"]
                 return outputs
         except (Refused, ServerFailed) as error:
-            if not re.match(r"\[(?!internal)[a-z_]+\]|the server refused", str(error)):
+            sentence = error.sentence if isinstance(error, Refused) else str(error)
+            if not re.match(r"\[(?!internal)[a-z_]+\]|the server refused", sentence):
                 log.seek(0)
                 tail = log.read().decode(errors="replace").splitlines()[-LOG_TAIL:]
                 say("\n".join(["the end of the server's log:", *tail]))

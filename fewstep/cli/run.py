@@ -1,5 +1,6 @@
 """How a command ends: whatever keeps it from its work is one sentence on stderr and an exit status."""
 
+import argparse
 import logging
 import os
 import sys
@@ -7,14 +8,11 @@ from collections.abc import Callable
 
 from fewstep.coglet.server import ServerFailed, end_as_by_ctrl_c
 from fewstep.errors import FewstepError
-
-
-class Refused(Exception):
-    """What to tell the caller on stderr; the exit status is 1."""
+from fewstep.models.specs import MODELS
 
 
 def say(sentence: str) -> None:
-    """A line for the person at the terminal."""
+    """Write a line for the person at the terminal."""
     sys.stderr.write(f"{sentence}\n")
     sys.stderr.flush()
 
@@ -39,3 +37,12 @@ def status_of(work: Callable[[], None]) -> int:
         say("stopped; nothing half-done is in use, and running it again completes it")
         return 130
     return 0
+
+
+def model_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a command about one model of the hub, as its argument `name`."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=command, description=description, formatter_class=layout)
+    names = [name for name, spec in MODELS.items() if spec.sources]
+    parser.add_argument("name", nargs="?", choices=names, default="sdxl", help="the model (%(default)s)")
+    return parser

@@ -4,24 +4,17 @@ It is written beside its place and moved there when it is whole. With --from-sin
 from a local .safetensors checkpoint, such as a fine-tune of SDXL or SD 1.5; the rest is the model's own.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.cli.run import say, status_of
+from fewstep.cli.run import model_parser, say, status_of
 from fewstep.models.specs import MODELS, ModelSpec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """1 when something is missing or damaged; the reason is one sentence on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/save-weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    names = [name for name, spec in MODELS.items() if spec.sources]
-    parser.add_argument("name", nargs="?", choices=names, default="sdxl", help="the model (%(default)s)")
+    """Return 1 when something is missing or damaged; the reason is one sentence on stderr."""
+    parser = model_parser("scripts/save-weights", __doc__)
     parser.add_argument("--from-single-file", type=Path, metavar="PATH", help="a .safetensors checkpoint")
     chosen = parser.parse_args(arguments)
     spec = MODELS[chosen.name]

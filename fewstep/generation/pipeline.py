@@ -71,7 +71,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     diffusion, adapters = load_merged(spec, settings, manifest, device, dtype)
     tiny = load_tiny_vae(folder, manifest, spec.fix, device, dtype) if settings.vae == "tiny" else None
     checker = None
-    if settings.safety == "off" or not spec.checked:
+    if settings.safety == "off" or not spec.needs_safety_checker:
         logger.info("pictures of %s are not checked for safety", spec.name)
     else:
         checker = load_safety_checker(folder, settings.safety, device, dtype, manifest.fix(spec.fix))

@@ -39,30 +39,27 @@ _PNG_METADATA = frozenset({b"tRNS", b"iCCP", b"eXIf"})
 
 
 def encode_image(image: Image.Image, output_format: str, quality: int, **metadata: Any) -> bytes:
-    """`image` (RGB) as a file of one of the formats in MIME_TYPES; `quality` is 1 to 100, and PNG has none.
+    """Return `image` (RGB) as a file of a format in MIME_TYPES; `quality` is 1 to 100, and PNG has none.
 
     `metadata` goes to Pillow's `save`. The same image always gives the same bytes.
     """
+    options: dict[str, dict[str, Any]] = {
+        # Method 2 of 6 costs about half the time of Pillow's 4 for files hardly larger.
+        "webp": {"format": "WEBP", "quality": quality, "method": 2},
+        # Colour at full resolution once quality is asked for: halved, it smears red edges visibly.
+        "jpg": {"format": "JPEG", "quality": quality, "subsampling": "4:4:4" if quality >= 90 else "4:2:0"},
+        # Level 1 takes half the time of the default 6; whoever wants small files takes another format.
+        "png": {"format": "PNG", "compress_level": 1},
+    }
+    if output_format not in options:
+        raise ValueError(f"encode_image knows {', '.join(MIME_TYPES)}")
     file = io.BytesIO()
-    image.save(file, **_save_options(output_format, quality), **metadata)
+    image.save(file, **options[output_format], **metadata)
     return file.getvalue()
 
 
-def _save_options(output_format: str, quality: int) -> dict[str, Any]:
-    if output_format == "webp":
-        # Method 2 of 6 costs about half the time of Pillow's 4 for files hardly larger.
-        return {"format": "WEBP", "quality": quality, "method": 2}
-    if output_format == "jpg":
-        # Colour at full resolution once quality is asked for: halved, it smears red edges visibly.
-        return {"format": "JPEG", "quality": quality, "subsampling": "4:4:4" if quality >= 90 else "4:2:0"}
-    if output_format == "png":
-        # Level 1 takes half the time of the default 6; whoever wants small files takes another format.
-        return {"format": "PNG", "compress_level": 1}
-    raise ValueError(f"encode_image knows {', '.join(MIME_TYPES)}")
-
-
 def open_image(path: Path, name: str) -> Image.Image:
-    """The image in a JPEG, PNG or WebP file as RGB: upright, in sRGB, on white where it is transparent.
+    """Return the image in a JPEG, PNG or WebP file as RGB: upright, in sRGB, on white where transparent.
 
     Of an animation it is the first frame. Nothing else of the file is kept, such as where a photo was taken,
     but its hash: `info["sha256"]`.
@@ -72,7 +69,7 @@ def open_image(path: Path, name: str) -> Image.Image:
 
 
 def open_mask(path: Path, name: str) -> Image.Image:
-    """The mask in a file as grey (L), 255 where to repaint: white is repainted and black is kept.
+    """Return the mask in a file as grey (L), 255 where to repaint: white is repainted and black is kept.
 
     Where it is transparent it is kept, so that white strokes on an empty layer are a mask. Greys stay grey,
     and colours count by their brightness. Otherwise as open_image.
@@ -81,13 +78,13 @@ def open_mask(path: Path, name: str) -> Image.Image:
 
 
 def open_alpha_mask(path: Path, name: str) -> Image.Image:
-    """The mask in a file that is transparent where to repaint, as OpenAI's API has it; one that is opaque
-    throughout is read as by open_mask."""
+    """Return the mask in a file that is transparent where to repaint, as OpenAI's API has it; one that is
+    opaque throughout is read as by open_mask."""
     return _opened(path, name, _to_inverse_alpha)
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """`image` scaled until it covers width x height px, with what juts out cut off evenly on both sides.
+    """Scale `image` until it covers width x height px, and cut off what juts out evenly on both sides.
 
     Images of equal size lose equal parts, so that a mask (L) stays where it was on its image.
     """
@@ -97,7 +94,7 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def same_shape(size: tuple[int, int], native_size: int) -> tuple[int, int]:
-    """The size to generate an input of `size` at: of its shape, about native_size**2 px, in multiples of 8.
+    """Return the size to generate an input of `size` at: of its shape, about native_size**2 px, in eights.
 
     What is longer than 21:9 becomes 21:9, and the area is never over 1.1 * native_size**2.
     """
@@ -116,14 +113,24 @@ def _opened(path: Path, name: str, flatten: Callable[[Image.Image], Image.Image]
     content = _content(path, name)
     try:
         with _decoder(content) as file:
-            _check_size(file.size, name)
+            wide, high = file.size
+            if min(file.size) < INPUT_MIN_SIDE:
+                raise InvalidRequest(
+                    f"{name} is {wide}x{high} px; each side needs {INPUT_MIN_SIDE} px or more, so send a "
+                    "larger one"
+                )
+            if wide * high > INPUT_MAX_PIXELS:
+                raise InvalidRequest(
+                    f"{name} is {wide}x{high} px; at most {INPUT_MAX_PIXELS} px in all are allowed, so scale "
+                    "it down"
+                )
             file.load()
-            picture = flatten(file)
-            picture.info = {"sha256": hashlib.sha256(content).hexdigest()}
+            image = flatten(file)
+            image.info = {"sha256": hashlib.sha256(content).hexdigest()}
             if (orientation := _orientation(file.info.get("exif", b""))) > 1:
-                picture.getexif()[ExifTags.Base.Orientation] = orientation
-                ImageOps.exif_transpose(picture, in_place=True)
-            return picture
+                image.getexif()[ExifTags.Base.Orientation] = orientation
+                ImageOps.exif_transpose(image, in_place=True)
+            return image
     except InvalidRequest:
         raise
     except MemoryError:
@@ -153,18 +160,6 @@ def _content(path: Path, name: str) -> bytes:
         ) from None
 
 
-def _check_size(size: tuple[int, int], name: str) -> None:
-    wide, high = size
-    if min(size) < INPUT_MIN_SIDE:
-        raise InvalidRequest(
-            f"{name} is {wide}x{high} px; each side needs {INPUT_MIN_SIDE} px or more, so send a larger one"
-        )
-    if wide * high > INPUT_MAX_PIXELS:
-        raise InvalidRequest(
-            f"{name} is {wide}x{high} px; at most {INPUT_MAX_PIXELS} px in all are allowed, so scale it down"
-        )
-
-
 class _Jpeg(JpegImageFile):
     def _read_dpi_from_exif(self) -> None:
         """Nobody asks for it, and Pillow would warn about every odd tag on the way."""
@@ -183,8 +178,8 @@ class _FewReads(io.BytesIO):
 
 
 def _decoder(data: bytes) -> ImageFile.ImageFile:
-    """The file with its header read. Not by Image.open, which warns about bombs that are refused here, and
-    takes a phone's JPEG with a depth map or a second view for another format."""
+    """Return the file with its header read. Not by Image.open, which warns about bombs that are refused here,
+    and takes a phone's JPEG with a depth map or a second view for another format."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return PngImageFile(_FewReads(_bare_png(data)))
     if data.startswith(b"\xff\xd8\xff"):
@@ -195,7 +190,7 @@ def _decoder(data: bytes) -> ImageFile.ImageFile:
 
 
 def _bare_png(data: bytes) -> bytes:
-    """A PNG without texts, frames and huge metadata: of texts, Pillow unpacks 60 kB to 230 MB."""
+    """Return a PNG without texts, frames and huge metadata: of texts, Pillow unpacks 60 kB to 230 MB."""
     depth, colour = data[24], data[25]
     # Except in palettes, Pillow seeks the transparent colour unscaled among pixels scaled to 8 bits.
     wanted = _PNG_METADATA if depth == 8 or colour == 3 else _PNG_METADATA - {b"tRNS"}
@@ -210,7 +205,7 @@ def _bare_png(data: bytes) -> bytes:
 
 
 def _orientation(exif: bytes) -> int:
-    """How EXIF says the image is held, 1 for upright. Pillow's own reader warns about every odd tag."""
+    """Return how EXIF says it is held, 1 for upright. Pillow's own reader warns about every odd tag."""
     tiff = exif.removeprefix(b"Exif\0\0")
     order = ">" if tiff.startswith(b"MM") else "<"
     try:
@@ -226,14 +221,14 @@ def _orientation(exif: bytes) -> int:
 
 
 def _to_rgb(file: Image.Image) -> Image.Image:
-    picture = _opaque(file, "white")
+    image = _opaque(file, "white")
     profile = io.BytesIO(file.info.get("icc_profile") or b"")
     try:
         srgb = ImageCms.createProfile("sRGB")
-        picture = ImageCms.profileToProfile(picture, profile, srgb, outputMode="RGB") or picture
+        image = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB") or image
     except ImageCms.PyCMSError:
         pass  # none, a broken one, or one for other channels: the numbers are taken as sRGB
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
 def _to_grey(file: Image.Image) -> Image.Image:
@@ -247,13 +242,13 @@ def _to_inverse_alpha(file: Image.Image) -> Image.Image:
 
 
 def _opaque(file: Image.Image, ground: str) -> Image.Image:
-    """The image as L, RGB or CMYK."""
+    """Return the image as L, RGB or CMYK."""
     if file.mode == "I;16":
         # Pillow would clip at 255.
         return file.point(lambda value: value / 256).convert("L")
     if file.has_transparency_data:
-        picture = file.convert("RGBA")
+        image = file.convert("RGBA")
         opaque = Image.new("RGB", file.size, ground)
-        opaque.paste(picture, mask=picture)
+        opaque.paste(image, mask=image)
         return opaque
     return file.convert("RGB") if file.mode in ("1", "P") else file

@@ -63,7 +63,7 @@ class Outputs:
         return self.write(encoded, output_format)
 
     def write(self, encoded: Sequence[bytes], suffix: str) -> list[Path]:
-        """One file `<uuid>-<i>.<suffix>` for each item; Cog uploads by base name, so none may come twice."""
+        """Write a file `<uuid>-<i>.<suffix>` an item; Cog uploads by base name, so none may come twice."""
         name = uuid.uuid4()
         paths = [self._root / f"{name}-{i}.{suffix}" for i in range(len(encoded))]
         self._files.extend(paths)  # before they exist: a caller who leaves while they are written leaks none
@@ -73,9 +73,10 @@ class Outputs:
 
     @contextmanager
     def prediction(self) -> Iterator[None]:
-        """Around each prediction: however it ends, what is old is removed then."""
-        folder = self._coglet_folder()
-        if folder:
+        """Surround each prediction: however it ends, what is old is removed then."""
+        folder = None
+        if self._coglet_root is not None and PLAIN_ID.fullmatch(prediction := _prediction_id()):
+            folder = self._coglet_root / prediction
             self._running.add(folder)
         try:
             yield
@@ -86,15 +87,9 @@ class Outputs:
             self._remove(before=time.time() - KEEP_S)
 
     def remove_all(self) -> None:
-        """For the end of the server, when everything has been read."""
+        """Remove all, at the end of the server, when everything has been read."""
         self._folders.extend(self._running)
         self._remove(before=float("inf"))
-
-    def _coglet_folder(self) -> Path | None:
-        prediction = _prediction_id()
-        if self._coglet_root is None or prediction is None or not PLAIN_ID.fullmatch(prediction):
-            return None
-        return self._coglet_root / prediction
 
     def _remove(self, before: float) -> None:
         for kept in (self._files, self._folders):
@@ -111,9 +106,9 @@ def _is_gone_or_older(path: Path, before: float) -> bool:
         return True
 
 
-def _prediction_id() -> str | None:
-    """The id of the prediction that this code runs in, which coglet tells only to its own log writer."""
+def _prediction_id() -> str:
+    """Return the id of the prediction that this code runs in, which coglet tells only to its log writer."""
     for variable, value in contextvars.copy_context().items():
         if variable.name == "_coglet_prediction_id" and isinstance(value, str):
             return value
-    return None
+    return ""

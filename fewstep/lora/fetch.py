@@ -9,7 +9,6 @@ machine a moment later gains nothing by it. Proxy settings of the environment ar
 
 import errno
 import hashlib
-import io
 import json
 import logging
 import re
@@ -20,11 +19,13 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from http.client import HTTPException, HTTPResponse
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
+
+import httpcore2
+import httpx2
 
 from fewstep.errors import DownloadError, InvalidRequest
 
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 JSON_MAX_BYTES = 5_000_000
 MAX_REDIRECTS = 5
-PIECE = 2**18  # bytes read at a time
 
 # Visible ASCII without the backslash, which some parsers take for a slash.
 _PLAIN = re.compile(r"[!-\[\]-~]+")
@@ -44,9 +44,9 @@ _UNICAST = ip_network("2000::/3")
 _NAT64 = ip_network("64:ff9b::/96")
 # What ipaddress takes for public: metadata services of Oracle's and Azure's clouds, and 6to4, which can hold
 # any IPv4 address.
-_NOT_PUBLIC = tuple(ip_network(one) for one in ("192.0.0.0/24", "168.63.129.16/32", "2002::/16"))
+_NOT_PUBLIC = tuple(map(ip_network, ("192.0.0.0/24", "168.63.129.16/32", "2002::/16")))
 
-# The first class that fits says what a server did. The errors' own words hold names, so they are not used.
+# What a server did, by the first class that fits. The errors' own words hold names, so they are not used.
 _FAILURES: tuple[tuple[type[Exception], str], ...] = (
     (socket.gaierror, "has no address here"),
     (ssl.SSLCertVerificationError, "could not prove over TLS that it is itself"),
@@ -54,14 +54,16 @@ _FAILURES: tuple[tuple[type[Exception], str], ...] = (
     (TimeoutError, "took too long"),
     (ConnectionRefusedError, "refuses the connection"),
     (OSError, "broke the connection off"),
-    (HTTPException, "did not send a whole answer"),
+    (httpcore2.ProtocolError, "broke the connection off before a whole answer"),
     (ValueError, "did not send a readable answer"),
+    (Exception, "did not send a whole answer"),
 )
+_BROKEN = (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError, OSError, ValueError)
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a fetch may do; the operator's choice, never the caller's."""
+    """Limits of a fetch; the operator's choice, never the caller's."""
 
     hosts: tuple[str, ...]  # names; "*.example.org" or ".example.org" is any host below example.org
     max_bytes: int
@@ -81,26 +83,47 @@ class _Hop(NamedTuple):
     trusted: bool = False
 
 
-class _Wire(io.RawIOBase):
-    """A connection read against the clock, headers too, so that dripping bytes cannot hold it for ever."""
+class _Stream(httpcore2.NetworkStream):
+    """A connection used against the clock, so that dripping bytes cannot hold it for ever."""
 
-    def __init__(self, connection: socket.socket, left: Callable[[], float]) -> None:
-        self.connection, self.left = connection, left
+    def __init__(self, stream: httpcore2.NetworkStream, left: Callable[[], float]) -> None:
+        self._stream, self._left = stream, left
 
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """What HTTPResponse wants of a socket."""
-        return io.BufferedReader(self)
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, self._left())
 
-    def readable(self) -> bool:
-        return True
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, self._left())
 
-    def readinto(self, buffer: Any) -> int:
-        self.connection.settimeout(self.left())
-        return self.connection.recv_into(buffer)
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.NetworkStream:
+        return _Stream(self._stream.start_tls(ssl_context, server_hostname, self._left()), self._left)
 
-    def readall(self) -> bytes:
-        # HTTPResponse takes a chunk of size -1 for "all there is", past every limit.
-        raise HTTPException("a body is read in pieces only")
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _Network(httpcore2.NetworkBackend):
+    """Connects to one of the very addresses that were found public, unless the hop is trusted."""
+
+    def __init__(self, hop: _Hop, left: Callable[[], float]) -> None:
+        self._hop, self._left = hop, left
+
+    def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore2.NetworkStream:
+        answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = [str(address[0]) for *_, address in answers]
+        if not self._hop.trusted and not all(map(_is_public, addresses)):
+            raise InvalidRequest(
+                f"{self._hop.shown} leads to an address that is not public; name a file elsewhere"
+            )
+        failure: Exception = OSError("no address")
+        for address in addresses:
+            try:
+                return _Stream(httpcore2.SyncBackend().connect_tcp(address, port, self._left()), self._left)
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
+                failure = error
+        raise failure
 
 
 def fetch(url: str, target: Path, allowed: Allowed, token: str | None = None) -> str:
@@ -127,7 +150,7 @@ def fetch(url: str, target: Path, allowed: Allowed, token: str | None = None) ->
 
 
 def fetch_json(url: str, allowed: Allowed, token: str | None = None) -> Any:
-    """The JSON document at `url`, under the same rules but of at most JSON_MAX_BYTES, read into memory."""
+    """Return the JSON document at `url`, of at most JSON_MAX_BYTES, under the same rules."""
     with closing(_pieces(url, replace(allowed, max_bytes=JSON_MAX_BYTES), token)) as pieces:
         content = b"".join(pieces)
     try:
@@ -137,18 +160,25 @@ def fetch_json(url: str, allowed: Allowed, token: str | None = None) -> Any:
 
 
 def _pieces(url: str, allowed: Allowed, token: str | None) -> Generator[bytes, None, None]:
-    """The body, after as many redirects as it takes."""
+    """Yield the body's bytes, after as many redirects as it takes."""
     if token and not _PLAIN.fullmatch(token):
         raise InvalidRequest("the token holds a character that no token has; give it as it was issued")
-    left = _clock(allowed)
+    end = time.monotonic() + allowed.total_s
+
+    def left() -> float:
+        """Return how many seconds the next step may take. Raises TimeoutError when all time is up."""
+        seconds = min(allowed.timeout_s, end - time.monotonic())
+        if seconds <= 0:
+            raise TimeoutError
+        return seconds
+
     hop = first = _checked(url, allowed, "the address")
     for _ in range(MAX_REDIRECTS + 1):
-        with _told(hop), _connected(hop, left) as connection:
-            response = _answer(connection, hop, left, token)
+        with _failures_explained(hop), _response(hop, left, token) as response:
             if response.status not in (301, 302, 303, 307, 308):
                 yield from _body(response, hop, allowed)
                 return
-            url = urljoin(url, response.getheader("Location", ""))
+            url = urljoin(url, httpx2.Headers(response.headers).get("Location", ""))
         hop = _checked(url, allowed, "a redirect from the address")
         if hop[:3] != first[:3]:
             token = None
@@ -157,21 +187,8 @@ def _pieces(url: str, allowed: Allowed, token: str | None) -> Generator[bytes, N
     )
 
 
-def _clock(allowed: Allowed) -> Callable[[], float]:
-    end = time.monotonic() + allowed.total_s
-
-    def left() -> float:
-        """How many seconds the next step may take. Raises TimeoutError when all time is up."""
-        seconds = min(allowed.timeout_s, end - time.monotonic())
-        if seconds <= 0:
-            raise TimeoutError
-        return seconds
-
-    return left
-
-
 def _checked(url: str, allowed: Allowed, what: str) -> _Hop:
-    """The parts of `url`, if it may be asked. Nothing is looked up or connected to here."""
+    """Return the parts of `url`, if it may be asked. Nothing is looked up or connected to here."""
     hop, own = _split(url), _split(allowed.trusted_origin)
     if hop and own and hop[:3] == own[:3]:
         return hop._replace(shown="the configured server", trusted=True)
@@ -204,36 +221,6 @@ def _split(url: str) -> _Hop | None:
     return _Hop(parts.scheme, parts.hostname.removesuffix("."), port, path)
 
 
-@contextmanager
-def _connected(hop: _Hop, left: Callable[[], float]) -> Iterator[socket.socket]:
-    connection = _connection(hop, left)
-    try:
-        if hop.scheme == "https":
-            connection.settimeout(left())
-            connection = ssl.create_default_context().wrap_socket(connection, server_hostname=hop.host)
-        yield connection
-    finally:
-        connection.close()
-
-
-def _connection(hop: _Hop, left: Callable[[], float]) -> socket.socket:
-    found = socket.getaddrinfo(hop.host, hop.port, type=socket.SOCK_STREAM)
-    if not hop.trusted and not all(_is_public(str(address[0])) for *_, address in found):
-        raise InvalidRequest(f"{hop.shown} leads to an address that is not public; name a file elsewhere")
-    failure = OSError("no address")
-    for family, kind, protocol, _, address in found:
-        connection = socket.socket(family, kind, protocol)
-        try:
-            connection.settimeout(left())
-            # Not create_connection, which would look the name up again.
-            connection.connect(address)
-            return connection
-        except OSError as error:
-            connection.close()
-            failure = error
-    raise failure
-
-
 def _is_public(text: str) -> bool:
     address = ip_address(text)
     if address in _NAT64:
@@ -244,44 +231,50 @@ def _is_public(text: str) -> bool:
     return address.is_global and not address.is_multicast and not any(address in net for net in _NOT_PUBLIC)
 
 
-def _answer(
-    connection: socket.socket, hop: _Hop, left: Callable[[], float], token: str | None
-) -> HTTPResponse:
-    """Ask for the file; what comes back has its headers read and its body not."""
+@contextmanager
+def _response(hop: _Hop, left: Callable[[], float], token: str | None) -> Iterator[httpcore2.Response]:
+    """Ask for the file; the response has its headers read and its body not."""
     host = f"[{hop.host}]" if ":" in hop.host else hop.host
-    lines = [
-        f"GET {hop.path} HTTP/1.1",
-        f"Host: {host}" if hop.port == 443 else f"Host: {host}:{hop.port}",
-        "User-Agent: fewstep",
-        "Accept: */*",
-        "Accept-Encoding: identity",
-        "Connection: close",
-        *([f"Authorization: Bearer {token}"] if token else []),
+    headers: list[tuple[bytes | str, bytes | str]] = [
+        ("Host", host if hop.port == 443 else f"{host}:{hop.port}"),
+        ("User-Agent", "fewstep"),
+        ("Accept", "*/*"),
+        ("Accept-Encoding", "identity"),
+        ("Connection", "close"),
+        *([("Authorization", f"Bearer {token}")] if token else []),
     ]
-    connection.settimeout(left())
-    connection.sendall("\r\n".join([*lines, "", ""]).encode("ascii"))
-    response = HTTPResponse(cast(socket.socket, _Wire(connection, left)), method="GET")
-    response.begin()
-    return response
+    url = httpcore2.URL(scheme=hop.scheme, host=hop.host, port=hop.port, target=hop.path)
+    tls = ssl.create_default_context() if hop.scheme == "https" else None
+    with (
+        httpcore2.HTTPConnection(url.origin, tls, network_backend=_Network(hop, left)) as connection,
+        connection.stream("GET", url, headers=headers) as response,
+    ):
+        yield response
 
 
-def _body(response: HTTPResponse, hop: _Hop, allowed: Allowed) -> Iterator[bytes]:
+def _body(response: httpcore2.Response, hop: _Hop, allowed: Allowed) -> Iterator[bytes]:
     _check_status(response.status, hop)
-    if response.getheader("Content-Encoding", "identity").lower() != "identity":
+    headers = httpx2.Headers(response.headers)
+    if headers.get("Content-Encoding", "identity").lower() != "identity":
         raise DownloadError(f"{hop.shown} sends the file compressed, unasked; name one elsewhere")
-    stated, got = response.length, 0
-    if stated is None and not response.chunked:
+    stated = None if "Transfer-Encoding" in headers else int(headers.get("Content-Length", -1))
+    if stated == -1:
         raise DownloadError(f"{hop.shown} does not say where the file ends; name one elsewhere")
-    too_big = InvalidRequest(f"the file is too big; name one of at most {allowed.max_bytes} bytes")
-    if stated is not None and stated > allowed.max_bytes:
+    got, too_big = 0, InvalidRequest(f"the file is too big; name one of at most {allowed.max_bytes} bytes")
+    if (stated or 0) > allowed.max_bytes:
         raise too_big
-    while piece := response.read(PIECE):
-        got += len(piece)
-        if got > allowed.max_bytes:
-            raise too_big
-        yield piece
-    if stated is not None and got < stated:
-        raise DownloadError(f"{hop.shown} sent {got} of {stated} bytes of the file; try again later")
+    try:
+        for piece in response.iter_stream():
+            got += len(piece)
+            if got > allowed.max_bytes:
+                raise too_big
+            yield piece
+    except httpcore2.RemoteProtocolError:
+        if stated is None:
+            raise
+        raise DownloadError(
+            f"{hop.shown} sent {got} of {stated} bytes of the file; try again later"
+        ) from None
 
 
 def _check_status(status: int, hop: _Hop) -> None:
@@ -298,11 +291,12 @@ def _check_status(status: int, hop: _Hop) -> None:
 
 
 @contextmanager
-def _told(hop: _Hop) -> Iterator[None]:
+def _failures_explained(hop: _Hop) -> Iterator[None]:
     """Turn what the network and the parsers raise into one sentence."""
     try:
         yield
-    except (OSError, HTTPException, ValueError) as error:
+    except _BROKEN as error:
         logger.debug("a fetch failed", exc_info=error)
-        what = next(words for kind, words in _FAILURES if isinstance(error, kind))
+        reason = error.__cause__ or error
+        what = next(words for kind, words in _FAILURES if isinstance(reason, kind))
         raise DownloadError(f"{hop.shown} {what}; try again later") from None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fewstep.lora.types import MAX_BYTES, Lora, LoraError, LoraModule, Mix
+from fewstep.errors import LoraError
+from fewstep.lora.types import MAX_BYTES, Lora, LoraModule, Mix
 
 # What a LoRA may change, by the model's family.
 NETWORKS = {"sdxl": ("unet", "text_encoder", "text_encoder_2"), "sd": ("unet", "text_encoder")}
@@ -37,9 +38,9 @@ ANY_RANK = 1024
 
 # kohya-ss, PEFT as diffusers saves it, and diffusers before PEFT.
 _ENDINGS = {
-    "down": (".lora_down.weight", ".lora_A.weight", ".lora.down.weight"),
-    "up": (".lora_up.weight", ".lora_B.weight", ".lora.up.weight"),
-    "alpha": (".alpha",),
+    **dict.fromkeys((".lora_down.weight", ".lora_A.weight", ".lora.down.weight"), "down"),
+    **dict.fromkeys((".lora_up.weight", ".lora_B.weight", ".lora.up.weight"), "up"),
+    ".alpha": "alpha",
 }
 _PREFIXES = {
     "lora_unet_": "unet",
@@ -52,11 +53,11 @@ _PREFIXES = {
 _OTHER_SUMS = ("alpha_pattern", "use_dora", "use_rslora")
 # The names of the original releases, in which many style LoRAs for SDXL are written.
 _LDM = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 
 
 class WeightMerger:
-    """A model's weights as the sum of what its files hold and of adapters.
+    """A model's weights as the sum of what its files hold and of LoRAs.
 
     `folder` is the model's. `apply` belongs to the thread that owns the model; `read` may run on any.
     """
@@ -66,7 +67,11 @@ class WeightMerger:
         self._pristine: dict[str, Tensor] = {}  # mapped from the files, so that they take no memory
         for network, module in networks.items():
             self._weights |= weights_by_layer(network, module)
-            self._pristine |= _map_file(network, folder / network)
+            (path,) = (folder / network).glob("*.safetensors")
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    if key.endswith(".weight"):
+                        self._pristine[_layer(network, key.removesuffix(".weight"))] = file.get_tensor(key)
         self._norms = {layer: weight.float().norm().item() for layer, weight in self._weights.items()}
         self._unet_config = networks["unet"].config
         self._applied: dict[str, tuple[tuple[str, float], ...] | None] = {}
@@ -74,13 +79,18 @@ class WeightMerger:
         self.lcm_lora: Lora | None = None  # what `Mix.lcm_scale` scales; a full LCM has none
 
     def read(self, path: Path, sha256: str) -> Lora:
-        """The LoRA in the file `path`, in the layout of kohya (with diffusers' names or LDM's), PEFT, or
-        diffusers before PEFT.
+        """Return the LoRA in the file `path`, in the layout of kohya (with diffusers' names or LDM's), PEFT,
+        or diffusers before PEFT.
 
-        Raises AdapterError unless every module of the file fits its layer and is finite. Loaders that skip
+        Raises LoraError unless every module of the file fits its layer and is finite. Loaders that skip
         what they do not know merge only 515 of the 788 modules of SDXL's LCM-LoRA and say nothing.
         """
-        _check_header(path)
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise LoraError(f"has {size} bytes; at most {MAX_BYTES} are allowed")
+        with path.open("rb") as start:
+            if int.from_bytes(start.read(8), "little") > MAX_HEADER_BYTES:
+                raise LoraError("is not a safetensors file, or has a header of more than 4 MB")
         with self._reading:  # a file may be large, and callers many
             try:
                 with safe_open(path, framework="pt") as file:
@@ -109,57 +119,52 @@ class WeightMerger:
             if self._applied.get(layer, ()) == wanted:
                 continue
             self._applied[layer] = None  # unknown, until all of it is written
-            self._write(layer, of_layer)
+            weight = self._weights[layer]
+            total = self._pristine[layer].to(weight.device, torch.float64).flatten(1)
+            for lora, scale in of_layer:
+                add_to(total, lora.modules[layer], scale)
+            weight.copy_(total.view_as(weight))
             self._applied[layer] = wanted
             written += 1
         return written
 
-    def _write(self, layer: str, terms: list[tuple[Lora, float]]) -> None:
-        weight, pristine = self._weights[layer], self._pristine[layer]
-        if not terms:
-            weight.copy_(pristine)
-            return
-        total = pristine.to(weight.device, torch.float64).flatten(1)
-        for lora, scale in terms:
-            add_to(total, lora.modules[layer], scale)
-        weight.copy_(total.view_as(weight))
-
     def _fitted(self, parts: dict[str, dict[str, Tensor]], alphas: dict[str, float]) -> dict[str, LoraModule]:
+        """Return the modules by layer. Raises LoraError unless all fit, are finite and add a fraction."""
         if not parts:
             raise LoraError("has no modules")
-        found = {
-            name: _module(part, alphas.get(name.partition(".")[0]), self._weights.get(name))
-            for name, part in parts.items()
-        }
-        modules = {name: module for name, module in found.items() if module is not None}
-        for what, names in {
-            "do not fit this model": [name for name, module in found.items() if module is None],
-            "hold values that are not finite": [name for name, one in modules.items() if not is_finite(one)],
-        }.items():
+        modules, unfit, broken = {}, [], []
+        for name, tensors in parts.items():
+            module = _module(tensors, alphas.get(name.partition(".")[0]), self._weights.get(name))
+            if module is None:
+                unfit.append(name)
+            elif not is_finite(module):
+                broken.append(name)
+            else:
+                modules[name] = module
+        for what, names in (("do not fit this model", unfit), ("hold values that are not finite", broken)):
             if names:
-                counted = f"has {len(names)} of {len(found)} modules that {what}"
-                raise LoraError(counted, f", first {names[0]}")
-        added, there = (
-            math.hypot(*norms)
-            for norms in ((norm(one) for one in modules.values()), (self._norms[name] for name in modules))
-        )
+                raise LoraError(
+                    f"has {len(names)} of {len(parts)} modules that {what}", f", first {names[0]}"
+                )
+        added = math.hypot(*map(norm, modules.values()))
+        there = math.hypot(*(self._norms[name] for name in modules))
         if added > MAX_SHARE * there:
             raise LoraError(f"adds {added / there:.0f} times as much as the weights that it changes hold")
         return modules
 
     def _without_ldm_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """LDM's block names as diffusers', by diffusers' own conversion."""
+        """Rename LDM's blocks as diffusers names them, by diffusers' own conversion."""
         if not any(key.startswith(_LDM) for key in tensors):
             return tensors
         others = {key: value for key, value in tensors.items() if not key.startswith("lora_unet_")}
         ldm = {key: value for key, value in tensors.items() if key not in others}
         state, alphas = StableDiffusionXLPipeline.lora_state_dict({**ldm}, unet_config=self._unet_config)
-        found: dict[str, Tensor] = convert_unet_state_dict_to_peft(state)
+        renamed: dict[str, Tensor] = convert_unet_state_dict_to_peft(state)
         for key, alpha in convert_unet_state_dict_to_peft(alphas or {}).items():
-            found[key.replace(".lora_A.weight", "")] = torch.tensor(alpha)
-        if len(found) != len(ldm):  # it passes over some kinds of keys, such as DoRA's
-            raise LoraError(f"has {len(ldm) - len(found)} of {len(ldm)} tensors of an unknown kind")
-        return others | found
+            renamed[key.replace(".lora_A.weight", "")] = torch.tensor(alpha)
+        if len(renamed) != len(ldm):  # it passes over some kinds of keys, such as DoRA's
+            raise LoraError(f"has {len(ldm) - len(renamed)} of {len(ldm)} tensors of an unknown kind")
+        return others | renamed
 
 
 def is_finite(module: LoraModule) -> bool:
@@ -168,7 +173,7 @@ def is_finite(module: LoraModule) -> bool:
 
 
 def norm(module: LoraModule) -> float:
-    """Frobenius' norm of alpha / r * B A; for a small r without the product: the trace of (B'B)(AA')."""
+    """Return Frobenius' norm of alpha / r * B A; for a small r, by the trace of (B'B)(AA')."""
     down, up = (part.double().flatten(1) for part in (module.down, module.up))
     if len(down) > min(len(up), down.shape[1]):
         return abs(module.factor) * float((up @ down).norm())
@@ -177,94 +182,66 @@ def norm(module: LoraModule) -> float:
 
 
 def add_to(total: Tensor, module: LoraModule, scale: float) -> None:
-    """`total`, a matrix in float64, += scale * alpha / r * B A; a kernel's places are inputs here."""
+    """Add to `total`, a matrix in float64: scale * alpha / r * B A; a kernel's places are inputs here."""
     up, down = (part.to(total.device, torch.float64).flatten(1) for part in (module.up, module.down))
     total.addmm_(up, down, alpha=scale * module.factor)
 
 
 def weights_by_layer(network: str, module: nn.Module) -> dict[str, Tensor]:
-    """What a LoRA can change of `module`, by the names in `Lora.modules`."""
+    """Return what a LoRA can change of `module`, by the names in `Lora.modules`."""
     layers = (
         (path, part) for path, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)
     )
     return {_layer(network, path): layer.weight for path, layer in layers}
 
 
-def _map_file(network: str, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    (path,) = folder.glob("*.safetensors")
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():
-            if key.endswith(".weight"):
-                yield _layer(network, key.removesuffix(".weight")), file.get_tensor(key)
-
-
 def _layer(network: str, path: str) -> str:
-    """A layer by the one name that all ways to write files lead to: kohya's."""
+    """Return a layer's one name that all ways to write files lead to: kohya's."""
     # transformers 5 has dropped "text_model" from the names of the first encoder's layers; files have it.
     return f"{network}.{path.replace('.', '_').removeprefix('text_model_')}"
 
 
-def _check_header(path: Path) -> None:
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise LoraError(f"has {size} bytes; at most {MAX_BYTES} are allowed")
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if header > MAX_HEADER_BYTES:
-        raise LoraError("is not a safetensors file, or has a header of more than 4 MB")
-
-
 def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each layer, "down", "up" and "alpha" if it has one."""
+    """Return the tensors of each layer: "down", "up" and "alpha" if it has one."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        layer, kind = _split(key)
-        if kind in parts.setdefault(layer, {}):
+        # A key of any other kind is a layer of its own, that fits nowhere.
+        layer, kind = next(
+            ((key.removesuffix(end), kind) for end, kind in _ENDINGS.items() if key.endswith(end)), ("", "?")
+        )
+        if layer:
+            prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
+            layer = _layer(_PREFIXES.get(prefix, "unet"), layer.removeprefix(prefix))
+        if kind in parts.setdefault(layer or key, {}):
             raise LoraError("has a layer twice, under two names", f", {layer}")
-        parts[layer][kind] = tensor
+        parts[layer or key][kind] = tensor
     return parts
 
 
-def _split(key: str) -> tuple[str, str]:
-    """A key's layer and what it holds of it; a key of any other kind is a layer of its own, that fits
-    nowhere."""
-    kinds = ((kind, ending) for kind, endings in _ENDINGS.items() for ending in endings)
-    kind, ending = next(((kind, ending) for kind, ending in kinds if key.endswith(ending)), ("?", ""))
-    if not ending:
-        return key, kind
-    prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
-    return _layer(_PREFIXES.get(prefix, "unet"), key.removesuffix(ending).removeprefix(prefix)), kind
-
-
 def _alphas_of_networks(metadata: Mapping[str, str]) -> dict[str, float]:
-    """The alpha of each network that PEFT writes once, into the file's header; none means the rank."""
+    """Return each network's alpha, which PEFT writes once, into the file's header; none means the rank."""
     written = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     if not isinstance(written, dict):
         raise ValueError("its header is not PEFT's")
-    found: dict[str, float] = {}
+    alphas: dict[str, float] = {}
     for key, value in written.items():
         network, _, option = key.rpartition(".")
         if option in _OTHER_SUMS and value:
             raise LoraError("is not a plain LoRA but a DoRA, rsLoRA or one of many alphas")
         if option == "lora_alpha" and value is not None:
-            found[network or "unet"] = float(value)
-    return found
+            alphas[network or "unet"] = float(value)
+    return alphas
 
 
 def _module(parts: Mapping[str, Any], alpha: float | None, weight: Tensor | None) -> LoraModule | None:
-    """None if the module has no layer, is not whole, or B A has not the layer's shape."""
+    """Return the module, or None if it has no layer, is not whole, or B A has not the layer's shape."""
     down, up = parts.get("down"), parts.get("up")
     if weight is None or down is None or up is None or down.ndim < 2 or up.ndim < 2:
         return None
-    rank = len(down)
-    inputs, outputs = weight.flatten(1).shape[1], len(weight)
-    if (
-        not 0 < rank <= max(inputs, outputs, ANY_RANK)
-        or down.flatten(1).shape[1] != inputs
-        or up.flatten(1).shape != (outputs, rank)
-    ):
+    rank, inputs, outputs = len(down), weight.flatten(1).shape[1], len(weight)
+    if down.flatten(1).shape[1] != inputs or up.flatten(1).shape != (outputs, rank):
         return None
-    if down.dtype not in _FLOATS or up.dtype not in _FLOATS:
+    if not 0 < rank <= max(inputs, outputs, ANY_RANK) or not {down.dtype, up.dtype} <= _FLOATS:
         return None
     if "alpha" in parts:
         if parts["alpha"].numel() != 1:

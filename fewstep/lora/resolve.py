@@ -1,7 +1,7 @@
 """Style LoRAs by the names that callers give them: from the operator's folder, the hub, or an https address.
 
-    styles = Styles(settings, read=pipeline.adapters.read)
-    loras = await styles.load(request.wishes)
+    resolver = LoraResolver(settings, read=merger.read)
+    loras = await resolver.load(refs)
 
 What was fetched is kept on disk and what was read in memory, both by content, both up to a limit in bytes.
 """
@@ -16,17 +16,19 @@ import re
 import threading
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
+from weakref import WeakValueDictionary
 
-from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest
+from cachetools import LRUCache, TTLCache
+
+from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest, LoraError
 from fewstep.lora.fetch import Allowed, fetch, fetch_json
-from fewstep.lora.types import MAX_BYTES, SUFFIX, Lora, LoraError, LoraRef, LoraSource
+from fewstep.lora.types import MAX_BYTES, SUFFIX, Lora, LoraRef, LoraSource
 from fewstep.settings import HUB, Settings
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ LATE = "the style did not arrive in time; send the request again later"
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _StyleFile:
     """A style's file, and which state of it."""
 
     path: Path
@@ -52,7 +54,7 @@ class _Found:
 class LoraResolver:
     """Finds, fetches and reads style LoRAs; many threads may ask at once.
 
-    `read(path, sha256)` reads a file and raises AdapterError unless it fits the model.
+    `read(path, sha256)` reads a file and raises LoraError unless it fits the model.
     """
 
     def __init__(self, settings: Settings, read: Callable[[Path, str], Lora]) -> None:
@@ -61,20 +63,24 @@ class LoraResolver:
         # Fetching has threads of its own: slow sites must not keep the styles of this server waiting.
         self._near, self._far = ThreadPoolExecutor(4, "styles"), ThreadPoolExecutor(8, "fetched-styles")
         self._lock = threading.Lock()  # guards all that follow
-        self._at_work: dict[object, tuple[threading.Lock, int]] = {}
-        self._answers: OrderedDict[object, tuple[tuple[str, ...], float]] = OrderedDict()
-        self._in_memory: OrderedDict[str, Lora] = OrderedDict()
+        self._at_work: WeakValueDictionary[object, threading.Lock] = WeakValueDictionary()
+        self._answers: TTLCache[object, tuple[str, ...]] = TTLCache(
+            MAX_ANSWERS, FRESH_S, timer=lambda: time.monotonic()
+        )
+        memory = max(1, settings.style_memory_bytes)
+        # One that is larger than all memory for them is still kept, alone.
+        self._in_memory: LRUCache[str, Lora] = LRUCache(memory, getsizeof=lambda lora: min(lora.size, memory))
 
-    async def load(self, wishes: Sequence[LoraRef], spent_s: float = 0.0) -> list[Lora]:
-        """The LoRAs that `wishes` name, in order; `spent_s` of the request's time are gone already.
+    async def load(self, refs: Sequence[LoraRef], spent_s: float = 0.0) -> list[Lora]:
+        """Return the LoRAs of `refs`, in order; `spent_s` of the request's time are gone already.
 
         Raises InvalidRequest for one that is not there or does not fit the model, DownloadError when it
         could not be fetched, DeadlineExceeded when that takes as long as a request may.
         """
         until = time.monotonic() + self._settings.deadline_s - spent_s
-        threads = self._near if all(wish.source.kind == "folder" for wish in wishes) else self._far
+        threads = self._near if all(ref.source.kind == "folder" for ref in refs) else self._far
         work = asyncio.get_running_loop().run_in_executor(
-            threads, lambda: [self._load(wish.name, wish.source, until) for wish in wishes]
+            threads, lambda: [self._load(ref.name, ref.source, until) for ref in refs]
         )
         try:
             return await asyncio.wait_for(work, max(0.0, until - time.monotonic()))
@@ -84,77 +90,82 @@ class LoraResolver:
     def _load(self, name: str, source: LoraSource, until: float) -> Lora:
         for _ in range(3):
             with self._alone(source, until):
-                find = {"folder": self._in_folder, "hub": self._on_hub, "url": self._at_address}[source.kind]
-                found = find(name, source, until)
-            with self._alone(found.sha256, until):
-                lora = self._in_memory_of(found.sha256) or self._read_checked(name, found)
+                if source.kind == "folder":
+                    file = self._in_folder(name, source)
+                elif source.kind == "hub":
+                    file = self._on_hub(name, source, until)
+                else:
+                    file = self._fetched(name, source.place, None, until)
+            with self._alone(file.sha256, until):
+                with self._lock:
+                    lora = self._in_memory.get(file.sha256)
+                lora = lora or self._read_checked(name, file)
             if lora is not None:
                 return lora
         raise DownloadError(f"{name} changes again and again while it is read; send the request later")
 
-    def _read_checked(self, name: str, found: _Found) -> Lora | None:
-        """None if the file was removed or replaced meanwhile."""
+    def _read_checked(self, name: str, file: _StyleFile) -> Lora | None:
+        """Read the file into memory; None if it was removed or replaced meanwhile."""
         try:
-            lora = self._read(found.path, found.sha256)
-            if _stamp(found.path)[: len(found.stamp)] != found.stamp:
+            lora = self._read(file.path, file.sha256)
+            if _stamp(file.path)[: len(file.stamp)] != file.stamp:
                 return None
         except FileNotFoundError:
             return None
         except LoraError as error:
-            logger.info("%s was refused: it %s", name, error)
+            logger.info("%s was refused: it %s", name, error.sentence)
             raise InvalidRequest(f"{name} {error.reason}; give another LoRA") from None
-        self._keep_in_memory(lora)
+        with self._lock:
+            self._in_memory[lora.sha256] = lora
         return lora
 
-    def _in_folder(self, name: str, source: LoraSource, until: float) -> _Found:
+    def _in_folder(self, name: str, source: LoraSource) -> _StyleFile:
         folder = (self._settings.styles_root / self._settings.model).resolve()
         path = (folder / f"{source.place.removesuffix(SUFFIX)}{SUFFIX}").resolve()
         if not path.is_relative_to(folder) or not path.is_file():
-            raise InvalidRequest(f"{name} is none of this server's styles; {_listed(folder)}")
+            names = sorted(path.stem for path in folder.glob(f"*{SUFFIX}"))
+            listed = f"choose one of {', '.join(names[:30])}" if names else "it has none"
+            raise InvalidRequest(f"{name} is none of this server's styles; {listed}")
         stamp = _stamp(path)
         known = self._recall((path, stamp))
         if known is None:
             with path.open("rb") as file:
                 known = (hashlib.file_digest(file, "sha256").hexdigest(),)
             self._remember((path, stamp), known)
-        return _Found(path, known[0], stamp)
+        return _StyleFile(path, known[0], stamp)
 
-    def _on_hub(self, name: str, source: LoraSource, until: float) -> _Found:
+    def _on_hub(self, name: str, source: LoraSource, until: float) -> _StyleFile:
         settings, repo = self._settings, source.place
         token = settings.hf_token if repo in settings.style_repos else None
         revision, file = ("main", source.file) if source.file else (self._recall(repo) or ("", ""))
         if not file:
-            with _said_of(name):
-                found = fetch_json(
-                    f"{settings.hf_endpoint}/api/models/{repo}", self._allowed(name, until), token
-                )
-            revision, file = _only_file(name, found)
+            with _named(name):
+                url = f"{settings.hf_endpoint}/api/models/{repo}"
+                answer = fetch_json(url, self._allowed(until), token)
+            revision, file = _only_file(name, answer)
             self._remember(repo, (revision, file))
         address = f"{settings.hf_endpoint}/{repo}/resolve/{revision}/{quote(file)}"
         return self._fetched(name, address, token, until)
 
-    def _at_address(self, name: str, source: LoraSource, until: float) -> _Found:
-        return self._fetched(name, source.place, None, until)
-
-    def _fetched(self, name: str, address: str, token: str | None, until: float) -> _Found:
+    def _fetched(self, name: str, address: str, token: str | None, until: float) -> _StyleFile:
         cache, known = self._settings.style_cache, self._recall(address)
         if known:
             path = cache / f"{known[0]}{SUFFIX}"
             with suppress(FileNotFoundError):
                 os.utime(path)  # by its age it is chosen for removal
-                return _Found(path, known[0], _stamp(path)[:2])
+                return _StyleFile(path, known[0], _stamp(path)[:2])
         if until - time.monotonic() < LEAST_S:
             raise DeadlineExceeded(LATE)
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         arrived = cache / f".{uuid.uuid4()}{SUFFIX}"
-        with _said_of(name):
-            sha256 = fetch(address, arrived, self._allowed(name, until), token)
+        with _named(name):
+            sha256 = fetch(address, arrived, self._allowed(until), token)
         path = arrived.rename(cache / f"{sha256}{SUFFIX}")
         self._remember(address, (sha256,))
         self._make_room_on_disk(path)
-        return _Found(path, sha256, _stamp(path)[:2])
+        return _StyleFile(path, sha256, _stamp(path)[:2])
 
-    def _allowed(self, name: str, until: float) -> Allowed:
+    def _allowed(self, until: float) -> Allowed:
         settings = self._settings
         # A hub of the operator's own may be at an address that is not public.
         own_hub = "" if settings.hf_endpoint == HUB else settings.hf_endpoint
@@ -170,9 +181,12 @@ class LoraResolver:
     def _make_room_on_disk(self, newest: Path) -> None:
         """Remove what was used longest ago, and what a server that was killed was just fetching."""
         with self._lock:
-            files = sorted(_with_stats(self._settings.style_cache), key=lambda pair: pair[1].st_mtime)
-            total = sum(stat.st_size for _, stat in files)
-            for path, stat in files:
+            stats = {}
+            for path in self._settings.style_cache.iterdir():
+                with suppress(FileNotFoundError):  # another server may share the folder
+                    stats[path] = path.stat()
+            total = sum(stat.st_size for stat in stats.values())
+            for path, stat in sorted(stats.items(), key=lambda entry: entry[1].st_mtime):
                 unfinished = path.name.startswith(".")
                 abandoned = unfinished and time.time() - stat.st_mtime > 2 * self._settings.deadline_s
                 too_much = total > self._settings.style_disk_bytes and not unfinished and path != newest
@@ -180,73 +194,39 @@ class LoraResolver:
                     path.unlink(missing_ok=True)
                     total -= stat.st_size
 
-    def _in_memory_of(self, sha256: str) -> Lora | None:
-        with self._lock:
-            if sha256 in self._in_memory:
-                self._in_memory.move_to_end(sha256)
-            return self._in_memory.get(sha256)
-
-    def _keep_in_memory(self, lora: Lora) -> None:
-        with self._lock:
-            self._in_memory[lora.sha256] = lora
-            total = sum(one.size for one in self._in_memory.values())
-            while total > self._settings.style_memory_bytes and len(self._in_memory) > 1:
-                total -= self._in_memory.popitem(last=False)[1].size
-
     def _recall(self, question: object) -> tuple[str, ...] | None:
         with self._lock:
-            answer, when = self._answers.get(question, (None, 0.0))
-        return answer if time.monotonic() - when < FRESH_S else None
+            return self._answers.get(question)
 
     def _remember(self, question: object, answer: tuple[str, ...]) -> None:
         with self._lock:
-            self._answers[question] = (answer, time.monotonic())
-            if len(self._answers) > MAX_ANSWERS:
-                self._answers.popitem(last=False)
+            self._answers[question] = answer
 
     @contextmanager
     def _alone(self, key: object, until: float) -> Iterator[None]:
-        """So that what two callers want at once is fetched or read once."""
+        """Keep others out, so that what two callers want at once is fetched or read once."""
         with self._lock:
-            lock, users = self._at_work.get(key, (threading.Lock(), 0))
-            self._at_work[key] = (lock, users + 1)
+            lock = self._at_work.setdefault(key, threading.Lock())
+        if not lock.acquire(timeout=max(0.0, until - time.monotonic())):
+            raise DeadlineExceeded(LATE)
         try:
-            if not lock.acquire(timeout=max(0.0, until - time.monotonic())):
-                raise DeadlineExceeded(LATE)
-            try:
-                yield
-            finally:
-                lock.release()
+            yield
         finally:
-            with self._lock:
-                lock, users = self._at_work.pop(key)
-                if users > 1:
-                    self._at_work[key] = (lock, users - 1)
+            lock.release()
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Another one for every other state of the file: size and time of writing may be the same by design."""
+    """Return what differs for every state of the file: size and time of writing may be the same by design."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _with_stats(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # another server may share the folder
-            yield path, path.stat()
-
-
-def _listed(folder: Path) -> str:
-    names = sorted(path.stem for path in folder.glob(f"*{SUFFIX}"))
-    return f"choose one of {', '.join(names[:30])}" if names else "it has none"
-
-
-def _only_file(name: str, found: object) -> tuple[str, str]:
-    """The commit and the one LoRA of a repo, from the hub's answer about it."""
-    answer = found if isinstance(found, dict) else {}
-    listed = answer.get("siblings")
+def _only_file(name: str, answer: object) -> tuple[str, str]:
+    """Return the commit and the one LoRA of a repo, from the hub's answer about it."""
+    repo = answer if isinstance(answer, dict) else {}
+    listed = repo.get("siblings")
     entries = listed if isinstance(listed, list) else []
-    names = [one.get("rfilename") for one in entries if isinstance(one, dict)]
+    names = [entry.get("rfilename") for entry in entries if isinstance(entry, dict)]
     loras = [file for file in names if isinstance(file, str) and file.endswith(SUFFIX)]
     if USUAL_FILE in loras:
         loras = [USUAL_FILE]
@@ -254,12 +234,12 @@ def _only_file(name: str, found: object) -> tuple[str, str]:
         raise InvalidRequest(
             f"{name} is a repo of {len(loras)} {SUFFIX} files; name one, as owner/repo/file{SUFFIX}"
         )
-    commit = str(answer.get("sha"))
+    commit = str(repo.get("sha"))
     return commit if COMMIT.fullmatch(commit) else "main", loras[0]
 
 
 @contextmanager
-def _said_of(name: str) -> Iterator[None]:
+def _named(name: str) -> Iterator[None]:
     """Say of which input it is that something could not be fetched."""
     try:
         yield

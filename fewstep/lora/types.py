@@ -1,4 +1,4 @@
-"""What a LoRA is, where one can be, and what a request adds of them; data only, without torch."""
+"""Types of LoRAs: where one is, what it holds, and what a request adds of them; data only, without torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_BYTES = 2 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class LoraSource:
-    """Where a style LoRA is."""
+    """A place of a style LoRA."""
 
     kind: Literal["folder", "hub", "url"]
     place: str  # a name, owner/repo, or an address
@@ -32,7 +32,7 @@ class LoraSource:
 
     @property
     def shown(self) -> str:
-        """As a caller gives it, but for an address' query, which may hold a token."""
+        """The source as a caller gives it, but for an address' query, which may hold a token."""
         return f"{self.place}/{self.file}" if self.file else re.split("[?#]", self.place)[0]
 
 
@@ -47,7 +47,7 @@ class LoraRef:
 
 @dataclass(frozen=True)
 class LoraModule:
-    """What an adapter adds to one layer: A (r, in, ...), B (out, r, ...) and alpha / r."""
+    """A LoRA's part for one layer: A (r, in, ...), B (out, r, ...) and alpha / r."""
 
     down: Tensor
     up: Tensor
@@ -63,7 +63,7 @@ class Lora:
 
     @property
     def size(self) -> int:
-        """What it takes of memory, in bytes."""
+        """Memory that it takes, in bytes."""
         return sum(module.down.nbytes + module.up.nbytes for module in self.modules.values())
 
     @cached_property
@@ -74,41 +74,30 @@ class Lora:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What is added to a model's weights: style LoRAs, each with its scale, and the LCM-LoRA with its own."""
+    """A sum added to a model's weights: style LoRAs, each with its scale, and the LCM-LoRA with its own."""
 
     styles: tuple[tuple[Lora, float], ...] = ()
     lcm_scale: float = 1.0
 
     @property
     def key(self) -> Hashable:
-        """Equal for mixes that make equal weights; a scale of 0 adds nothing."""
+        """A key that is equal for mixes that make equal weights; a scale of 0 adds nothing."""
         return tuple((lora.sha256, scale) for lora, scale in self.styles if scale), self.lcm_scale
 
 
-class LoraError(ValueError):
-    """Why a LoRA is refused, as the rest of a sentence that begins with its name.
-
-    `detail` may hold words from the file: it is for the log, and for files of the operator's own.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}{detail}")
-        self.reason = reason
-
-
 def parse_source(name: str, text: str) -> LoraSource:
-    """What `text`, given as the input `name`, means. Raises InvalidRequest if it means nothing."""
+    """Return what `text`, given as the input `name`, means. Raises InvalidRequest if it means nothing."""
     if "://" in text:
         if text.lower().startswith("https://"):
             return LoraSource("url", text)
     elif NAME.fullmatch(text):
         if text.strip("."):
             return LoraSource("folder", text)
-    elif found := HUB_ID.fullmatch(text):
+    elif match := HUB_ID.fullmatch(text):
         parts = text.split("/")
-        file = found["file"] or ""
+        file = match["file"] or ""
         if all(part.strip(". ") for part in parts) and (not file or file.endswith(SUFFIX)):
-            return LoraSource("hub", found["repo"], file)
+            return LoraSource("hub", match["repo"], file)
     raise InvalidRequest(
         f"{name} names no LoRA; give the name of a style of this server, a hub id as owner/repo or "
         f"owner/repo/file{SUFFIX}, or an https address of a {SUFFIX} file"

@@ -11,7 +11,6 @@ So the client's `http_get` is called here, and told where to go on.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get
@@ -41,12 +41,22 @@ AGAIN = "run the command again, and it goes on from there"
 
 @dataclass(frozen=True)
 class Expected:
-    """What a file must be, and who says so."""
+    """Bytes that a file must have, and who says so."""
 
     size: int  # bytes
     digest: str
     algorithm: str  # "sha256", or "git" for the blob id of a file too small for the hub's large-file storage
     pinned: bool
+
+    def fits(self, path: Path) -> bool:
+        """Whether the file at `path` has these very bytes."""
+        if path.stat().st_size != self.size:
+            return False
+        with path.open("rb") as file:
+            if self.algorithm == "sha256":
+                return hashlib.file_digest(file, "sha256").hexdigest() == self.digest
+            content = file.read()
+        return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest() == self.digest
 
 
 @dataclass(frozen=True)
@@ -58,10 +68,20 @@ class Download:
     path: Path
     expected: Expected
 
+    @property
+    def name(self) -> str:
+        """How a sentence calls it."""
+        return f"{self.repo.name}/{self.file.path}"
+
+    @property
+    def part(self) -> Path:
+        """Where it grows until it is whole."""
+        return self.path.with_name(f"{self.path.name}.part")
+
 
 def downloads_folder(weights_root: Path, environ: Mapping[str, str] | None = None) -> Path:
-    """`$HF_HOME/fewstep` if HF_HOME is set, else beside the weights: a container's own cache would be gone
-    before its weights are saved."""
+    """Return `$HF_HOME/fewstep` if HF_HOME is set, else a folder beside the weights: a container's own cache
+    would be gone before its weights are saved."""
     home = (os.environ if environ is None else environ).get("HF_HOME", "")
     return Path(home).expanduser().absolute() / "fewstep" if home else weights_root / ".downloads"
 
@@ -73,73 +93,89 @@ def download(repos: Sequence[HubRepo], folder: Path) -> list[Download]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        wanted = [found for repo in repos for found in _wanted(repo, folder)]
-        missing = [one for one in wanted if not _is_here(one)]
-        _check_disk(missing, folder)
-        for one in missing:
-            _fetch(one)
-    return wanted
+        files = [file for repo in repos for file in _wanted(repo, folder)]
+        missing = [file for file in files if not _is_here(file)]
+        needed = sum(file.expected.size - _size(file.part) for file in missing)
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise DownloadError(
+                f"{_gb(needed)} are to be downloaded and the disk has {_gb(free)} free; free the difference, "
+                "or set HF_HOME to a folder on a larger disk"
+            )
+        if missing:
+            logger.info("%d files to download, %s", len(missing), _gb(needed))
+        for file in missing:
+            _fetch(file)
+    return files
 
 
 def downloaded(repos: Sequence[HubRepo], folder: Path, fix: str) -> list[Download]:
-    """What `download` has left in `folder`, verified, without a hub. Raises DownloadError with `fix`."""
-    found = []
+    """Return what `download` left in `folder`, verified, without a hub. Raises DownloadError with `fix`."""
+    files = []
     for repo in repos:
-        stated = _read_stated(folder / repo.name / repo.revision)
+        home = folder / repo.name / repo.revision
+        known = _known(repo, home)
         for file in repo.files:
-            expected = _pinned(file) or stated.get(file.path)
-            path = folder / repo.name / repo.revision / file.path
-            if expected is None or not path.is_file():
+            path = home / file.path
+            if file.path not in known or not path.is_file():
                 raise DownloadError(f"{repo.name}/{file.path} has not been downloaded; run: {fix}")
-            if not _matches(path, expected):
+            if not known[file.path].fits(path):
                 raise DownloadError(f"{repo.name}/{file.path} is damaged on this disk; run: {fix}")
-            found.append(Download(repo, file, path, expected))
-    return found
+            files.append(Download(repo, file, path, known[file.path]))
+    return files
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Have `folder` for oneself: two runs that write into one would write to the same parts."""
-    handle = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / ".lock")
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another run is writing into the same folder; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("another run is writing into the same folder; waiting for it")
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        os.close(handle)
 
 
 def _wanted(repo: HubRepo, folder: Path) -> list[Download]:
     home = folder / repo.name / repo.revision
-    stated = _read_stated(home)
-    unknown = [file.path for file in repo.files if _pinned(file) is None and file.path not in stated]
+    known = _known(repo, home)
+    unknown = [file.path for file in repo.files if file.path not in known]
     if unknown:
-        stated |= _ask_hub(repo, unknown)
-        _write_stated(home, stated)
-    expected = {file.path: _pinned(file) or stated[file.path] for file in repo.files}
-    return [Download(repo, file, home / file.path, expected[file.path]) for file in repo.files]
+        known |= _ask_hub(repo, unknown)
+        home.mkdir(parents=True, exist_ok=True)
+        part = home / f"{STATED}.part"
+        rows = {path: vars(expected) for path, expected in known.items()}
+        part.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        part.replace(home / STATED)
+    return [Download(repo, file, home / file.path, known[file.path]) for file in repo.files]
 
 
-def _pinned(file: HubFile) -> Expected | None:
-    if file.size is None or file.sha256 is None:
-        return None
-    return Expected(file.size, file.sha256, "sha256", pinned=True)
+def _known(repo: HubRepo, home: Path) -> dict[str, Expected]:
+    """Return what is pinned of the repo's files, and what the hub stated earlier of the others."""
+    stated = {}
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        rows = json.loads((home / STATED).read_text(encoding="utf-8"))
+        stated = {path: Expected(**row) for path, row in rows.items()}
+    return stated | {
+        file.path: Expected(file.size, file.sha256, "sha256", pinned=True)
+        for file in repo.files
+        if file.size is not None and file.sha256 is not None
+    }
 
 
 def _ask_hub(repo: HubRepo, paths: list[str]) -> dict[str, Expected]:
-    with _told(repo, "the list of its files"):
+    with _failures_explained(repo, "the list of its files"):
         listed = HfApi().get_paths_info(repo.name, paths, revision=repo.revision)
-    found = {info.path: info for info in listed if isinstance(info, RepoFile)}
-    absent = [path for path in paths if path not in found]
+    infos = {info.path: info for info in listed if isinstance(info, RepoFile)}
+    absent = [path for path in paths if path not in infos]
     if absent:
         raise DownloadError(_not_there(repo, absent[0]))
     pins = {file.path: file.sha256 for file in repo.files}
     stated = {}
     for path in paths:
-        info = found[path]
+        info = infos[path]
         digest, algorithm = (info.lfs.sha256, "sha256") if info.lfs else (info.blob_id, "git")
         pin = pins[path]
         if pin is not None and pin != digest:
@@ -151,32 +187,18 @@ def _ask_hub(repo: HubRepo, paths: list[str]) -> dict[str, Expected]:
     return stated
 
 
-def _read_stated(home: Path) -> dict[str, Expected]:
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        rows = json.loads((home / STATED).read_text(encoding="utf-8"))
-        return {path: Expected(**row) for path, row in rows.items()}
-    return {}
-
-
-def _write_stated(home: Path, stated: Mapping[str, Expected]) -> None:
-    home.mkdir(parents=True, exist_ok=True)
-    part = home / f"{STATED}.part"
-    part.write_text(json.dumps({path: vars(one) for path, one in stated.items()}, indent=1), encoding="utf-8")
-    part.replace(home / STATED)
-
-
-def _is_here(one: Download) -> bool:
+def _is_here(file: Download) -> bool:
     """Whether the file, or a copy of it in the hub client's own cache, is on this disk already."""
-    if one.path.is_file():
-        if _matches(one.path, one.expected):
+    if file.path.is_file():
+        if file.expected.fits(file.path):
             return True
-        logger.warning("%s/%s is damaged on this disk; fetching it anew", one.repo.name, one.file.path)
-        one.path.unlink()
-    cached = try_to_load_from_cache(one.repo.name, one.file.path, revision=one.repo.revision)
-    if isinstance(cached, str) and _matches(Path(cached), one.expected):
-        one.path.parent.mkdir(parents=True, exist_ok=True)
-        link_or_copy(Path(cached).resolve(), _part(one))
-        _part(one).replace(one.path)
+        logger.warning("%s is damaged on this disk; fetching it anew", file.name)
+        file.path.unlink()
+    cached = try_to_load_from_cache(file.repo.name, file.file.path, revision=file.repo.revision)
+    if isinstance(cached, str) and file.expected.fits(Path(cached)):
+        file.path.parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(Path(cached).resolve(), file.part)
+        file.part.replace(file.path)
         return True
     return False
 
@@ -190,71 +212,53 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _check_disk(missing: Sequence[Download], folder: Path) -> None:
-    needed = sum(one.expected.size - _size(_part(one)) for one in missing)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DownloadError(
-            f"{_gb(needed)} are to be downloaded and the disk has {_gb(free)} free; free the difference, or "
-            "set HF_HOME to a folder on a larger disk"
-        )
-    if missing:
-        logger.info("%d files to download, %s", len(missing), _gb(needed))
-
-
-def _fetch(one: Download) -> None:
-    part = _part(one)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    resumed = _size(part) > 0
-    _get(one)
-    if not _matches(part, one.expected):
-        part.unlink()
-        if not resumed:
-            raise DownloadError(
-                f"{one.repo.name}/{one.file.path} arrived with other bytes than its {one.expected.algorithm} "
-                "promises, and was removed; run the command again, and report it if it happens twice"
-            )
-        _fetch(one)  # the older part of it may have been the bad one
+def _fetch(file: Download) -> None:
+    file.part.parent.mkdir(parents=True, exist_ok=True)
+    resumed = _size(file.part) > 0
+    _get(file)
+    if file.expected.fits(file.part):
+        file.part.replace(file.path)
         return
-    part.replace(one.path)
+    file.part.unlink()
+    if not resumed:
+        raise DownloadError(
+            f"{file.name} arrived with other bytes than its {file.expected.algorithm} promises, and was "
+            "removed; run the command again, and report it if it happens twice"
+        )
+    _fetch(file)  # the older part of it may have been the bad one
 
 
-def _get(one: Download) -> None:
-    part, size = _part(one), one.expected.size
+def _get(file: Download) -> None:
+    part, size = file.part, file.expected.size
     if _size(part) > size:
         part.unlink()
-    url = hf_hub_url(one.repo.name, one.file.path, revision=one.repo.revision)
+    url = hf_hub_url(file.repo.name, file.file.path, revision=file.repo.revision)
     headers = build_hf_headers(library_name="fewstep")
-    with _told(one.repo, one.file.path), part.open("ab") as file:
-        start = file.tell()
+    shown = file.name.partition("/")[2]
+    with _failures_explained(file.repo, file.file.path), part.open("ab") as target:
+        start = target.tell()
         try:
             http_get(
-                url,
-                file,
-                resume_size=start,
-                headers=headers,
-                expected_size=size,
-                displayed_filename=f"{one.repo.name.split('/')[1]}/{one.file.path}",
+                url, target, resume_size=start, headers=headers, expected_size=size, displayed_filename=shown
             )
         except OSError as error:
             if type(error) is not OSError or error.errno is not None:
                 raise
             # The client's word for an answer that ended well and has the wrong length: some other document.
-            file.flush()
+            target.flush()
             got = _size(part)
             if 0 < start < got:
-                file.truncate(start)
+                target.truncate(start)
             else:
                 part.unlink()
             raise DownloadError(
-                f"{one.repo.name}/{one.file.path} came with {got} bytes where {size} are expected, and what "
-                "came was removed; see that HF_ENDPOINT and the proxy lead to the hub, and run the command "
-                "again"
+                f"{file.name} came with {got} bytes where {size} are expected, and what came was removed; "
+                "see that HF_ENDPOINT and the proxy lead to the hub, and run the command again"
             ) from None
 
 
 @contextmanager
-def _told(repo: HubRepo, what: str) -> Iterator[None]:
+def _failures_explained(repo: HubRepo, what: str) -> Iterator[None]:
     """Turn what the client, the network and the disk raise into one sentence."""
     try:
         yield
@@ -299,20 +303,6 @@ def _not_there(repo: HubRepo, what: str) -> str:
         f"{repo.name} at revision {repo.revision[:8]} does not hold {what} (HTTP 404); see that HF_ENDPOINT "
         "leads to the hub or a full mirror of it"
     )
-
-
-def _matches(path: Path, expected: Expected) -> bool:
-    if path.stat().st_size != expected.size:
-        return False
-    with path.open("rb") as file:
-        if expected.algorithm == "sha256":
-            return hashlib.file_digest(file, "sha256").hexdigest() == expected.digest
-        content = file.read()
-    return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest() == expected.digest
-
-
-def _part(one: Download) -> Path:
-    return one.path.with_name(f"{one.path.name}.part")
 
 
 def _size(path: Path) -> int:

@@ -11,9 +11,9 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 
-from fewstep.errors import WeightsError
+from fewstep.errors import LoraError, WeightsError
 from fewstep.lora.merge import NETWORKS, WeightMerger
-from fewstep.lora.types import LoraError, Mix
+from fewstep.lora.types import Mix
 from fewstep.models.manifest import Manifest, check_hashes
 from fewstep.models.sources import LCM_LORA, TINY_VAE
 from fewstep.models.specs import ModelSpec
@@ -48,7 +48,7 @@ def load_merged(
             merger.lcm_lora = merger.read(folder / LCM_LORA, listed.sha256)
         except LoraError as error:
             shown = f"weights/{folder.name}/{LCM_LORA}"
-            raise WeightsError(f"{shown} {error}; run: {manifest.fix(spec.fix)}") from None
+            raise WeightsError(f"{shown} {error.sentence}; run: {manifest.fix(spec.fix)}") from None
         logger.info("fused the LCM-LoRA into %d layers", merger.apply(Mix()))
     return diffusion, merger
 

@@ -1,4 +1,4 @@
-"""Which files a model's folder must hold, byte for byte: write its manifest, read it, check the folder by it.
+"""The list of the files that a model's folder must hold, byte for byte: write it, read it, check by it.
 
 A manifest is `manifest.json` at the top of `weights/<name>/`:
 
@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.errors import WeightsError
@@ -39,7 +39,7 @@ class ManifestFile:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a file came from."""
+    """The place a file came from."""
 
     source: str
     revision: str
@@ -78,7 +78,8 @@ def write_manifest(
     `origins` by path say where a file came from; those that it does not name are from `origin`. The manifest
     appears whole or not at all. `extra` must be JSON.
     """
-    paths = sorted(path for path in _paths_below(folder) if not _hidden(path) and path not in _UNLISTED)
+    paths = sorted(path for path in _paths_below(folder) if path not in _UNLISTED)
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.split("/"))]
     hashes = _hash_all([folder / path for path in paths])
     files = tuple(
         ManifestFile(
@@ -94,12 +95,11 @@ def write_manifest(
 
 
 def read_manifest(folder: Path, *, fix: str) -> Manifest:
-    """The manifest of `folder`. Raises WeightsError with the command `fix` when there is no sound one."""
+    """Return the manifest of `folder`. Raises WeightsError, with the command `fix`, without a sound one."""
     if not folder.is_dir():
         raise WeightsError(f"weights/{folder.name} is missing; run: {fix}")
     try:
-        manifest = _parse((folder / MANIFEST).read_bytes())
-        _check_paths(folder, manifest)
+        manifest = _parse((folder / MANIFEST).read_bytes(), folder)
     except FileNotFoundError:
         raise _damaged(folder, MANIFEST, "is missing", fix) from None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -118,16 +118,28 @@ def verify_weights(folder: Path, *, fix: str, mode: Literal["sha256", "size"] = 
     manifest = read_manifest(folder, fix=fix)
     fix = manifest.fix(fix)
     check_sizes(folder, manifest, fix=fix)
-    _check_strangers(folder, manifest, fix)
+    # A weights file that nobody listed might be loaded in place of one that was checked.
+    listed = {file.path for file in manifest.files}
+    for path in sorted(_paths_below(folder)):
+        if path.lower().endswith(_PICKLED):
+            raise _damaged(folder, path, "is a pickle, which is never loaded; remove it, then", fix)
+        if path.endswith(".safetensors") and path not in listed:
+            raise _damaged(folder, path, "is not in the manifest; remove it, then", fix)
     if mode == "sha256":
         check_hashes(folder, manifest, fix=fix)
     return manifest
 
 
 def check_sizes(folder: Path, manifest: Manifest, *, fix: str) -> None:
-    """Raises WeightsError, as `verify_weights` does, for a file that is missing or of another size."""
+    """Raise WeightsError, as `verify_weights` does, for a file that is missing or of another size."""
     for file in manifest.files:
-        _check_size(folder, file, manifest.fix(fix))
+        path = folder / file.path
+        if not path.is_file():
+            raise _damaged(folder, file.path, "is missing", manifest.fix(fix))
+        size = path.stat().st_size
+        if size != file.size:
+            what = f"has {size} bytes where {file.size} are expected"
+            raise _damaged(folder, file.path, what, manifest.fix(fix))
 
 
 def check_hashes(folder: Path, manifest: Manifest, *, fix: str) -> None:
@@ -147,63 +159,32 @@ def _damaged(folder: Path, path: str, what: str, fix: str) -> WeightsError:
     return WeightsError(f"weights/{folder.name}/{path} {what}; run: {fix}")
 
 
-def _parse(text: bytes) -> Manifest:
+def _parse(text: bytes, folder: Path) -> Manifest:
     content = json.loads(text)
-    manifest = Manifest(
-        content["model"], tuple(ManifestFile(**file) for file in content["files"]), content["extra"]
-    )
-    paths = [file.path for file in manifest.files]
+    files = tuple(ManifestFile(**file) for file in content["files"])
+    manifest = Manifest(content["model"], files, content["extra"])
+    paths = [file.path for file in files]
     sound = (
         isinstance(manifest.extra, dict)
         and len(paths) == len(set(paths)) > 0
         and all(paths)
-        and all(isinstance(file.size, int) for file in manifest.files)
-        and all(isinstance(file.sha256, str) and len(file.sha256) == 64 for file in manifest.files)
+        and all(isinstance(file.size, int) for file in files)
+        and all(isinstance(file.sha256, str) and len(file.sha256) == 64 for file in files)
+        and all((folder / path).resolve().is_relative_to(folder.resolve()) for path in paths)
     )
     if not sound:
-        raise ValueError("a field has the wrong type, or a path is listed twice")
+        raise ValueError("a field has the wrong type, or a path is listed twice or leads out of the folder")
     return manifest
 
 
-def _check_paths(folder: Path, manifest: Manifest) -> None:
-    inside = folder.resolve()
-    for file in manifest.files:
-        if not (folder / file.path).resolve().is_relative_to(inside):
-            raise ValueError("a path leads out of the folder")
-
-
-def _check_size(folder: Path, file: ManifestFile, fix: str) -> None:
-    path = folder / file.path
-    if not path.is_file():
-        raise _damaged(folder, file.path, "is missing", fix)
-    size = path.stat().st_size
-    if size != file.size:
-        raise _damaged(folder, file.path, f"has {size} bytes where {file.size} are expected", fix)
-
-
-def _check_strangers(folder: Path, manifest: Manifest, fix: str) -> None:
-    """A weights file that nobody listed might be loaded in place of one that was checked."""
-    listed = {file.path for file in manifest.files}
-    for path in sorted(_paths_below(folder)):
-        if path.lower().endswith(_PICKLED):
-            raise _damaged(folder, path, "is a pickle, which is never loaded; remove it, then", fix)
-        if path.endswith(".safetensors") and path not in listed:
-            raise _damaged(folder, path, "is not in the manifest; remove it, then", fix)
-
-
 def _hash_all(paths: list[Path]) -> list[str]:
+    def sha256(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        return list(threads.map(_sha256, paths))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return list(threads.map(sha256, paths))
 
 
 def _paths_below(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-
-
-def _hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in PurePosixPath(path).parts)

@@ -29,17 +29,10 @@ from fewstep.models.specs import ModelSpec
 
 # safetensors writes files that only their owner may read; what is linked keeps the mode that it has.
 READABLE = 0o644
+_CLIP = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
 _ENCODERS = {
-    "sdxl": {
-        "text_encoder": ("transformers", "CLIPTextModel"),
-        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
-        "tokenizer": ("transformers", "CLIPTokenizer"),
-        "tokenizer_2": ("transformers", "CLIPTokenizer"),
-    },
-    "sd": {
-        "text_encoder": ("transformers", "CLIPTextModel"),
-        "tokenizer": ("transformers", "CLIPTokenizer"),
-    },
+    "sdxl": {**_CLIP, "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"},
+    "sd": _CLIP,
 }
 
 
@@ -52,15 +45,18 @@ def save_model(
     """
     weights_root.mkdir(parents=True, exist_ok=True)
     folder, part = weights_root / spec.name, weights_root / f".{spec.name}.part"
+    old = folder.with_name(f".{folder.name}.old")
     with locked(weights_root):
-        _put_back(folder)
+        if old.exists() and not folder.exists():  # a save was killed between the two renames below
+            old.rename(folder)
         if part.exists():
             shutil.rmtree(part)
         part.mkdir()
         origins = {}
-        for one in files:
-            _save_file(one, part / one.file.place)
-            origins[one.file.place] = Origin(one.repo.name, one.repo.revision, one.repo.licence)
+        for download in files:
+            _save_file(download, part / download.file.place)
+            repo = download.repo
+            origins[download.file.place] = Origin(repo.name, repo.revision, repo.licence)
         (part / "model_index.json").write_text(json.dumps(_model_index(spec), indent=2) + "\n")
         extra = {}
         if checkpoint is not None:
@@ -70,12 +66,18 @@ def save_model(
             extra["remedy"] = f"scripts/save-weights {spec.name} --from-single-file {name}"
         own = Origin("fewstep", "", spec.licence)
         write_manifest(part, model=spec.name, origin=own, origins=origins, extra=extra)
-        _replace(folder, part)
+        if old.exists():
+            shutil.rmtree(old)
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+        if old.exists():
+            shutil.rmtree(old)
     return folder
 
 
 def _save_checkpoint(spec: ModelSpec, checkpoint: Path, part: Path) -> dict[str, Origin]:
-    """Write its networks into `part`; the origin of each file, by its place there."""
+    """Write its networks into `part`; return the origin of each file, by its place there."""
     check_checkpoint(spec, checkpoint, part / "unet")
     with checkpoint.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -89,25 +91,25 @@ def _save_checkpoint(spec: ModelSpec, checkpoint: Path, part: Path) -> dict[str,
     return origins
 
 
-def _save_file(one: Download, target: Path) -> None:
+def _save_file(download: Download, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    place = one.file.place
+    source, place = download.path, download.file.place
     if place == "scheduler/scheduler_config.json":
-        config = json.loads(one.path.read_text(encoding="utf-8"))
+        config = json.loads(source.read_text(encoding="utf-8"))
         LCMScheduler.from_config(config).save_config(target.parent)
     elif place == "vae/config.json":
-        config = json.loads(one.path.read_text(encoding="utf-8"))
+        config = json.loads(source.read_text(encoding="utf-8"))
         target.write_text(json.dumps({**config, "force_upcast": False}, indent=2) + "\n")
     elif place == LCM_LORA:
-        link_or_copy(one.path, target)
+        link_or_copy(source, target)
     elif place.endswith(".safetensors"):
-        _save_in_fp16(one.path, target)
+        _save_in_fp16(source, target)
     else:
-        shutil.copyfile(one.path, target)  # not a link: people edit these in place
+        shutil.copyfile(source, target)  # not a link: people edit these in place
 
 
 def _save_in_fp16(source: Path, target: Path) -> None:
-    """A file in fp16 is taken as it is; of any other, one tensor after the other is converted."""
+    """Take a file in fp16 as it is; of any other, convert one tensor after the other."""
     wide = (torch.float32, torch.bfloat16, torch.float64)
     tensors = {}
     with safe_open(source, framework="pt") as file:
@@ -127,41 +129,13 @@ def _save_in_fp16(source: Path, target: Path) -> None:
 
 
 def _model_index(spec: ModelSpec) -> dict[str, Any]:
-    """What diffusers reads first: the class of the pipeline and of each of its parts."""
+    """Return what diffusers reads first: the class of the pipeline and of each of its parts."""
     parts = {
-        "scheduler": ("diffusers", "LCMScheduler"),
-        "unet": ("diffusers", "UNet2DConditionModel"),
-        "vae": ("diffusers", "AutoencoderKL"),
-        **_ENCODERS[spec.family],
+        "scheduler": ["diffusers", "LCMScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        **{part: ["transformers", name] for part, name in _ENCODERS[spec.family].items()},
     }
-    switches = (
-        {"force_zeros_for_empty_prompt": True}
-        if spec.family == "sdxl"
-        else {"requires_safety_checker": False}
-    )
-    return {
-        "_class_name": PIPELINES[spec.family].__name__,
-        **switches,
-        **{k: list(v) for k, v in sorted(parts.items())},
-    }
-
-
-def _replace(folder: Path, part: Path) -> None:
-    old = _aside(folder)
-    if old.exists():
-        shutil.rmtree(old)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _put_back(folder: Path) -> None:
-    """What was there before, when a save was killed between the two renames of `_replace`."""
-    if _aside(folder).exists() and not folder.exists():
-        _aside(folder).rename(folder)
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+    is_sdxl = spec.family == "sdxl"
+    switch = {"force_zeros_for_empty_prompt": True} if is_sdxl else {"requires_safety_checker": False}
+    return {"_class_name": PIPELINES[spec.family].__name__, **switch, **dict(sorted(parts.items()))}

@@ -56,14 +56,14 @@ def check_checkpoint(spec: ModelSpec, checkpoint: Path, unet_config: Path) -> No
             raise _refused(spec, checkpoint, f"has no {component} of {spec.name}'s kind in it")
     if _OTHER_PREDICTIONS & set(keys) or metadata.get("modelspec.prediction_type") == "v":
         raise _refused(spec, checkpoint, "predicts v or has a noise schedule of its own")
-    unet = _empty_unet(unet_config)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(unet_config))
     if channels != unet.config.in_channels:
-        raise _refused(
-            spec, checkpoint, f"has {channels} input channels, as inpainting and editing models do"
-        )
-    found = sum(key.startswith(_PREFIXES[spec.family]["unet"]) for key in keys)
-    if found != len(unet.state_dict()):  # the names differ, but each tensor has its own
-        what = f"has a UNet of {found} tensors where {len(unet.state_dict())} are expected"
+        what = f"has {channels} input channels, as inpainting and editing models do"
+        raise _refused(spec, checkpoint, what)
+    count = sum(key.startswith(_PREFIXES[spec.family]["unet"]) for key in keys)
+    if count != len(unet.state_dict()):  # the names differ, but each tensor has its own
+        what = f"has a UNet of {count} tensors where {len(unet.state_dict())} are expected"
         raise _refused(spec, checkpoint, what)
 
 
@@ -89,11 +89,6 @@ def save_component(spec: ModelSpec, checkpoint: Path, component: str, folder: Pa
     except (KeyError, ValueError, RuntimeError, SingleFileComponentError) as error:
         logger.info("diffusers cannot read its %s: %s", component, error)
         raise _refused(spec, checkpoint, f"has no whole {component} of {spec.name}'s kind in it") from None
-
-
-def _empty_unet(config: Path) -> UNet2DConditionModel:
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(config))
 
 
 def _refused(spec: ModelSpec, checkpoint: Path, what: str) -> WeightsError:

@@ -7,18 +7,22 @@ from fewstep.errors import SettingsError
 from fewstep.models.sources import SOURCES, HubRepo
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """What is known about a model before any of its weights are read."""
+    """The facts about a model before any of its weights are read."""
 
     name: str
     family: Literal["sdxl", "sd"]
     native_size: int  # side in px of the square images that it was trained on
     max_pixels: int  # width times height, above which a size is refused
-    default_guidance: float  # used when a request names none
-    embedded_guidance: bool  # a full LCM: guidance is an input of the UNet, not a second evaluation
-    lcm_lora: bool  # an LCM-LoRA is fused into the UNet at setup
-    max_clip_skip: int  # of the text encoders' layers; their images grow vague long before this
+    default_guidance: float = 1.0  # used when a request names none
+    embedded_guidance: bool = False  # a full LCM: guidance is an input of the UNet, not a second evaluation
+    lcm_lora: bool = True  # an LCM-LoRA is fused into the UNet at setup
+    max_clip_skip: int = 4  # of the text encoders' layers; their images grow vague long before this
+    in_checkpoint: tuple[
+        str, ...
+    ] = ()  # the networks that a single-file checkpoint of its kind brings, if any
+    drawn: bool = False  # its world is drawn by fewstep.miniature, so that its images can be judged
     licence: str
     fix: str  # the command that mends missing or damaged weights
 
@@ -28,36 +32,21 @@ class ModelSpec:
         return SOURCES.get(self.name, ())
 
     @property
-    def checked(self) -> bool:
-        """Whether its images need a safety checker: the miniature can generate nothing that does, and random
-        weights generate noise."""
+    def needs_safety_checker(self) -> bool:
+        """Whether its images need one: the miniature can generate nothing that does, and random weights
+        generate noise."""
         return bool(self.sources)
-
-    @property
-    def in_checkpoint(self) -> tuple[str, ...]:
-        """The networks that a single-file checkpoint of this kind brings along; empty if there is no such
-        kind."""
-        return _IN_CHECKPOINT.get(self.name, ())
 
     @property
     def sources_beside_checkpoint(self) -> tuple[HubRepo, ...]:
         """What is fetched when the networks come from a single-file checkpoint."""
         networks = tuple(f"{part}/" for part in self.in_checkpoint)
-
-        def brought(place: str) -> bool:
-            return place.startswith(networks) and place.endswith(".safetensors")
-
-        kept = [tuple(file for file in repo.files if not brought(file.place)) for repo in self.sources]
-        return tuple(
-            replace(repo, files=files) for repo, files in zip(self.sources, kept, strict=True) if files
-        )
-
-
-# SDXL keeps the VAE that works in fp16. SSD-1B would take an SDXL fine-tune and drop half of its layers.
-_IN_CHECKPOINT = {
-    "sdxl": ("text_encoder", "text_encoder_2", "unet"),
-    "sd15": ("text_encoder", "unet", "vae"),
-}
+        kept = []
+        for repo in self.sources:
+            files = (file for file in repo.files if file.place.endswith(".safetensors"))
+            brought = {file for file in files if file.place.startswith(networks)}
+            kept.append(replace(repo, files=tuple(file for file in repo.files if file not in brought)))
+        return tuple(repo for repo in kept if repo.files)
 
 
 def _fix(name: str) -> str:
@@ -71,22 +60,17 @@ _SPECS = (
         native_size=1024,
         # 2.25 times the area of training: room for 2048x1152, while further out SDXL repeats its subjects.
         max_pixels=1536 * 1536,
-        default_guidance=1.0,
-        embedded_guidance=False,
-        lcm_lora=True,
-        max_clip_skip=4,
+        # SDXL keeps the VAE that works in fp16.
+        in_checkpoint=("text_encoder", "text_encoder_2", "unet"),
         licence="CreativeML Open RAIL++-M (base, LCM-LoRA), MIT (VAE)",
         fix=_fix("sdxl"),
     ),
+    # It has no checkpoints: it would take an SDXL fine-tune and drop half of its layers.
     ModelSpec(
         name="ssd-1b",
         family="sdxl",
         native_size=1024,
         max_pixels=1536 * 1536,
-        default_guidance=1.0,
-        embedded_guidance=False,
-        lcm_lora=True,
-        max_clip_skip=4,
         licence="Apache-2.0 (base), CreativeML Open RAIL++-M (LCM-LoRA), MIT (VAE)",
         fix=_fix("ssd-1b"),
     ),
@@ -95,10 +79,7 @@ _SPECS = (
         family="sd",
         native_size=512,
         max_pixels=768 * 768,
-        default_guidance=1.0,
-        embedded_guidance=False,
-        lcm_lora=True,
-        max_clip_skip=4,
+        in_checkpoint=("text_encoder", "unet", "vae"),
         licence="CreativeML OpenRAIL-M (base), CreativeML Open RAIL++-M (LCM-LoRA)",
         fix=_fix("sd15"),
     ),
@@ -110,7 +91,6 @@ _SPECS = (
         default_guidance=8.0,
         embedded_guidance=True,
         lcm_lora=False,
-        max_clip_skip=4,
         licence="MIT (UNet), CreativeML OpenRAIL-M (text encoder, VAE)",
         fix=_fix("lcm-dreamshaper-v7"),
     ),
@@ -120,25 +100,27 @@ _SPECS = (
         native_size=128,
         # Four times the area of training: still generated within seconds on two CPU cores.
         max_pixels=256 * 256,
-        default_guidance=1.0,
-        embedded_guidance=False,
-        lcm_lora=True,
         max_clip_skip=1,
+        drawn=True,
         licence="Apache-2.0",
         fix="git checkout -- weights/miniature",
     ),
 )
 
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
-
-
 RANDOM = "-random"  # sdxl-random: the real shapes with random weights, see scripts/full-size
 
 
 def get_model(name: str) -> ModelSpec:
-    """The model of that name. Raises SettingsError, which lists the names, when there is none."""
+    """Return the model of that name. Raises SettingsError, which lists the names, when there is none."""
     plain = name.removesuffix(RANDOM)
     if plain not in MODELS or (plain != name and not MODELS[plain].sources):
         raise SettingsError(f"FEWSTEP_MODEL holds no known model; set it to one of {', '.join(MODELS)}")
     spec = MODELS[plain]
-    return spec if plain == name else replace(spec, name=name, fix=f"scripts/full-size {plain}")
+    fix = f"scripts/full-size {plain}"
+    return spec if plain == name else replace(spec, name=name, in_checkpoint=(), fix=fix)
+
+
+def is_drawn(name: str) -> bool:
+    """Whether that is a model whose world is drawn here; what is not in MODELS, such as a folder, is not."""
+    return name in MODELS and MODELS[name].drawn

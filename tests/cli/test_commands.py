@@ -11,6 +11,7 @@ from PIL import Image
 
 from fewstep.cli import predict, serve
 from fewstep.coglet.schema import make_schema
+from fewstep.errors import Refused
 from fewstep.images.codec import encode_image
 from fewstep.images.metadata import save_options
 
@@ -51,7 +52,7 @@ def test_values_become_the_types_of_the_schema(name: str, value: str, expected: 
     ],
 )
 def test_a_value_of_another_type_is_refused(name: str, value: str, reason: str) -> None:
-    with pytest.raises(predict.Refused, match=reason):
+    with pytest.raises(Refused, match=reason):
         convert(name, value)
 
 
@@ -62,7 +63,7 @@ def test_a_file_is_a_data_url_for_a_file_input_and_text_for_any_other(tmp_path: 
     assert convert("prompt", f"@{tmp_path}/a.txt") == "a red house"
     (tmp_path / "photo").write_bytes(b"\xff\xd8\xff\xe0")
     assert convert("image", f"@{tmp_path}/photo").startswith("data:image/jpeg;base64,")
-    with pytest.raises(predict.Refused, match=r"a\.txt is not a picture as JPEG, PNG or WebP"):
+    with pytest.raises(Refused, match=r"a\.txt is not a picture as JPEG, PNG or WebP"):
         convert("image", f"@{tmp_path}/a.txt")
 
 

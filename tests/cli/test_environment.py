@@ -103,3 +103,33 @@ def test_where_everything_is_installed_no_environment_is_made(
 def test_a_builds_suffix_does_not_make_a_version_another() -> None:
     assert environment.is_installed({"runtime": [f"torch=={version('torch').partition('+')[0]}"]})
     assert not environment.is_installed({"runtime": ["torch==0.0.1"]})
+
+
+PIP_SAYS = """Collecting torch==0.0.1 (from -r requirements.txt)
+  Downloading torch-0.0.1-py3-none-any.whl (899 MB)
+Collecting numpy>=1
+Requirement already satisfied: absent in lib
+Installing collected packages: numpy, torch"""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("status", [0, 1])
+def test_pip_shows_a_line_a_package_and_all_it_said_only_when_it_fails(
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    terminal: bool,
+    status: int,
+) -> None:
+    environment.PYTHON.parent.mkdir(parents=True)
+    environment.PYTHON.write_text(f"#!/bin/sh\ncat <<'END'\n{PIP_SAYS}\nEND\nexit {status}\n")
+    environment.PYTHON.chmod(0o755)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    if status:
+        with pytest.raises(SystemExit, match="pip could not install"):
+            environment._pip("torch")
+    else:
+        environment._pip("torch")
+    clear, end = ("\r\x1b[K", "") if terminal else ("", "\n")
+    shown = "".join(f"{clear}  {text}{end}" for text in ("torch==0.0.1", "numpy>=1", "unpacking 2 packages"))
+    assert capsys.readouterr().err == shown + clear + (f"{PIP_SAYS}\n" if status else "")

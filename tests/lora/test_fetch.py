@@ -86,18 +86,20 @@ def listener():
 
 @pytest.fixture
 def net(monkeypatch):
-    """`names` says what a name means, at each time of asking; `asked` and `connected` say what was done.
-    Every connection ends on this machine, at `port` if that is set."""
-    net = SimpleNamespace(names={"127.0.0.1": [["127.0.0.1"]]}, asked=[], connected=[], port=None)
+    """`names` says what a name means, at each time of asking; `asked` and `connected` say what was done, but
+    for addresses just `found`. Every connection ends on this machine, at `port` if that is set."""
+    net = SimpleNamespace(names={"127.0.0.1": [["127.0.0.1"]]}, asked=[], found=[], connected=[], port=None)
     connect = socket.socket.connect
 
-    def getaddrinfo(host, port, *_, type=0, **__):
+    def getaddrinfo(host, port, family=0, type=0, *_):
+        if host in net.found:
+            return [(socket.AF_INET, type, 0, "", (host, port))]
         net.asked.append(host)
         if host not in net.names:
             raise socket.gaierror(socket.EAI_NONAME, "not known")
         meanings = net.names[host]
-        found = meanings.pop(0) if len(meanings) > 1 else meanings[0]
-        return [(socket.AF_INET, type, 0, "", (address, port)) for address in found]
+        net.found = meanings.pop(0) if len(meanings) > 1 else meanings[0]
+        return [(socket.AF_INET, type, 0, "", (address, port)) for address in net.found]
 
     def connect_here(self, address):
         net.connected.append(address)

@@ -12,9 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest
+from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest, LoraError
 from fewstep.lora.resolve import LoraResolver
-from fewstep.lora.types import LoraError, parse_source
+from fewstep.lora.types import parse_source
 from fewstep.models.specs import MODELS
 from fewstep.request import Inputs
 from fewstep.settings import Settings
@@ -405,8 +405,9 @@ def test_where_nothing_is_fetched_that_is_said(settings, reader):
             load(LoraResolver(own, reader), name)
 
 
-def test_memory_of_addresses_is_bounded(styles, site, monkeypatch):
+def test_memory_of_addresses_is_bounded(settings, site, reader, monkeypatch):
     monkeypatch.setattr("fewstep.lora.resolve.MAX_ANSWERS", 3)
+    styles = LoraResolver(settings, reader)
     for i in range(6):
         site.pages[f"/a/b{i}/resolve/main/x.safetensors"] = (200, PAPER)
         load(styles, f"a/b{i}/x.safetensors")

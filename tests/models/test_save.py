@@ -95,7 +95,7 @@ def test_a_model_goes_from_the_hub_to_a_image(shop, name):
     assert model.generate().tobytes() == model.generate().tobytes()
     guided = 3.0 if model.spec.embedded_guidance else 2.0
     assert model.generate(guidance=guided).tobytes() != model.generate().tobytes()
-    assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", name]
+    assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", ".lock", name]
 
 
 def test_the_folder_is_what_design_says(shop):
@@ -173,7 +173,7 @@ def test_saving_anew_replaces_the_folder(shop):
     assert model.run("save_weights")[0] == 0
 
     model.generate()
-    assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", "sd15"]
+    assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", ".lock", "sd15"]
 
 
 def test_a_byte_flipped_in_the_unet_is_found_at_setup_and_named(shop):
@@ -318,7 +318,7 @@ def test_two_saves_at_once_take_turns(tmp_path):
         saved = [threads.submit(save_model, spec, files, weights) for _ in range(4)]
     assert {one.result() for one in saved} == {weights / "sd15"}
     load_pipeline(spec, Settings(weights_root=weights))
-    assert [path.name for path in weights.iterdir()] == ["sd15"]
+    assert sorted(path.name for path in weights.iterdir()) == [".lock", "sd15"]
 
 
 def test_linked_files_keep_their_mode(tmp_path):
