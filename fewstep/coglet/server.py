@@ -10,14 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from fewstep.coglet.schema import write_schema
-
 ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = Path(__file__).with_name("openapi_schema.json")  # of predict.py and train.py, as Cog makes it
 CONCURRENCY = 8  # as @cog.concurrent says in predict.py; the Cog CLI reads it there, coglet does not
 # Fixed within coglet: neither TMPDIR nor an argument moves it.
 COGLET_ROOT = Path("/tmp/coglet/predictions")
@@ -123,12 +123,8 @@ def running_server(
     Raises ServerFailed when the port is taken. The server is not ready yet: see `Server.wait_ready`.
     """
     require_free(host, port, "set PORT to another")
-    training = root / "train.py"
-    write_schema(
-        root / ".cog" / "openapi_schema.json",
-        root / "predict.py",
-        training if training.exists() else None,  # the benchmark's predictors have none
-    )
+    if root == ROOT:  # the benchmark's predictors have a schema of their own there
+        _write_schema(root / ".cog" / SCHEMA.name)
     server = None
     try:
         with _interrupts_held():
@@ -146,6 +142,16 @@ def running_server(
     finally:
         if server:
             server.stop()
+
+
+def _write_schema(target: Path) -> None:
+    """Write it in one step, so that a server that starts meanwhile reads all of it."""
+    schema = SCHEMA.read_bytes()
+    if not target.exists() or target.read_bytes() != schema:
+        target.parent.mkdir(exist_ok=True)
+        unfinished = target.with_name(f"{uuid.uuid4()}.part")
+        unfinished.write_bytes(schema)
+        unfinished.replace(target)
 
 
 @contextmanager
