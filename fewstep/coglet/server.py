@@ -29,8 +29,8 @@ CONCURRENCY = 8  # as @cog.concurrent says in predict.py; the Cog CLI reads it t
 COGLET_ROOT = Path("/tmp/coglet/predictions")
 OUTPUTS = "fewstep-outputs-"  # begins the name of each server's own folder
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"}
-# Becomes the server, and leaves a watcher in its process group, which reads a pipe that only our process holds: a
-# line says that all is over, and the pipe's end that we are gone, so that the group has to go too.
+# Becomes the server, and leaves a watcher in its process group, which reads a pipe that only our process
+# holds: a line says that all is over, and the pipe's end that we are gone, so that the group has to go too.
 WATCHED = 'exec 3<&0; (read -r _ <&3 || kill -KILL 0) & exec "$@" 3<&- </dev/null'
 POLL_S = 0.05
 # coglet answers /health-check late while the model holds the interpreter; it gives up after 10 s itself.

@@ -20,7 +20,7 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
-from fewstep.errors import FewstepError, InternalError
+from fewstep.errors import FewstepError, InternalError, TooMany
 from fewstep.models.specs import ModelSpec
 from fewstep.request import (
     GUIDANCE,
@@ -41,7 +41,7 @@ from fewstep.web.live import LiveSession
 from fewstep.web.monitoring import Metrics
 from fewstep.web.openai_api import routes as openai_routes
 from fewstep.web.prompt_enhancer import PromptEnhancer
-from fewstep.web.queue import RequestQueue, TooMany
+from fewstep.web.queue import RequestQueue
 from fewstep.web.serving import GRACE_S
 from fewstep.web.settings import WebSettings
 from fewstep.web.store import NotFound, Store
@@ -82,7 +82,7 @@ def create_app(
     metrics = Metrics()
     queue = RequestQueue(
         limit=settings.queue_limit,
-        per_visitor=settings.per_visitor,
+        per_client=settings.per_visitor,
         deadline_s=settings.deadline_s,
         watcher=metrics,
     )
@@ -204,7 +204,7 @@ async def _live(socket: WebSocket) -> None:
     # Without cookies one can generate, but keep nothing.
     visitor = front.visitor(socket) or f"from {socket.client.host if socket.client else ''}"
     await socket.accept()
-    own = sum(session.visitor == visitor for session in front.sessions)
+    own = sum(session.client == visitor for session in front.sessions)
     if len(front.sessions) >= MAX_SESSIONS[0] or own >= MAX_SESSIONS[1]:
         await socket.close(TRY_AGAIN_LATER)
         return
