@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from fewstep.cli.run import say, status_of
-from fewstep.coglet.server import ROOT, require_free
+from fewstep.coglet.server import require_free
 from fewstep.errors import SettingsError
 
 TICK_S = 0.25
@@ -89,7 +89,6 @@ async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from fewstep.web.auth import LOOPBACK
     from fewstep.web.logs import JsonLines
     from fewstep.web.serving import WebServer
-    from fewstep.web.settings import WebSettings
 
     if sys.stderr.isatty():  # a person is told what matters; a log holds every image
         logging.getLogger("fewstep.web").setLevel(logging.WARNING)
@@ -99,8 +98,8 @@ async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
     require_free(chosen.host, chosen.port, "give another as --port")
     environ = with_model(environ, elsewhere=bool(chosen.cog_url or chosen.replicate))
-    spec = get_model(Settings.from_env(environ).model)
-    settings = WebSettings.from_env(ROOT, environ)
+    settings = Settings.from_env(environ)
+    spec = get_model(settings.model)
     crew = _crew(chosen, environ, settings)
     hosts = {*LOOPBACK, *chosen.allow_host}
     if chosen.host not in ("0.0.0.0", "::"):
@@ -126,7 +125,9 @@ def _crew(chosen: argparse.Namespace, environ: Mapping[str, str], settings: Any)
         if not settings.replicate_token:
             raise SettingsError("--replicate needs a token; set REPLICATE_API_TOKEN to it")
         return ReplicateWorker(chosen.replicate, settings.replicate_token)
-    return LocalWorkers(environs_of(chosen.workers, environ), timeout_s, log=settings.data / "painters.log")
+    return LocalWorkers(
+        environs_of(chosen.workers, environ), timeout_s, log=settings.web_data / "painters.log"
+    )
 
 
 async def _announce(chosen: argparse.Namespace, model: str, crew: Any, app: Any, server: Any) -> int:

@@ -15,13 +15,14 @@ from starlette.responses import JSONResponse, Response
 
 from fewstep.errors import FewstepError, InvalidRequest
 from fewstep.models.specs import ModelSpec
+from fewstep.settings import Settings
+from fewstep.web.auth import cookie_key
 from fewstep.web.cog_inputs import ImageReader
 from fewstep.web.live import LiveSession
 from fewstep.web.monitoring import Metrics
 from fewstep.web.prompt_enhancer import PromptEnhancer
 from fewstep.web.queue import RequestQueue
 from fewstep.web.recent import RecentImages
-from fewstep.web.settings import WebSettings
 from fewstep.web.store import Store
 from fewstep.web.worker_pool import WorkerPool
 
@@ -37,7 +38,7 @@ class AppState:
     """One front door, on one event loop."""
 
     spec: ModelSpec
-    settings: WebSettings
+    settings: Settings
     crew: WorkerPool
     store: Store
     queue: RequestQueue
@@ -49,7 +50,7 @@ class AppState:
     sessions: set[LiveSession] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._signer = URLSafeSerializer(self.settings.cookie_key(), salt="visitor")
+        self._signer = URLSafeSerializer(cookie_key(self.settings.web_data), salt="visitor")
 
     def visitor(self, connection: HTTPConnection) -> str | None:
         """Who is asking, by the cookie that we signed."""
@@ -65,6 +66,11 @@ class AppState:
         if visitor is None:
             raise InvalidRequest("your browser sent no cookie of this page; allow cookies and load it again")
         return visitor
+
+    def style_names(self) -> list[str]:
+        """List the operator's own style LoRAs for this model, as predict() takes them."""
+        folder = self.settings.styles_root / self.spec.name
+        return sorted(file.stem for file in folder.glob("*.safetensors"))
 
     async def end(self, grace_s: float) -> None:
         """Take no more wishes, finish what is being generated, and let the pages go, which come again."""

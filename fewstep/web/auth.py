@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from contextlib import suppress
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
+
+from fewstep.errors import SettingsError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -24,6 +31,7 @@ ANY_HOST = "*"
 MAX_BODY = 64 * 1024
 MAX_UPLOAD = 64 * 10**6  # up to two images
 UPLOADS = ("/v1/images/edits",)
+KEY_CHARS = 32
 BODY_S = 30.0  # for a body to come
 SAFE = ("GET", "HEAD", "OPTIONS")
 HEADERS = {
@@ -133,3 +141,19 @@ async def _answer(send: Send, status: int, code: str, sentence: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
+
+
+def cookie_key(folder: Path) -> str:
+    """Return what clients' cookies are signed with: made once, and kept in `folder`."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = folder / "cookie-key"
+    if not file.exists():
+        with NamedTemporaryFile("w", dir=folder) as new:  # which only we may read
+            new.write(secrets.token_urlsafe(KEY_CHARS))
+            new.flush()
+            with suppress(FileExistsError):  # another was quicker
+                os.link(new.name, file)  # whole, or not at all
+    key = file.read_text(encoding="utf-8")
+    if len(key) < KEY_CHARS:
+        raise SettingsError("cookie-key in FEWSTEP_WEB_DATA is damaged; remove it, and visitors start anew")
+    return key

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from fewstep.web.app_state import AppState
 from fewstep.web.backends import BackendResult
 from fewstep.web.queue import Worker
 from fewstep.web.serving import WebServer
-from fewstep.web.settings import WebSettings
 from fewstep.web.worker_pool import LocalWorkers
 
 MINIATURE = get_model("miniature")
@@ -112,7 +110,7 @@ class House:
 
 @contextmanager
 def open_house(folder: Path, crew: Any, model: str = "miniature", **settings: Any) -> Iterator[House]:
-    web = replace(WebSettings.from_env(folder, {}), data=folder / "data", **settings)
+    web = Settings(web_data=folder / "data", **settings)
     app = create_app(get_model(model), web, crew)
     port = free_port()
     server = WebServer(app, "127.0.0.1", port)
@@ -135,6 +133,6 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("web")
     environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder)}
     crew = LocalWorkers([environ], 180, log=folder / "painters.log")
-    with open_house(folder, crew, styles=Settings().styles_root / "miniature") as house:
+    with open_house(folder, crew) as house:
         house.wait_ready()
         yield house

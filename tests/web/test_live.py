@@ -319,5 +319,5 @@ def test_nothing_that_was_typed_is_in_the_log(house, capfd):
     word = "xylophonequux"
     with visit(house) as visitor:
         generated(visitor, f"a {word}")
-    log = next(house.front.settings.data.parent.glob("painters.log")).read_text()
+    log = next(house.front.settings.web_data.parent.glob("painters.log")).read_text()
     assert not re.search(word, log + "".join(capfd.readouterr()))

@@ -167,7 +167,7 @@ def test_the_restarts_are_counted_and_every_server_has_its_own_folder(house):
         next(line.split()[1] for line in text.splitlines() if line.startswith("fewstep_restarts_total"))
     )
     assert count >= 5
-    folders = list(house.front.settings.data.parent.glob(f"{OUTPUTS}*"))
+    folders = list(house.front.settings.web_data.parent.glob(f"{OUTPUTS}*"))
     assert len(folders) == 2
 
 
