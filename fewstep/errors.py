@@ -1,18 +1,19 @@
-"""Every error that a user of fewstep is told about, as one tree.
+"""Every error that a user of fewstep is told about, as one tree, with the code and the HTTP status of each.
 
 FewstepError
-├── InvalidRequest    invalid_request     the caller asked for something that cannot be had
-├── WeightsError      weights             a model's files are missing, damaged or not its own
-├── DownloadError     download            a file could not be had from the hub as it should be
-├── SettingsError     settings            an environment variable holds something unknown
-├── DatasetError      dataset             what is to be trained on is missing or unreadable
-├── TrainingError     training            a training cannot begin as asked, or cannot go on
-├── GenerationError   generation_failed   the model ran, and what it made is not an image
-├── SafetyError       safety_check_failed a finished image could not be checked, and is withheld
-├── UnsafeImage       unsafe              every image of the request was flagged
-├── DeadlineExceeded  deadline            the request's time was up
-├── Stopped           stopped             nobody waits for the result any more, or the server is going down
-└── InternalError     internal            anything else; the details are in the log only
+├── InvalidRequest    invalid_request     422  the caller asked for something that cannot be had
+├── LoraError         lora                422  a LoRA file is refused; callers are told as InvalidRequest
+├── WeightsError      weights             500  a model's files are missing, damaged or not its own
+├── DownloadError     download            500  a file could not be had from the hub as it should be
+├── SettingsError     settings            500  an environment variable holds something unknown
+├── DatasetError      dataset             500  what is to be trained on is missing or unreadable
+├── TrainingError     training            500  a training cannot begin as asked, or cannot go on
+├── GenerationError   generation_failed   500  the model ran, and what it made is not an image
+├── SafetyError       safety_check_failed 500  a finished image could not be checked, and is withheld
+├── UnsafeImage       unsafe              422  every image of the request was flagged
+├── DeadlineExceeded  deadline            503  the request's time was up
+├── Stopped           stopped             503  nobody waits for the result any more, or the server ends
+└── InternalError     internal            500  anything else; the details are in the log only
 
 A sentence says what was given, what is allowed and what to do. It quotes numbers and choices, never free
 text, machine paths or tokens, and it never says that something was "cancelled": coglet searches an error's
@@ -26,6 +27,7 @@ class FewstepError(Exception):
     """A stable code for programs and one sentence for people; `str()` gives `[code] sentence`."""
 
     code: ClassVar[str] = "error"
+    status: ClassVar[int] = 500  # of an HTTP response that says so
 
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence)
@@ -36,9 +38,24 @@ class FewstepError(Exception):
 
 
 class InvalidRequest(FewstepError):
-    """The caller's wish breaks a rule; the model was not touched."""
+    """What the caller asked for breaks a rule; the model was not touched."""
 
     code = "invalid_request"
+    status = 422
+
+
+class LoraError(FewstepError):
+    """Why a LoRA is refused, as the rest of a sentence that begins with its name.
+
+    `detail` may hold words from the file: it is for the log, and for files of the operator's own.
+    """
+
+    code = "lora"
+    status = 422
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}{detail}")
+        self.reason = reason
 
 
 class WeightsError(FewstepError):
@@ -87,18 +104,21 @@ class UnsafeImage(FewstepError):
     """The safety checker flagged the image."""
 
     code = "unsafe"
+    status = 422
 
 
 class DeadlineExceeded(FewstepError):
     """The request was not done within its deadline."""
 
     code = "deadline"
+    status = 503
 
 
 class Stopped(FewstepError):
     """The work was given up: every caller had left, or the server no longer takes requests."""
 
     code = "stopped"
+    status = 503
 
 
 class InternalError(FewstepError):
@@ -108,3 +128,9 @@ class InternalError(FewstepError):
 
     def __init__(self, sentence: str = "something unforeseen went wrong; the server's log says what") -> None:
         super().__init__(sentence)
+
+
+def error_from(code: str, sentence: str) -> FewstepError:
+    """Return the error of `code`, as it comes from another process; GenerationError for an unknown code."""
+    kinds = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, FewstepError)]
+    return next((kind for kind in kinds if kind.code == code), GenerationError)(sentence)

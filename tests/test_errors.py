@@ -4,7 +4,8 @@ import pytest
 
 from fewstep import errors
 
-SUBCLASSES = errors.FewstepError.__subclasses__()
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+KINDS.remove(errors.FewstepError)
 
 
 def test_text_is_code_and_sentence():
@@ -13,34 +14,48 @@ def test_text_is_code_and_sentence():
     assert str(error) == "[invalid_request] steps is 9; it must be a whole number from 1 to 8"
 
 
-def test_codes_are_the_published_ones():
-    assert {kind.code for kind in SUBCLASSES} == {
-        "invalid_request",
-        "weights",
-        "download",
-        "settings",
-        "dataset",
-        "training",
-        "generation_failed",
-        "safety_check_failed",
-        "unsafe",
-        "deadline",
-        "stopped",
-        "internal",
+def test_codes_and_statuses_are_the_published_ones():
+    assert {kind.code: kind.status for kind in KINDS} == {
+        "invalid_request": 422,
+        "lora": 422,
+        "weights": 500,
+        "download": 500,
+        "settings": 500,
+        "dataset": 500,
+        "training": 500,
+        "generation_failed": 500,
+        "safety_check_failed": 500,
+        "unsafe": 422,
+        "deadline": 503,
+        "stopped": 503,
+        "internal": 500,
     }
 
 
-@pytest.mark.parametrize("kind", SUBCLASSES)
-def test_every_kind_is_in_the_drawn_tree_with_its_code(kind):
-    assert any(kind.__name__ in line and f" {kind.code} " in line for line in errors.__doc__.splitlines())
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_in_the_drawn_tree_with_its_code_and_status(kind):
+    [row] = [line.split() for line in errors.__doc__.splitlines() if f" {kind.__name__} " in line]
+
+    assert row[2:4] == [kind.code, str(kind.status)]
 
 
-@pytest.mark.parametrize("kind", SUBCLASSES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_survives_a_process_boundary(kind):
     there_and_back = pickle.loads(pickle.dumps(kind("a sentence")))
 
     assert type(there_and_back) is kind
     assert str(there_and_back) == f"[{kind.code}] a sentence"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_can_be_made_from_its_code(kind):
+    made = errors.error_from(kind.code, "a sentence")
+
+    assert type(made) is kind and str(made) == f"[{kind.code}] a sentence"
+
+
+def test_a_code_of_a_later_version_is_a_failed_generation():
+    assert type(errors.error_from("unheard_of", "a sentence")) is errors.GenerationError
 
 
 def test_internal_error_needs_no_words_and_never_reads_as_a_cancel():

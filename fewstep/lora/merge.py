@@ -23,7 +23,8 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fewstep.lora.types import MAX_BYTES, Lora, LoraError, LoraModule, Mix
+from fewstep.errors import LoraError
+from fewstep.lora.types import MAX_BYTES, Lora, LoraModule, Mix
 
 # What a LoRA may change, by the model's family.
 NETWORKS = {"sdxl": ("unet", "text_encoder", "text_encoder_2"), "sd": ("unet", "text_encoder")}

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest
+from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest, LoraError
 from fewstep.lora.fetch import Allowed, fetch, fetch_json
-from fewstep.lora.types import MAX_BYTES, SUFFIX, Lora, LoraError, LoraRef, LoraSource
+from fewstep.lora.types import MAX_BYTES, SUFFIX, Lora, LoraRef, LoraSource
 from fewstep.settings import HUB, Settings
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class LoraResolver:
         except FileNotFoundError:
             return None
         except LoraError as error:
-            logger.info("%s was refused: it %s", name, error)
+            logger.info("%s was refused: it %s", name, error.sentence)
             raise InvalidRequest(f"{name} {error.reason}; give another LoRA") from None
         self._keep_in_memory(lora)
         return lora

@@ -85,17 +85,6 @@ class Mix:
         return tuple((lora.sha256, scale) for lora, scale in self.styles if scale), self.lcm_scale
 
 
-class LoraError(ValueError):
-    """Why a LoRA is refused, as the rest of a sentence that begins with its name.
-
-    `detail` may hold words from the file: it is for the log, and for files of the operator's own.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}{detail}")
-        self.reason = reason
-
-
 def parse_source(name: str, text: str) -> LoraSource:
     """What `text`, given as the input `name`, means. Raises InvalidRequest if it means nothing."""
     if "://" in text:

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from fewstep.errors import InvalidRequest, SettingsError, WeightsError
+from fewstep.errors import InvalidRequest, LoraError, SettingsError, WeightsError
 from fewstep.generation.text_encoder import Diffusion
 from fewstep.lora.merge import WeightMerger
-from fewstep.lora.types import Lora, LoraError
+from fewstep.lora.types import Lora
 from fewstep.models.manifest import Manifest, check_hashes
 from fewstep.models.sources import LCM_LORA, TINY_VAE
 from fewstep.models.specs import ModelSpec
@@ -56,7 +56,7 @@ def read_lcm_lora(adapters: WeightMerger, folder: Path, manifest: Manifest, fix:
         return adapters.read(folder / LCM_LORA, listed.sha256)
     except LoraError as error:
         shown = f"weights/{folder.name}/{LCM_LORA}"
-        raise WeightsError(f"{shown} {error}; run: {manifest.fix(fix)}") from None
+        raise WeightsError(f"{shown} {error.sentence}; run: {manifest.fix(fix)}") from None
 
 
 def load_verified(

@@ -13,9 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fewstep.errors import LoraError
 from fewstep.lora import merge
 from fewstep.lora.merge import NETWORKS, WeightMerger
-from fewstep.lora.types import LoraError, Mix
+from fewstep.lora.types import Mix
 from fewstep.settings import Settings
 
 FOLDER = Settings().weights_root / "miniature"

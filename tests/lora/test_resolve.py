@@ -12,9 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest
+from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest, LoraError
 from fewstep.lora.resolve import LoraResolver
-from fewstep.lora.types import LoraError, parse_source
+from fewstep.lora.types import parse_source
 from fewstep.models.specs import MODELS
 from fewstep.request import Request
 from fewstep.settings import Settings
