@@ -136,7 +136,7 @@ async def _announce(chosen: argparse.Namespace, model: str, crew: Any, app: Any,
     terminal = sys.stderr.isatty()
     address = f"http://{chosen.host if chosen.host != '0.0.0.0' else '127.0.0.1'}:{chosen.port}"
     told = False
-    while not server.started or not app.state.front.queue.ready:
+    while not server.started or not app.state.app_state.queue.ready:
         if server.should_exit:
             return 0
         if crew.failure:

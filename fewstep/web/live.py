@@ -24,7 +24,7 @@ from fewstep.errors import FewstepError, InvalidRequest, Stopped
 from fewstep.images.codec import INPUT_MAX_BYTES, open_image, open_mask
 from fewstep.models.specs import ModelSpec
 from fewstep.web.backends import BackendResult
-from fewstep.web.cog_inputs import PAGE_FIELDS, ImageReader, Wish, make_wish
+from fewstep.web.cog_inputs import PAGE_FIELDS, CogInputs, ImageReader
 from fewstep.web.queue import QueuedRequest, RequestQueue
 from fewstep.web.recent import RecentImages
 
@@ -42,7 +42,7 @@ assert MAX_INPUT <= INPUT_MAX_BYTES
 class _Asked:
     n: int
     quick: bool
-    wish: Wish
+    wish: CogInputs
     came: float
 
 
@@ -158,8 +158,8 @@ class LiveSession:
                 raise InvalidRequest(f"the {slot} is not here; choose it again, or take it out")
             images[slot] = self._images[slot] if used else None
 
-        def make() -> Wish:
-            return make_wish(
+        def make() -> CogInputs:
+            return CogInputs.create(
                 self._spec, given, known=PAGE_FIELDS, styles=self._styles(), quick=quick, **images
             )
 

@@ -86,8 +86,8 @@ class House:
 
     @property
     def front(self) -> AppState:
-        front: AppState = self.app.state.front
-        return front
+        state: AppState = self.app.state.app_state
+        return state
 
     @property
     def live(self) -> str:

@@ -57,7 +57,7 @@ def is_gone(group):
 
 
 def group_of(house, i=0):
-    return house.front.crew.supervisors[i]._server.process.pid
+    return house.front.worker_pool.supervisors[i]._server.process.pid
 
 
 def worker_of(group):
@@ -110,7 +110,7 @@ def ends_and_comes_back(house, kill):
         began = time.monotonic()
         while True:
             time.sleep(0.1)
-            fresh = [one._server.process.pid for one in house.front.crew.supervisors if one._server]
+            fresh = [one._server.process.pid for one in house.front.worker_pool.supervisors if one._server]
             if (
                 len(fresh) == 2
                 and not set(fresh) & set(groups)
@@ -156,7 +156,7 @@ def test_one_that_hangs_is_routed_around_and_replaced(house):
 
 
 def group_of_or_none(house):
-    server = house.front.crew.supervisors[0]._server
+    server = house.front.worker_pool.supervisors[0]._server
     return server and server.process.pid
 
 
@@ -217,7 +217,7 @@ def test_whatever_keeps_a_server_from_starting_it_is_tried_again(tmp_path, monke
 
 def test_one_that_is_condemned_is_replaced_though_it_calls_itself_well(house):
     group = group_of(house)
-    house.front.crew.supervisors[0].condemn()
+    house.front.worker_pool.supervisors[0].condemn()
     began = time.monotonic()
     while group_of_or_none(house) in (group, None) or not house.front.queue.workers[0].ready:
         time.sleep(0.1)
@@ -260,7 +260,7 @@ def test_the_gpus_that_may_be_used(environ, gpus):
 
 
 def test_somebody_elses_server_is_used_as_long_as_it_is_ready(house, tmp_path):
-    url = house.front.crew.supervisors[0].url
+    url = house.front.worker_pool.supervisors[0].url
     with open_house(tmp_path, RemoteWorker(url, 60)) as other:
         other.wait_ready(10)
         with visit(other) as visitor:
