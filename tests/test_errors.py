@@ -30,6 +30,15 @@ def test_codes_and_statuses_are_the_published_ones():
         "busy": 503,
         "too_many_requests": 429,
         "stopped": 503,
+        "not_found": 404,
+        "method_not_allowed": 405,
+        "taken": 409,
+        "invalid_api_key": 401,
+        "unknown_host": 421,
+        "other_site": 403,
+        "too_long": 413,
+        "too_slow": 408,
+        "help_failed": 502,
         "internal": 500,
     }
 

@@ -16,7 +16,6 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,11 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from fewstep.coglet.server import ROOT, Server, free_port
+from fewstep.coglet.server import Server, free_port
 from fewstep.errors import SettingsError
 from fewstep.models.specs import get_model
+from fewstep.settings import Settings
 from fewstep.web.app import create_app
-from fewstep.web.settings import WebSettings
 from fewstep.web.worker_pool import RemoteWorker
 
 KEY_MS = 120  # between keystrokes: a hundred words a minute
@@ -148,7 +147,7 @@ def _summarised(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _ours(url: str, folder: Path) -> Starlette:
-    settings = replace(WebSettings.from_env(ROOT, {}), data=folder / "data")
+    settings = Settings(web_data=folder / "data")
     return create_app(get_model("miniature"), settings, RemoteWorker(url, 60))
 
 

@@ -1,9 +1,9 @@
 """Generating while one types: one WebSocket per page, of whose prompts only the latest counts.
 
-The client's messages are JSON, {"type": "paint", "n": 7, "quick": true, "wish": {...}}, and images are
-binary frames after a "painted" message that announces them. A prompt that waits is replaced by a newer one and
-keeps its position. One that a server has is given up for a newer one only when an image was shown a moment ago;
-else it is finished and shown, so that images keep coming while somebody types on, and no work is thrown away.
+The client's messages are JSON, {"type": "paint", "n": 7, "quick": true, "wish": {...}}, and images are binary
+frames after a "painted" message that announces them. A prompt that waits is replaced by a newer one and keeps
+its position. One that a server has is given up for a newer one only when an image was shown a moment ago;
+else it is finished and shown, so that images keep coming while one types on, and no work is thrown away.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fewstep.errors import FewstepError, InvalidRequest, Stopped
 from fewstep.images.codec import INPUT_MAX_BYTES, open_image, open_mask
 from fewstep.models.specs import ModelSpec
 from fewstep.web.backends import BackendResult
-from fewstep.web.cog_inputs import PAGE_FIELDS, ImageReader, Wish, make_wish
+from fewstep.web.cog_inputs import PAGE_FIELDS, CogInputs, ImageReader
 from fewstep.web.queue import QueuedRequest, RequestQueue
 from fewstep.web.recent import RecentImages
 
@@ -41,7 +41,7 @@ assert MAX_INPUT <= INPUT_MAX_BYTES
 class _Asked:
     n: int
     quick: bool
-    wish: Wish
+    wish: CogInputs
     came: float
 
 
@@ -157,8 +157,8 @@ class LiveSession:
                 raise InvalidRequest(f"the {slot} is not here; choose it again, or take it out")
             images[slot] = self._images[slot] if used else None
 
-        def make() -> Wish:
-            return make_wish(
+        def make() -> CogInputs:
+            return CogInputs.create(
                 self._spec, given, known=PAGE_FIELDS, styles=self._styles(), quick=quick, **images
             )
 

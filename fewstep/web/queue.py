@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -116,7 +116,7 @@ class RequestQueue:
     """
 
     def __init__(self, *, limit: int, per_client: int, deadline_s: float, watcher: Watcher) -> None:
-        self.workers: list[Worker] = []
+        self.workers: Sequence[Worker] = ()
         self.generates = 0
         self._limit = limit
         self._per_client = per_client

@@ -57,8 +57,10 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str]:
 class WorkerPool(Protocol):
     """Has `workers`, says when their readiness changes, and whether generating costs nothing but time."""
 
-    workers: Sequence[Worker]
     live: bool
+
+    @property
+    def workers(self) -> Sequence[Worker]: ...
 
     @property
     def failure(self) -> str:

@@ -27,6 +27,7 @@ def ask(method="POST", body=b"", kind="http", chunks=1, **headers):
     scope = {
         "type": kind,
         "method": method,
+        "path": "/",
         "headers": [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()],
     }
 

@@ -226,7 +226,7 @@ def test_visitors_are_told_when_there_is_no_model_and_their_wish_is_kept(studio,
 
         def turn(ready):
             worker.ready = ready
-            studio.front.crew.on_change()
+            studio.front.worker_pool.on_change()
 
         studio.app.state.loop.call_soon_threadsafe(turn, False)
         assert visitor.read("state")[0]["ready"] is False
@@ -319,5 +319,5 @@ def test_nothing_that_was_typed_is_in_the_log(house, capfd):
     word = "xylophonequux"
     with visit(house) as visitor:
         generated(visitor, f"a {word}")
-    log = next(house.front.settings.data.parent.glob("painters.log")).read_text()
+    log = next(house.front.settings.web_data.parent.glob("painters.log")).read_text()
     assert not re.search(word, log + "".join(capfd.readouterr()))

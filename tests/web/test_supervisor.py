@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import open_house
+from fewstep.web.supervisor import OUTPUTS, SECRETS, Supervisor, visible_gpus
 from test_live import visit
 
 from fewstep.web import supervisor as supervisor_module
-from fewstep.web.supervisor import OUTPUTS, SECRETS, Supervisor, visible_gpus
 from fewstep.web.worker_pool import LocalWorkers, RemoteWorker
 
 SLACK_S = 15
@@ -57,7 +57,7 @@ def is_gone(group):
 
 
 def group_of(house, i=0):
-    return house.front.crew.supervisors[i]._server.process.pid
+    return house.front.worker_pool.supervisors[i]._server.process.pid
 
 
 def worker_of(group):
@@ -110,7 +110,7 @@ def ends_and_comes_back(house, kill):
         began = time.monotonic()
         while True:
             time.sleep(0.1)
-            fresh = [one._server.process.pid for one in house.front.crew.supervisors if one._server]
+            fresh = [one._server.process.pid for one in house.front.worker_pool.supervisors if one._server]
             if (
                 len(fresh) == 2
                 and not set(fresh) & set(groups)
@@ -156,7 +156,7 @@ def test_one_that_hangs_is_routed_around_and_replaced(house):
 
 
 def group_of_or_none(house):
-    server = house.front.crew.supervisors[0]._server
+    server = house.front.worker_pool.supervisors[0]._server
     return server and server.process.pid
 
 
@@ -167,7 +167,7 @@ def test_the_restarts_are_counted_and_every_server_has_its_own_folder(house):
         next(line.split()[1] for line in text.splitlines() if line.startswith("fewstep_restarts_total"))
     )
     assert count >= 5
-    folders = list(house.front.settings.data.parent.glob(f"{OUTPUTS}*"))
+    folders = list(house.front.settings.web_data.parent.glob(f"{OUTPUTS}*"))
     assert len(folders) == 2
 
 
@@ -217,7 +217,7 @@ def test_whatever_keeps_a_server_from_starting_it_is_tried_again(tmp_path, monke
 
 def test_one_that_is_condemned_is_replaced_though_it_calls_itself_well(house):
     group = group_of(house)
-    house.front.crew.supervisors[0].condemn()
+    house.front.worker_pool.supervisors[0].condemn()
     began = time.monotonic()
     while group_of_or_none(house) in (group, None) or not house.front.queue.workers[0].ready:
         time.sleep(0.1)
@@ -260,7 +260,7 @@ def test_the_gpus_that_may_be_used(environ, gpus):
 
 
 def test_somebody_elses_server_is_used_as_long_as_it_is_ready(house, tmp_path):
-    url = house.front.crew.supervisors[0].url
+    url = house.front.worker_pool.supervisors[0].url
     with open_house(tmp_path, RemoteWorker(url, 60)) as other:
         other.wait_ready(10)
         with visit(other) as visitor:
