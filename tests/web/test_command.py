@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from test_worker_pool import is_gone, processes
+from test_worker_pool import is_gone, processes, wait_until
 
 from fewstep.cli.web import environs_of, with_model
 from fewstep.coglet.server import COGLET_ROOT, OUTPUTS, ROOT, _make_folder, free_port
@@ -137,7 +137,8 @@ def test_without_inodes_for_a_moment_it_generates_again_and_is_not_ready_meanwhi
         ending.set()
         process.terminate()
         process.wait(40)
-    assert took < max(15, setup_s + 8) and not errors  # 15 s where the start takes 7
+    assert took < max(15, setup_s + 8)  # 15 s where the start takes 7
+    assert len(errors) <= 4  # those that were sent into it, one after the other, as often as one is
 
 
 def test_when_it_is_to_end_under_load_everybody_gets_a_image_or_is_told(tmp_path):
