@@ -200,15 +200,16 @@ def test_a_server_that_refuses_though_nothing_is_there_is_doubted_and_asked_less
 
 
 def test_a_server_that_is_full_of_our_own_requests_is_not_doubted(monkeypatch):
-    """It takes four of the eight that are sent together, and each takes longer than a refusal counts."""
+    """It takes none of the first eight, then four, and each of these takes longer than a refusal counts."""
     monkeypatch.setattr(queue_module, "REFUSING_S", 0.05)
 
     class Narrow(Easel):
-        running = 0
+        running = asked = 0
 
         async def generate(self, inputs):
+            self.asked += 1
             await asyncio.sleep(0.001)
-            if self.running == 4:
+            if self.asked <= 8 or self.running == 4:
                 raise BackendBusy
             self.running += 1
             try:
