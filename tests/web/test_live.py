@@ -240,7 +240,7 @@ def test_visitors_are_told_when_there_is_no_model_and_their_wish_is_kept(studio,
 
 
 class Batches(Easel):
-    """Generates eight at once, as our Cog server does; if its caller leaves meanwhile, one is made in vain."""
+    """Generates eight at once, as our Cog server does; if a caller leaves meanwhile, its is made in vain."""
 
     def __init__(self, seconds):
         super().__init__(seconds)
