@@ -12,7 +12,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat, model_validator
@@ -149,7 +149,7 @@ async def _generate(
         for i in range(0, body.n, most)
     ]
     client = f"api {request.client.host if request.client else ''}"
-    results = await _unless_gone(request, _generate_all(state.queue, client, asked))
+    results = await _results(request, state.queue, client, asked)
     data = []
     for inputs, result in zip(asked, results, strict=True):
         for content, seed in zip(result.files, inputs.seeds, strict=False):
@@ -166,32 +166,26 @@ async def _generate(
     )
 
 
-async def _generate_all(queue: RequestQueue, client: str, asked: Sequence[CogInputs]) -> list[BackendResult]:
+async def _results(
+    request: Request, queue: RequestQueue, client: str, asked: Sequence[CogInputs]
+) -> list[BackendResult]:
+    """Have all generated, unless the client leaves or one fails, which leaves the others without a use."""
     queued: list[QueuedRequest] = []
+    leaving = asyncio.ensure_future(request.receive())  # what comes after the body, which has been read
     try:
         for cog in asked:
             queued.append(queue.submit(client, cog.inputs))
-        return await asyncio.gather(*(queue.result(one) for one in queued))
-    except BaseException:  # one that failed leaves the others without a use
-        for one in queued:
-            queue.cancel(one)
-        raise
-
-
-async def _unless_gone(
-    request: Request, work: Coroutine[Any, Any, list[BackendResult]]
-) -> list[BackendResult]:
-    """Return what `work` does, unless the client leaves first. The body must have been read."""
-    result = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait({result, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not result.done():
-            result.cancel()
+        results = asyncio.gather(*(queue.result(one) for one in queued))
+        ends: tuple[asyncio.Future[Any], ...] = results, leaving
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if not results.done():
+            results.cancel()
             raise Stopped("the client has left")
-        return await result
+        return await results
     finally:
         leaving.cancel()
+        for one in queued:
+            queue.cancel(one)
 
 
 def _size(spec: ModelSpec, size: str) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def test_one_visitor_who_does_everything_at_once_ends_as_one(store):
 def test_an_error_of_the_database_tells_nobody_what_a_visitor_wrote(store, caplog):
     store.name(A, "ann")
     now = store_module._now()
-    with pytest.raises(InternalError) as caught, store._write() as session:
+    with pytest.raises(InternalError) as caught, store._transaction() as session:
         session.add(store_module.Review(user=A, rating=9, text="secret words", created=now))
     assert "IntegrityError" in caplog.text
     assert "secret words" not in caplog.text + str(caught.value) and caught.value.__cause__ is None
