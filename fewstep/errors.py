@@ -12,6 +12,8 @@ FewstepError
 ├── SafetyError       safety_check_failed 500  a finished image could not be checked, and is withheld
 ├── UnsafeImage       unsafe              422  every image of the request was flagged
 ├── DeadlineExceeded  deadline            503  the request's time was up
+├── Busy              busy                503  the queue before the servers is full, or closed
+│   └── TooMany       too_many_requests   429  this client has enough in the queue
 ├── Stopped           stopped             503  nobody waits for the result any more, or the server ends
 ├── NotFound          not_found           404  there is no such thing, or it is another's
 ├── MethodNotAllowed  method_not_allowed  405  the address takes other HTTP methods
@@ -121,6 +123,30 @@ class DeadlineExceeded(FewstepError):
 
     code = "deadline"
     status = 503
+    retry_after_s: int  # when to come again, where that is known
+
+    def __init__(self, sentence: str, retry_after_s: int | None = None) -> None:
+        super().__init__(sentence)
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
+
+
+class Busy(FewstepError):
+    """The queue before the servers is full, or closed; `retry_after_s` says when to come again."""
+
+    code = "busy"
+    status = 503
+
+    def __init__(self, sentence: str, retry_after_s: int = 1) -> None:
+        super().__init__(sentence)
+        self.retry_after_s = retry_after_s
+
+
+class TooMany(Busy):
+    """This client has enough waiting."""
+
+    code = "too_many_requests"
+    status = 429
 
 
 class Stopped(FewstepError):

@@ -27,6 +27,8 @@ def test_codes_and_statuses_are_the_published_ones():
         "safety_check_failed": 500,
         "unsafe": 422,
         "deadline": 503,
+        "busy": 503,
+        "too_many_requests": 429,
         "stopped": 503,
         "not_found": 404,
         "method_not_allowed": 405,
@@ -43,7 +45,9 @@ def test_codes_and_statuses_are_the_published_ones():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_in_the_drawn_tree_with_its_code_and_status(kind):
-    [row] = [line.split() for line in errors.__doc__.splitlines() if f" {kind.__name__} " in line]
+    [row] = [
+        line.replace("│", "").split() for line in errors.__doc__.splitlines() if f" {kind.__name__} " in line
+    ]
 
     assert row[2:4] == [kind.code, str(kind.status)]
 

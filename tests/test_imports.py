@@ -27,7 +27,6 @@ LIGHT = [
         "generation.batcher",
         "coglet.server",
         "coglet.adapter",
-        "coglet.schema",
         "web.app",
         "cli.web",
     )

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.cli.run import Refused, say
-from fewstep.coglet.schema import make_schema
 from fewstep.coglet.server import (
-    ROOT,
+    SCHEMA,
     ServerFailed,
     code_and_sentence,
     end_as_by_ctrl_c,
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _inputs_of_model() -> tuple[Inputs, Inputs]:
-    schemas = make_schema(ROOT / "predict.py")["components"]["schemas"]
+    schemas = json.loads(SCHEMA.read_text(encoding="utf-8"))["components"]["schemas"]
     return schemas["Input"]["properties"], schemas
 
 

@@ -19,7 +19,7 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
-from fewstep.errors import FewstepError, InternalError, NotFound
+from fewstep.errors import FewstepError, InternalError, NotFound, TooMany
 from fewstep.models.specs import ModelSpec
 from fewstep.request import (
     GUIDANCE,
@@ -41,7 +41,6 @@ from fewstep.web.gallery import routes as gallery_routes
 from fewstep.web.live import LiveSession
 from fewstep.web.messages import Prompt, body_of
 from fewstep.web.openai_api import routes as openai_routes
-from fewstep.web.queue import TooMany
 from fewstep.web.serving import GRACE_S
 from fewstep.web.worker_pool import WorkerPool
 

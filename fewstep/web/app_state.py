@@ -41,7 +41,7 @@ class AppState:
         self.store = Store(settings.web_data, settings.database_url)
         self.metrics = Metrics()
         self.queue = RequestQueue(
-            limit=QUEUE_LIMIT, per_visitor=PER_CLIENT, deadline_s=settings.deadline_s, watcher=self.metrics
+            limit=QUEUE_LIMIT, per_client=PER_CLIENT, deadline_s=settings.deadline_s, watcher=self.metrics
         )
         self.queue.workers = worker_pool.workers
         chat = settings.chat_key, settings.chat_url, settings.chat_model

@@ -1,10 +1,9 @@
-"""Generating while one types: one WebSocket per visitor, of whose wishes only the latest counts.
+"""Generating while one types: one WebSocket per page, of whose prompts only the latest counts.
 
-The visitor's messages are JSON, {"type": "paint", "n": 7, "quick": true, "wish": {...}}, and images are
-binary frames after a "painted" message that announces them. A wish that waits is replaced by a newer one and
-keeps its place. One that is running is given up for a newer one only when that costs little to look at:
-when it has not begun, or when an image was shown a moment ago; else it is finished and shown, so that
-images keep coming while somebody types on.
+The client's messages are JSON, {"type": "paint", "n": 7, "quick": true, "wish": {...}}, and images are binary
+frames after a "painted" message that announces them. A prompt that waits is replaced by a newer one and keeps
+its position. One that a server has is given up for a newer one only when an image was shown a moment ago;
+else it is finished and shown, so that images keep coming while one types on, and no work is thrown away.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class LiveSession:
     def __init__(
         self,
         socket: WebSocket,
-        visitor: str,
+        client: str,
         *,
         spec: ModelSpec,
         styles: Callable[[], Collection[str]],
@@ -61,7 +60,7 @@ class LiveSession:
         reader: ImageReader,
     ) -> None:
         self._socket = socket
-        self.visitor = visitor
+        self.client = client
         self._spec = spec
         self._styles = styles
         self._queue = queue
@@ -69,14 +68,14 @@ class LiveSession:
         self._reader = reader
         self._images: dict[str, Image.Image] = {}
         self._asked: _Asked | None = None  # the latest that nothing was done for yet
-        self._current: _Asked | None = None  # which `_ticket` is for
-        self._ticket: QueuedRequest | None = None
+        self._current: _Asked | None = None  # which `_queued` is for
+        self._queued: QueuedRequest | None = None
         self._came = asyncio.Event()
         self._shown = 0.0  # when the last image was sent
         self._sending = asyncio.Lock()
 
     async def run(self) -> None:
-        """Until the visitor leaves."""
+        """Serve until the client leaves."""
         await self.tell_state()
         tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._generate())}
         try:
@@ -90,8 +89,8 @@ class LiveSession:
         finally:
             for task in tasks:
                 task.cancel()
-            if self._ticket:
-                self._queue.cancel(self._ticket)
+            if self._queued:
+                self._queue.cancel(self._queued)
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def tell_state(self) -> None:
@@ -128,8 +127,8 @@ class LiveSession:
             self._images.pop(_slot(fields), None)
         elif kind == "stop":
             self._asked = None
-            if self._ticket:
-                self._queue.cancel(self._ticket)
+            if self._queued:
+                self._queue.cancel(self._queued)
         else:
             raise InvalidRequest("type is unknown; it must be paint, input, clear or stop")
 
@@ -168,17 +167,17 @@ class LiveSession:
         self._ask(_Asked(n, quick, wish, came))
 
     def _ask(self, asked: _Asked) -> None:
-        ticket = self._ticket
-        if ticket and ticket.waiting:
+        queued = self._queued
+        if queued and queued.waiting:
             self._current = asked
-            ticket.inputs = asked.wish.inputs
-            if ticket.place >= 0:
-                ticket.tell(ticket.place)
+            queued.inputs = asked.wish.inputs
+            if queued.position >= 0:
+                queued.tell(queued.position)
             return
         self._asked = asked
         self._came.set()
-        if ticket and (not ticket.begun or time.monotonic() - self._shown < JUST_SHOWN_S):
-            self._queue.cancel(ticket)
+        if queued and time.monotonic() - self._shown < JUST_SHOWN_S:
+            self._queue.cancel(queued)
 
     async def _generate(self) -> None:
         while True:
@@ -187,30 +186,30 @@ class LiveSession:
                 await self._came.wait()
             self._current, self._asked = self._asked, None
             try:
-                self._ticket = self._queue.submit(self.visitor, self._current.wish.inputs, self._tell_place)
-                generated = await self._queue.result(self._ticket)
-                await self._show(self._current, self._ticket, generated)
+                self._queued = self._queue.submit(self.client, self._current.wish.inputs, self._tell_position)
+                result = await self._queue.result(self._queued)
+                await self._show(self._current, self._queued, result)
             except Stopped:
-                pass  # for a newer one, or because the visitor said so
+                pass  # for a newer one, or because the client said so
             except FewstepError as error:
                 await self._fail(self._current.n, error)
             finally:
-                self._ticket = None
+                self._queued = None
 
-    def _tell_place(self, place: int) -> None:
+    def _tell_position(self, position: int) -> None:
         assert self._current
-        message = {"type": "waiting", "n": self._current.n, "place": place}
+        message = {"type": "waiting", "n": self._current.n, "place": position}
         task = asyncio.create_task(self._send(message))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    async def _show(self, asked: _Asked, ticket: QueuedRequest, generated: BackendResult) -> None:
-        assert ticket.sent
+    async def _show(self, asked: _Asked, queued: QueuedRequest, result: BackendResult) -> None:
+        assert queued.sent
         wish = asked.wish
         width, height = wish.size
         ids = []
-        for content, seed in zip(generated.files, wish.seeds, strict=False):
+        for content, seed in zip(result.files, wish.seeds, strict=False):
             recipe = {**wish.recipe, "seed": seed, "num_outputs": 1}
-            ids.append(self._recent.add(self.visitor, content, recipe))
+            ids.append(self._recent.add(self.client, content, recipe))
         message = {
             "type": "painted",
             "n": asked.n,
@@ -218,12 +217,12 @@ class LiveSession:
             "seed": wish.inputs["seed"],
             "width": width,
             "height": height,
-            "paint_ms": round(generated.generate_ms, 1),
-            "wait_ms": round((ticket.sent - asked.came) * 1000, 1),
+            "paint_ms": round(result.generate_ms, 1),
+            "wait_ms": round((queued.sent - asked.came) * 1000, 1),
             "images": ids,
         }
         self._shown = time.monotonic()
-        await self._send(message, generated.files)
+        await self._send(message, result.files)
 
     async def _fail(self, n: int | None, error: FewstepError) -> None:
         message = {"type": "failed", "n": n, "code": error.code, "message": error.sentence}

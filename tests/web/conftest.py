@@ -58,14 +58,14 @@ class Easel:
 
 
 class Studio:
-    """A crew of easels, which are always there unless a test says otherwise."""
+    """A pool of easels, which are always there unless a test says otherwise."""
 
     live = True
     failure = ""
 
     def __init__(self, *easels: Easel, slots: int = 1) -> None:
         self.workers = [
-            Worker(name=f"easel {i}", slots=slots, generator=one, ready=True) for i, one in enumerate(easels)
+            Worker(name=f"easel {i}", slots=slots, backend=one, ready=True) for i, one in enumerate(easels)
         ]
         self.on_change: Callable[[], None] = lambda: None
 

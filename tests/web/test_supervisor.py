@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import open_house
+from fewstep.web.supervisor import OUTPUTS, SECRETS, Supervisor, visible_gpus
 from test_live import visit
 
 from fewstep.web import supervisor as supervisor_module
-from fewstep.web.supervisor import OUTPUTS, SECRETS, Supervisor, visible_gpus
 from fewstep.web.worker_pool import LocalWorkers, RemoteWorker
 
 SLACK_S = 15
