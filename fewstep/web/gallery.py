@@ -58,8 +58,7 @@ def _gallery(request: Request) -> Response:
     state, query = app_state(request), request.query_params
     limit = query.get("limit", "")
     size = int(limit) if limit.isdecimal() and len(limit) < 4 else PAGE
-    page = state.store.gallery(state.client(request) or "", query.get("before"), size)
-    return JSONResponse({"pictures": page.images, "next": page.next})
+    return JSONResponse(state.store.gallery(state.client(request) or "", query.get("before"), size))
 
 
 async def _keep(request: Request) -> Response:

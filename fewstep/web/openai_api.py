@@ -29,7 +29,7 @@ from fewstep.web.app_state import AppState, app_state
 from fewstep.web.backends import BackendResult
 from fewstep.web.cog_inputs import CogInputs
 from fewstep.web.error_responses import openai_error_response
-from fewstep.web.messages import checked, parsed
+from fewstep.web.messages import checked
 from fewstep.web.queue import QueuedRequest, RequestQueue
 
 MAX_N = 10
@@ -58,13 +58,12 @@ class ImagesBody(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_blanks(cls, fields: dict[str, Any]) -> dict[str, Any]:
+    def _without_blanks(cls, fields: Any) -> Any:
         """Leave out what clients send empty, and let no truth value pass as a number."""
-        return {
-            name: str(value) if isinstance(value, bool) else value
-            for name, value in fields.items()
-            if value not in (None, "")
-        }
+        if not isinstance(fields, dict):
+            return fields
+        sent = {name: value for name, value in fields.items() if value not in (None, "")}
+        return {name: str(value) if isinstance(value, bool) else value for name, value in sent.items()}
 
     def inputs(self, spec: ModelSpec, has_image: bool) -> dict[str, Any]:
         """Return predict()'s inputs. Numbers out of range are taken for the nearest that is in it."""
@@ -105,7 +104,7 @@ async def _models(request: Request) -> Response:
 
 async def _generations(request: Request) -> Response:
     state = _opened(request)
-    return await _generate(request, state, parsed(await request.body()), {})
+    return await _generate(request, state, checked(ImagesBody, await request.body()), {})
 
 
 async def _edits(request: Request) -> Response:
@@ -119,7 +118,7 @@ async def _edits(request: Request) -> Response:
         images = {"image": await read(await uploads[0].read(), "image", open_image)}
         if isinstance(mask, UploadFile):
             images["mask"] = await read(await mask.read(), "mask", open_alpha_mask)
-    return await _generate(request, state, fields, images)
+    return await _generate(request, state, checked(ImagesBody, fields), images)
 
 
 async def _file(request: Request) -> Response:
@@ -131,9 +130,8 @@ async def _file(request: Request) -> Response:
 
 
 async def _generate(
-    request: Request, state: AppState, fields: dict[str, Any], images: Mapping[str, Any]
+    request: Request, state: AppState, body: ImagesBody, images: Mapping[str, Any]
 ) -> Response:
-    body = checked(ImagesBody, fields)
     common, most = body.inputs(state.spec, bool(images)), NUM_OUTPUTS[1]
     asked = [
         await asyncio.to_thread(

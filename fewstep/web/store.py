@@ -10,7 +10,6 @@ import unicodedata
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -94,14 +93,6 @@ class Review(Base):
     text: Mapped[str] = mapped_column(String(REVIEW_MAX))
     created: Mapped[datetime]
     owner: Mapped[User] = relationship(lazy="joined", innerjoin=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Some of the gallery, newest first, and the id to go on from."""
-
-    images: list[dict[str, Any]]
-    next: str | None
 
 
 class Store:
@@ -205,8 +196,8 @@ class Store:
             file.unlink(missing_ok=True)
             raise
 
-    def gallery(self, user: str, before: str | None = None, limit: int = PAGE) -> Page:
-        """Return what was kept, newest first, from behind the image `before`."""
+    def gallery(self, user: str, before: str | None = None, limit: int = PAGE) -> dict[str, Any]:
+        """Return what was kept, newest first, from behind the image `before`, and the id to go on from."""
         limit = max(1, min(limit, 100))
         if before:
             self.file(before)  # raises for what is no id
@@ -218,7 +209,7 @@ class Store:
                 )
             rows = session.scalars(newest).all()
             shown = [row.shown(user) for row in rows[:limit]]
-        return Page(shown, shown[-1]["id"] if len(rows) > limit else None)
+        return {"pictures": shown, "next": shown[-1]["id"] if len(rows) > limit else None}
 
     def discard(self, user: str, image: str) -> None:
         """Take a user's own image out. Raises NotFound."""
