@@ -179,7 +179,7 @@ def test_nothing_else_is_served(house, path):
 
 def test_what_a_client_adds_never_reaches_the_server_that_generates(house):
     """No id, no webhook, no header of a client's: the inputs are the whole of it."""
-    easel = house.front.queue.workers[0].generator
+    easel = house.front.queue.workers[0].backend
     with house.client(headers={"Authorization": "Bearer x", "Prefer": "respond-async"}) as client:
         generated(house, client, steps=2)
     assert set(easel.inputs[-1]) == {
