@@ -38,11 +38,11 @@ assert MAX_INPUT <= INPUT_MAX_BYTES
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    n: int
+class _Prompt:
+    n: int  # the page's number for it
     quick: bool
-    wish: CogInputs
-    came: float
+    cog: CogInputs
+    came: float  # in seconds of time.monotonic()
 
 
 class LiveSession:
@@ -67,8 +67,8 @@ class LiveSession:
         self._recent = recent
         self._reader = reader
         self._images: dict[str, Image.Image] = {}
-        self._asked: _Asked | None = None  # the latest that nothing was done for yet
-        self._current: _Asked | None = None  # which `_queued` is for
+        self._next: _Prompt | None = None  # the latest that is not in the queue yet
+        self._current: _Prompt | None = None  # which `_queued` is for
         self._queued: QueuedRequest | None = None
         self._came = asyncio.Event()
         self._shown = 0.0  # when the last image was sent
@@ -94,11 +94,11 @@ class LiveSession:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def tell_state(self) -> None:
-        """Whether there is a model to generate; at the beginning, and whenever that changes."""
+        """Say whether there is a model to generate; at the beginning, and whenever that changes."""
         await self._send({"type": "state", "ready": self._queue.ready})
 
     async def close(self, code: int) -> None:
-        """From our side: the page comes again."""
+        """Close it from our side; the page comes again."""
         if self._socket.client_state is WebSocketState.CONNECTED:
             await self._socket.close(code)
 
@@ -120,13 +120,13 @@ class LiveSession:
 
     async def _take(self, kind: str, fields: Mapping[str, Any]) -> None:
         if kind == "paint":
-            await self._take_wish(fields)
+            await self._take_prompt(fields)
         elif kind == "input":
             await self._take_image(_slot(fields))
         elif kind == "clear":
             self._images.pop(_slot(fields), None)
         elif kind == "stop":
-            self._asked = None
+            self._next = None
             if self._queued:
                 self._queue.cancel(self._queued)
         else:
@@ -144,49 +144,49 @@ class LiveSession:
             )
         self._images[slot] = await self._reader.read(content, slot, SLOTS[slot])
 
-    async def _take_wish(self, fields: Mapping[str, Any]) -> None:
-        n, quick, given = fields.get("n"), fields.get("quick"), fields.get("wish")
-        if not isinstance(n, int) or not isinstance(quick, bool) or not isinstance(given, dict):
+    async def _take_prompt(self, fields: Mapping[str, Any]) -> None:
+        n, quick, values = fields.get("n"), fields.get("quick"), fields.get("wish")
+        if not isinstance(n, int) or not isinstance(quick, bool) or not isinstance(values, dict):
             raise InvalidRequest("a paint message has n, a whole number, quick, true or false, and a wish")
         came = time.monotonic()
-        given = dict(given)
+        values = dict(values)
         images = {}
         for slot in SLOTS:
-            used = given.pop(f"use_{slot}", False) is True
+            used = values.pop(f"use_{slot}", False) is True
             if used and slot not in self._images:  # it was refused, which the page has been told
                 raise InvalidRequest(f"the {slot} is not here; choose it again, or take it out")
             images[slot] = self._images[slot] if used else None
 
         def make() -> CogInputs:
             return CogInputs.create(
-                self._spec, given, known=PAGE_FIELDS, styles=self._styles(), quick=quick, **images
+                self._spec, values, known=PAGE_FIELDS, styles=self._styles(), quick=quick, **images
             )
 
         # Images are scaled to size, which takes milliseconds.
-        wish = await asyncio.to_thread(make) if any(images.values()) else make()
-        self._ask(_Asked(n, quick, wish, came))
+        cog = await asyncio.to_thread(make) if any(images.values()) else make()
+        self._supersede(_Prompt(n, quick, cog, came))
 
-    def _ask(self, asked: _Asked) -> None:
+    def _supersede(self, prompt: _Prompt) -> None:
         queued = self._queued
         if queued and queued.waiting:
-            self._current = asked
-            queued.inputs = asked.wish.inputs
+            self._current = prompt
+            queued.inputs = prompt.cog.inputs
             if queued.position >= 0:
                 queued.tell(queued.position)
             return
-        self._asked = asked
+        self._next = prompt
         self._came.set()
         if queued and time.monotonic() - self._shown < JUST_SHOWN_S:
             self._queue.cancel(queued)
 
     async def _generate(self) -> None:
         while True:
-            while self._asked is None:
+            while self._next is None:
                 self._came.clear()
                 await self._came.wait()
-            self._current, self._asked = self._asked, None
+            self._current, self._next = self._next, None
             try:
-                self._queued = self._queue.submit(self.client, self._current.wish.inputs, self._tell_position)
+                self._queued = self._queue.submit(self.client, self._current.cog.inputs, self._tell_position)
                 result = await self._queue.result(self._queued)
                 await self._show(self._current, self._queued, result)
             except Stopped:
@@ -202,23 +202,23 @@ class LiveSession:
         task = asyncio.create_task(self._send(message))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    async def _show(self, asked: _Asked, queued: QueuedRequest, result: BackendResult) -> None:
+    async def _show(self, prompt: _Prompt, queued: QueuedRequest, result: BackendResult) -> None:
         assert queued.sent
-        wish = asked.wish
-        width, height = wish.size
+        cog = prompt.cog
+        width, height = cog.size
         ids = []
-        for content, seed in zip(result.files, wish.seeds, strict=False):
-            recipe = {**wish.recipe, "seed": seed, "num_outputs": 1}
+        for content, seed in zip(result.files, cog.seeds, strict=False):
+            recipe = {**cog.recipe, "seed": seed, "num_outputs": 1}
             ids.append(self._recent.add(self.client, content, recipe))
         message = {
             "type": "painted",
-            "n": asked.n,
-            "quick": asked.quick,
-            "seed": wish.inputs["seed"],
+            "n": prompt.n,
+            "quick": prompt.quick,
+            "seed": cog.inputs["seed"],
             "width": width,
             "height": height,
             "paint_ms": round(result.generate_ms, 1),
-            "wait_ms": round((queued.sent - asked.came) * 1000, 1),
+            "wait_ms": round((queued.sent - prompt.came) * 1000, 1),
             "images": ids,
         }
         self._shown = time.monotonic()
@@ -238,7 +238,7 @@ class LiveSession:
 
 
 class _OutOfTurn(Exception):
-    """Bytes that nothing announced: what follows cannot be told apart either."""
+    """Bytes came that nothing announced: what follows cannot be told apart either."""
 
 
 def _parsed(text: str) -> tuple[str, dict[str, Any]]:

@@ -109,9 +109,9 @@ class House:
 
 
 @contextmanager
-def open_house(folder: Path, crew: Any, model: str = "miniature", **settings: Any) -> Iterator[House]:
+def open_house(folder: Path, pool: Any, model: str = "miniature", **settings: Any) -> Iterator[House]:
     web = Settings(web_data=folder / "data", **settings)
-    app = create_app(get_model(model), web, crew)
+    app = create_app(get_model(model), web, pool)
     port = free_port()
     server = WebServer(app, "127.0.0.1", port)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -132,7 +132,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """The real thing: coglet with the miniature, as scripts/web starts it, one for all tests of a run."""
     folder = tmp_path_factory.mktemp("web")
     environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder)}
-    crew = LocalWorkers([environ], 180, log=folder / "painters.log")
-    with open_house(folder, crew) as house:
+    pool = LocalWorkers([environ], 180, log=folder / "painters.log")
+    with open_house(folder, pool) as house:
         house.wait_ready()
         yield house
