@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -41,7 +40,6 @@ from fewstep.web.gallery import routes as gallery_routes
 from fewstep.web.live import LiveSession
 from fewstep.web.messages import Prompt, body_of
 from fewstep.web.openai_api import routes as openai_routes
-from fewstep.web.serving import GRACE_S
 from fewstep.web.worker_pool import WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -77,18 +75,6 @@ def create_app(
     Raises SettingsError for a data folder or a database that cannot be used.
     """
     state = AppState(spec, settings, worker_pool)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.loop = asyncio.get_running_loop()
-        worker_pool.start(state.workers_changed, state.metrics.restarted)
-        try:
-            yield
-        finally:
-            await state.end(GRACE_S)
-            await worker_pool.stop()
-            state.store.close()
-
     app = Starlette(
         routes=[
             Route("/", _page),
@@ -109,7 +95,7 @@ def create_app(
             HTTPException: on_http_exception,
             Exception: _on_unforeseen,
         },
-        lifespan=lifespan,
+        lifespan=state.lifespan,
     )
     app.state.app_state = state
     return app

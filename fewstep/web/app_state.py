@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from itsdangerous import BadSignature, URLSafeSerializer
+from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
@@ -20,6 +23,7 @@ from fewstep.web.monitoring import Metrics
 from fewstep.web.prompt_enhancer import PromptEnhancer
 from fewstep.web.queue import RequestQueue
 from fewstep.web.recent import RecentImages
+from fewstep.web.serving import GRACE_S
 from fewstep.web.store import Store
 from fewstep.web.worker_pool import WorkerPool
 
@@ -92,6 +96,18 @@ class AppState:
             telling = asyncio.gather(*states, return_exceptions=True)  # some have just left
             self._telling.add(telling)
             telling.add_done_callback(self._telling.discard)
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Keep the workers as long as `app` is served."""
+        app.state.loop = asyncio.get_running_loop()
+        self.worker_pool.start(self.workers_changed, self.metrics.restarted)
+        try:
+            yield
+        finally:
+            await self.end(GRACE_S)
+            await self.worker_pool.stop()
+            self.store.close()
 
     async def end(self, grace_s: float) -> None:
         """Take no more requests, finish what is being generated, and let the pages go, which come again."""
