@@ -15,14 +15,9 @@ from fewstep.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
-DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("auto", "fp32", "bf16", "fp16")
 INT8 = "openvino-int8"  # in which linear layers multiply in 8 bits
 OPENVINO = ("openvino", INT8)
-ENGINES = ("torch", "compiled", *OPENVINO)
 VAES = ("full", "tiny")
-VERIFY_MODES = ("sha256", "size")
-SAFETY = ("clip", "vit", "off")
 MAX_COMPILED = 8  # torch keeps as many versions of one module, and then gives up
 MAX_DEADLINE_S = 24 * 60 * 60
 MAX_BATCH_LIMIT = 64
@@ -30,15 +25,9 @@ MAX_GIGABYTES = 10_000
 GIGABYTE = 10**9
 HUB = "https://huggingface.co"
 # Where LoRAs are shared, and where these sites send one on to.
-STYLE_HOSTS = (
-    "huggingface.co",
-    "*.huggingface.co",
-    "*.hf.co",
-    "civitai.com",
-    "*.civitai.com",
-    "*.r2.cloudflarestorage.com",
-    "replicate.delivery",
-    "*.replicate.delivery",
+STYLE_HOSTS = tuple(
+    "huggingface.co *.huggingface.co *.hf.co civitai.com *.civitai.com *.r2.cloudflarestorage.com "
+    "replicate.delivery *.replicate.delivery".split()
 )
 REPOSITORY = Path(__file__).resolve().parents[1]
 OF_SCRIPTS = {"FEWSTEP_TORCH_INDEX"}  # variables of the family that scripts/python reads
@@ -55,10 +44,6 @@ class Shape:
     height: int
     batch: int = 1
     guided: bool = False
-
-
-def _text(text: str) -> str:
-    return text
 
 
 def _path(text: str) -> Path:
@@ -103,13 +88,13 @@ def _seconds(text: str) -> float:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """Words between commas; "none" is no word at all."""
+    """Return the words between commas; "none" is no word at all."""
     words = (word.strip() for word in text.split(","))
     return () if text == "none" else tuple(word for word in words if word)
 
 
 def _size(text: str) -> tuple[int, int]:
-    """Width and height in px, as in 512x768, multiples of 8."""
+    """Return width and height in px, multiples of 8, of what is written as 512x768."""
     match = re.fullmatch(r"(\d{2,4})x(\d{2,4})", text)
     if not match:
         raise ValueError("must be a width and a height in px, such as 512x768")
@@ -120,7 +105,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
-    """Sizes as in 512x768, or 512x768x4 for batches of four, or 512x768x4g for those with guidance."""
+    """Return shapes: 512x768, 512x768x4 for batches of four, or 512x768x4g for those with guidance."""
     shapes = []
     for word in text.split(","):
         match = re.fullmatch(r"(\d{2,4})x(\d{2,4})(?:x(\d{1,2}))?(g?)", word.strip())
@@ -135,8 +120,8 @@ def _shapes(text: str) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-def _from(variable: str, default: Any, parse: Parser = _text, *, secret: bool = False) -> Any:
-    """A field that `variable` sets; a callable `default` makes one for each Settings."""
+def _from(variable: str, default: Any, parse: Parser = str, *, secret: bool = False) -> Any:
+    """Return a field that `variable` sets; a callable `default` makes one for each Settings."""
     kind = "default_factory" if callable(default) else "default"
     metadata = {"variable": variable, "parse": parse}
     return field(**{kind: default}, repr=not secret, metadata=metadata)
@@ -152,42 +137,37 @@ class Settings:
     model: str = _from("FEWSTEP_MODEL", "miniature")
     weights_root: Path = _from("FEWSTEP_WEIGHTS", REPOSITORY / "weights", _path)
     output_root: Path = _from("FEWSTEP_OUTPUTS", lambda: _temporary("fewstep-outputs"), _path)
-    device: str = _from("FEWSTEP_DEVICE", "auto", _choice(*DEVICES))
-    # fp16 on a GPU; on a CPU bf16 where it multiplies that itself, else fp32
-    dtype: str = _from("FEWSTEP_DTYPE", "auto", _choice(*DTYPES))
-    engine: str = _from("FEWSTEP_ENGINE", "torch", _choice(*ENGINES))
-    # of the images that OpenVINO generates; None: native
-    openvino_size: tuple[int, int] | None = _from("FEWSTEP_OPENVINO_SIZE", None, _size)
-    # which decodes; "tiny" is coarser, and takes a small part of the time
-    vae: str = _from("FEWSTEP_VAE", "full", _choice(*VAES))
-    # that the compiled engine is made for; none: one native image
-    compiled: tuple[Shape, ...] = _from("FEWSTEP_COMPILED", (), _shapes)
-    verify: str = _from("FEWSTEP_VERIFY", "sha256", _choice(*VERIFY_MODES))
+    device: str = _from("FEWSTEP_DEVICE", "auto", _choice("auto", "cpu", "cuda"))
+    dtype: str = _from("FEWSTEP_DTYPE", "auto", _choice("auto", "fp32", "bf16", "fp16"))
+    engine: str = _from("FEWSTEP_ENGINE", "torch", _choice("torch", "compiled", *OPENVINO))
+    openvino_size: tuple[int, int] | None = _from("FEWSTEP_OPENVINO_SIZE", None, _size)  # None: native
+    vae: str = _from("FEWSTEP_VAE", "full", _choice(*VAES))  # tiny decodes coarser, and much quicker
+    compiled: tuple[Shape, ...] = _from("FEWSTEP_COMPILED", (), _shapes)  # none: one native image
+    verify: str = _from("FEWSTEP_VERIFY", "sha256", _choice("sha256", "size"))
     deadline_s: float = _from("FEWSTEP_DEADLINE_S", 120.0, _seconds)
     max_batch: int = _from("FEWSTEP_MAX_BATCH", 8, _whole(MAX_BATCH_LIMIT))  # images in one forward pass
-    # coglet's prediction folders, where a script of ours started it
+    # Of coglet's prediction folders, where a script of ours started it.
     coglet_root: Path | None = _from("FEWSTEP_COGLET_ROOT", None, _path)
-    safety: str = _from("FEWSTEP_SAFETY", "clip", _choice(*SAFETY))
-    # whether a request may switch the safety checker off
+    safety: str = _from("FEWSTEP_SAFETY", "clip", _choice("clip", "vit", "off"))
+    # Whether a request may switch the safety checker off, and whether files carry what made them.
     allow_unsafe: bool = _from("FEWSTEP_ALLOW_UNSAFE", False, _switch("0", "1", on="1"))
-    # whether files carry what they were generated from
     recipes: bool = _from("FEWSTEP_RECIPES", True, _switch("on", "off", on="on"))
-    styles_root: Path = _from("FEWSTEP_STYLES", REPOSITORY / "styles", _path)  # the operator's own, by model
-    # where others are fetched; *.x is any subdomain of x
+    # The operator's own LoRAs, by model; where others are fetched (*.x is any subdomain of x); and the repos
+    # of the hub that are read with the operator's token.
+    styles_root: Path = _from("FEWSTEP_STYLES", REPOSITORY / "styles", _path)
     style_hosts: tuple[str, ...] = _from("FEWSTEP_STYLE_HOSTS", STYLE_HOSTS, _names)
-    # repos of the hub that are read with the operator's token
     style_repos: tuple[str, ...] = _from("FEWSTEP_STYLE_REPOS", (), _names)
     style_cache: Path = _from("FEWSTEP_STYLE_CACHE", lambda: _temporary("fewstep-styles"), _path)
     style_disk_bytes: int = _from("FEWSTEP_STYLE_DISK_GB", 20 * GIGABYTE, _whole(MAX_GIGABYTES, GIGABYTE))
     style_memory_bytes: int = _from("FEWSTEP_STYLE_MEMORY_GB", 4 * GIGABYTE, _whole(MAX_GIGABYTES, GIGABYTE))
     hf_endpoint: str = _from("HF_ENDPOINT", HUB, lambda text: text.rstrip("/"))
     hf_token: str | None = _from("HF_TOKEN", None, secret=True)
-    # Of the page alone: where images, the SQLite database and the cookies' key are,
+    # The page's own: the folder holds images, the SQLite database and the cookies' key.
     web_data: Path = _from("FEWSTEP_WEB_DATA", REPOSITORY / "data", _path)
-    database_url: str = _from("DATABASE_URL", "", secret=True)  # which may hold a password,
-    api_key: str = _from("FEWSTEP_API_KEY", "", secret=True)  # of /v1; none: open,
-    operator_key: str = _from("FEWSTEP_OPERATOR_KEY", "", secret=True)  # of /operator; none: no such page,
-    chat_key: str = _from("OPENAI_API_KEY", "", secret=True)  # with it, prompts can be improved,
+    database_url: str = _from("DATABASE_URL", "", secret=True)  # may hold a password
+    api_key: str = _from("FEWSTEP_API_KEY", "", secret=True)  # of /v1; none: open
+    operator_key: str = _from("FEWSTEP_OPERATOR_KEY", "", secret=True)  # of /operator; none: no such page
+    chat_key: str = _from("OPENAI_API_KEY", "", secret=True)  # with it, prompts can be improved
     chat_url: str | None = _from("OPENAI_BASE_URL", None)
     chat_model: str = _from("FEWSTEP_CHAT_MODEL", "gpt-5-mini")
     replicate_token: str = _from("REPLICATE_API_TOKEN", "", secret=True)

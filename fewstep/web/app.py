@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -40,12 +39,7 @@ from fewstep.web.error_responses import error_response, on_error, on_http_except
 from fewstep.web.gallery import routes as gallery_routes
 from fewstep.web.live import LiveSession
 from fewstep.web.messages import Prompt, body_of
-from fewstep.web.monitoring import Metrics
 from fewstep.web.openai_api import routes as openai_routes
-from fewstep.web.prompt_enhancer import PromptEnhancer
-from fewstep.web.queue import RequestQueue
-from fewstep.web.serving import GRACE_S
-from fewstep.web.store import Store
 from fewstep.web.worker_pool import WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -55,8 +49,6 @@ REST_MS = 350  # that typing has paused when the full size is asked for
 TRY_AGAIN_LATER = 1013
 MAX_SESSIONS = (256, 16)  # in all, and of one client
 MAX_ENHANCED = 4
-QUEUE_LIMIT = 64  # requests that wait in all,
-PER_CLIENT = 4  # and of one client
 EXAMPLES = {
     "miniature": (
         "a red house in the snow at night",
@@ -82,33 +74,7 @@ def create_app(
 
     Raises SettingsError for a data folder or a database that cannot be used.
     """
-    metrics = Metrics()
-    queue = RequestQueue(
-        limit=QUEUE_LIMIT, per_client=PER_CLIENT, deadline_s=settings.deadline_s, watcher=metrics
-    )
-    queue.workers = worker_pool.workers
-    chat = settings.chat_key, settings.chat_url, settings.chat_model
-    state = AppState(
-        spec=spec,
-        settings=settings,
-        worker_pool=worker_pool,
-        store=Store(settings.web_data, settings.database_url),
-        queue=queue,
-        metrics=metrics,
-        enhancer=PromptEnhancer(*chat) if settings.chat_key else None,
-    )
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.loop = asyncio.get_running_loop()
-        worker_pool.start(_on_change(state), metrics.restarted)
-        try:
-            yield
-        finally:
-            await state.end(GRACE_S)
-            await worker_pool.stop()
-            state.store.close()
-
+    state = AppState(spec, settings, worker_pool)
     app = Starlette(
         routes=[
             Route("/", _page),
@@ -129,32 +95,10 @@ def create_app(
             HTTPException: on_http_exception,
             Exception: _on_unforeseen,
         },
-        lifespan=lifespan,
+        lifespan=state.lifespan,
     )
     app.state.app_state = state
     return app
-
-
-def _on_change(state: AppState) -> Callable[[], None]:
-    """Return what is to be called whenever a worker's readiness changes; the pages are told."""
-    was_ready = state.queue.ready
-    telling: set[asyncio.Task[None]] = set()
-
-    async def tell(session: LiveSession) -> None:
-        with contextlib.suppress(Exception):  # it has just left
-            await session.tell_state()
-
-    def changed() -> None:
-        nonlocal was_ready
-        state.queue.pump()
-        if state.queue.ready != was_ready:
-            was_ready = state.queue.ready
-            for session in state.sessions:
-                task = asyncio.create_task(tell(session))
-                telling.add(task)
-                task.add_done_callback(telling.discard)
-
-    return changed
 
 
 async def _page(request: Request) -> Response:

@@ -26,6 +26,7 @@ PAGE_FIELDS = frozenset(
     "prompt steps guidance seed negative_prompt num_outputs aspect_ratio style style_scale "
     "prompt_strength".split()
 )
+AS_CHECKED = ("prompt", "steps", "guidance", "seed", "output_format", "output_quality")
 FIELDS = PAGE_FIELDS | {"width", "height", "output_format", "output_quality"}
 
 
@@ -50,8 +51,8 @@ class CogInputs:
     ) -> CogInputs:
         """Check `fields`, which are named as predict()'s inputs; `quick` asks for one small image.
 
-        The inputs that come of it are written here, one by one: nothing that was not checked is handed on,
-        and images go as our own PNG, of the size that is generated. Raises InvalidRequest.
+        Nothing that was not checked is handed on; images go as our own PNG, of the size that is generated.
+        Raises InvalidRequest.
         """
         if not set(known).issuperset(fields):
             raise InvalidRequest(f"a field is unknown; send only {', '.join(sorted(known))}")
@@ -64,18 +65,9 @@ class CogInputs:
         if quick and has_quick_size(spec):
             scale = QUICK_SIDE / spec.native_size
             width, height = (max(64, round(side * scale / 8) * 8) for side in (width, height))
-        inputs: dict[str, Any] = {
-            "prompt": request.prompt,
-            "steps": request.steps,
-            "guidance": request.guidance,
-            "seed": request.seed,
-            "num_outputs": 1 if quick else request.num_outputs,
-            "aspect_ratio": "custom",
-            "width": width,
-            "height": height,
-            "output_format": request.output_format,
-            "output_quality": request.output_quality,
-        }
+        inputs: dict[str, Any] = {name: getattr(request, name) for name in AS_CHECKED}
+        inputs |= {"aspect_ratio": "custom", "width": width, "height": height}
+        inputs["num_outputs"] = 1 if quick else request.num_outputs
         if request.guided and request.negative_prompt:
             inputs["negative_prompt"] = request.negative_prompt
         if style:

@@ -29,9 +29,12 @@ def routes() -> list[Route]:
     ]
 
 
-async def _me(request: Request) -> Response:
+# Starlette runs what is no coroutine in a thread, as what waits for the database must be.
+
+
+def _me(request: Request) -> Response:
     state = app_state(request)
-    return JSONResponse(await asyncio.to_thread(state.store.me, state.client(request) or ""))
+    return JSONResponse(state.store.me(state.client(request) or ""))
 
 
 async def _name(request: Request) -> Response:
@@ -51,16 +54,11 @@ async def _forget(request: Request) -> Response:
     return response
 
 
-async def _gallery(request: Request) -> Response:
+def _gallery(request: Request) -> Response:
     state, query = app_state(request), request.query_params
-    limit = query.get("limit", str(PAGE))
-    page = await asyncio.to_thread(
-        state.store.gallery,
-        state.client(request) or "",
-        query.get("before"),
-        int(limit) if limit.isdecimal() and len(limit) < 4 else PAGE,
-    )
-    return JSONResponse({"pictures": page.images, "next": page.next})
+    limit = query.get("limit", "")
+    size = int(limit) if limit.isdecimal() and len(limit) < 4 else PAGE
+    return JSONResponse(state.store.gallery(state.client(request) or "", query.get("before"), size))
 
 
 async def _keep(request: Request) -> Response:
@@ -74,13 +72,13 @@ async def _keep(request: Request) -> Response:
     return JSONResponse(kept, 201)
 
 
-async def _discard(request: Request) -> Response:
+def _discard(request: Request) -> Response:
     state = app_state(request)
-    await asyncio.to_thread(state.store.discard, state.known_client(request), request.path_params["id"])
+    state.store.discard(state.known_client(request), request.path_params["id"])
     return Response(status_code=204)
 
 
-async def _kept_image(request: Request) -> Response:
+def _kept_image(request: Request) -> Response:
     name = request.path_params["name"]
     file = app_state(request).store.file(name.removesuffix(".webp"))
     if not name.endswith(".webp") or not file.is_file():
@@ -90,9 +88,9 @@ async def _kept_image(request: Request) -> Response:
     )
 
 
-async def _reviews(request: Request) -> Response:
+def _reviews(request: Request) -> Response:
     state = app_state(request)
-    return JSONResponse(await asyncio.to_thread(state.store.reviews, state.client(request) or ""))
+    return JSONResponse(state.store.reviews(state.client(request) or ""))
 
 
 async def _review(request: Request) -> Response:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from starlette.requests import Request
@@ -20,25 +19,21 @@ UNSEEN = ("Cc", "Cf", "Cs", "Co")  # categories: controls, what turns the direct
 M = TypeVar("M", bound=BaseModel)
 
 
-def parsed(text: str | bytes) -> dict[str, Any]:
-    """Return the JSON object that `text` is. Raises InvalidRequest, for NaN and Infinity too."""
-    try:
-        fields = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        raise InvalidRequest("the body is no JSON") from None
-    if not isinstance(fields, dict):
-        raise InvalidRequest("the body is not a JSON object")
-    return fields
+def checked(model: type[M], fields: bytes | dict[str, str]) -> M:
+    """Return JSON, or the fields of a form, as a `model`, whose descriptions say what each must be.
 
-
-def checked(model: type[M], fields: dict[str, Any]) -> M:
-    """Return `fields` as a `model`, whose descriptions say what each must be. Raises InvalidRequest."""
+    Raises InvalidRequest, which names fields of the model and quotes nothing.
+    """
     try:
+        if isinstance(fields, bytes):
+            return model.model_validate_json(fields)
         return model.model_validate(fields)
     except ValidationError as error:
-        name, known = str(error.errors()[0]["loc"][0]), model.model_fields
-        if name in known:
-            raise InvalidRequest(f"{name} must be {known[name].description}") from None
+        place, known = error.errors()[0]["loc"], model.model_fields
+        if not place:
+            raise InvalidRequest("the body is not a JSON object") from None
+        if place[0] in known:
+            raise InvalidRequest(f"{place[0]} must be {known[str(place[0])].description}") from None
         raise InvalidRequest(f"a field is unknown; send only {', '.join(sorted(known))}") from None
 
 
@@ -47,7 +42,7 @@ async def body_of(request: Request, model: type[M]) -> M:
     # A form of another site can send any text, but not with this type.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise InvalidRequest("send JSON, with Content-Type: application/json")
-    return checked(model, parsed(await request.body()))
+    return checked(model, await request.body())
 
 
 def _visible(name: str, most: int, allowed: str = "") -> AfterValidator:
@@ -102,7 +97,3 @@ class Prompt(_Body):
         StringConstraints(strip_whitespace=True, min_length=1, max_length=PROMPT_MAX_CHARS),
         Field(description=f"text of 1 to {PROMPT_MAX_CHARS} characters"),
     ]
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")

@@ -12,7 +12,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat, model_validator
@@ -29,7 +29,7 @@ from fewstep.web.app_state import AppState, app_state
 from fewstep.web.backends import BackendResult
 from fewstep.web.cog_inputs import CogInputs
 from fewstep.web.error_responses import openai_error_response
-from fewstep.web.messages import checked, parsed
+from fewstep.web.messages import checked
 from fewstep.web.queue import QueuedRequest, RequestQueue
 
 MAX_N = 10
@@ -58,13 +58,12 @@ class ImagesBody(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_blanks(cls, fields: dict[str, Any]) -> dict[str, Any]:
+    def _without_blanks(cls, fields: Any) -> Any:
         """Leave out what clients send empty, and let no truth value pass as a number."""
-        return {
-            name: str(value) if isinstance(value, bool) else value
-            for name, value in fields.items()
-            if value not in (None, "")
-        }
+        if not isinstance(fields, dict):
+            return fields
+        sent = {name: value for name, value in fields.items() if value not in (None, "")}
+        return {name: str(value) if isinstance(value, bool) else value for name, value in sent.items()}
 
     def inputs(self, spec: ModelSpec, has_image: bool) -> dict[str, Any]:
         """Return predict()'s inputs. Numbers out of range are taken for the nearest that is in it."""
@@ -105,7 +104,7 @@ async def _models(request: Request) -> Response:
 
 async def _generations(request: Request) -> Response:
     state = _opened(request)
-    return await _generate(request, state, parsed(await request.body()), {})
+    return await _generate(request, state, checked(ImagesBody, await request.body()), {})
 
 
 async def _edits(request: Request) -> Response:
@@ -119,7 +118,7 @@ async def _edits(request: Request) -> Response:
         images = {"image": await read(await uploads[0].read(), "image", open_image)}
         if isinstance(mask, UploadFile):
             images["mask"] = await read(await mask.read(), "mask", open_alpha_mask)
-    return await _generate(request, state, fields, images)
+    return await _generate(request, state, checked(ImagesBody, fields), images)
 
 
 async def _file(request: Request) -> Response:
@@ -131,9 +130,8 @@ async def _file(request: Request) -> Response:
 
 
 async def _generate(
-    request: Request, state: AppState, fields: dict[str, Any], images: Mapping[str, Any]
+    request: Request, state: AppState, body: ImagesBody, images: Mapping[str, Any]
 ) -> Response:
-    body = checked(ImagesBody, fields)
     common, most = body.inputs(state.spec, bool(images)), NUM_OUTPUTS[1]
     asked = [
         await asyncio.to_thread(
@@ -149,7 +147,7 @@ async def _generate(
         for i in range(0, body.n, most)
     ]
     client = f"api {request.client.host if request.client else ''}"
-    results = await _unless_gone(request, _generate_all(state.queue, client, asked))
+    results = await _results(request, state.queue, client, asked)
     data = []
     for inputs, result in zip(asked, results, strict=True):
         for content, seed in zip(result.files, inputs.seeds, strict=False):
@@ -166,32 +164,26 @@ async def _generate(
     )
 
 
-async def _generate_all(queue: RequestQueue, client: str, asked: Sequence[CogInputs]) -> list[BackendResult]:
+async def _results(
+    request: Request, queue: RequestQueue, client: str, asked: Sequence[CogInputs]
+) -> list[BackendResult]:
+    """Have all generated, unless the client leaves or one fails, which leaves the others without a use."""
     queued: list[QueuedRequest] = []
+    leaving = asyncio.ensure_future(request.receive())  # what comes after the body, which has been read
     try:
         for cog in asked:
             queued.append(queue.submit(client, cog.inputs))
-        return await asyncio.gather(*(queue.result(one) for one in queued))
-    except BaseException:  # one that failed leaves the others without a use
-        for one in queued:
-            queue.cancel(one)
-        raise
-
-
-async def _unless_gone(
-    request: Request, work: Coroutine[Any, Any, list[BackendResult]]
-) -> list[BackendResult]:
-    """Return what `work` does, unless the client leaves first. The body must have been read."""
-    result = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait({result, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not result.done():
-            result.cancel()
+        results = asyncio.gather(*(queue.result(one) for one in queued))
+        ends: tuple[asyncio.Future[Any], ...] = results, leaving
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if not results.done():
+            results.cancel()
             raise Stopped("the client has left")
-        return await result
+        return await results
     finally:
         leaving.cancel()
+        for one in queued:
+            queue.cancel(one)
 
 
 def _size(spec: ModelSpec, size: str) -> dict[str, Any]:

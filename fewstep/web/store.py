@@ -10,7 +10,6 @@ import unicodedata
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 from fewstep.errors import FewstepError, InternalError, InvalidRequest, NotFound, SettingsError, Taken
 from fewstep.web.messages import NICKNAME_MAX, RATING, REVIEW_MAX
@@ -44,6 +43,8 @@ READS = "fewstep_reads"  # a transaction that writes nothing
 class Base(DeclarativeBase):
     """The tables."""
 
+    type_annotation_map = {datetime: DateTime(timezone=True)}
+
 
 class User(Base):
     """Whoever wrote something; known by a signed cookie alone."""
@@ -53,7 +54,7 @@ class User(Base):
     nickname: Mapped[str] = mapped_column(String(NICKNAME_MAX), default="")
     # As it is compared: names that differ in case or composition alone are the same.
     nickname_key: Mapped[str | None] = mapped_column(String(KEY_MAX), unique=True)
-    created: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    created: Mapped[datetime]
 
 
 class Image(Base):
@@ -62,10 +63,22 @@ class Image(Base):
     __tablename__ = "pictures"
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     user: Mapped[str] = mapped_column("visitor", ForeignKey("visitors.id", ondelete="CASCADE"), index=True)
-    created: Mapped[datetime] = mapped_column(DateTime(timezone=True), index=True)
+    created: Mapped[datetime] = mapped_column(index=True)
     width: Mapped[int]
     height: Mapped[int]
     recipe: Mapped[dict[str, Any]] = mapped_column(JSON)
+    owner: Mapped[User] = relationship(lazy="joined", innerjoin=True)
+
+    def shown(self, user: str) -> dict[str, Any]:
+        """Return what `user` sees of it."""
+        return {
+            "id": self.id,
+            "url": f"/pictures/{self.id}.webp",
+            "width": self.width,
+            "height": self.height,
+            "recipe": self.recipe,
+            **_attribution(self, user),
+        }
 
 
 class Review(Base):
@@ -78,15 +91,8 @@ class Review(Base):
     )
     rating: Mapped[int]
     text: Mapped[str] = mapped_column(String(REVIEW_MAX))
-    created: Mapped[datetime] = mapped_column(DateTime(timezone=True))
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Some of the gallery, newest first, and the id to go on from."""
-
-    images: list[dict[str, Any]]
-    next: str | None
+    created: Mapped[datetime]
+    owner: Mapped[User] = relationship(lazy="joined", innerjoin=True)
 
 
 class Store:
@@ -116,20 +122,25 @@ class Store:
             raise SettingsError(
                 "DATABASE_URL names no database that can be used; check it, and that its server runs"
             ) from None
-        self._writing = sessionmaker(self._engine)
-        self._reading = sessionmaker(self._engine.execution_options(**{READS: True}))
 
     @contextmanager
-    def _write(self, unless_unique: FewstepError | None = None) -> Iterator[Session]:
-        """Begin a transaction. Raises `unless_unique` for what is another's, and InternalError."""
-        with _failing_quietly(unless_unique), self._writing.begin() as session:
-            yield session
+    def _transaction(
+        self, *, reads: bool = False, unless_unique: FewstepError | None = None
+    ) -> Iterator[Session]:
+        """Begin one that `reads` and writes nothing, or that may write.
 
-    @contextmanager
-    def _read(self) -> Iterator[Session]:
-        """Begin a transaction that writes nothing. Raises InternalError."""
-        with _failing_quietly(), self._reading() as session:
-            yield session
+        Raises `unless_unique` for what is another's, and else InternalError: what databases say quotes what
+        was written.
+        """
+        try:
+            engine = self._engine.execution_options(**{READS: reads})
+            with Session(engine) as session, session.begin():
+                yield session
+        except SQLAlchemyError as error:
+            if unless_unique and isinstance(error, IntegrityError):
+                raise unless_unique from None
+            logger.error("the database failed: %s", type(error).__name__)
+            raise InternalError() from None
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -143,7 +154,7 @@ class Store:
 
     def me(self, user: str) -> dict[str, Any]:
         """Return what is known of a user."""
-        with self._read() as session:
+        with self._transaction(reads=True) as session:
             row, review = session.get(User, user), session.get(Review, user)
             kept = session.scalar(select(func.count()).where(Image.user == user))
             return {
@@ -157,7 +168,8 @@ class Store:
         key = unicodedata.normalize("NFKC", nickname).casefold() or None
         if key and len(key) > KEY_MAX:  # one character may stand for eighteen
             raise InvalidRequest("nickname is too long when it is written out; choose a shorter one")
-        with self._write(Taken("this nickname is another visitor's; choose another")) as session:
+        taken = Taken("this nickname is another visitor's; choose another")
+        with self._transaction(unless_unique=taken) as session:
             row = _user(session, user)
             row.nickname, row.nickname_key = nickname, key
 
@@ -171,45 +183,38 @@ class Store:
         unfinished.write_bytes(content)
         unfinished.rename(file)
         try:
-            with self._write() as session:
+            with self._transaction() as session:
                 owner = _user(session, user)
                 kept = session.scalar(select(func.count()).where(Image.user == user)) or 0
                 if kept >= MAX_KEPT:
                     raise InvalidRequest(f"{kept} of your pictures are kept, which is all; delete one first")
-                row = Image(
-                    id=image,
-                    user=user,
-                    created=_now(),
-                    width=size[0],
-                    height=size[1],
-                    recipe=dict(recipe),
-                )
+                size_and_recipe = {"width": size[0], "height": size[1], "recipe": dict(recipe)}
+                row = Image(id=image, user=user, owner=owner, created=_now(), **size_and_recipe)
                 session.add(row)
-                return _shown(row, owner.nickname, user)
+                return row.shown(user)
         except BaseException:
             file.unlink(missing_ok=True)
             raise
 
-    def gallery(self, user: str, before: str | None = None, limit: int = PAGE) -> Page:
-        """Return what was kept, newest first, from behind the image `before`."""
+    def gallery(self, user: str, before: str | None = None, limit: int = PAGE) -> dict[str, Any]:
+        """Return what was kept, newest first, from behind the image `before`, and the id to go on from."""
         limit = max(1, min(limit, 100))
         if before:
             self.file(before)  # raises for what is no id
-        chosen = select(Image, User.nickname).join(User, User.id == Image.user)
-        with self._read() as session:
+        newest = select(Image).order_by(Image.created.desc(), Image.id.desc()).limit(limit + 1)
+        with self._transaction(reads=True) as session:
             if before and (last := session.get(Image, before)):
-                chosen = chosen.where(
+                newest = newest.where(
                     (Image.created < last.created) | ((Image.created == last.created) & (Image.id < last.id))
                 )
-            ordered = chosen.order_by(Image.created.desc(), Image.id.desc()).limit(limit + 1)
-            rows = session.execute(ordered).all()
-            shown = [_shown(row, nickname, user) for row, nickname in rows[:limit]]
-        return Page(shown, shown[-1]["id"] if len(rows) > limit else None)
+            rows = session.scalars(newest).all()
+            shown = [row.shown(user) for row in rows[:limit]]
+        return {"pictures": shown, "next": shown[-1]["id"] if len(rows) > limit else None}
 
     def discard(self, user: str, image: str) -> None:
         """Take a user's own image out. Raises NotFound."""
         file = self.file(image)
-        with self._write() as session:
+        with self._transaction() as session:
             row = session.get(Image, image)
             if row is None or row.user != user:
                 raise NotFound("there is no such picture of yours")
@@ -218,31 +223,21 @@ class Store:
 
     def review(self, user: str, rating: int, text: str) -> None:
         """Write a user's review, or write it anew."""
-        with self._write() as session:
+        with self._transaction() as session:
             _user(session, user)
             session.merge(Review(user=user, rating=rating, text=text, created=_now()))
 
     def reviews(self, user: str, limit: int = 100) -> dict[str, Any]:
         """Return the newest, with the average of all."""
-        with self._read() as session:
+        with self._transaction(reads=True) as session:
             count, average = _rating(session)
-            joined = select(Review, User.nickname).join(User, User.id == Review.user)
-            rows = session.execute(joined.order_by(Review.created.desc()).limit(limit)).all()
-            shown = [
-                {
-                    "rating": row.rating,
-                    "text": row.text,
-                    "nickname": nickname,
-                    "created": _written(row.created),
-                    "mine": row.user == user,
-                }
-                for row, nickname in rows
-            ]
+            rows = session.scalars(select(Review).order_by(Review.created.desc()).limit(limit))
+            shown = [{"rating": row.rating, "text": row.text, **_attribution(row, user)} for row in rows]
         return {"reviews": shown, "count": count, "average": average}
 
     def forget(self, user: str) -> None:
         """Remove everything of a user's: rows and files."""
-        with self._write() as session:
+        with self._transaction() as session:
             _user(session, user)  # so that nothing is added meanwhile
             images = session.scalars(select(Image.id).where(Image.user == user)).all()
             session.execute(delete(User).where(User.id == user))  # and with it what refers to it
@@ -251,7 +246,7 @@ class Store:
 
     def summary(self) -> dict[str, Any]:
         """Count everything, for the operator."""
-        with self._read() as session:
+        with self._transaction(reads=True) as session:
             count, average = _rating(session)
             users, images = (
                 session.scalar(select(func.count()).select_from(table)) for table in (User, Image)
@@ -264,18 +259,6 @@ class Store:
             "average_rating": average,
             "megabytes": round(sum(sizes) / 1e6, 1),
         }
-
-
-@contextmanager
-def _failing_quietly(unless_unique: FewstepError | None = None) -> Iterator[None]:
-    """Raise InternalError for what the database says, which quotes what was written."""
-    try:
-        yield
-    except SQLAlchemyError as error:
-        if unless_unique and isinstance(error, IntegrityError):
-            raise unless_unique from None
-        logger.error("the database failed: %s", type(error).__name__)
-        raise InternalError() from None
 
 
 def _let_sqlite_share(engine: Any) -> None:
@@ -311,23 +294,15 @@ def _rating(session: Session) -> tuple[int, float | None]:
     return count, round(float(average), 2) if count else None
 
 
-def _shown(row: Image, nickname: str, user: str) -> dict[str, Any]:
+def _attribution(row: Image | Review, user: str) -> dict[str, Any]:
+    # SQLite gives it back without the zone that it was given with.
+    created = row.created.replace(tzinfo=row.created.tzinfo or UTC)
     return {
-        "id": row.id,
-        "url": f"/pictures/{row.id}.webp",
-        "width": row.width,
-        "height": row.height,
-        "recipe": row.recipe,
-        "nickname": nickname,
-        "created": _written(row.created),
+        "nickname": row.owner.nickname,
+        "created": created.isoformat(timespec="seconds"),
         "mine": row.user == user,
     }
 
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _written(moment: datetime) -> str:
-    # SQLite gives it back without the zone that it was given with.
-    return moment.replace(tzinfo=moment.tzinfo or UTC).isoformat(timespec="seconds")

@@ -119,13 +119,13 @@ def test_a_kept_image_is_shown_to_all_and_taken_out_by_its_visitor_alone(store):
     store.name(A, "ann")
     kept = keep(store)
     assert store.file(kept["id"]).read_bytes() == webp()
-    [mine], [theirs] = store.gallery(A).images, store.gallery(B).images
+    [mine], [theirs] = store.gallery(A)["pictures"], store.gallery(B)["pictures"]
     assert mine == {**kept, "mine": True} and theirs == {**kept, "mine": False}
     assert (mine["nickname"], mine["recipe"]) == ("ann", RECIPE)
     with pytest.raises(NotFound):
         store.discard(B, kept["id"])
     store.discard(A, kept["id"])
-    assert store.gallery(A).images == [] and not store.file(kept["id"]).exists()
+    assert store.gallery(A)["pictures"] == [] and not store.file(kept["id"]).exists()
 
 
 @pytest.mark.parametrize("name", ["", "../secret", "a" * 31, "A" * 32, "a" * 31 + "/", "..%2f" * 6 + "aa"])
@@ -145,8 +145,8 @@ def test_the_gallery_is_read_page_by_page_without_gap_or_repeat(store):
     seen, before = [], None
     while True:
         page = store.gallery(A, before, limit=3)
-        seen += [one["id"] for one in page.images]
-        before = page.next
+        seen += [one["id"] for one in page["pictures"]]
+        before = page["next"]
         if before is None:
             break
     assert seen == ids[::-1]
@@ -213,8 +213,8 @@ def test_twenty_who_write_at_once_lose_nothing(store):
     found, before = [], None
     while True:
         page = store.gallery(A, before, 100)
-        found += page.images
-        if (before := page.next) is None:
+        found += page["pictures"]
+        if (before := page["next"]) is None:
             break
     assert sorted(one["id"] for one in found) == sorted(ids)
     assert {one["recipe"]["seed"] for one in found} == set(range(100))
@@ -234,7 +234,7 @@ def test_one_visitor_who_does_everything_at_once_ends_as_one(store):
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(40)))
-    kept = [one["id"] for one in store.gallery(A, limit=100).images]
+    kept = [one["id"] for one in store.gallery(A, limit=100)["pictures"]]
     assert sorted(kept) == sorted(file.stem for file in store._files.iterdir())
     assert store.reviews(A)["count"] <= 1 and store.summary()["visitors"] <= 1
 
@@ -242,7 +242,7 @@ def test_one_visitor_who_does_everything_at_once_ends_as_one(store):
 def test_an_error_of_the_database_tells_nobody_what_a_visitor_wrote(store, caplog):
     store.name(A, "ann")
     now = store_module._now()
-    with pytest.raises(InternalError) as caught, store._write() as session:
+    with pytest.raises(InternalError) as caught, store._transaction() as session:
         session.add(store_module.Review(user=A, rating=9, text="secret words", created=now))
     assert "IntegrityError" in caplog.text
     assert "secret words" not in caplog.text + str(caught.value) and caught.value.__cause__ is None
@@ -262,5 +262,6 @@ def test_what_was_left_is_there_after_a_restart(tmp_path):
     kept = keep(first)
     first.close()
     again = Store(tmp_path)
-    assert again.me(A)["nickname"] == "ann" and [one["id"] for one in again.gallery(A).images] == [kept["id"]]
+    assert again.me(A)["nickname"] == "ann"
+    assert [one["id"] for one in again.gallery(A)["pictures"]] == [kept["id"]]
     again.close()
