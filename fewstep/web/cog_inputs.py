@@ -59,7 +59,7 @@ class CogInputs:
         style = fields.get("style")
         if style and style not in styles:  # other sources would have the server fetch what a stranger names
             raise InvalidRequest("style is not one of this server's; choose one that the page offers")
-        sent = {name: value for name, value in fields.items() if value is not None}
+        sent = {"prompt": ""} | {name: value for name, value in fields.items() if value is not None}
         request = Request.create(spec, **sent, image=image, mask=mask)
         width, height = request.width, request.height
         if quick and has_quick_size(spec):

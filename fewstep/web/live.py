@@ -257,6 +257,6 @@ def _refuse(name: str) -> None:
 
 def _slot(fields: Mapping[str, Any]) -> str:
     slot = fields.get("slot")
-    if slot not in SLOTS:
+    if slot not in tuple(SLOTS):  # which may be anything, even what has no hash
         raise InvalidRequest("slot must be image or mask")
     return str(slot)

@@ -49,9 +49,7 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str]:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [
-        str(i) for i, _ in enumerate(line for line in listed.stdout.splitlines() if line.startswith("GPU "))
-    ]
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
 
 
 class WorkerPool(Protocol):

@@ -170,7 +170,9 @@ def test_stop_and_leaving_end_the_work(studio, easel):
         '{"type": "paint", "n": 1, "quick": true, "wish": {"prompt": "a", "steps": NaN}}',
         '{"type": "paint", "n": 1, "quick": true, "wish": {"prompt": "a", "webhook": "http://127.0.0.1"}}',
         '{"type": "paint", "n": 1, "quick": true, "wish": {"prompt": "a", "id": "../../x"}}',
-        '{"type": "input", "slot": "../x"}', "[" * 10_000,
+        '{"type": "paint", "n": 1, "quick": true, "wish": {}}',
+        '{"type": "input", "slot": "../x"}', '{"type": "input", "slot": []}', "[" * 10_000,
+        '{"type": "clear", "slot": ["image"]}',
         '{"type": "paint", "n": 1, "wish": "' + "x" * 20_000 + '"}',
     ],
 )  # fmt: skip
