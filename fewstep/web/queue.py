@@ -14,11 +14,12 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from fewstep.errors import Busy, DeadlineExceeded, FewstepError, InternalError, Stopped, TooMany
 from fewstep.web.backends import Backend, BackendBusy, BackendResult, BackendUnavailable
 from fewstep.web.logs import FIELDS
+from fewstep.web.monitoring import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +29,6 @@ FULL_AGAIN_S = (0.01, 1.0)
 REFUSING_S = 2.0  # of having no room while nothing of ours is there, after which it is not ready
 LOGGED = ("width", "height", "steps", "num_outputs")  # of the inputs
 REMEMBERED = 4096  # clients, of whom it is known when they last had a turn
-
-
-class Watcher(Protocol):
-    """Counts what happens."""
-
-    def waited(self, seconds: float) -> None: ...
-    def generated(self, milliseconds: float) -> None: ...
-    def rejected(self, code: str) -> None: ...
 
 
 @dataclass(eq=False, kw_only=True)
@@ -115,7 +108,7 @@ class RequestQueue:
     one that its client takes back, but only once: whoever goes on doing so would else come first for ever.
     """
 
-    def __init__(self, *, limit: int, per_client: int, deadline_s: float, watcher: Watcher) -> None:
+    def __init__(self, *, limit: int, per_client: int, deadline_s: float, watcher: Metrics) -> None:
         self.workers: Sequence[Worker] = ()
         self.generates = 0
         self._limit = limit
@@ -245,28 +238,23 @@ class RequestQueue:
             worker.was_full(self.pump)
             if worker.refuses:
                 worker.doubt()
-            self._requeue(request)
-            self.pump()
-            return
-        worker.had_room()
+        else:
+            worker.had_room()
         if isinstance(error, BackendUnavailable):
             logger.warning("%s did not answer: %s", worker.name, error)
             worker.doubt()
             request.attempts += 1
-            if request.attempts < MAX_ATTEMPTS:
-                self._requeue(request)
-            else:
-                sentence = "the model broke down over this, several times; change it"
-                self._settle(request, InternalError(sentence))
+            if request.attempts == MAX_ATTEMPTS:
+                error = InternalError("the model broke down over this, several times; change it")
+        if isinstance(error, BackendBusy | BackendUnavailable):
+            self._requeue(request)
         else:
             self._count_turn(request, answered=not task.cancelled())
-            if task.cancelled():
-                pass  # and settled
-            elif error is None:
+            if error is None and not task.cancelled():
                 self._deliver(request, worker, task.result())
             elif isinstance(error, FewstepError):
                 self._settle(request, error)
-            else:
+            elif error:
                 logger.error("generating failed", exc_info=error)
                 self._settle(request, InternalError())
         self.pump()

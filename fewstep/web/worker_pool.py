@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 from fewstep.coglet.server import CONCURRENCY, ROOT, Server, ServerFailed, free_port, running_server
 from fewstep.web.backends import CogBackend, ReplicateBackend
@@ -52,24 +52,26 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str]:
     return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
 
 
-class WorkerPool(Protocol):
-    """Has `workers`, says when their readiness changes, and whether generating costs nothing but time."""
+class WorkerPool:
+    """Workers, and whether generating on them costs nothing but time."""
 
-    live: bool
-
-    @property
-    def workers(self) -> Sequence[Worker]: ...
+    workers: Sequence[Worker]
+    live = True
 
     @property
     def failure(self) -> str:
         """Why none of them can start, in one sentence; empty as long as one may."""
-        ...
+        return ""
 
     def start(self, on_change: Callable[[], None], on_restart: Callable[[], None]) -> None:
-        """Begin, on the event loop that runs; both are called on it, the latter for each replacement."""
-        ...
+        """Begin, on the event loop that runs.
 
-    async def stop(self) -> None: ...
+        `on_change` is called when the readiness of a worker or the failure has changed, `on_restart` for each
+        replacement.
+        """
+
+    async def stop(self) -> None:
+        """End what was begun; returns when nothing is left of it."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -106,10 +108,10 @@ class LocalWorker(WatchedWorker):
     failure: str = ""  # why the last start failed, in one sentence
 
 
-class LocalWorkers:
+class LocalWorkers(WorkerPool):
     """A coglet for each of `environs`, replaced with its process group whenever it is not well."""
 
-    live = True
+    workers: list[LocalWorker]
 
     def __init__(
         self,
@@ -144,7 +146,6 @@ class LocalWorkers:
             self._tasks.append(asyncio.create_task(self._keep(worker)))
 
     async def stop(self) -> None:
-        """End them all at once; returns when nothing is left of them."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -228,54 +229,41 @@ def _open_log(log: Path | None) -> AbstractContextManager[IO[bytes] | None]:
     return log.open("ab")
 
 
-class RemoteWorker:
+class RemoteWorker(WorkerPool):
     """A Cog server that somebody else keeps."""
-
-    live = True
-    failure = ""
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self._backend = CogBackend(url, timeout_s)
-        self.workers = [WatchedWorker(name="the Cog server", slots=CONCURRENCY, backend=self._backend)]
-        self._task: asyncio.Task[None] | None = None
+        self._worker = WatchedWorker(name="the Cog server", slots=CONCURRENCY, backend=self._backend)
+        self.workers = [self._worker]
 
     def start(self, on_change: Callable[[], None], on_restart: Callable[[], None]) -> None:
-        [worker] = self.workers
-        worker.on_change = on_change
+        self._worker.on_change = on_change
+        self._task = asyncio.create_task(self._watch())
 
-        async def watch() -> None:
-            while True:
-                worker.doubted.clear()
-                status = (await self._backend.health()).get("status")
-                # One that refused is back when it has room, and not ours to replace.
-                ready = status == "READY" or (status == "BUSY" and not worker.refuses)
-                if not worker.doubted.is_set():
-                    if ready and worker.refuses:
-                        worker.had_room()
-                    worker.set_ready(ready)
-                await worker.next_poll()
-
-        self._task = asyncio.create_task(watch())
+    async def _watch(self) -> None:
+        worker = self._worker
+        while True:
+            worker.doubted.clear()
+            status = (await self._backend.health()).get("status")
+            # One that refused is back when it has room, and not ours to replace.
+            ready = status == "READY" or (status == "BUSY" and not worker.refuses)
+            if not worker.doubted.is_set():
+                if ready and worker.refuses:
+                    worker.had_room()
+                worker.set_ready(ready)
+            await worker.next_poll()
 
     async def stop(self) -> None:
-        """Ask no more."""
-        if self._task:
-            self._task.cancel()
+        self._task.cancel()
         await self._backend.close()
 
 
-class ReplicateWorker:
+class ReplicateWorker(WorkerPool):
     """A model on Replicate: always there, and every image is billed, so that nothing is generated unasked."""
 
     live = False
-    failure = ""
 
     def __init__(self, model: str, token: str) -> None:
         backend = ReplicateBackend(model, token)
         self.workers = [Worker(name="Replicate", slots=REPLICATE_AT_ONCE, backend=backend, ready=True)]
-
-    def start(self, on_change: Callable[[], None], on_restart: Callable[[], None]) -> None:
-        """There is nothing to start."""
-
-    async def stop(self) -> None:
-        """Nor to stop."""
