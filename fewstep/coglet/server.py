@@ -140,7 +140,7 @@ def running_server(
 
     It logs to `log`, or to our stderr. Its outputs are in a folder of its own, unless `environ` names one.
 
-    Raises ServerFailed when the port is taken. The server is not ready yet: see `Server.wait_ready`.
+    Raises ServerFailed when the port is taken, or no folder can be made. The server is not ready yet: see `Server.wait_ready`.
     """
     require_free(host, port, "set PORT to another")
     if root == ROOT:  # the benchmark's predictors have a schema of their own there
@@ -175,7 +175,12 @@ def _write_schema(target: Path) -> None:
 def _make_folder(temporary: str | None, files: ExitStack) -> Path:
     """Make a server's folder, locked until `files` is closed, and remove those whose owner was killed."""
     parent = Path(temporary or tempfile.gettempdir())
-    made = Path(tempfile.mkdtemp(prefix="fewstep-", dir=parent))
+    try:
+        made = Path(tempfile.mkdtemp(prefix="fewstep-", dir=parent))
+    except OSError as error:
+        raise ServerFailed(
+            f"no folder for files can be made ({error.strerror}); set TMPDIR to another"
+        ) from None
     with suppress(OSError):  # a file system without locks, on which nothing counts as abandoned
         if lock := try_lock(made):
             files.callback(os.close, lock)

@@ -8,7 +8,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 
 
 
 class Metrics:
-    """A registry of its own, so that two apps in one process count apart; a queue's Watcher."""
+    """A registry of its own, so that two apps in one process count apart."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
