@@ -138,8 +138,8 @@ def running_server(
 ) -> Server:
     """Start coglet with the Predictor of `root`, or with its train() where `mode` is "train".
 
-    It logs to `log`, or to our stderr. Its outputs are in a folder of its own, unless `environ` names one. It is
-    not ready yet: see `Server.wait_ready`. Raises ServerFailed when the port is taken, or no folder can be made.
+    It logs to `log`, or to our stderr. Its outputs are in a folder of its own, unless `environ` names one.
+    It is not ready yet: see `wait_ready`. Raises ServerFailed when the port or a folder cannot be had.
     """
     require_free(host, port, "set PORT to another")
     if root == ROOT:  # the benchmark's predictors have a schema of their own there
