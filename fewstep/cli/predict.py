@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _inputs_of_model() -> tuple[Inputs, Inputs]:
     schemas = json.loads(SCHEMA.read_text(encoding="utf-8"))["components"]["schemas"]
-    return schemas["Input"]["properties"], schemas
+    properties = sorted(schemas["Input"]["properties"].items(), key=lambda item: item[1]["x-order"])
+    return dict(properties), schemas
 
 
 def _parser(properties: Inputs) -> argparse.ArgumentParser:
