@@ -13,7 +13,18 @@ FewstepError
 ├── SafetyError       safety_check_failed 500  a finished image could not be checked, and is withheld
 ├── UnsafeImage       unsafe              422  every image of the request was flagged
 ├── DeadlineExceeded  deadline            503  the request's time was up
+├── Busy              busy                503  the queue before the servers is full, or closed
+│   └── TooMany       too_many_requests   429  this client has enough in the queue
 ├── Stopped           stopped             503  nobody waits for the result any more, or the server ends
+├── NotFound          not_found           404  there is no such thing, or it is another's
+├── MethodNotAllowed  method_not_allowed  405  the address takes other HTTP methods
+├── Taken             taken               409  it is another's already
+├── Unauthorized      invalid_api_key     401  the key of /v1 is missing or wrong
+├── UnknownHost       unknown_host        421  the Host header names another server
+├── OtherSite         other_site          403  a browser asks for the page of another site
+├── BodyTooLong       too_long            413  the body has more bytes than its address takes
+├── BodyTooSlow       too_slow            408  the body does not come
+├── EnhancerFailed    help_failed         502  the chat endpoint did not answer as it should
 └── InternalError     internal            500  anything else; the details are in the log only
 
 A sentence says what was given, what is allowed and what to do. It quotes numbers and choices, never free
@@ -120,6 +131,30 @@ class DeadlineExceeded(FewstepError):
 
     code = "deadline"
     status = 503
+    retry_after_s: int  # when to come again, where that is known
+
+    def __init__(self, sentence: str, retry_after_s: int | None = None) -> None:
+        super().__init__(sentence)
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
+
+
+class Busy(FewstepError):
+    """The queue before the servers is full, or closed; `retry_after_s` says when to come again."""
+
+    code = "busy"
+    status = 503
+
+    def __init__(self, sentence: str, retry_after_s: int = 1) -> None:
+        super().__init__(sentence)
+        self.retry_after_s = retry_after_s
+
+
+class TooMany(Busy):
+    """This client has enough waiting."""
+
+    code = "too_many_requests"
+    status = 429
 
 
 class Stopped(FewstepError):
@@ -127,6 +162,69 @@ class Stopped(FewstepError):
 
     code = "stopped"
     status = 503
+
+
+class NotFound(FewstepError):
+    """There is no such thing, or it is not this client's."""
+
+    code = "not_found"
+    status = 404
+
+
+class MethodNotAllowed(FewstepError):
+    """The address takes other HTTP methods."""
+
+    code = "method_not_allowed"
+    status = 405
+
+
+class Taken(FewstepError):
+    """It is another's already."""
+
+    code = "taken"
+    status = 409
+
+
+class Unauthorized(FewstepError):
+    """The API key is missing or wrong."""
+
+    code = "invalid_api_key"
+    status = 401
+
+
+class UnknownHost(FewstepError):
+    """The Host header names another server."""
+
+    code = "unknown_host"
+    status = 421
+
+
+class OtherSite(FewstepError):
+    """A browser asks for the page of another site."""
+
+    code = "other_site"
+    status = 403
+
+
+class BodyTooLong(FewstepError):
+    """The body has more bytes than its address takes."""
+
+    code = "too_long"
+    status = 413
+
+
+class BodyTooSlow(FewstepError):
+    """The body does not come."""
+
+    code = "too_slow"
+    status = 408
+
+
+class EnhancerFailed(FewstepError):
+    """The chat endpoint did not answer as it should."""
+
+    code = "help_failed"
+    status = 502
 
 
 class InternalError(FewstepError):

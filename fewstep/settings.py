@@ -1,27 +1,23 @@
-"""Everything that the environment decides, read in one place: `Settings.from_env()`."""
+"""Everything that the environment decides, for server and page, in one place: `Settings.from_env()`."""
+
+from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from fewstep.errors import SettingsError
-from fewstep.models.specs import get_model
 
 logger = logging.getLogger(__name__)
 
-DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("auto", "fp32", "bf16", "fp16")
 INT8 = "openvino-int8"  # in which linear layers multiply in 8 bits
 OPENVINO = ("openvino", INT8)
-ENGINES = ("torch", "compiled", *OPENVINO)
 VAES = ("full", "tiny")
-VERIFY_MODES = ("sha256", "size")
-SAFETY = ("clip", "vit", "off")
 MAX_COMPILED = 8  # torch keeps as many versions of one module, and then gives up
 MAX_DEADLINE_S = 24 * 60 * 60
 MAX_BATCH_LIMIT = 64
@@ -29,46 +25,20 @@ MAX_GIGABYTES = 10_000
 GIGABYTE = 10**9
 HUB = "https://huggingface.co"
 # Where LoRAs are shared, and where these sites send one on to.
-STYLE_HOSTS = (
-    "huggingface.co",
-    "*.huggingface.co",
-    "*.hf.co",
-    "civitai.com",
-    "*.civitai.com",
-    "*.r2.cloudflarestorage.com",
-    "replicate.delivery",
-    "*.replicate.delivery",
+STYLE_HOSTS = tuple(
+    "huggingface.co *.huggingface.co *.hf.co civitai.com *.civitai.com *.r2.cloudflarestorage.com "
+    "replicate.delivery *.replicate.delivery".split()
 )
+REPOSITORY = Path(__file__).resolve().parents[1]
+OF_SCRIPTS = {"FEWSTEP_TORCH_INDEX"}  # variables of the family that scripts/python reads
 
-# Variables of the same family that others read: scripts/python, and fewstep.web.settings.
-_OF_OTHERS = {
-    "FEWSTEP_TORCH_INDEX",
-    "FEWSTEP_WEB_DATA",
-    "FEWSTEP_API_KEY",
-    "FEWSTEP_OPERATOR_KEY",
-    "FEWSTEP_CHAT_MODEL",
-}
-
-
-def _weights_of_repository() -> Path:
-    return Path(__file__).resolve().parents[1] / "weights"
-
-
-def _styles_of_repository() -> Path:
-    return Path(__file__).resolve().parents[1] / "styles"
-
-
-def _styles_in_temporary_folder() -> Path:
-    return Path(tempfile.gettempdir()) / "fewstep-styles"
-
-
-def _outputs_in_temporary_folder() -> Path:
-    return Path(tempfile.gettempdir()) / "fewstep-outputs"
+# Makes a setting of a variable's text, which is never empty. Raises ValueError that says what it may hold.
+Parser = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a batch: so many images of `width` x `height` px, with classifier-free guidance or without."""
+    """The shape of a batch: so many images of `width` x `height` px, with classifier-free guidance or not."""
 
     width: int
     height: int
@@ -76,159 +46,155 @@ class Shape:
     guided: bool = False
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How this server runs; "auto" is resolved when the model loads."""
+def _path(text: str) -> Path:
+    return Path(text).absolute()
 
-    model: str = "miniature"
-    weights_root: Path = field(default_factory=_weights_of_repository)
-    output_root: Path = field(default_factory=_outputs_in_temporary_folder)
-    device: str = "auto"
-    dtype: str = "auto"  # fp16 on a GPU; on a CPU bf16 where it multiplies that itself, else fp32
-    verify: str = "sha256"
-    deadline_s: float = 120.0
-    max_batch: int = 8  # images in one forward pass
-    coglet_root: Path | None = None  # coglet's prediction folders, where a script of ours started it
-    safety: str = "clip"
-    allow_unsafe: bool = False  # whether a request may switch the safety checker off
-    styles_root: Path = field(default_factory=_styles_of_repository)  # the operator's own, by model
-    style_hosts: tuple[str, ...] = STYLE_HOSTS  # where others are fetched; *.x is any subdomain of x
-    style_repos: tuple[str, ...] = ()  # repos of the hub that are read with the operator's token
-    style_cache: Path = field(default_factory=_styles_in_temporary_folder)
-    style_disk_bytes: int = 20 * GIGABYTE
-    style_memory_bytes: int = 4 * GIGABYTE
-    engine: str = "torch"
-    openvino_size: tuple[int, int] | None = None  # of the images that OpenVINO generates; None: native
-    vae: str = "full"  # which decodes; "tiny" is coarser, and takes a small part of the time
-    compiled: tuple["Shape", ...] = ()  # that the compiled engine is made for; none: one native image
-    recipes: bool = True  # whether files carry what they were generated from
-    hf_endpoint: str = HUB
-    hf_token: str | None = field(default=None, repr=False)
+
+def _temporary(name: str) -> Path:
+    return Path(tempfile.gettempdir(), name)
+
+
+def _choice(*allowed: str) -> Parser:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(f"holds an unknown value; set it to one of {', '.join(allowed)}")
+        return text
+
+    return parse
+
+
+def _switch(*allowed: str, on: str) -> Parser:
+    choice = _choice(*allowed)
+    return lambda text: choice(text) == on
+
+
+def _whole(most: int, unit: int = 1) -> Parser:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text.strip()) or not 1 <= int(text) <= most:
+            raise ValueError(f"must be a whole number from 1 to {most}")
+        return unit * int(text)
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds <= MAX_DEADLINE_S:
+        raise ValueError(f"must be a number of seconds above 0 and at most {MAX_DEADLINE_S:g}")
+    return seconds
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Return the words between commas; "none" is no word at all."""
+    words = (word.strip() for word in text.split(","))
+    return () if text == "none" else tuple(word for word in words if word)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Return width and height in px, multiples of 8, of what is written as 512x768."""
+    match = re.fullmatch(r"(\d{2,4})x(\d{2,4})", text)
+    if not match:
+        raise ValueError("must be a width and a height in px, such as 512x768")
+    width, height = int(match[1]), int(match[2])
+    if width % 8 or height % 8:
+        raise ValueError("must be of multiples of 8, since the VAE reduces by 8")
+    return width, height
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    """Return shapes: 512x768, 512x768x4 for batches of four, or 512x768x4g for those with guidance."""
+    shapes = []
+    for word in text.split(","):
+        match = re.fullmatch(r"(\d{2,4})x(\d{2,4})(?:x(\d{1,2}))?(g?)", word.strip())
+        if not match or int(match[1]) % 8 or int(match[2]) % 8 or match[3] == "0":
+            raise ValueError(
+                "must list sizes in multiples of 8 px, such as 1024x1024, or 1024x1024x4 for batches of 4, "
+                "or 1024x1024x4g for those with guidance"
+            )
+        shapes.append(Shape(int(match[1]), int(match[2]), int(match[3] or 1), bool(match[4])))
+    if len(shapes) > MAX_COMPILED:
+        raise ValueError(f"lists more than {MAX_COMPILED} shapes; leave some out")
+    return tuple(shapes)
+
+
+def _from(variable: str, default: Any, parse: Parser = str, *, secret: bool = False) -> Any:
+    """Return a field that `variable` sets; a callable `default` makes one for each Settings."""
+    kind = "default_factory" if callable(default) else "default"
+    metadata = {"variable": variable, "parse": parse}
+    return field(**{kind: default}, repr=not secret, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How this process runs: a server that generates, the page before it, or a command.
+
+    "auto" is resolved when the model loads, and the name of the model is looked up there too.
+    """
+
+    model: str = _from("FEWSTEP_MODEL", "miniature")
+    weights_root: Path = _from("FEWSTEP_WEIGHTS", REPOSITORY / "weights", _path)
+    output_root: Path = _from("FEWSTEP_OUTPUTS", lambda: _temporary("fewstep-outputs"), _path)
+    device: str = _from("FEWSTEP_DEVICE", "auto", _choice("auto", "cpu", "cuda"))
+    dtype: str = _from("FEWSTEP_DTYPE", "auto", _choice("auto", "fp32", "bf16", "fp16"))
+    engine: str = _from("FEWSTEP_ENGINE", "torch", _choice("torch", "compiled", *OPENVINO))
+    openvino_size: tuple[int, int] | None = _from("FEWSTEP_OPENVINO_SIZE", None, _size)  # None: native
+    vae: str = _from("FEWSTEP_VAE", "full", _choice(*VAES))  # tiny decodes coarser, and much quicker
+    compiled: tuple[Shape, ...] = _from("FEWSTEP_COMPILED", (), _shapes)  # none: one native image
+    verify: str = _from("FEWSTEP_VERIFY", "sha256", _choice("sha256", "size"))
+    deadline_s: float = _from("FEWSTEP_DEADLINE_S", 120.0, _seconds)
+    max_batch: int = _from("FEWSTEP_MAX_BATCH", 8, _whole(MAX_BATCH_LIMIT))  # images in one forward pass
+    # Of coglet's prediction folders, where a script of ours started it.
+    coglet_root: Path | None = _from("FEWSTEP_COGLET_ROOT", None, _path)
+    safety: str = _from("FEWSTEP_SAFETY", "clip", _choice("clip", "vit", "off"))
+    # Whether a request may switch the safety checker off, and whether files carry what made them.
+    allow_unsafe: bool = _from("FEWSTEP_ALLOW_UNSAFE", False, _switch("0", "1", on="1"))
+    recipes: bool = _from("FEWSTEP_RECIPES", True, _switch("on", "off", on="on"))
+    # The operator's own LoRAs, by model; where others are fetched (*.x is any subdomain of x); and the repos
+    # of the hub that are read with the operator's token.
+    styles_root: Path = _from("FEWSTEP_STYLES", REPOSITORY / "styles", _path)
+    style_hosts: tuple[str, ...] = _from("FEWSTEP_STYLE_HOSTS", STYLE_HOSTS, _names)
+    style_repos: tuple[str, ...] = _from("FEWSTEP_STYLE_REPOS", (), _names)
+    style_cache: Path = _from("FEWSTEP_STYLE_CACHE", lambda: _temporary("fewstep-styles"), _path)
+    style_disk_bytes: int = _from("FEWSTEP_STYLE_DISK_GB", 20 * GIGABYTE, _whole(MAX_GIGABYTES, GIGABYTE))
+    style_memory_bytes: int = _from("FEWSTEP_STYLE_MEMORY_GB", 4 * GIGABYTE, _whole(MAX_GIGABYTES, GIGABYTE))
+    hf_endpoint: str = _from("HF_ENDPOINT", HUB, lambda text: text.rstrip("/"))
+    hf_token: str | None = _from("HF_TOKEN", None, secret=True)
+    # The page's own: the folder holds images, the SQLite database and the cookies' key.
+    web_data: Path = _from("FEWSTEP_WEB_DATA", REPOSITORY / "data", _path)
+    database_url: str = _from("DATABASE_URL", "", secret=True)  # may hold a password
+    api_key: str = _from("FEWSTEP_API_KEY", "", secret=True)  # of /v1; none: open
+    operator_key: str = _from("FEWSTEP_OPERATOR_KEY", "", secret=True)  # of /operator; none: no such page
+    chat_key: str = _from("OPENAI_API_KEY", "", secret=True)  # with it, prompts can be improved
+    chat_url: str | None = _from("OPENAI_BASE_URL", None)
+    chat_model: str = _from("FEWSTEP_CHAT_MODEL", "gpt-5-mini")
+    replicate_token: str = _from("REPLICATE_API_TOKEN", "", secret=True)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None) -> "Settings":
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read `environ` (the process's own by default); an empty variable counts as unset.
 
         Raises SettingsError that names the variable and what it may hold. A FEWSTEP_* variable that nothing
         reads is warned of, since a misspelt name would otherwise change nothing in silence.
         """
-        read = _Reader(os.environ if environ is None else environ)
-        settings = cls(
-            model=get_model(read.text("FEWSTEP_MODEL", cls.model)).name,
-            weights_root=read.path("FEWSTEP_WEIGHTS", _weights_of_repository()),
-            output_root=read.path("FEWSTEP_OUTPUTS", _outputs_in_temporary_folder()),
-            device=read.choice("FEWSTEP_DEVICE", cls.device, DEVICES),
-            dtype=read.choice("FEWSTEP_DTYPE", cls.dtype, DTYPES),
-            engine=read.choice("FEWSTEP_ENGINE", cls.engine, ENGINES),
-            openvino_size=read.size("FEWSTEP_OPENVINO_SIZE"),
-            vae=read.choice("FEWSTEP_VAE", cls.vae, VAES),
-            compiled=read.shapes("FEWSTEP_COMPILED"),
-            verify=read.choice("FEWSTEP_VERIFY", cls.verify, VERIFY_MODES),
-            deadline_s=read.seconds("FEWSTEP_DEADLINE_S", cls.deadline_s, MAX_DEADLINE_S),
-            max_batch=read.whole("FEWSTEP_MAX_BATCH", cls.max_batch, MAX_BATCH_LIMIT),
-            coglet_root=read.optional_path("FEWSTEP_COGLET_ROOT"),
-            safety=read.choice("FEWSTEP_SAFETY", cls.safety, SAFETY),
-            allow_unsafe=read.choice("FEWSTEP_ALLOW_UNSAFE", "0", ("0", "1")) == "1",
-            styles_root=read.path("FEWSTEP_STYLES", _styles_of_repository()),
-            style_hosts=read.names("FEWSTEP_STYLE_HOSTS", STYLE_HOSTS),
-            style_repos=read.names("FEWSTEP_STYLE_REPOS", ()),
-            style_cache=read.path("FEWSTEP_STYLE_CACHE", _styles_in_temporary_folder()),
-            style_disk_bytes=GIGABYTE * read.whole("FEWSTEP_STYLE_DISK_GB", 20, MAX_GIGABYTES),
-            style_memory_bytes=GIGABYTE * read.whole("FEWSTEP_STYLE_MEMORY_GB", 4, MAX_GIGABYTES),
-            recipes=read.choice("FEWSTEP_RECIPES", "on", ("on", "off")) == "on",
-            hf_endpoint=read.text("HF_ENDPOINT", HUB).rstrip("/"),
-            hf_token=read.text("HF_TOKEN", "") or None,
-        )
-        read.warn_of_the_rest()
-        for name, given, engines in (
-            ("FEWSTEP_OPENVINO_SIZE", settings.openvino_size, OPENVINO),
-            ("FEWSTEP_COMPILED", settings.compiled, ("compiled",)),
-        ):
-            if given and settings.engine not in engines:
-                logger.warning(
-                    "%s is set, but FEWSTEP_ENGINE is %s, which does not read it", name, settings.engine
-                )
+        environ = os.environ if environ is None else environ
+        values, read = {}, set(OF_SCRIPTS)
+        for setting in fields(cls):
+            variable = setting.metadata["variable"]
+            read.add(variable)
+            if text := environ.get(variable):
+                try:
+                    values[setting.name] = setting.metadata["parse"](text)
+                except ValueError as error:
+                    raise SettingsError(f"{variable} {error}") from None
+        settings = cls(**values)
+        for variable in sorted(environ.keys() - read):
+            if variable.startswith("FEWSTEP_"):
+                logger.warning("%s is set, but fewstep reads no variable of that name", variable)
+        for name, engines in (("openvino_size", OPENVINO), ("compiled", ("compiled",))):
+            if name in values and settings.engine not in engines:
+                unread = "FEWSTEP_%s is set, but FEWSTEP_ENGINE is %s, which does not read it"
+                logger.warning(unread, name.upper(), settings.engine)
         return settings
-
-
-class _Reader:
-    """Reads variables one by one and remembers their names, so that those left over can be reported."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ = environ
-        self._known = set(_OF_OTHERS)
-
-    def text(self, name: str, default: str) -> str:
-        self._known.add(name)
-        return self._environ.get(name, "") or default
-
-    def path(self, name: str, default: Path) -> Path:
-        return Path(self.text(name, str(default))).absolute()
-
-    def optional_path(self, name: str) -> Path | None:
-        written = self.text(name, "")
-        return Path(written).absolute() if written else None
-
-    def names(self, name: str, default: tuple[str, ...]) -> tuple[str, ...]:
-        """Words between commas; "none" is no word at all."""
-        written = self.text(name, ",".join(default))
-        words = (word.strip() for word in written.split(","))
-        return () if written == "none" else tuple(word for word in words if word)
-
-    def choice(self, name: str, default: str, allowed: tuple[str, ...]) -> str:
-        value = self.text(name, default)
-        if value not in allowed:
-            raise SettingsError(f"{name} holds an unknown value; set it to one of {', '.join(allowed)}")
-        return value
-
-    def seconds(self, name: str, default: float, most: float) -> float:
-        try:
-            value = float(self.text(name, str(default)))
-        except ValueError:
-            value = math.nan
-        if not 0 < value <= most:
-            raise SettingsError(f"{name} must be a number of seconds above 0 and at most {most:g}")
-        return value
-
-    def whole(self, name: str, default: int, most: int) -> int:
-        try:
-            value = int(self.text(name, str(default)))
-        except ValueError:
-            value = 0
-        if not 1 <= value <= most:
-            raise SettingsError(f"{name} must be a whole number from 1 to {most}")
-        return value
-
-    def size(self, name: str) -> tuple[int, int] | None:
-        """Width and height in px, as in 512x768, multiples of 8."""
-        written = self.text(name, "")
-        found = re.fullmatch(r"(\d{2,4})x(\d{2,4})", written)
-        if not found:
-            if written:
-                raise SettingsError(f"{name} must be a width and a height in px, such as 512x768")
-            return None
-        width, height = int(found[1]), int(found[2])
-        if width % 8 or height % 8:
-            raise SettingsError(f"{name} must be of multiples of 8, since the VAE reduces by 8")
-        return width, height
-
-    def shapes(self, name: str) -> tuple[Shape, ...]:
-        """Sizes as in 512x768, or 512x768x4 for batches of four, or 512x768x4g for those with guidance."""
-        written = self.text(name, "")
-        shapes = []
-        for word in written.split(",") if written else ():
-            found = re.fullmatch(r"(\d{2,4})x(\d{2,4})(?:x(\d{1,2}))?(g?)", word.strip())
-            if not found or int(found[1]) % 8 or int(found[2]) % 8 or found[3] == "0":
-                raise SettingsError(
-                    f"{name} must list sizes in multiples of 8 px, such as 1024x1024, or 1024x1024x4 for "
-                    "batches of 4, or 1024x1024x4g for those with guidance"
-                )
-            shapes.append(Shape(int(found[1]), int(found[2]), int(found[3] or 1), bool(found[4])))
-        if len(shapes) > MAX_COMPILED:
-            raise SettingsError(f"{name} lists more than {MAX_COMPILED} shapes; leave some out")
-        return tuple(shapes)
-
-    def warn_of_the_rest(self) -> None:
-        for name in sorted(self._environ):
-            if name.startswith("FEWSTEP_") and name not in self._known:
-                logger.warning("%s is set, but fewstep reads no variable of that name", name)

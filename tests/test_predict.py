@@ -7,23 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from schema_maker import golden_files
 
 from fewstep import request
 from fewstep.coglet.adapter import COG_VERSION
-from fewstep.coglet.schema import make_schema
-from fewstep.coglet.server import CONCURRENCY
+from fewstep.coglet.server import CONCURRENCY, SCHEMA
 from fewstep.models.specs import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEMAS = make_schema(ROOT / "predict.py")["components"]["schemas"]
+SCHEMAS = json.loads(SCHEMA.read_text())["components"]["schemas"]
 INPUTS: dict[str, Any] = SCHEMAS["Input"]["properties"]
 
 
-def test_the_schema_is_the_golden_file() -> None:
-    golden = json.loads((ROOT / "tests" / "data" / "openapi_schema.json").read_text())
-    assert make_schema(ROOT / "predict.py", ROOT / "train.py") == golden, (
-        "predict.py's inputs changed; if that is meant: cp .cog/openapi_schema.json tests/data/"
-    )
+def test_the_golden_files_are_the_makers() -> None:
+    for path, text in golden_files().items():
+        assert path.read_text() == text, "the inputs changed; if that is meant: python3 tests/schema_maker.py"
 
 
 def test_ranges_are_those_of_request() -> None:

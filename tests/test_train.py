@@ -13,13 +13,12 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from fewstep.coglet.schema import make_schema
-from fewstep.coglet.server import Server, code_and_sentence, free_port, running_server
+from fewstep.coglet.server import SCHEMA, Server, code_and_sentence, free_port, running_server
 from fewstep.miniature.world.dataset import write_world
 from fewstep.training.config import TrainingOptions
 
 ROOT = Path(__file__).resolve().parents[1]
-INPUTS = make_schema(ROOT / "predict.py", ROOT / "train.py")["components"]["schemas"]["TrainingInput"]
+INPUTS = json.loads(SCHEMA.read_text())["components"]["schemas"]["TrainingInput"]
 
 
 def test_inputs_and_defaults_are_those_of_the_options() -> None:

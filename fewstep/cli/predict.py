@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.cli.run import say
-from fewstep.coglet.schema import make_schema
 from fewstep.coglet.server import (
-    ROOT,
+    SCHEMA,
     ServerFailed,
     code_and_sentence,
     end_as_by_ctrl_c,
@@ -40,8 +39,8 @@ SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "
 def main(arguments: Sequence[str] | None = None) -> int:
     """Generate as the command line says; 0 when every file is written."""
     end_as_by_ctrl_c()
-    schemas = make_schema(ROOT / "predict.py")["components"]["schemas"]
-    properties = schemas["Input"]["properties"]
+    schemas = json.loads(SCHEMA.read_text(encoding="utf-8"))["components"]["schemas"]
+    properties = dict(sorted(schemas["Input"]["properties"].items(), key=lambda item: item[1]["x-order"]))
     options = _parser(properties).parse_args(arguments)
     try:
         inputs = _read_inputs(options, properties, schemas)

@@ -1,4 +1,4 @@
-"""The page that paints while you type, and all that it needs: scripts/web
+"""Serve the page that paints while you type, and all that it needs: scripts/web
 
 It starts a Cog server of the model that FEWSTEP_MODEL names (one for each GPU), keeps it alive, and opens
 http://127.0.0.1:8000. OpenAI's images API is at /v1, metrics at /metrics. What visitors keep is in data/
@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from fewstep.cli.run import say, status_of
-from fewstep.coglet.server import ROOT, require_free
+from fewstep.coglet.server import require_free
 from fewstep.errors import SettingsError
 
 TICK_S = 0.25
@@ -51,17 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--cog-url must begin with http:// or https://")
     if chosen.workers is not None and not 0 < chosen.workers <= 64:
         parser.error("--workers must be from 1 to 64")
-    found = [0]
+    outcome = [0]
 
     def work() -> None:
         with suppress(KeyboardInterrupt):  # which is how it ends
-            found[0] = asyncio.run(_serve(chosen, os.environ))
+            outcome[0] = asyncio.run(_serve(chosen, os.environ))
 
-    return status_of(work) or found[0]
+    return status_of(work) or outcome[0]
 
 
 def with_model(environ: Mapping[str, str], *, elsewhere: bool) -> dict[str, str]:
-    """`environ` with a model: what is elsewhere is taken for a container, which paints SDXL unless told."""
+    """Return `environ` with a model: what is elsewhere is taken for a container, which has SDXL."""
     model = environ.get("FEWSTEP_MODEL")
     if not model:
         model = "sdxl" if elsewhere else "miniature"
@@ -70,8 +70,8 @@ def with_model(environ: Mapping[str, str], *, elsewhere: bool) -> dict[str, str]
 
 
 def environs_of(workers: int | None, environ: Mapping[str, str]) -> list[dict[str, str]]:
-    """The environment of every Cog server: each has a GPU of its own, or its share of the processors."""
-    from fewstep.web.supervisor import visible_gpus
+    """Return the environment of every Cog server: each has a GPU, or its share of the processors."""
+    from fewstep.web.worker_pool import visible_gpus
 
     gpus = visible_gpus(environ)
     if gpus:
@@ -89,7 +89,6 @@ async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from fewstep.web.auth import LOOPBACK
     from fewstep.web.logs import JsonLines
     from fewstep.web.serving import WebServer
-    from fewstep.web.settings import WebSettings
 
     if sys.stderr.isatty():  # a person is told what matters; a log holds every image
         logging.getLogger("fewstep.web").setLevel(logging.WARNING)
@@ -99,15 +98,15 @@ async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
     require_free(chosen.host, chosen.port, "give another as --port")
     environ = with_model(environ, elsewhere=bool(chosen.cog_url or chosen.replicate))
-    spec = get_model(Settings.from_env(environ).model)
-    settings = WebSettings.from_env(ROOT, environ)
-    crew = _crew(chosen, environ, settings)
+    settings = Settings.from_env(environ)
+    spec = get_model(settings.model)
+    pool = _worker_pool(chosen, environ, settings)
     hosts = {*LOOPBACK, *chosen.allow_host}
     if chosen.host not in ("0.0.0.0", "::"):
         hosts.add(chosen.host)
-    app = create_app(spec, settings, crew, hosts)
+    app = create_app(spec, settings, pool, hosts)
     server = WebServer(app, chosen.host, chosen.port)
-    announcing = asyncio.create_task(_announce(chosen, spec.name, crew, app, server))
+    announcing = asyncio.create_task(_announce(chosen, spec.name, pool, app, server))
     try:
         await server.serve()
     finally:
@@ -116,7 +115,7 @@ async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return outcome if isinstance(outcome, int) else 0
 
 
-def _crew(chosen: argparse.Namespace, environ: Mapping[str, str], settings: Any) -> Any:
+def _worker_pool(chosen: argparse.Namespace, environ: Mapping[str, str], settings: Any) -> Any:
     from fewstep.web.worker_pool import LocalWorkers, RemoteWorker, ReplicateWorker
 
     timeout_s = settings.deadline_s + 60  # of the server's own, and for its answer
@@ -126,20 +125,22 @@ def _crew(chosen: argparse.Namespace, environ: Mapping[str, str], settings: Any)
         if not settings.replicate_token:
             raise SettingsError("--replicate needs a token; set REPLICATE_API_TOKEN to it")
         return ReplicateWorker(chosen.replicate, settings.replicate_token)
-    return LocalWorkers(environs_of(chosen.workers, environ), timeout_s, log=settings.data / "painters.log")
+    return LocalWorkers(
+        environs_of(chosen.workers, environ), timeout_s, log=settings.web_data / "painters.log"
+    )
 
 
-async def _announce(chosen: argparse.Namespace, model: str, crew: Any, app: Any, server: Any) -> int:
+async def _announce(chosen: argparse.Namespace, model: str, pool: Any, app: Any, server: Any) -> int:
     """Say how far the start is; 1 when it cannot be, after which the server ends."""
     began = time.monotonic()
     terminal = sys.stderr.isatty()
     address = f"http://{chosen.host if chosen.host != '0.0.0.0' else '127.0.0.1'}:{chosen.port}"
-    told = False
-    while not server.started or not app.state.front.queue.ready:
+    said = False
+    while not server.started or not app.state.app_state.queue.ready:
         if server.should_exit:
             return 0
-        if crew.failure:
-            say(("\r" if told else "") + crew.failure)
+        if pool.failure:
+            say(("\r" if said else "") + pool.failure)
             server.should_exit = True
             return 1
         if server.started:
@@ -147,11 +148,11 @@ async def _announce(chosen: argparse.Namespace, model: str, crew: Any, app: Any,
             if terminal:
                 sys.stderr.write(f"\r{line} ")
                 sys.stderr.flush()
-            elif not told:
+            elif not said:
                 say(line)
-            told = True
+            said = True
         await asyncio.sleep(TICK_S if server.started else 0.02)
-    say(("\r" if terminal and told else "") + f"ready: {address}; Ctrl-C ends it" + " " * 24 * terminal)
+    say(("\r" if terminal and said else "") + f"ready: {address}; Ctrl-C ends it" + " " * 24 * terminal)
     if terminal and not chosen.no_open:
         await asyncio.to_thread(webbrowser.open, address)  # which one in a terminal blocks
     await asyncio.Event().wait()

@@ -1,4 +1,4 @@
-"""What every door that Cog opens needs: the pinned server, a way out for logs, errors fit for callers."""
+"""What predict.py and train.py share: the pinned server, a way out for logs, errors fit for callers."""
 
 import contextvars
 import logging
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fewstep.errors import FewstepError, InternalError, InvalidRequest, SettingsError
 
-# The doors rest on how this version behaves; cog.yaml and pyproject.toml name it too.
+# They rest on how this version behaves; cog.yaml and pyproject.toml name it too.
 COG_VERSION = "0.23.1"
 
 logger = logging.getLogger(__name__)
@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 def check_cog() -> None:
     """Raise SettingsError unless cog and coglet are of the version that fewstep is made for."""
-    found = {name: version(name) for name in ("cog", "coglet")}
-    if set(found.values()) != {COG_VERSION}:
-        both = " and ".join(f"{name} {number}" for name, number in found.items())
+    versions = {name: version(name) for name in ("cog", "coglet")}
+    if set(versions.values()) != {COG_VERSION}:
+        both = " and ".join(f"{name} {number}" for name, number in versions.items())
         raise SettingsError(
             f"{both} are installed; fewstep is made for {COG_VERSION} of both, so install that"
         )
@@ -33,7 +33,7 @@ def log_to_stderr() -> None:
 
 
 def fetched_file(name: str, value: object) -> Path:
-    """The file that coglet fetched for the input `name`.
+    """Return the file that coglet fetched for the input `name`.
 
     An address or a data URL arrives as a Path of coglet's own; a local path, or a file: URL, is handed on as
     the str that the caller sent, where no schema refused it. Raises InvalidRequest for that.

@@ -1,33 +1,42 @@
-"""coglet, the server inside every Cog container, as our scripts and tests start it on a bare machine."""
+"""coglet, the server inside every Cog container, as our scripts and tests start it on a bare machine.
+
+It dies with the process that started it, however that ends, and its folder says by a lock whether that lives.
+"""
 
 import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import uuid
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from fewstep.coglet.schema import write_schema
+from fewstep.images.outputs import is_abandoned, try_lock
 
 ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = Path(__file__).with_name("openapi_schema.json")  # of predict.py and train.py, as Cog makes it
 CONCURRENCY = 8  # as @cog.concurrent says in predict.py; the Cog CLI reads it there, coglet does not
 # Fixed within coglet: neither TMPDIR nor an argument moves it.
 COGLET_ROOT = Path("/tmp/coglet/predictions")
+OUTPUTS = "fewstep-outputs-"  # begins the name of each server's own folder
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"}
+# Becomes the server, and leaves a watcher in its process group, which reads a pipe that only our process
+# holds: a line says that all is over, and the pipe's end that we are gone, so that the group has to go too.
+WATCHED = 'exec 3<&0; (read -r _ <&3 || kill -KILL 0) & exec "$@" 3<&- </dev/null'
 POLL_S = 0.05
 # coglet answers /health-check late while the model holds the interpreter; it gives up after 10 s itself.
 HEALTH_TIMEOUT_S = 12.0
 UNHEALTHY_POLLS = 20
 STOP_TIMEOUT_S = 25.0
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CODE_AND_SENTENCE = re.compile(r"\[[a-z_]+\] .*", re.DOTALL)
 
 
@@ -36,30 +45,38 @@ class ServerFailed(Exception):
 
 
 class Server:
-    """A coglet process in a process group of its own, and the requests that can be put to it."""
+    """A coglet process in a process group of its own, and the requests that can be put to it; as a context
+    manager it stops at the end."""
 
-    def __init__(self, process: subprocess.Popen[bytes], host: str, port: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], host: str, port: int, files: ExitStack) -> None:
         self.process = process
         self.host = host
         self.port = port
+        self._files = files  # closed when the server has ended
+        self._unhealthy = 0
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def wait_ready(self) -> None:
         """Return once predictions are served; raise ServerFailed when they never will be."""
-        unhealthy = 0
-        while True:
-            if self.process.poll() is not None:
-                raise ServerFailed(
-                    f"the server ended with status {self.process.returncode} before it was ready"
-                )
-            health = self.health()
-            if health.get("status") in ("READY", "BUSY"):
-                return
-            if health.get("status") == "SETUP_FAILED":
-                raise ServerFailed(code_and_sentence((health.get("setup") or {}).get("logs", "")))
-            unhealthy = unhealthy + 1 if health.get("status") in ("UNHEALTHY", "DEFUNCT") else 0
-            if unhealthy == UNHEALTHY_POLLS:  # its worker died before anybody saw it ready
-                raise ServerFailed("the server broke down before it was ready")
+        while not self.is_ready(self.health()):
             time.sleep(POLL_S)
+
+    def is_ready(self, health: Mapping[str, Any]) -> bool:
+        """Whether it serves, by what it last said of itself; raise ServerFailed when it never will."""
+        status = health.get("status")
+        if self.process.poll() is not None:
+            raise ServerFailed(f"the server ended with status {self.process.returncode} before it was ready")
+        if status == "SETUP_FAILED":
+            raise ServerFailed(code_and_sentence((health.get("setup") or {}).get("logs", "")))
+        self._unhealthy = self._unhealthy + 1 if status in ("UNHEALTHY", "DEFUNCT") else 0
+        if self._unhealthy == UNHEALTHY_POLLS:  # its worker died before anybody saw it ready
+            raise ServerFailed("the server broke down before it was ready")
+        return status in ("READY", "BUSY")
 
     def health(self) -> dict[str, Any]:
         """What coglet says of itself; empty when nobody listens, or nothing comes within 12 s."""
@@ -79,21 +96,24 @@ class Server:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(STOP_TIMEOUT_S)
-            # The worker outlives the server by the moment in which it removes its files.
-            end = time.monotonic() + 1.0
-            while time.monotonic() < end and self._group_is_alive():
-                time.sleep(0.01)
+                assert self.process.stdin
+                with suppress(OSError):  # the watcher is gone
+                    self.process.stdin.write(b"\n")
+                # The worker outlives the server by the moment in which it removes its files.
+                end = time.monotonic() + 1.0
+                with suppress(ProcessLookupError):
+                    while time.monotonic() < end:
+                        os.killpg(self.process.pid, 0)
+                        time.sleep(0.01)
         finally:  # also when a second Ctrl-C says that this takes too long
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            self.kill()
 
-    def _group_is_alive(self) -> bool:
-        try:
-            os.killpg(self.process.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
+    def kill(self) -> None:
+        """End all of it now, and remove its files."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._files.close()
 
     def _ask(self, method: str, path: str, body: str | None, timeout_s: float | None) -> tuple[int, Any]:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
@@ -107,7 +127,6 @@ class Server:
         return response.status, json.loads(text) if is_json else text.decode(errors="replace")
 
 
-@contextmanager
 def running_server(
     *,
     port: int,
@@ -116,53 +135,60 @@ def running_server(
     environ: Mapping[str, str],
     root: Path = ROOT,
     mode: str = "predict",
-) -> Iterator[Server]:
-    """Start coglet with the Predictor of `root`, or with its train() where `mode` is "train", and stop it at
-    the end; it logs to `log`, or to our stderr.
+) -> Server:
+    """Start coglet with the Predictor of `root`, or with its train() where `mode` is "train".
 
-    Raises ServerFailed when the port is taken. The server is not ready yet: see `Server.wait_ready`.
+    It logs to `log`, or to our stderr. Its outputs are in a folder of its own, unless `environ` names one.
+    It is not ready yet: see `wait_ready`. Raises ServerFailed when the port or a folder cannot be had.
     """
     require_free(host, port, "set PORT to another")
-    training = root / "train.py"
-    write_schema(
-        root / ".cog" / "openapi_schema.json",
-        root / "predict.py",
-        training if training.exists() else None,  # the benchmark's predictors have none
-    )
-    server = None
-    try:
-        with _interrupts_held():
-            process = subprocess.Popen(
-                [sys.executable, "-m", "cog.server.http", "--host", host, "--x-mode", mode],
-                cwd=root,
-                env=_environment(environ, port, CONCURRENCY if mode == "predict" else 1),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C reaches us alone, and the worker can be ended with it
-            )
-            server = Server(process, "127.0.0.1" if host == "0.0.0.0" else host, port)
-        yield server
-    finally:
-        if server:
-            server.stop()
+    if root == ROOT:  # the benchmark's predictors have a schema of their own there
+        _write_schema(root / ".cog" / SCHEMA.name)
+    with ExitStack() as files:
+        outputs = environ.get("FEWSTEP_OUTPUTS") or _make_folder(environ.get("TMPDIR"), files) / "files"
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", WATCHED, "sh", sys.executable, "-m", "cog.server.http"]
+            + ["--host", host, "--x-mode", mode],
+            cwd=root,
+            env=_environment(environ, port, CONCURRENCY if mode == "predict" else 1, str(outputs)),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            bufsize=0,
+            start_new_session=True,  # Ctrl-C reaches us alone, and the worker can be ended with it
+        )
+        files.enter_context(process)  # closes the pipe
+        return Server(process, "127.0.0.1" if host == "0.0.0.0" else host, port, files.pop_all())
 
 
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Put off interruptions: within Popen, one would leave behind a server that nobody knows of."""
-    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
-        yield
-        return
-    came: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in INTERRUPTS}
+def _write_schema(target: Path) -> None:
+    """Write it in one step, so that a server that starts meanwhile reads all of it."""
+    schema = SCHEMA.read_bytes()
+    if not target.exists() or target.read_bytes() != schema:
+        target.parent.mkdir(exist_ok=True)
+        unfinished = target.with_name(f"{uuid.uuid4()}.part")
+        unfinished.write_bytes(schema)
+        unfinished.replace(target)
+
+
+def _make_folder(temporary: str | None, files: ExitStack) -> Path:
+    """Make a server's folder, locked until `files` is closed, and remove those whose owner was killed."""
+    parent = Path(temporary or tempfile.gettempdir())
     try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for late in came:
-            signal.raise_signal(late)
+        made = Path(tempfile.mkdtemp(prefix="fewstep-", dir=parent))
+    except OSError as error:
+        raise ServerFailed(
+            f"no folder for files can be made ({error.strerror}); set TMPDIR to another"
+        ) from None
+    with suppress(OSError):  # a file system without locks, on which nothing counts as abandoned
+        if lock := try_lock(made):
+            files.callback(os.close, lock)
+    folder = made.rename(parent / f"{OUTPUTS}{uuid.uuid4().hex[:8]}")  # under its name it was never unlocked
+    files.callback(shutil.rmtree, folder, ignore_errors=True)
+    for other in parent.glob(f"{OUTPUTS}*"):
+        if is_abandoned(other):
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
 
 
 def end_as_by_ctrl_c() -> None:
@@ -171,7 +197,7 @@ def end_as_by_ctrl_c() -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for number in INTERRUPTS:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, interrupt)
 
@@ -186,8 +212,8 @@ def free_port() -> int:
 
 def code_and_sentence(text: str) -> str:
     """`[code] sentence` out of what coglet writes around it; the whole text when there is none."""
-    found = CODE_AND_SENTENCE.search(text)
-    return found.group() if found else text
+    match = CODE_AND_SENTENCE.search(text)
+    return match.group() if match else text
 
 
 def require_free(host: str, port: int, fix: str) -> None:
@@ -201,13 +227,14 @@ def require_free(host: str, port: int, fix: str) -> None:
             raise ServerFailed(f"port {port} of {host} cannot be had ({reason}); {fix}") from None
 
 
-def _environment(environ: Mapping[str, str], port: int, concurrency: int) -> dict[str, str]:
+def _environment(environ: Mapping[str, str], port: int, concurrency: int, outputs: str) -> dict[str, str]:
     return {
         **OFFLINE,
         "FEWSTEP_COGLET_ROOT": str(COGLET_ROOT),
         "FEWSTEP_MODEL": "miniature",
         "LOG_FORMAT": "console",
         **environ,
+        "FEWSTEP_OUTPUTS": outputs,
         # coglet starts its worker as plain `python`.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environ.get('PATH', os.defpath)}",
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",

@@ -1,6 +1,8 @@
 """The files that a prediction leaves behind: our own, until Cog has read them, and coglet's folders."""
 
 import contextvars
+import fcntl
+import os
 import re
 import shutil
 import time
@@ -20,6 +22,34 @@ KEEP_S = 600.0
 OUR_NAME = re.compile(r"[0-9a-f-]{36}-\d+\.[a-z]+")
 # coglet makes a folder of whatever id a caller sends: only a plain name is surely below its root.
 PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+OWNER = "fewstep-owner"  # in such a folder, a link to the root of the server that it belongs to
+
+
+def try_lock(folder: Path) -> int | None:
+    """Lock a folder as long as this process lives, or until the descriptor is closed; None if another has it.
+
+    Raises OSError where there is no such folder, or none that can be locked.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return descriptor
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether nobody who lives has the lock of `folder`; false where that cannot be told."""
+    try:
+        lock = try_lock(folder)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    if lock is not None:
+        os.close(lock)
+    return lock is not None
 
 
 class Outputs:
@@ -36,15 +66,21 @@ class Outputs:
         self._files: deque[Path] = deque()
         self._folders: deque[Path] = deque()
         self._running: set[Path] = set()
+        self._lock: int | None = None
 
     def prepare(self) -> None:
-        """Make the root and remove what an earlier server left in it; files of other names stay.
+        """Make the root, and remove what servers left that have ended: in it, and of coglet's folders.
+
+        Files of other names stay, and so does all that is another living server's.
 
         Raises SettingsError when the root cannot be written.
         """
         try:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for path in self._root.iterdir():
+            self._remove_abandoned()
+            with suppress(OSError):  # a file system without locks
+                self._lock = try_lock(self._root)
+            for path in self._root.iterdir() if self._lock is not None else ():
                 if OUR_NAME.fullmatch(path.name):
                     path.unlink()
         except OSError:
@@ -78,6 +114,8 @@ class Outputs:
         if self._coglet_root is not None and PLAIN_ID.fullmatch(prediction := _prediction_id()):
             folder = self._coglet_root / prediction
             self._running.add(folder)
+            with suppress(OSError):  # coglet may have been unable to make the folder
+                (folder / OWNER).symlink_to(self._root)
         try:
             yield
         finally:
@@ -90,6 +128,15 @@ class Outputs:
         """Remove all, at the end of the server, when everything has been read."""
         self._folders.extend(self._running)
         self._remove(before=float("inf"))
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _remove_abandoned(self) -> None:
+        for folder in self._coglet_root.glob("*") if self._coglet_root else ():
+            with suppress(OSError):  # such as of a folder that says no owner
+                if is_abandoned((folder / OWNER).readlink()):
+                    shutil.rmtree(folder)
 
     def _remove(self, before: float) -> None:
         for kept in (self._files, self._folders):

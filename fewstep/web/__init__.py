@@ -1,1 +1,1 @@
-"""The page that generates while one types, and the front door of a self-hosted fewstep."""
+"""The page that generates while one types, and the APIs of a self-hosted fewstep."""

@@ -1,23 +1,28 @@
-"""What every request passes before anything of ours sees it, and what every answer says.
+"""What every request passes before anything of ours sees it, what every response says, and the cookies' key.
 
-A page of another site can have a visitor's browser ask here, with the visitor's cookie, and a name that its
+A page of another site can have a client's browser ask here, with the client's cookie, and a name that its
 owner points at 127.0.0.1 makes that page one of our own. So the Host must be one of ours, and whatever
 changes something, or opens a socket, must come from the same origin if a browser sent it.
+
+Starlette's TrustedHostMiddleware and `max_body_size` answer 400 and 413 in plain text, which cannot be
+changed, and they wait for a body without end; hence our own, whose errors are JSON as all others are.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import time
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from typing import Any
+import os
+import secrets
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fewstep.errors import BodyTooLong, BodyTooSlow, OtherSite, SettingsError, UnknownHost
+from fewstep.web.error_responses import error_response
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 ANY_HOST = "*"
@@ -27,109 +32,102 @@ UPLOADS = ("/v1/images/edits",)
 BODY_S = 30.0  # for a body to come
 SAFE = ("GET", "HEAD", "OPTIONS")
 HEADERS = {
-    b"content-security-policy": (
-        b"default-src 'self'; img-src 'self' blob: data:; script-src 'self'; style-src 'self'; "
-        b"connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    "content-security-policy": (
+        "default-src 'self'; img-src 'self' blob: data:; script-src 'self'; style-src 'self'; "
+        "connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     ),
-    b"x-content-type-options": b"nosniff",
-    b"x-frame-options": b"DENY",
-    b"referrer-policy": b"no-referrer",
-    b"cross-origin-opener-policy": b"same-origin",
-    b"cross-origin-resource-policy": b"same-origin",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
 }
-
-
-class TooLong(Exception):
-    """The body is longer than its limit."""
-
-
-class TooSlow(Exception):
-    """The body does not come."""
+KEY_CHARS = 32
 
 
 class Guard:
     """ASGI middleware before all others."""
 
-    def __init__(self, app: App, hosts: Collection[str] = LOOPBACK) -> None:
+    def __init__(self, app: ASGIApp, hosts: Collection[str] = LOOPBACK) -> None:
         self._app = app
         self._hosts = frozenset(host.lower() for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            return await self._app(scope, receive, send)
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        refusal = self._refusal(scope, headers)
-        if scope["type"] == "websocket":
-            if refusal:
-                return await send({"type": "websocket.close", "code": 1008})  # 403, before it is accepted
-            return await self._app(scope, receive, send)
-        guarded = _with_headers(send)
-        if refusal:
-            return await _answer(guarded, *refusal)
-        limit = MAX_UPLOAD if scope.get("path") in UPLOADS else MAX_BODY
-        length = headers.get(b"content-length", "0")
-        too_long = 413, "too_long", f"the body has more than {limit} bytes; send less"
-        if not length.isdecimal() or int(length) > limit:
-            return await _answer(guarded, *too_long)
-        try:
-            await self._app(scope, _limited(receive, limit), guarded)
-        except TooLong:
-            await _answer(guarded, *too_long)
-        except TooSlow:
-            await _answer(guarded, 408, "too_slow", f"the body did not come within {BODY_S:g} s")
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)  # a route's own stays
+            await send(message)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, str]) -> tuple[int, str, str] | None:
-        host = headers.get(b"host", "").lower()
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        try:
+            self._check(scope, headers)
+            if scope["type"] == "http":
+                receive = _limited(receive, headers, MAX_UPLOAD if scope["path"] in UPLOADS else MAX_BODY)
+            await self._app(scope, receive, guarded)
+        except (UnknownHost, OtherSite, BodyTooLong, BodyTooSlow) as error:
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})  # 403, before it is accepted
+            else:
+                await error_response(error)(scope, receive, guarded)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        host = headers.get("host", "").lower()
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
         if ANY_HOST not in self._hosts and name not in self._hosts:
-            return (
-                421,
-                "unknown_host",
-                "this server has another name; start it with --allow-host for this one",
-            )
+            raise UnknownHost("this server has another name; start it with --allow-host for this one")
         if scope["type"] == "http" and scope["method"] in SAFE:
-            return None
-        origin = headers.get(b"origin")
+            return
+        origin = headers.get("origin")
         foreign = origin is not None and origin.lower().partition("://")[2] != host
-        if foreign or headers.get(b"sec-fetch-site", "none") not in ("same-origin", "none"):
-            return 403, "other_site", "this may only be asked from the page of this server"
-        return None
+        if foreign or headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            raise OtherSite("this may only be asked from the page of this server")
 
 
-def _limited(receive: Receive, limit: int) -> Receive:
+def _limited(receive: Receive, headers: Headers, limit: int) -> Receive:
+    """Return `receive` for a body of at most `limit` bytes that comes within BODY_S seconds.
+
+    Raises BodyTooLong, at once if the headers say so, and BodyTooSlow.
+    """
+    too_long = BodyTooLong(f"the body has more than {limit} bytes; send less")
+    length = headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > limit:
+        raise too_long
     read, whole = 0, False
-    until = time.monotonic() + BODY_S
+    until = asyncio.get_running_loop().time() + BODY_S
 
     async def limited() -> Message:
         nonlocal read, whole
         if whole:  # what comes then is that the client has left
             return await receive()
         try:
-            message = await asyncio.wait_for(receive(), until - time.monotonic())
+            async with asyncio.timeout_at(until):
+                message = await receive()
         except TimeoutError:
-            raise TooSlow from None
+            raise BodyTooSlow(f"the body did not come within {BODY_S:g} s") from None
         whole = not message.get("more_body", False)
         read += len(message.get("body", b""))
         if read > limit:
-            raise TooLong
+            raise too_long
         return message
 
     return limited
 
 
-def _with_headers(send: Send) -> Send:
-    async def guarded(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            known = {name.lower() for name, _ in message.get("headers", ())}
-            extra = [(name, value) for name, value in HEADERS.items() if name not in known]
-            message = {**message, "headers": [*message.get("headers", ()), *extra]}
-        await send(message)
-
-    return guarded
-
-
-async def _answer(send: Send, status: int, code: str, sentence: str) -> None:
-    content = json.dumps({"code": code, "message": sentence}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+def cookie_key(folder: Path) -> str:
+    """Return what clients' cookies are signed with: made once, and kept in `folder`."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = folder / "cookie-key"
+    if not file.exists():
+        with NamedTemporaryFile("w", dir=folder) as new:  # which only we may read
+            new.write(secrets.token_urlsafe(KEY_CHARS))
+            new.flush()
+            with suppress(FileExistsError):  # another was quicker
+                os.link(new.name, file)  # whole, or not at all
+    key = file.read_text(encoding="utf-8")
+    if len(key) < KEY_CHARS:
+        raise SettingsError("cookie-key in FEWSTEP_WEB_DATA is damaged; remove it, and visitors start anew")
+    return key

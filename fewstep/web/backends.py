@@ -8,19 +8,18 @@ import binascii
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import httpx2
 
-from fewstep.coglet.server import CODE_AND_SENTENCE
-from fewstep.errors import FewstepError, GenerationError, InternalError, Stopped
+from fewstep.coglet.server import CODE_AND_SENTENCE, HEALTH_TIMEOUT_S
+from fewstep.errors import GenerationError, InternalError, Stopped, error_from
 
 logger = logging.getLogger(__name__)
 
 FETCH_S = 30
-_ERRORS = {kind.code: kind for kind in FewstepError.__subclasses__()}
 _PARTS = ("text_ms", "steps_ms", "decode_ms", "safety_ms", "encode_ms", "weights_ms")
 
 
@@ -37,14 +36,14 @@ class BackendUnavailable(Exception):
 
 
 class BackendBusy(Exception):
-    """All of its places are taken at this moment."""
+    """All of its slots are taken at this moment."""
 
 
-class Generator(Protocol):
-    """Generates; leaving it, by being cancelled, ends the work there too."""
+class Backend(Protocol):
+    """Generates; being cancelled ends the work there too."""
 
-    async def generate(self, inputs: Mapping[str, Any]) -> BackendResult:
-        """Raises the FewstepError that the model told, PainterGone or PainterFull."""
+    def generate(self, inputs: Mapping[str, Any]) -> Coroutine[Any, Any, BackendResult]:
+        """Raises the FewstepError that the model answered with, BackendUnavailable or BackendBusy."""
         ...
 
 
@@ -71,15 +70,15 @@ class CogBackend:
             raise InternalError("the Cog server takes other inputs than this page sends; update both")
         if response.status_code != 200 or not isinstance(answer, dict):
             raise BackendUnavailable(f"status {response.status_code}")
-        return _generated(answer, (time.perf_counter() - began) * 1000)
+        return _read_answer(answer, (time.perf_counter() - began) * 1000)
 
-    async def is_ready(self) -> bool:
-        """Whether the server says so; for one that somebody else keeps."""
+    async def health(self) -> dict[str, Any]:
+        """Return what the server says of itself; nothing when no answer comes within 12 s."""
         try:
-            health = (await self._client.get(f"{self.url}/health-check", timeout=12)).json()
+            health = (await self._client.get(f"{self.url}/health-check", timeout=HEALTH_TIMEOUT_S)).json()
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError):
-            return False
-        return isinstance(health, dict) and health.get("status") in ("READY", "BUSY")
+            return {}
+        return health if isinstance(health, dict) else {}
 
     async def close(self) -> None:
         """Let go of its connections."""
@@ -115,13 +114,13 @@ class ReplicateBackend:
                 prediction.output = [await self._embedded(url) for url in prediction.output]
         except Exception as error:
             # It was billed, perhaps, so that it is not asked again by itself.
-            logger.warning("Replicate did not paint: %s", type(error).__name__)
+            logger.warning("Replicate did not generate: %s", type(error).__name__)
             raise GenerationError(
                 "Replicate cannot be reached, or refused; look at its status page"
             ) from None
         answer = {name: getattr(prediction, name) for name in ("status", "output", "error", "metrics")}
         try:
-            return _generated(answer, (time.perf_counter() - began) * 1000)
+            return _read_answer(answer, (time.perf_counter() - began) * 1000)
         except BackendUnavailable:
             raise GenerationError("the model failed on Replicate without a reason; ask again") from None
 
@@ -134,18 +133,18 @@ class ReplicateBackend:
         return f"data:image/webp;base64,{base64.b64encode(response.content).decode()}"
 
 
-def _generated(answer: Mapping[str, Any], took_ms: float) -> BackendResult:
+def _read_answer(answer: Mapping[str, Any], took_ms: float) -> BackendResult:
     status, output = answer.get("status"), answer.get("output")
     if status == "canceled":
         raise BackendUnavailable("it was stopped there")  # not by us, who would have left
     if status != "succeeded":
-        found = CODE_AND_SENTENCE.search(str(answer.get("error")))
-        if not found:  # coglet's own: its worker died, or cannot be reached
+        match = CODE_AND_SENTENCE.search(str(answer.get("error")))
+        if not match:  # coglet's own: its worker died, or cannot be reached
             raise BackendUnavailable("failed without a reason")
-        code, _, sentence = found.group()[1:].partition("] ")
+        code, _, sentence = match.group()[1:].partition("] ")
         if code == Stopped.code:  # the server is going down
             raise BackendUnavailable("it is ending")
-        raise _ERRORS.get(code, GenerationError)(sentence)
+        raise error_from(code, sentence)
     if not isinstance(output, list) or not output:
         raise GenerationError("the model gave no picture; ask again")
     metrics = answer.get("metrics") or {}

@@ -1,4 +1,4 @@
-"""What a visitor wishes, out of JSON that anybody may have written, as a checked Request and Cog's inputs."""
+"""The inputs of a Cog server, made of fields that anybody may have written."""
 
 from __future__ import annotations
 
@@ -15,36 +15,75 @@ from PIL import Image
 
 from fewstep.errors import InvalidRequest
 from fewstep.models.specs import ModelSpec
-from fewstep.request import SIDE, Inputs
+from fewstep.request import SIDE
 
 # In px: a model gives up below half of what it was trained on, and the miniature before that.
 QUICK_SIDE = 512
 AT_ONCE = 2
 Opened = Callable[[Path, str], Image.Image]
-# What the page may send, and what other doors of ours add.
+# What the page may send, and what other routes of ours add.
 PAGE_FIELDS = frozenset(
-    {
-        "prompt",
-        "steps",
-        "guidance",
-        "seed",
-        "negative_prompt",
-        "num_outputs",
-        "aspect_ratio",
-        "style",
-        "style_scale",
-        "prompt_strength",
-    }
+    "prompt steps guidance seed negative_prompt num_outputs aspect_ratio style style_scale "
+    "prompt_strength".split()
 )
+AS_CHECKED = ("prompt", "steps", "guidance", "seed", "output_format", "output_quality")
 FIELDS = PAGE_FIELDS | {"width", "height", "output_format", "output_quality"}
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class CogInputs:
     """What is sent to a Cog server, `inputs`, and what is shown of it, `recipe`."""
 
     inputs: dict[str, Any]
     recipe: dict[str, Any]
+
+    @classmethod
+    def create(
+        cls,
+        spec: ModelSpec,
+        fields: Mapping[str, Any],
+        *,
+        known: Collection[str] = FIELDS,
+        styles: Collection[str] = (),
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        quick: bool = False,
+    ) -> CogInputs:
+        """Check `fields`, which are named as predict()'s inputs; `quick` asks for one small image.
+
+        Nothing that was not checked is handed on; images go as our own PNG, of the size that is generated.
+        Raises InvalidRequest.
+        """
+        if not set(known).issuperset(fields):
+            raise InvalidRequest(f"a field is unknown; send only {', '.join(sorted(known))}")
+        style = fields.get("style")
+        if style and style not in styles:  # other sources would have the server fetch what a stranger names
+            raise InvalidRequest("style is not one of this server's; choose one that the page offers")
+        sent = {"prompt": ""} | {name: value for name, value in fields.items() if value is not None}
+        request = Inputs.create(spec, **sent, image=image, mask=mask)
+        width, height = request.width, request.height
+        if quick and has_quick_size(spec):
+            scale = QUICK_SIDE / spec.native_size
+            width, height = (max(64, round(side * scale / 8) * 8) for side in (width, height))
+        inputs: dict[str, Any] = {name: getattr(request, name) for name in AS_CHECKED}
+        inputs |= {"aspect_ratio": "custom", "width": width, "height": height}
+        inputs["num_outputs"] = 1 if quick else request.num_outputs
+        if request.guided and request.negative_prompt:
+            inputs["negative_prompt"] = request.negative_prompt
+        if style:
+            inputs |= {"style": style, "style_scale": request.styles[0].scale}
+        recipe = inputs | {
+            "model": spec.name,
+            "aspect_ratio": fields.get("aspect_ratio") or "auto",
+            "negative_prompt": request.negative_prompt,
+            "from_image": request.image is not None,
+        }
+        if request.image is not None:
+            recipe["prompt_strength"] = request.strength
+            inputs |= {"image": _data_url(request.image), "prompt_strength": request.strength}
+        if request.mask is not None:
+            inputs["mask"] = _data_url(request.mask)
+        return cls(inputs, recipe)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -53,87 +92,35 @@ class Wish:
 
     @property
     def seeds(self) -> list[int]:
-        """Of each image."""
+        """The seed of each image."""
         return [(self.inputs["seed"] + i) % 2**31 for i in range(self.inputs["num_outputs"])]
 
 
 def has_quick_size(spec: ModelSpec) -> bool:
-    """Whether the model generates well at a size that is much quicker than its own."""
+    """Tell whether the model generates well at a size that is much quicker than its own."""
     return spec.native_size > QUICK_SIDE
 
 
-def make_wish(
-    spec: ModelSpec,
-    fields: Mapping[str, Any],
-    *,
-    known: Collection[str] = FIELDS,
-    styles: Collection[str] = (),
-    image: Image.Image | None = None,
-    mask: Image.Image | None = None,
-    quick: bool = False,
-) -> Wish:
-    """Check `fields`, which are named as predict()'s inputs; a `quick` wish is one small image.
-
-    The inputs that come of it are written here, one by one: nothing that was not checked is handed on, and
-    images go as our own PNG, of the size that is generated. Raises InvalidRequest.
-    """
-    if not set(known).issuperset(fields):
-        raise InvalidRequest(f"a field is unknown; send only {', '.join(sorted(known))}")
-    style = fields.get("style")
-    if style and style not in styles:  # other sources would have the server fetch what a stranger names
-        raise InvalidRequest("style is not one of this server's; choose one that the page offers")
-    given = {name: value for name, value in fields.items() if value is not None}
-    request = Inputs.create(spec, **given, image=image, mask=mask)
-    width, height = request.width, request.height
-    if quick and has_quick_size(spec):
-        scale = QUICK_SIDE / spec.native_size
-        width, height = (max(64, round(side * scale / 8) * 8) for side in (width, height))
-    inputs: dict[str, Any] = {
-        "prompt": request.prompt,
-        "steps": request.steps,
-        "guidance": request.guidance,
-        "seed": request.seed,
-        "num_outputs": 1 if quick else request.num_outputs,
-        "aspect_ratio": "custom",
-        "width": width,
-        "height": height,
-        "output_format": request.output_format,
-        "output_quality": request.output_quality,
-    }
-    if request.guided and request.negative_prompt:
-        inputs["negative_prompt"] = request.negative_prompt
-    if style:
-        inputs |= {"style": style, "style_scale": request.styles[0].scale}
-    if request.image is not None:
-        inputs |= {"image": _data_url(request.image), "prompt_strength": request.strength}
-    if request.mask is not None:
-        inputs["mask"] = _data_url(request.mask)
-    recipe = {name: value for name, value in inputs.items() if name not in ("image", "mask")}
-    recipe |= {"model": spec.name, "aspect_ratio": fields.get("aspect_ratio") or "auto"}
-    recipe |= {"negative_prompt": request.negative_prompt, "from_image": request.image is not None}
-    return Wish(inputs, recipe)
-
-
 class ImageReader:
-    """Opens visitors' images, `AT_ONCE` at a time, since one of 32 megapixels takes up to 620 MB."""
+    """Opens clients' images, `AT_ONCE` at a time, since one of 32 megapixels takes up to 620 MB."""
 
     def __init__(self) -> None:
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def read(self, content: bytes, name: str, opened: Opened) -> Image.Image:
-        """What `opened`, one of images.codec's open functions, makes of it, scaled down to what is ever
-        generated. Raises InvalidRequest."""
+        """Return what `opened`, one of images.codec's open functions, makes of `content`, scaled down to what
+        is ever generated. Raises InvalidRequest."""
+
+        def read() -> Image.Image:
+            with tempfile.NamedTemporaryFile() as file:  # what opens callers' files safely takes a path
+                file.write(content)
+                file.flush()
+                image = opened(Path(file.name), name)
+            image.thumbnail((SIDE[1], SIDE[1]))  # at once: every request scales it to its size
+            return image
+
         async with self._places:
-            return await asyncio.to_thread(_read, content, name, opened)
-
-
-def _read(content: bytes, name: str, opened: Opened) -> Image.Image:
-    with tempfile.NamedTemporaryFile() as file:  # what opens callers' files safely takes a path
-        file.write(content)
-        file.flush()
-        image = opened(Path(file.name), name)
-    image.thumbnail((SIDE[1], SIDE[1]))  # at once: every wish scales it to its size
-    return image
+            return await asyncio.to_thread(read)
 
 
 def _data_url(image: Image.Image) -> str:

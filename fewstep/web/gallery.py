@@ -1,4 +1,4 @@
-"""What visitors leave, over HTTP: who they are, the gallery, reviews."""
+"""The routes of what users leave: who they are, the gallery, reviews."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from fewstep.web.app_state import COOKIE, app_state, body_of
-from fewstep.web.store import PAGE, NotFound
+from fewstep.errors import NotFound
+from fewstep.web.app_state import COOKIE, app_state
+from fewstep.web.messages import ImageId, Nickname, ReviewText, body_of
+from fewstep.web.store import PAGE
 
 
 def routes() -> list[Route]:
-    """Under /api, and the kept images' files."""
+    """Return those under /api, and the kept images' files."""
     return [
         Route("/api/me", _me),
         Route("/api/me", _name, methods=["PUT"]),
@@ -27,57 +29,56 @@ def routes() -> list[Route]:
     ]
 
 
-async def _me(request: Request) -> Response:
-    front = app_state(request)
-    return JSONResponse(await asyncio.to_thread(front.store.me, front.visitor(request) or ""))
+# Starlette runs what is no coroutine in a thread, as what waits for the database must be.
+
+
+def _me(request: Request) -> Response:
+    state = app_state(request)
+    return JSONResponse(state.store.me(state.client(request) or ""))
 
 
 async def _name(request: Request) -> Response:
-    front, visitor = app_state(request), app_state(request).known(request)
-    fields = await body_of(request, ["nickname"])
-    await asyncio.to_thread(front.store.name, visitor, fields.get("nickname"))
-    return JSONResponse(await asyncio.to_thread(front.store.me, visitor))
+    state = app_state(request)
+    user, body = state.known_client(request), await body_of(request, Nickname)
+    await asyncio.to_thread(state.store.name, user, body.nickname)
+    return JSONResponse(await asyncio.to_thread(state.store.me, user))
 
 
 async def _forget(request: Request) -> Response:
-    front, visitor = app_state(request), app_state(request).known(request)
-    await asyncio.to_thread(front.store.forget, visitor)
-    front.recent.forget(visitor)
+    state = app_state(request)
+    user = state.known_client(request)
+    await asyncio.to_thread(state.store.forget, user)
+    state.recent.forget(user)
     response = Response(status_code=204)
     response.delete_cookie(COOKIE, httponly=True, samesite="lax")
     return response
 
 
-async def _gallery(request: Request) -> Response:
-    front = app_state(request)
-    limit = request.query_params.get("limit", str(PAGE))
-    page = await asyncio.to_thread(
-        front.store.gallery,
-        front.visitor(request) or "",
-        request.query_params.get("before"),
-        int(limit) if limit.isdecimal() and len(limit) < 4 else PAGE,
-    )
-    return JSONResponse({"pictures": page.images, "next": page.next})
+def _gallery(request: Request) -> Response:
+    state, query = app_state(request), request.query_params
+    limit = query.get("limit", "")
+    size = int(limit) if limit.isdecimal() and len(limit) < 4 else PAGE
+    return JSONResponse(state.store.gallery(state.client(request) or "", query.get("before"), size))
 
 
 async def _keep(request: Request) -> Response:
-    front, visitor = app_state(request), app_state(request).known(request)
-    fields = await body_of(request, ["id"])
-    found = front.recent.of(visitor, str(fields.get("id")))
-    if found is None:
+    state = app_state(request)
+    user, body = state.known_client(request), await body_of(request, ImageId)
+    image = state.recent.of(user, body.id)
+    if image is None:
         raise NotFound("that picture is no longer here; paint it again and keep it then")
-    size = found.recipe["width"], found.recipe["height"]
-    kept = await asyncio.to_thread(front.store.keep, visitor, found.content, size, found.recipe)
+    size = image.recipe["width"], image.recipe["height"]
+    kept = await asyncio.to_thread(state.store.keep, user, image.content, size, image.recipe)
     return JSONResponse(kept, 201)
 
 
-async def _discard(request: Request) -> Response:
-    front, visitor = app_state(request), app_state(request).known(request)
-    await asyncio.to_thread(front.store.discard, visitor, request.path_params["id"])
+def _discard(request: Request) -> Response:
+    state = app_state(request)
+    state.store.discard(state.known_client(request), request.path_params["id"])
     return Response(status_code=204)
 
 
-async def _kept_image(request: Request) -> Response:
+def _kept_image(request: Request) -> Response:
     name = request.path_params["name"]
     file = app_state(request).store.file(name.removesuffix(".webp"))
     if not name.endswith(".webp") or not file.is_file():
@@ -87,13 +88,13 @@ async def _kept_image(request: Request) -> Response:
     )
 
 
-async def _reviews(request: Request) -> Response:
-    front = app_state(request)
-    return JSONResponse(await asyncio.to_thread(front.store.reviews, front.visitor(request) or ""))
+def _reviews(request: Request) -> Response:
+    state = app_state(request)
+    return JSONResponse(state.store.reviews(state.client(request) or ""))
 
 
 async def _review(request: Request) -> Response:
-    front, visitor = app_state(request), app_state(request).known(request)
-    fields = await body_of(request, ["rating", "text"])
-    await asyncio.to_thread(front.store.review, visitor, fields.get("rating"), fields.get("text", ""))
-    return JSONResponse(await asyncio.to_thread(front.store.reviews, visitor))
+    state = app_state(request)
+    user, body = state.known_client(request), await body_of(request, ReviewText)
+    await asyncio.to_thread(state.store.review, user, body.rating, body.text)
+    return JSONResponse(await asyncio.to_thread(state.store.reviews, user))

@@ -1,10 +1,9 @@
-"""Generating while one types: one WebSocket per visitor, of whose wishes only the latest counts.
+"""Generating while one types: one WebSocket per page, of whose prompts only the latest counts.
 
-The visitor's messages are JSON, {"type": "paint", "n": 7, "quick": true, "wish": {...}}, and images are
-binary frames after a "painted" message that announces them. A wish that waits is replaced by a newer one and
-keeps its place. One that is running is given up for a newer one only when that costs little to look at:
-when it has not begun, or when an image was shown a moment ago; else it is finished and shown, so that
-images keep coming while somebody types on.
+The client's messages are JSON, {"type": "paint", "n": 7, "quick": true, "wish": {...}}, and images are binary
+frames after a "painted" message that announces them. A prompt that waits is replaced by a newer one and keeps
+its position. One that a server has is given up for a newer one only when an image was shown a moment ago;
+else it is finished and shown, so that images keep coming while one types on, and no work is thrown away.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from fewstep.errors import FewstepError, InvalidRequest, Stopped
 from fewstep.images.codec import INPUT_MAX_BYTES, open_image, open_mask
 from fewstep.models.specs import ModelSpec
 from fewstep.web.backends import BackendResult
-from fewstep.web.cog_inputs import PAGE_FIELDS, ImageReader, Wish, make_wish
+from fewstep.web.cog_inputs import PAGE_FIELDS, CogInputs, ImageReader
 from fewstep.web.queue import QueuedRequest, RequestQueue
 from fewstep.web.recent import RecentImages
 
@@ -39,11 +38,11 @@ assert MAX_INPUT <= INPUT_MAX_BYTES
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    n: int
+class _Prompt:
+    n: int  # the page's number for it
     quick: bool
-    wish: Wish
-    came: float
+    cog: CogInputs
+    came: float  # in seconds of time.monotonic()
 
 
 class LiveSession:
@@ -52,7 +51,7 @@ class LiveSession:
     def __init__(
         self,
         socket: WebSocket,
-        visitor: str,
+        client: str,
         *,
         spec: ModelSpec,
         styles: Callable[[], Collection[str]],
@@ -61,22 +60,22 @@ class LiveSession:
         reader: ImageReader,
     ) -> None:
         self._socket = socket
-        self.visitor = visitor
+        self.client = client
         self._spec = spec
         self._styles = styles
         self._queue = queue
         self._recent = recent
         self._reader = reader
         self._images: dict[str, Image.Image] = {}
-        self._asked: _Asked | None = None  # the latest that nothing was done for yet
-        self._current: _Asked | None = None  # which `_ticket` is for
-        self._ticket: QueuedRequest | None = None
+        self._next: _Prompt | None = None  # the latest that is not in the queue yet
+        self._current: _Prompt | None = None  # which `_queued` is for
+        self._queued: QueuedRequest | None = None
         self._came = asyncio.Event()
         self._shown = 0.0  # when the last image was sent
         self._sending = asyncio.Lock()
 
     async def run(self) -> None:
-        """Until the visitor leaves."""
+        """Serve until the client leaves."""
         await self.tell_state()
         tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._generate())}
         try:
@@ -90,16 +89,16 @@ class LiveSession:
         finally:
             for task in tasks:
                 task.cancel()
-            if self._ticket:
-                self._queue.cancel(self._ticket)
+            if self._queued:
+                self._queue.cancel(self._queued)
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def tell_state(self) -> None:
-        """Whether there is a model to generate; at the beginning, and whenever that changes."""
+        """Say whether there is a model to generate; at the beginning, and whenever that changes."""
         await self._send({"type": "state", "ready": self._queue.ready})
 
     async def close(self, code: int) -> None:
-        """From our side: the page comes again."""
+        """Close it from our side; the page comes again."""
         if self._socket.client_state is WebSocketState.CONNECTED:
             await self._socket.close(code)
 
@@ -121,15 +120,15 @@ class LiveSession:
 
     async def _take(self, kind: str, fields: Mapping[str, Any]) -> None:
         if kind == "paint":
-            await self._take_wish(fields)
+            await self._take_prompt(fields)
         elif kind == "input":
             await self._take_image(_slot(fields))
         elif kind == "clear":
             self._images.pop(_slot(fields), None)
         elif kind == "stop":
-            self._asked = None
-            if self._ticket:
-                self._queue.cancel(self._ticket)
+            self._next = None
+            if self._queued:
+                self._queue.cancel(self._queued)
         else:
             raise InvalidRequest("type is unknown; it must be paint, input, clear or stop")
 
@@ -145,85 +144,85 @@ class LiveSession:
             )
         self._images[slot] = await self._reader.read(content, slot, SLOTS[slot])
 
-    async def _take_wish(self, fields: Mapping[str, Any]) -> None:
-        n, quick, given = fields.get("n"), fields.get("quick"), fields.get("wish")
-        if not isinstance(n, int) or not isinstance(quick, bool) or not isinstance(given, dict):
+    async def _take_prompt(self, fields: Mapping[str, Any]) -> None:
+        n, quick, values = fields.get("n"), fields.get("quick"), fields.get("wish")
+        if not isinstance(n, int) or not isinstance(quick, bool) or not isinstance(values, dict):
             raise InvalidRequest("a paint message has n, a whole number, quick, true or false, and a wish")
         came = time.monotonic()
-        given = dict(given)
+        values = dict(values)
         images = {}
         for slot in SLOTS:
-            used = given.pop(f"use_{slot}", False) is True
+            used = values.pop(f"use_{slot}", False) is True
             if used and slot not in self._images:  # it was refused, which the page has been told
                 raise InvalidRequest(f"the {slot} is not here; choose it again, or take it out")
             images[slot] = self._images[slot] if used else None
 
-        def make() -> Wish:
-            return make_wish(
-                self._spec, given, known=PAGE_FIELDS, styles=self._styles(), quick=quick, **images
+        def make() -> CogInputs:
+            return CogInputs.create(
+                self._spec, values, known=PAGE_FIELDS, styles=self._styles(), quick=quick, **images
             )
 
         # Images are scaled to size, which takes milliseconds.
-        wish = await asyncio.to_thread(make) if any(images.values()) else make()
-        self._ask(_Asked(n, quick, wish, came))
+        cog = await asyncio.to_thread(make) if any(images.values()) else make()
+        self._supersede(_Prompt(n, quick, cog, came))
 
-    def _ask(self, asked: _Asked) -> None:
-        ticket = self._ticket
-        if ticket and ticket.waiting:
-            self._current = asked
-            ticket.inputs = asked.wish.inputs
-            if ticket.place >= 0:
-                ticket.tell(ticket.place)
+    def _supersede(self, prompt: _Prompt) -> None:
+        queued = self._queued
+        if queued and queued.waiting:
+            self._current = prompt
+            queued.inputs = prompt.cog.inputs
+            if queued.position >= 0:
+                queued.tell(queued.position)
             return
-        self._asked = asked
+        self._next = prompt
         self._came.set()
-        if ticket and (not ticket.begun or time.monotonic() - self._shown < JUST_SHOWN_S):
-            self._queue.cancel(ticket)
+        if queued and time.monotonic() - self._shown < JUST_SHOWN_S:
+            self._queue.cancel(queued)
 
     async def _generate(self) -> None:
         while True:
-            while self._asked is None:
+            while self._next is None:
                 self._came.clear()
                 await self._came.wait()
-            self._current, self._asked = self._asked, None
+            self._current, self._next = self._next, None
             try:
-                self._ticket = self._queue.submit(self.visitor, self._current.wish.inputs, self._tell_place)
-                generated = await self._queue.result(self._ticket)
-                await self._show(self._current, self._ticket, generated)
+                self._queued = self._queue.submit(self.client, self._current.cog.inputs, self._tell_position)
+                result = await self._queue.result(self._queued)
+                await self._show(self._current, self._queued, result)
             except Stopped:
-                pass  # for a newer one, or because the visitor said so
+                pass  # for a newer one, or because the client said so
             except FewstepError as error:
                 await self._fail(self._current.n, error)
             finally:
-                self._ticket = None
+                self._queued = None
 
-    def _tell_place(self, place: int) -> None:
+    def _tell_position(self, position: int) -> None:
         assert self._current
-        message = {"type": "waiting", "n": self._current.n, "place": place}
+        message = {"type": "waiting", "n": self._current.n, "place": position}
         task = asyncio.create_task(self._send(message))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    async def _show(self, asked: _Asked, ticket: QueuedRequest, generated: BackendResult) -> None:
-        assert ticket.sent
-        wish = asked.wish
-        width, height = wish.size
+    async def _show(self, prompt: _Prompt, queued: QueuedRequest, result: BackendResult) -> None:
+        assert queued.sent
+        cog = prompt.cog
+        width, height = cog.size
         ids = []
-        for content, seed in zip(generated.files, wish.seeds, strict=False):
-            recipe = {**wish.recipe, "seed": seed, "num_outputs": 1}
-            ids.append(self._recent.add(self.visitor, content, recipe))
+        for content, seed in zip(result.files, cog.seeds, strict=False):
+            recipe = {**cog.recipe, "seed": seed, "num_outputs": 1}
+            ids.append(self._recent.add(self.client, content, recipe))
         message = {
             "type": "painted",
-            "n": asked.n,
-            "quick": asked.quick,
-            "seed": wish.inputs["seed"],
+            "n": prompt.n,
+            "quick": prompt.quick,
+            "seed": cog.inputs["seed"],
             "width": width,
             "height": height,
-            "paint_ms": round(generated.generate_ms, 1),
-            "wait_ms": round((ticket.sent - asked.came) * 1000, 1),
+            "paint_ms": round(result.generate_ms, 1),
+            "wait_ms": round((queued.sent - prompt.came) * 1000, 1),
             "images": ids,
         }
         self._shown = time.monotonic()
-        await self._send(message, generated.files)
+        await self._send(message, result.files)
 
     async def _fail(self, n: int | None, error: FewstepError) -> None:
         message = {"type": "failed", "n": n, "code": error.code, "message": error.sentence}
@@ -239,7 +238,7 @@ class LiveSession:
 
 
 class _OutOfTurn(Exception):
-    """Bytes that nothing announced: what follows cannot be told apart either."""
+    """Bytes came that nothing announced: what follows cannot be told apart either."""
 
 
 def _parsed(text: str) -> tuple[str, dict[str, Any]]:
@@ -258,6 +257,6 @@ def _refuse(name: str) -> None:
 
 def _slot(fields: Mapping[str, Any]) -> str:
     slot = fields.get("slot")
-    if slot not in SLOTS:
+    if slot not in tuple(SLOTS):  # which may be anything, even what has no hash
         raise InvalidRequest("slot must be image or mask")
     return str(slot)

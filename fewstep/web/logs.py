@@ -1,4 +1,4 @@
-"""What the front door writes to the log."""
+"""What the page's server writes to the log."""
 
 from __future__ import annotations
 

@@ -8,43 +8,86 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import math
 import re
 import secrets
 import time
-from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+from pydantic import BaseModel, Field, FiniteFloat, model_validator
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fewstep.errors import FewstepError, InvalidRequest, Stopped
+from fewstep.errors import InvalidRequest, Stopped, Unauthorized
 from fewstep.images.codec import MIME_TYPES, open_alpha_mask, open_image
 from fewstep.models.specs import ModelSpec
 from fewstep.request import GUIDANCE, LCM_LORA_MAX_GUIDANCE, NUM_OUTPUTS, SEED_MAX, SIDE, STEPS
-from fewstep.web.app_state import AppState, app_state, retry_after, status_of
+from fewstep.web.app_state import AppState, app_state
 from fewstep.web.backends import BackendResult
-from fewstep.web.cog_inputs import Wish, make_wish
+from fewstep.web.cog_inputs import CogInputs
+from fewstep.web.error_responses import openai_error_response
+from fewstep.web.messages import checked
 from fewstep.web.queue import QueuedRequest, RequestQueue
 
 MAX_N = 10
 QUALITY_STEPS = {"low": 2, "medium": 4, "standard": 4, "auto": 4, "high": 8, "hd": 8}
 FORMATS = {"png": "png", "jpeg": "jpg", "jpg": "jpg", "webp": "webp"}
-Fields = Mapping[str, Any]
 
 
-class Unauthorized(FewstepError):
-    """The key is missing or wrong."""
+class ImagesBody(BaseModel):
+    """What a client asks of /v1/images; forms send numbers as text, and unknown fields are let pass."""
 
-    code = "invalid_api_key"
-    status = 401
+    prompt: str = Field(description="text; say in a few words what to paint")
+    n: int = Field(1, ge=1, le=MAX_N, description=f"a whole number from 1 to {MAX_N}")
+    size: Any = "auto"
+    quality: Any = "auto"
+    response_format: Any = "b64_json"
+    output_format: Literal["png", "jpeg", "jpg", "webp"] = Field(
+        "png", description=f"one of {', '.join(FORMATS)}"
+    )
+    output_compression: FiniteFloat = Field(90, description="a number")
+    num_inference_steps: FiniteFloat = Field(0, description="a number")
+    steps: FiniteFloat = Field(0, description="a number")
+    guidance_scale: FiniteFloat | None = Field(None, description="a number")
+    negative_prompt: Any = ""
+    strength: FiniteFloat | None = Field(None, description="a number")
+    seed: FiniteFloat = Field(-1, description="a number")  # -1 draws one
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_blanks(cls, fields: Any) -> Any:
+        """Leave out what clients send empty, and let no truth value pass as a number."""
+        if not isinstance(fields, dict):
+            return fields
+        sent = {name: value for name, value in fields.items() if value not in (None, "")}
+        return {name: str(value) if isinstance(value, bool) else value for name, value in sent.items()}
+
+    def inputs(self, spec: ModelSpec, has_image: bool) -> dict[str, Any]:
+        """Return predict()'s inputs. Numbers out of range are taken for the nearest that is in it."""
+        steps = self.num_inference_steps or self.steps or QUALITY_STEPS.get(str(self.quality), 4)
+        inputs: dict[str, Any] = {
+            "prompt": self.prompt,
+            "steps": int(_within(STEPS, steps)),
+            "seed": secrets.randbits(31) if self.seed == -1 else int(_within((0, SEED_MAX), self.seed)),
+            "output_format": FORMATS[self.output_format],
+            "output_quality": int(_within((1, 100), self.output_compression)),
+            **_size(spec, str(self.size)),
+        }
+        if self.guidance_scale is not None:
+            most = LCM_LORA_MAX_GUIDANCE if spec.lcm_lora else GUIDANCE[1]
+            inputs["guidance"] = _within((GUIDANCE[0], most), self.guidance_scale)
+        if self.negative_prompt:
+            inputs["negative_prompt"] = self.negative_prompt
+        if has_image and self.strength is not None:
+            inputs["prompt_strength"] = _within((0, 1), self.strength)
+        return inputs
 
 
 def routes() -> list[Route]:
-    """Under /v1."""
+    """Return those under /v1."""
     return [
         Route("/v1/models", _models),
         Route("/v1/images/generations", _generations, methods=["POST"]),
@@ -54,198 +97,120 @@ def routes() -> list[Route]:
 
 
 async def _models(request: Request) -> Response:
-    front = app_state(request)
-    try:
-        _check_key(request, front)
-    except FewstepError as error:
-        return _told(error)
-    model = {"id": front.spec.name, "object": "model", "created": 0, "owned_by": "fewstep"}
+    state = _opened(request)
+    model = {"id": state.spec.name, "object": "model", "created": 0, "owned_by": "fewstep"}
     return JSONResponse({"object": "list", "data": [model]})
 
 
 async def _generations(request: Request) -> Response:
-    front = app_state(request)
-    try:
-        _check_key(request, front)
-        try:
-            fields = json.loads(await request.body())
-        except (ValueError, RecursionError):
-            raise InvalidRequest("the body is no JSON") from None
-        if not isinstance(fields, dict):
-            raise InvalidRequest("the body is not a JSON object")
-        return await _answer(request, front, fields, {})
-    except FewstepError as error:
-        return _told(error)
+    state = _opened(request)
+    return await _generate(request, state, checked(ImagesBody, await request.body()), {})
 
 
 async def _edits(request: Request) -> Response:
-    front = app_state(request)
-    try:
-        _check_key(request, front)
-        async with request.form(max_files=17, max_fields=64) as form:
-            fields: dict[str, Any] = {name: value for name, value in form.items() if isinstance(value, str)}
-            uploads = [one for name in ("image", "image[]") for one in form.getlist(name)]
-            mask = form.get("mask")
-            if not uploads or not isinstance(uploads[0], UploadFile):
-                raise InvalidRequest("image is missing; send the picture to be edited as a file")
-            read = front.reader.read
-            images = {"image": await read(await uploads[0].read(), "image", open_image)}
-            if isinstance(mask, UploadFile):
-                images["mask"] = await read(await mask.read(), "mask", open_alpha_mask)
-        return await _answer(request, front, fields, images)
-    except FewstepError as error:
-        return _told(error)
+    state = _opened(request)
+    async with request.form(max_files=17, max_fields=64) as form:
+        fields = {name: value for name, value in form.items() if isinstance(value, str)}
+        uploads, mask = [*form.getlist("image"), *form.getlist("image[]")], form.get("mask")
+        if not uploads or not isinstance(uploads[0], UploadFile):
+            raise InvalidRequest("image is missing; send the picture to be edited as a file")
+        read = state.reader.read
+        images = {"image": await read(await uploads[0].read(), "image", open_image)}
+        if isinstance(mask, UploadFile):
+            images["mask"] = await read(await mask.read(), "mask", open_alpha_mask)
+    return await _generate(request, state, checked(ImagesBody, fields), images)
 
 
-async def _answer(request: Request, front: AppState, fields: Fields, images: Mapping[str, Any]) -> Response:
-    count = _whole(fields, "n", 1, 1, MAX_N)
-    common = _inputs(front.spec, fields, bool(images))
-    seed = common.pop("seed")
+async def _file(request: Request) -> Response:
+    image = app_state(request).recent.any(request.path_params["id"])
+    if image is None:
+        gone = InvalidRequest("the picture is no longer here; ask for b64_json to keep them")
+        return openai_error_response(gone, 404)
+    return Response(image.content, media_type=MIME_TYPES[image.recipe["output_format"]])
 
-    def make(i: int) -> Wish:
-        most = NUM_OUTPUTS[1]
-        given = {**common, "seed": (seed + i) % (SEED_MAX + 1), "num_outputs": min(most, count - i)}
-        return make_wish(front.spec, given, **images)
 
-    wishes = [await asyncio.to_thread(make, i) for i in range(0, count, NUM_OUTPUTS[1])]
-    visitor = f"api {request.client.host if request.client else ''}"
-    generated = await _unless_gone(request, _generate_all(front.queue, visitor, wishes))
+async def _generate(
+    request: Request, state: AppState, body: ImagesBody, images: Mapping[str, Any]
+) -> Response:
+    common, most = body.inputs(state.spec, bool(images)), NUM_OUTPUTS[1]
+    asked = [
+        await asyncio.to_thread(
+            CogInputs.create,
+            state.spec,
+            {
+                **common,
+                "seed": (common["seed"] + i) % (SEED_MAX + 1),
+                "num_outputs": min(most, body.n - i),
+            },
+            **images,
+        )
+        for i in range(0, body.n, most)
+    ]
+    client = f"api {request.client.host if request.client else ''}"
+    results = await _results(request, state.queue, client, asked)
     data = []
-    for wish, one in zip(wishes, generated, strict=True):
-        for content, used in zip(one.files, wish.seeds, strict=False):
-            if fields.get("response_format") == "url":
-                recipe = {**wish.recipe, "seed": used, "num_outputs": 1}
-                found = front.recent.add(visitor, content, recipe)
-                data.append({"url": str(request.url_for("_file", id=found))})
+    for inputs, result in zip(asked, results, strict=True):
+        for content, seed in zip(result.files, inputs.seeds, strict=False):
+            if body.response_format == "url":
+                recipe = {**inputs.recipe, "seed": seed, "num_outputs": 1}
+                image = state.recent.add(client, content, recipe)
+                data.append({"url": str(request.url_for("_file", id=image))})
             else:
                 data.append({"b64_json": base64.b64encode(content).decode()})
-    width, height = wishes[0].size
+    width, height = asked[0].size
     kind = common["output_format"].replace("jpg", "jpeg")
     return JSONResponse(
         {"created": int(time.time()), "data": data, "output_format": kind, "size": f"{width}x{height}"}
     )
 
 
-async def _generate_all(queue: RequestQueue, visitor: str, wishes: Sequence[Wish]) -> list[BackendResult]:
-    tickets: list[QueuedRequest] = []
-    try:
-        for wish in wishes:
-            tickets.append(queue.submit(visitor, wish.inputs))
-        return await asyncio.gather(*(queue.result(ticket) for ticket in tickets))
-    except BaseException:  # one that failed leaves the others without a use
-        for ticket in tickets:
-            queue.cancel(ticket)
-        raise
-
-
-async def _unless_gone(
-    request: Request, work: Coroutine[Any, Any, list[BackendResult]]
+async def _results(
+    request: Request, queue: RequestQueue, client: str, asked: Sequence[CogInputs]
 ) -> list[BackendResult]:
-    """What `work` makes; nothing is generated for a client who has left. The body must have been read."""
-    result = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(request.receive())
+    """Have all generated, unless the client leaves or one fails, which leaves the others without a use."""
+    queued: list[QueuedRequest] = []
+    leaving = asyncio.ensure_future(request.receive())  # what comes after the body, which has been read
     try:
-        await asyncio.wait({result, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not result.done():
-            result.cancel()
+        for cog in asked:
+            queued.append(queue.submit(client, cog.inputs))
+        results = asyncio.gather(*(queue.result(one) for one in queued))
+        ends: tuple[asyncio.Future[Any], ...] = results, leaving
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if not results.done():
+            results.cancel()
             raise Stopped("the client has left")
-        return await result
+        return await results
     finally:
         leaving.cancel()
+        for one in queued:
+            queue.cancel(one)
 
 
-async def _file(request: Request) -> Response:
-    front = app_state(request)
-    found = front.recent.any(request.path_params["id"])
-    if found is None:
-        return _told(InvalidRequest("the picture is no longer here; ask for b64_json to keep them"), 404)
-    return Response(found.content, media_type=MIME_TYPES[found.recipe["output_format"]])
-
-
-def _inputs(spec: ModelSpec, fields: Fields, has_image: bool) -> dict[str, Any]:
-    prompt = fields.get("prompt")
-    if not isinstance(prompt, str):
-        raise InvalidRequest("prompt is missing; say in a few words what to paint")
-    kind = fields.get("output_format") or "png"
-    if not isinstance(kind, str) or kind not in FORMATS:
-        raise InvalidRequest(f"output_format must be one of {', '.join(FORMATS)}")
-    compression = fields.get("output_compression")
-    quality = QUALITY_STEPS.get(str(fields.get("quality") or "auto"), 4)
-    steps = fields.get("num_inference_steps") or fields.get("steps") or quality
-    inputs: dict[str, Any] = {
-        "prompt": prompt,
-        "steps": int(_clamped("num_inference_steps", steps, *STEPS)),
-        "seed": _seed(fields.get("seed")),
-        "output_format": FORMATS[kind],
-        "output_quality": int(
-            _clamped("output_compression", 90 if compression is None else compression, 1, 100)
-        ),
-        **_size(spec, fields.get("size"), has_image),
-    }
-    if fields.get("guidance_scale") is not None:
-        most = LCM_LORA_MAX_GUIDANCE if spec.lcm_lora else GUIDANCE[1]
-        inputs["guidance"] = _clamped("guidance_scale", fields["guidance_scale"], GUIDANCE[0], most)
-    if fields.get("negative_prompt"):
-        inputs["negative_prompt"] = fields["negative_prompt"]
-    if has_image and fields.get("strength") is not None:
-        inputs["prompt_strength"] = _clamped("strength", fields["strength"], 0, 1)
-    return inputs
-
-
-def _size(spec: ModelSpec, given: object, has_image: bool) -> dict[str, Any]:
-    if given in (None, "", "auto"):
+def _size(spec: ModelSpec, size: str) -> dict[str, Any]:
+    if size == "auto":
         return {}
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(given))
-    if not found or not int(found[1]) or not int(found[2]):
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
+    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not width or not height:
         raise InvalidRequest("size must be a width and a height in px, such as 1024x1024, or auto")
-    width, height = int(found[1]), int(found[2])
     if max(width, height) > 4 * min(width, height):
         raise InvalidRequest("size is more than four times as long as it is wide; ask for another shape")
     # A client's list of sizes is of OpenAI's models: what is too large here is generated in the same shape.
     scale = min(1.0, math.sqrt(spec.max_pixels / (width * height)), SIDE[1] / max(width, height))
     if scale < 1:
         scale = min(scale, math.sqrt(spec.native_size**2 / (width * height)))
-    wide, high = (max(SIDE[0], math.floor(side * scale / 8) * 8) for side in (width, height))
-    return {"aspect_ratio": "custom", "width": wide, "height": high}
+    width, height = (max(SIDE[0], math.floor(side * scale / 8) * 8) for side in (width, height))
+    return {"aspect_ratio": "custom", "width": width, "height": height}
 
 
-def _seed(value: object) -> int:
-    if value is None or value == "" or value == -1:
-        return secrets.randbits(31)
-    return int(_clamped("seed", value, 0, SEED_MAX))
+def _within(limits: tuple[float, float], value: float) -> float:
+    return min(max(value, limits[0]), limits[1])
 
 
-def _whole(fields: Fields, name: str, default: int, low: int, high: int) -> int:
-    value = fields.get(name)
-    text = str(default if value is None else value)
-    if isinstance(value, bool) or not text.isdecimal() or len(text) > 4 or not low <= int(text) <= high:
-        raise InvalidRequest(f"{name} must be a whole number from {low} to {high}")
-    return int(text)
-
-
-def _clamped(name: str, value: object, low: float, high: float) -> float:
-    try:
-        number = float(value)  # type: ignore[arg-type]  # forms send text
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if isinstance(value, bool) or math.isnan(number):
-        raise InvalidRequest(f"{name} must be a number")
-    return min(max(number, low), high)
-
-
-def _check_key(request: Request, front: AppState) -> None:
-    wanted = front.settings.api_key
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-    if wanted and not secrets.compare_digest(given.encode(), wanted.encode()):
+def _opened(request: Request) -> AppState:
+    """Return the app's state to whoever has the key. Raises Unauthorized."""
+    state = app_state(request)
+    key = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+    if state.settings.api_key and not secrets.compare_digest(key.encode(), state.settings.api_key.encode()):
         raise Unauthorized("the API key is missing or wrong; send it as Authorization: Bearer KEY")
-
-
-def _told(error: FewstepError, status: int = 0) -> Response:
-    """As OpenAI's clients read it; they retry on 429 and 503."""
-    status = status or status_of(error)
-    status = 400 if status == 422 else status
-    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
-        status, "invalid_request_error" if status < 500 else "server_error"
-    )
-    content = {"error": {"message": error.sentence, "type": kind, "param": None, "code": error.code}}
-    return JSONResponse(content, status, retry_after(error, status))
+    return state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from fewstep.errors import FewstepError, InvalidRequest
+from fewstep.errors import EnhancerFailed
 from fewstep.request import PROMPT_MAX_CHARS
 
 logger = logging.getLogger(__name__)
@@ -17,15 +17,8 @@ ASK = (
 )
 
 
-class HelpFailed(FewstepError):
-    """The chat endpoint did not answer as it should."""
-
-    code = "help_failed"
-    status = 502
-
-
 class PromptEnhancer:
-    """`improve` asks the endpoint at `url` (OpenAI's own without one) for a better prompt."""
+    """Asks the chat endpoint at `url` (OpenAI's own without one) for better prompts."""
 
     def __init__(self, key: str, url: str | None, model: str) -> None:
         from openai import AsyncOpenAI  # takes most of a second to import
@@ -33,21 +26,19 @@ class PromptEnhancer:
         self._client = AsyncOpenAI(api_key=key, base_url=url, timeout=TIMEOUT_S, max_retries=1)
         self._model = model
 
-    async def improve(self, prompt: object) -> str:
-        """Raises InvalidRequest, or HelpFailed."""
-        if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > PROMPT_MAX_CHARS:
-            raise InvalidRequest(f"prompt must be text of 1 to {PROMPT_MAX_CHARS} characters")
+    async def improve(self, prompt: str) -> str:
+        """Return a better prompt. Raises EnhancerFailed."""
         try:
             answer = await self._client.chat.completions.create(
                 model=self._model,
                 messages=[{"role": "system", "content": ASK}, {"role": "user", "content": prompt}],
             )
             improved = (answer.choices[0].message.content or "").strip().strip('"').strip()
-        except (
-            Exception
-        ) as error:  # the client's own, and what an endpoint that is only nearly compatible causes
+        # The client's own, and what an endpoint that is only nearly compatible causes.
+        except Exception as error:
             logger.warning("the chat endpoint failed: %s", type(error).__name__)
-            raise HelpFailed("the helper for prompts cannot be reached; your prompt is as it was") from None
+            sentence = "the helper for prompts cannot be reached; your prompt is as it was"
+            raise EnhancerFailed(sentence) from None
         if not improved:
-            raise HelpFailed("the helper for prompts had nothing to say; your prompt is as it was")
+            raise EnhancerFailed("the helper for prompts had nothing to say; your prompt is as it was")
         return improved[:PROMPT_MAX_CHARS]

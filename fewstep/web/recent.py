@@ -1,4 +1,4 @@
-"""The last images of each visitor, in memory: what a visitor may keep, and nobody else can."""
+"""The last images of each client, in memory: what a client may keep, and nobody else can."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Any
 
-MAX_PICTURES = 32  # of one visitor
+MAX_IMAGES = 32  # of one client
 MAX_BYTES = 256 * 10**6  # of all
 
 
@@ -16,27 +16,27 @@ class Recent:
     """An image as it was sent."""
 
     id: str
-    visitor: str
+    client: str
     content: bytes  # of a webp, jpg or png
     recipe: dict[str, Any]
 
 
 class RecentImages:
-    """Forgets the oldest of a visitor who has many, and the oldest of all when memory is full."""
+    """Forgets the oldest of a client who has many, and the oldest of all when memory is full."""
 
-    def __init__(self, max_images: int = MAX_PICTURES, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, max_images: int = MAX_IMAGES, max_bytes: int = MAX_BYTES) -> None:
         self._max_images = max_images
         self._max_bytes = max_bytes
         self._images: OrderedDict[str, Recent] = OrderedDict()
-        self._of: dict[str, deque[str]] = {}  # ids of each visitor, in order
+        self._of: dict[str, deque[str]] = {}  # ids of each client, in order
         self._bytes = 0
 
-    def add(self, visitor: str, content: bytes, recipe: dict[str, Any]) -> str:
+    def add(self, client: str, content: bytes, recipe: dict[str, Any]) -> str:
         """Remember an image; its id cannot be guessed."""
-        image = Recent(uuid.uuid4().hex, visitor, content, recipe)
+        image = Recent(uuid.uuid4().hex, client, content, recipe)
         self._images[image.id] = image
         self._bytes += len(content)
-        own = self._of.setdefault(visitor, deque())
+        own = self._of.setdefault(client, deque())
         own.append(image.id)
         if len(own) > self._max_images:
             self._drop(own[0])
@@ -44,24 +44,24 @@ class RecentImages:
             self._drop(next(iter(self._images)))
         return image.id
 
-    def of(self, visitor: str, image: str) -> Recent | None:
-        """The visitor's own image of that id."""
-        found = self._images.get(image)
-        return found if found and found.visitor == visitor else None
+    def of(self, client: str, image: str) -> Recent | None:
+        """Return the client's own image of that id."""
+        recent = self._images.get(image)
+        return recent if recent and recent.client == client else None
 
     def any(self, image: str) -> Recent | None:
-        """For whoever was given its address."""
+        """Return the image, for whoever was given its address."""
         return self._images.get(image)
 
-    def forget(self, visitor: str) -> None:
-        """Everything of this visitor's."""
-        while own := self._of.get(visitor):
+    def forget(self, client: str) -> None:
+        """Drop everything of this client's."""
+        while own := self._of.get(client):
             self._drop(own[0])
 
     def _drop(self, image: str) -> None:
         gone = self._images.pop(image)
         self._bytes -= len(gone.content)
-        own = self._of[gone.visitor]
-        own.popleft()  # the oldest of all is the oldest of its visitor's, too
+        own = self._of[gone.client]
+        own.popleft()  # the oldest of all is the oldest of its client's, too
         if not own:
-            del self._of[gone.visitor]
+            del self._of[gone.client]

@@ -1,4 +1,4 @@
-"""uvicorn, as the front door wants it."""
+"""uvicorn, set up for the page."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class WebServer(uvicorn.Server):
             ws_per_message_deflate=False,  # images are as small as they get
         )
         super().__init__(config)
-        self._front = app.state.front
+        self._state = app.state.app_state
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Once, at the end of serve()."""
-        await self._front.end(GRACE_S)
+        """Finish and turn away; called once, at the end of serve()."""
+        await self._state.end(GRACE_S)
         await super().shutdown(sockets)

@@ -10,13 +10,12 @@ import pytest
 from PIL import Image
 
 from fewstep.cli import predict, serve
-from fewstep.coglet.schema import make_schema
 from fewstep.errors import Refused
 from fewstep.images.codec import encode_image
 from fewstep.images.metadata import save_options
 
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLE = make_schema(ROOT / "tests" / "data" / "schema_sample.py")["components"]["schemas"]
+SAMPLE = json.loads((ROOT / "tests" / "data" / "schema_sample.json").read_text())["components"]["schemas"]
 
 
 def convert(name: str, value: str) -> Any:

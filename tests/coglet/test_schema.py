@@ -1,11 +1,10 @@
-"""fewstep/coglet/schema.py against Cog's own generator, and against what that generator drops in silence."""
+"""The golden schemas' maker against Cog's own generator, and against what that generator drops in silence."""
 
 import json
 from pathlib import Path
 
 import pytest
-
-from fewstep.coglet.schema import make_schema, write_schema
+from schema_maker import make_schema
 
 DATA = Path(__file__).parents[1] / "data"
 SOURCE = """
@@ -75,12 +74,3 @@ def test_negative_and_fractional_bounds_are_kept(tmp_path: Path) -> None:
     source.write_text(SOURCE.format(parameter='x: float = Input(ge=-0.5, le=1e3, regex=r"\\d")'))
     entry = make_schema(source)["components"]["schemas"]["Input"]["properties"]["x"]
     assert (entry["minimum"], entry["maximum"], entry["pattern"]) == (-0.5, 1000, r"\d")
-
-
-def test_writing_replaces_an_old_schema_and_leaves_nothing_else(tmp_path: Path) -> None:
-    target = tmp_path / ".cog" / "openapi_schema.json"
-    target.parent.mkdir()
-    target.write_text("{}")
-    write_schema(target, DATA / "schema_sample.py")
-    assert json.loads(target.read_text()) == make_schema(DATA / "schema_sample.py")
-    assert list(target.parent.iterdir()) == [target]

@@ -2,6 +2,7 @@
 
 import contextvars
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -39,6 +40,25 @@ def test_prepare_empties_the_root_of_our_files_only(tmp_path: Path) -> None:
     Outputs(tmp_path, None).write([b"left behind"], "png")
     Outputs(tmp_path, None).prepare()
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.png"]
+
+
+def test_a_start_removes_what_a_killed_server_left_and_nothing_of_one_that_lives(tmp_path: Path) -> None:
+    predictions = tmp_path / "predictions"
+    roots = {name: tmp_path / name for name in ("gone", "killed", "living")}
+    for name, root in roots.items():
+        (predictions / name).mkdir(parents=True)
+        outputs = Outputs(root, predictions)
+        outputs.prepare()
+        outputs.write([b"left"], "png")
+        predict_as(name, outputs)
+        if name != "living":
+            assert outputs._lock is not None
+            os.close(outputs._lock)  # which the system does for whoever is killed
+    shutil.rmtree(roots["gone"])
+    for root in (tmp_path / "new", roots["living"], roots["killed"]):
+        Outputs(root, predictions).prepare()
+    assert [path.name for path in predictions.iterdir()] == ["living"]
+    assert [len(list(root.iterdir())) for root in list(roots.values())[1:]] == [0, 1]
 
 
 def test_a_root_that_cannot_be_made_is_a_settings_error(tmp_path: Path) -> None:

@@ -1,20 +1,20 @@
 """The README's strips of images: one for every input, and each input does something."""
 
 import itertools
+import json
 import re
 
 import numpy as np
 import pytest
 
-from fewstep.coglet.schema import make_schema
-from fewstep.coglet.server import ROOT
+from fewstep.coglet.server import ROOT, SCHEMA
 from fewstep.evaluation.figures import GAP
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.miniature.showcase import EXAMPLES, HEIGHT, ExampleGenerator
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
-INPUTS = make_schema(ROOT / "predict.py")["components"]["schemas"]["Input"]["properties"]
+INPUTS = json.loads(SCHEMA.read_text())["components"]["schemas"]["Input"]["properties"]
 NOT_FOR_THE_MINIATURE = {"disable_safety_checker"}  # its images are not checked
 
 

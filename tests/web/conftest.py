@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from fewstep.web.app_state import AppState
 from fewstep.web.backends import BackendResult
 from fewstep.web.queue import Worker
 from fewstep.web.serving import WebServer
-from fewstep.web.settings import WebSettings
 from fewstep.web.worker_pool import LocalWorkers
 
 MINIATURE = get_model("miniature")
@@ -60,14 +58,14 @@ class Easel:
 
 
 class Studio:
-    """A crew of easels, which are always there unless a test says otherwise."""
+    """A pool of easels, which are always there unless a test says otherwise."""
 
     live = True
     failure = ""
 
     def __init__(self, *easels: Easel, slots: int = 1) -> None:
         self.workers = [
-            Worker(name=f"easel {i}", slots=slots, generator=one, ready=True) for i, one in enumerate(easels)
+            Worker(name=f"easel {i}", slots=slots, backend=one, ready=True) for i, one in enumerate(easels)
         ]
         self.on_change: Callable[[], None] = lambda: None
 
@@ -88,8 +86,8 @@ class House:
 
     @property
     def front(self) -> AppState:
-        front: AppState = self.app.state.front
-        return front
+        state: AppState = self.app.state.app_state
+        return state
 
     @property
     def live(self) -> str:
@@ -111,9 +109,9 @@ class House:
 
 
 @contextmanager
-def open_house(folder: Path, crew: Any, model: str = "miniature", **settings: Any) -> Iterator[House]:
-    web = replace(WebSettings.from_env(folder, {}), data=folder / "data", **settings)
-    app = create_app(get_model(model), web, crew)
+def open_house(folder: Path, pool: Any, model: str = "miniature", **settings: Any) -> Iterator[House]:
+    web = Settings(web_data=folder / "data", **settings)
+    app = create_app(get_model(model), web, pool)
     port = free_port()
     server = WebServer(app, "127.0.0.1", port)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -134,7 +132,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """The real thing: coglet with the miniature, as scripts/web starts it, one for all tests of a run."""
     folder = tmp_path_factory.mktemp("web")
     environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder)}
-    crew = LocalWorkers([environ], 180, log=folder / "painters.log")
-    with open_house(folder, crew, styles=Settings().styles_root / "miniature") as house:
+    pool = LocalWorkers([environ], 180, log=folder / "painters.log")
+    with open_house(folder, pool) as house:
         house.wait_ready()
         yield house

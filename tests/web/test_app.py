@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from fewstep.coglet.server import free_port
 from fewstep.errors import SettingsError
 from fewstep.web.app import MAX_SESSIONS
-from fewstep.web.settings import WebSettings
+from fewstep.web.auth import cookie_key
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +103,14 @@ def test_a_cookie_is_signed_and_kept_from_scripts(house):
 
 
 def test_the_key_of_the_cookies_is_whole_or_not_there_and_never_empty(tmp_path):
-    settings = WebSettings(data=tmp_path / "data")
     with ThreadPoolExecutor(8) as pool:
-        [key] = set(pool.map(lambda _: settings.cookie_key(), range(32)))
+        [key] = set(pool.map(lambda _: cookie_key(tmp_path / "data"), range(32)))
     file = tmp_path / "data" / "cookie-key"
     assert len(key) >= 32 and file.stat().st_mode & 0o777 == 0o600
     assert [path.name for path in file.parent.iterdir()] == ["cookie-key"]
     file.write_text("")
     with pytest.raises(SettingsError):
-        settings.cookie_key()
+        cookie_key(tmp_path / "data")
 
 
 def test_a_visitor_has_only_so_many_sockets(house):
@@ -180,7 +179,7 @@ def test_nothing_else_is_served(house, path):
 
 def test_what_a_client_adds_never_reaches_the_server_that_generates(house):
     """No id, no webhook, no header of a client's: the inputs are the whole of it."""
-    easel = house.front.queue.workers[0].generator
+    easel = house.front.queue.workers[0].backend
     with house.client(headers={"Authorization": "Bearer x", "Prefer": "respond-async"}) as client:
         generated(house, client, steps=2)
     assert set(easel.inputs[-1]) == {

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from fewstep.web import auth
 from fewstep.web.auth import MAX_BODY, Guard
 
 SAME = {"host": "127.0.0.1:8000"}
@@ -27,10 +28,13 @@ def ask(method="POST", body=b"", kind="http", chunks=1, **headers):
     scope = {
         "type": kind,
         "method": method,
+        "path": "/",
         "headers": [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()],
     }
 
     async def receive():
+        if not parts:
+            await asyncio.sleep(9)
         part = parts.pop()
         return {"type": "http.request", "body": part, "more_body": bool(parts)}
 
@@ -86,6 +90,12 @@ def test_a_body_that_says_it_is_long_is_not_read(length):
 def test_a_body_that_does_not_say_so_is_read_up_to_the_limit():
     assert ask("POST", b"x" * 1000, chunks=MAX_BODY // 1000, **SAME)[0]["status"] == 200
     assert ask("POST", b"x" * 1000, chunks=MAX_BODY // 1000 + 1, **SAME)[0]["status"] == 413
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(auth, "BODY_S", 0.05)
+    start, body = ask("POST", chunks=0, **SAME)
+    assert start["status"] == 408 and json.loads(body["body"])["code"] == "too_slow"
 
 
 def test_every_answer_forbids_what_the_page_does_not_need():

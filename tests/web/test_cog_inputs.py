@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from fewstep.errors import InvalidRequest
 from fewstep.images.codec import open_alpha_mask, open_image, open_mask
 from fewstep.models.specs import get_model
-from fewstep.web.cog_inputs import ImageReader, make_wish
+from fewstep.web.cog_inputs import CogInputs, ImageReader
 
 SDXL = get_model("sdxl")
 
@@ -33,10 +33,10 @@ def opened(url):
 
 
 def test_a_prompt_alone_becomes_inputs_with_the_size_and_the_seed_settled():
-    wish = make_wish(MINIATURE, {"prompt": "a red house", "seed": None, "style": None})
-    seed = wish.inputs.pop("seed")
+    cog = CogInputs.create(MINIATURE, {"prompt": "a red house", "seed": None, "style": None})
+    seed = cog.inputs.pop("seed")
     assert 0 <= seed < 2**31
-    assert wish.inputs == {
+    assert cog.inputs == {
         "prompt": "a red house", "steps": 4, "guidance": 1.0, "num_outputs": 1, "aspect_ratio": "custom",
         "width": 128, "height": 128, "output_format": "webp", "output_quality": 90,
     }  # fmt: skip
@@ -74,54 +74,57 @@ def test_a_prompt_alone_becomes_inputs_with_the_size_and_the_seed_settled():
     ],
 )
 def test_what_is_not_allowed_is_refused_without_being_quoted(fields):
-    with pytest.raises(InvalidRequest) as told:
-        make_wish(MINIATURE, {"prompt": "a red house", **fields}, styles=["golden-hour"])
-    assert len(told.value.sentence) < 400
+    with pytest.raises(InvalidRequest) as caught:
+        CogInputs.create(MINIATURE, {"prompt": "a red house", **fields}, styles=["golden-hour"])
+    assert len(caught.value.sentence) < 400
     assert not any(
-        str(value) in told.value.sentence
+        str(value) in caught.value.sentence
         for value in fields.values()
         if isinstance(value, str) and len(value) > 4
     )
 
 
 def test_a_style_of_the_servers_own_goes_with_its_scale():
-    wish = make_wish(
+    cog = CogInputs.create(
         MINIATURE,
         {"prompt": "a red house", "style": "golden-hour", "style_scale": 0.5},
         styles=["golden-hour"],
     )
-    assert (wish.inputs["style"], wish.inputs["style_scale"]) == ("golden-hour", 0.5)
+    assert (cog.inputs["style"], cog.inputs["style_scale"]) == ("golden-hour", 0.5)
 
 
 def test_a_negative_prompt_goes_only_where_it_counts():
     for guidance, goes in ((1, False), (2, True)):
-        wish = make_wish(MINIATURE, {"prompt": "a", "negative_prompt": "blue", "guidance": guidance})
-        assert ("negative_prompt" in wish.inputs) is goes
+        cog = CogInputs.create(MINIATURE, {"prompt": "a", "negative_prompt": "blue", "guidance": guidance})
+        assert ("negative_prompt" in cog.inputs) is goes
 
 
-def test_a_quick_wish_is_one_small_image_of_the_same_shape_and_seed():
+def test_a_quick_one_is_one_small_image_of_the_same_shape_and_seed():
     fields = {"prompt": "a", "seed": 7, "num_outputs": 4, "aspect_ratio": "16:9"}
-    quick, full = (make_wish(SDXL, fields, quick=quick) for quick in (True, False))
+    quick, full = (CogInputs.create(SDXL, fields, quick=quick) for quick in (True, False))
     assert full.size == (1344, 768) and quick.size == (672, 384)
     assert (quick.inputs["num_outputs"], quick.inputs["seed"]) == (1, 7)
-    assert make_wish(MINIATURE, {"prompt": "a"}, quick=True).size == (128, 128)  # as it is, it is quick
+    assert CogInputs.create(MINIATURE, {"prompt": "a"}, quick=True).size == (
+        128,
+        128,
+    )  # as it is, it is quick
 
 
 def test_images_go_as_our_own_pixels_of_the_size_that_is_generated():
     photo = Image.effect_mandelbrot((300, 200), (-2, -1, 1, 1), 50).convert("RGB")
     picture = file(photo, "JPEG", exif=b"Exif\0\0secret place")
     mask = file(Image.new("L", (300, 200), 255))
-    wish = make_wish(
+    cog = CogInputs.create(
         MINIATURE,
         {"prompt": "a", "prompt_strength": 0.5},
         image=sent(picture, open_image),
         mask=sent(mask, open_mask),
     )
-    assert wish.size == (160, 104)
-    image = opened(wish.inputs["image"])
-    assert (image.format, image.size, opened(wish.inputs["mask"]).size) == ("PNG", (160, 104), (160, 104))
-    assert b"secret" not in base64.b64decode(wish.inputs["image"].partition(",")[2])
-    assert wish.recipe["from_image"] and "image" not in wish.recipe and wish.inputs["prompt_strength"] == 0.5
+    assert cog.size == (160, 104)
+    image = opened(cog.inputs["image"])
+    assert (image.format, image.size, opened(cog.inputs["mask"]).size) == ("PNG", (160, 104), (160, 104))
+    assert b"secret" not in base64.b64decode(cog.inputs["image"].partition(",")[2])
+    assert cog.recipe["from_image"] and "image" not in cog.recipe and cog.inputs["prompt_strength"] == 0.5
 
 
 @pytest.mark.parametrize(

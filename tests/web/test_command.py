@@ -6,24 +6,26 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2
 import pytest
-from test_supervisor import is_gone, processes
+from test_worker_pool import is_gone, processes, wait_until
 
 from fewstep.cli.web import environs_of, with_model
-from fewstep.coglet.server import ROOT, free_port
+from fewstep.coglet.server import COGLET_ROOT, OUTPUTS, ROOT, _make_folder, free_port
 
 WEB = [sys.executable, "-P", "-m", "fewstep.cli.web"]
 
 
-def start(*arguments, **environ):
+def start(*arguments, command=WEB, **environ):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FEWSTEP_")}
     return subprocess.Popen(
-        [*WEB, *arguments],
+        [*command, *arguments],
         cwd=ROOT,
         env={**clean, "PYTHONPATH": str(ROOT), **environ},
         stderr=subprocess.PIPE,
@@ -54,7 +56,7 @@ def test_it_opens_at_once_says_when_it_is_ready_and_ends_with_all_that_it_starte
             assert lines[-1], lines
         assert httpx2.get(f"{url}/readyz", trust_env=False).status_code == 200
         [group] = children(process.pid)
-        assert len(processes(group)) == 2
+        assert len(processes(group)) == 3  # coglet, its worker, and the watcher
         process.send_signal(number)
         assert process.wait(30) == 0
         assert is_gone(group)
@@ -64,6 +66,79 @@ def test_it_opens_at_once_says_when_it_is_ready_and_ends_with_all_that_it_starte
     assert lines[0].startswith("model miniature") and len(lines) == 3, lines
     assert (tmp_path / "cookie-key").stat().st_mode & 0o777 == 0o600
     assert not list(tmp_path.glob("fewstep-outputs-*"))
+
+
+@pytest.mark.parametrize("script", ["web", "serve"])
+def test_its_sigkill_ends_all_that_it_started_and_the_next_start_removes_its_files(tmp_path, script):
+    port = str(free_port())
+    command = [*WEB[:-1], f"fewstep.cli.{script}", *(["--port", port] if script == "web" else [])]
+    process = start(command=command, FEWSTEP_WEB_DATA=str(tmp_path), TMPDIR=str(tmp_path), PORT=port)
+    while not process.stderr.readline().startswith(("ready: ", "serving on ")):
+        assert process.poll() is None
+    [group] = children(process.pid)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not processes(group), 5)
+    [left] = tmp_path.glob(f"{OUTPUTS}*")
+    with ExitStack() as files:
+        [made] = {_make_folder(str(tmp_path), files)} & set(tmp_path.glob(f"{OUTPUTS}*"))
+        assert not left.exists()
+        with ExitStack() as others:  # which leaves alone what is a living one's
+            _make_folder(str(tmp_path), others)
+            assert made.exists()
+
+
+def test_without_inodes_for_a_moment_it_generates_again_and_is_not_ready_meanwhile(tmp_path):
+    """coglet then loses its slots for good, and goes on calling itself well."""
+    COGLET_ROOT.mkdir(parents=True, exist_ok=True)
+    mount = f'mount -t tmpfs -o nr_inodes=10k tmpfs {COGLET_ROOT} && exec "$@"'
+    own_mounts = ["unshare", "-m", "sh", "-c", mount, "sh"]
+    if os.getuid() or subprocess.run([*own_mounts, "true"], capture_output=True).returncode:
+        pytest.skip("only root can mount a file system with few inodes, and not in every container")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    environ = {"FEWSTEP_WEB_DATA": str(tmp_path), "TMPDIR": str(tmp_path)}
+    process = start("--port", str(port), command=[*own_mounts, *WEB], **environ)
+    ending, images, errors = threading.Event(), [], []
+
+    def set_inodes(count):
+        remount = ["mount", "-o", f"remount,nr_inodes={count}", str(COGLET_ROOT)]
+        subprocess.run(["nsenter", "-t", str(process.pid), "-m", *remount], check=True)
+
+    def ask(seed):
+        while not ending.is_set():
+            body = {"prompt": "a red house", "num_inference_steps": 1, "seed": seed}
+            answer = httpx2.post(f"{url}/v1/images/generations", json=body, timeout=60, trust_env=False)
+            (images if answer.status_code == 200 else errors).append(time.monotonic())
+
+    def is_ready():
+        return httpx2.get(f"{url}/readyz", trust_env=False).status_code == 200
+
+    try:
+        began = time.monotonic()
+        while not process.stderr.readline().startswith("ready: "):
+            assert process.poll() is None
+        setup_s = time.monotonic() - began
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        with ThreadPoolExecutor(4) as pool:
+            for seed in range(4):
+                pool.submit(ask, seed)
+            wait_until(lambda: images)
+            status = os.statvfs(f"/proc/{process.pid}/root{COGLET_ROOT}")
+            set_inodes(status.f_files - status.f_ffree + 2)
+            time.sleep(1.5)
+            set_inodes("10k")
+            began = time.monotonic()
+            wait_until(lambda: not is_ready(), 6)
+            wait_until(lambda: is_ready() and images[-1] > began)
+            took = time.monotonic() - began
+            ending.set()
+    finally:
+        ending.set()
+        process.terminate()
+        process.wait(40)
+    assert took < max(15, setup_s + 8)  # 15 s where the start takes 7
+    assert len(errors) <= 4  # those that were sent into it, one after the other, as often as one is
 
 
 def test_when_it_is_to_end_under_load_everybody_gets_a_image_or_is_told(tmp_path):

@@ -26,7 +26,7 @@ def studio(tmp_path_factory):
 
 @pytest.fixture
 def easel(studio):
-    return studio.front.queue.workers[0].generator
+    return studio.front.queue.workers[0].backend
 
 
 def ask(studio, key="right", **fields):

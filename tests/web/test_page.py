@@ -332,7 +332,7 @@ def test_a_page_whose_server_is_gone_says_so_and_comes_back(browser, tmp_path):
 
         def turn(ready):
             worker.ready = ready
-            house.front.crew.on_change()
+            house.front.worker_pool.on_change()
 
         house.app.state.loop.call_soon_threadsafe(turn, False)
         opened.page.wait_for_function("() => /moment/i.test(document.querySelector('#status').innerText)")

@@ -6,16 +6,17 @@ import random
 import pytest
 from conftest import Easel
 
-from fewstep.errors import GenerationError, InternalError, Stopped
+from fewstep.errors import Busy, DeadlineExceeded, GenerationError, InternalError, Stopped, TooMany
+from fewstep.web import queue as queue_module
 from fewstep.web.backends import BackendBusy, BackendResult, BackendUnavailable
 from fewstep.web.monitoring import Metrics
-from fewstep.web.queue import JOIN_S, MAX_ATTEMPTS, Busy, Late, RequestQueue, TooMany, Worker
+from fewstep.web.queue import MAX_ATTEMPTS, RequestQueue, Worker
 
 
-def queue(*easels, slots=1, limit=64, per_visitor=4, deadline_s=20.0):
-    made = RequestQueue(limit=limit, per_visitor=per_visitor, deadline_s=deadline_s, watcher=Metrics())
+def queue(*easels, slots=1, limit=64, per_client=4, deadline_s=20.0):
+    made = RequestQueue(limit=limit, per_client=per_client, deadline_s=deadline_s, watcher=Metrics())
     made.workers = [
-        Worker(name=str(i), slots=slots, generator=easel, ready=True) for i, easel in enumerate(easels)
+        Worker(name=str(i), slots=slots, backend=easel, ready=True) for i, easel in enumerate(easels)
     ]
     return made
 
@@ -28,24 +29,24 @@ def test_each_visitor_has_a_turn_before_any_has_a_second_one():
     async def main():
         easel = Easel(0.01)
         made = queue(easel)
-        tickets = [made.submit("a", wish(f"a{i}")) for i in range(4)]
-        tickets += [made.submit(name, wish(f"{name}{i}")) for name in "bc" for i in range(2)]
-        await asyncio.gather(*(made.result(ticket) for ticket in tickets))
+        requests = [made.submit("a", wish(f"a{i}")) for i in range(4)]
+        requests += [made.submit(name, wish(f"{name}{i}")) for name in "bc" for i in range(2)]
+        await asyncio.gather(*(made.result(request) for request in requests))
         return easel.done
 
     assert asyncio.run(main()) == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "a3"]
 
 
-def test_when_many_places_come_free_at_once_each_visitor_gets_one():
+def test_when_many_positions_come_free_at_once_each_visitor_gets_one():
     async def main():
         easel = Easel(0.01)
         made = queue(easel, slots=3)
         made.workers[0].ready = False
-        tickets = [made.submit("a", wish(f"a{i}")) for i in range(4)]
-        tickets += [made.submit(name, wish(name)) for name in "bc"]
+        requests = [made.submit("a", wish(f"a{i}")) for i in range(4)]
+        requests += [made.submit(name, wish(name)) for name in "bc"]
         made.workers[0].ready = True
         made.pump()
-        await asyncio.gather(*(made.result(ticket) for ticket in tickets))
+        await asyncio.gather(*(made.result(request) for request in requests))
         return easel.begun
 
     assert asyncio.run(main())[:3] == ["a0", "b", "c"]
@@ -54,7 +55,7 @@ def test_when_many_places_come_free_at_once_each_visitor_gets_one():
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_again():
     async def main():
         easel = Easel(30)
-        made = queue(easel, limit=3, per_visitor=2)
+        made = queue(easel, limit=3, per_client=2)
         for visitor in ("a", "a", "a", "b"):  # the first is generated
             made.submit(visitor, wish("any"))
         with pytest.raises(TooMany) as many:
@@ -71,13 +72,13 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again():
     assert many.retry_after_s >= 1 and full.retry_after_s >= 1
 
 
-def test_places_are_told_as_they_change():
+def test_positions_are_told_as_they_change():
     async def main():
         told = []
         made = queue(Easel(0.02))
         made.submit("a", wish("a"))
-        made.submit("b", wish("b"), lambda place: told.append(("b", place)))
-        last = made.submit("c", wish("c"), lambda place: told.append(("c", place)))
+        made.submit("b", wish("b"), lambda position: told.append(("b", position)))
+        last = made.submit("c", wish("c"), lambda position: told.append(("c", position)))
         await made.result(last)
         return told
 
@@ -114,11 +115,11 @@ def test_what_a_server_did_not_answer_is_asked_of_another_with_its_turn_kept():
         made = queue(broken, sound)
         gone = []
 
-        def on_gone():
+        def doubt():
             made.workers[0].ready = False
             gone.append(1)
 
-        made.workers[0].on_gone = on_gone
+        made.workers[0].doubt = doubt
         generated = await asyncio.gather(*(made.generate(name, wish(name)) for name in "abcd"))
         return gone, generated, sound.done
 
@@ -172,36 +173,66 @@ def test_what_breaks_a_server_takes_nobody_along_twice():
 
     outcomes = asyncio.run(main())
     assert [type(one).__name__ for one in outcomes] == [
-        "Painted",
-        "Painted",
+        "BackendResult",
+        "BackendResult",
         "InternalError",
-        "Painted",
-        "Painted",
+        "BackendResult",
+        "BackendResult",
     ]
 
 
-def test_a_server_that_never_has_room_is_held_to_be_stuck_and_asked_less_and_less():
+def test_a_server_that_refuses_though_nothing_is_there_is_doubted_and_asked_less_and_less(monkeypatch):
+    monkeypatch.setattr(queue_module, "REFUSING_S", 0.2)
+
     async def main():
-        easel, stuck = Easel(), []
+        easel, doubts, told = Easel(), [], []
         easel.fails = [BackendBusy()] * 1000
         made = queue(easel, deadline_s=0.5)
-        made.workers[0].on_stuck = lambda: stuck.append(1)
-        told = []
+        made.workers[0].doubt = lambda: doubts.append(1)
         for _ in range(2):
-            ticket = made.submit("a", wish("a"), told.append)
-            with pytest.raises(Late):
-                await made.result(ticket)
-        return len(easel.begun), stuck, told
+            request = made.submit("a", wish("a"), told.append)
+            with pytest.raises(DeadlineExceeded):
+                await made.result(request)
+        return len(easel.begun), doubts, told
 
-    asked, stuck, told = asyncio.run(main())
-    assert stuck and asked < 15 and len(told) < 15
+    asked, doubts, told = asyncio.run(main())
+    assert doubts and asked < 15 and len(told) < 15
+
+
+def test_a_server_that_is_full_of_our_own_requests_is_not_doubted(monkeypatch):
+    """It takes none of the first eight, then four, and each of these takes longer than a refusal counts."""
+    monkeypatch.setattr(queue_module, "REFUSING_S", 0.05)
+
+    class Narrow(Easel):
+        running = asked = 0
+
+        async def generate(self, inputs):
+            self.asked += 1
+            await asyncio.sleep(0.001)
+            if self.asked <= 8 or self.running == 4:
+                raise BackendBusy
+            self.running += 1
+            try:
+                return await super().generate(inputs)
+            finally:
+                self.running -= 1
+
+    async def main():
+        doubts = []
+        made = queue(Narrow(0.2), slots=8)
+        made.workers[0].doubt = lambda: doubts.append(1)
+        results = await asyncio.gather(*(made.generate(str(i), wish(str(i))) for i in range(16)))
+        return results, doubts
+
+    results, doubts = asyncio.run(main())
+    assert len(results) == 16 and doubts == []
 
 
 def test_a_wish_whose_time_is_up_before_there_is_a_model_says_when_to_come_again():
     async def main():
         made = queue(Easel(), deadline_s=0.05)
         made.workers[0].ready = False
-        with pytest.raises(Late, match="not there yet") as told:
+        with pytest.raises(DeadlineExceeded, match="not there yet") as told:
             await made.generate("a", wish("a"))
         return told.value
 
@@ -240,9 +271,9 @@ def test_a_deadline_holds_while_waiting_for_a_server_and_while_result():
         easel = Easel(30)
         made = queue(easel, deadline_s=0.05)
         late = [made.submit(name, wish(name)) for name in "ab"]
-        for ticket in late:
-            with pytest.raises(Late):
-                await made.result(ticket)
+        for request in late:
+            with pytest.raises(DeadlineExceeded):
+                await made.result(request)
         await asyncio.sleep(0.01)
         return easel.left, made.running, made.waiting
 
@@ -260,41 +291,42 @@ def test_the_least_busy_server_is_asked_and_one_that_is_not_ready_is_not():
     assert asyncio.run(main()) == [3, 0, 3]
 
 
-def test_a_result_counts_as_begun_alone_with_its_mates_or_when_its_turn_comes():
-    async def main():
-        made = queue(Easel(0.05), slots=3)
-        first, mate = made.submit("a", wish("a")), made.submit("b", wish("b"))
-        await asyncio.sleep(2 * JOIN_S)
-        late = made.submit("c", wish("c"))
-        before = first.begun, mate.begun, late.begun
-        await made.result(first)
-        await asyncio.sleep(0)
-        return before, late.begun
-
-    assert asyncio.run(main()) == ((True, True, False), True)
-
-
-def test_whoever_takes_a_wish_back_before_it_began_keeps_the_turn():
-    async def main(begun):
+def test_whoever_takes_a_request_back_keeps_the_turn_but_only_once():
+    async def main(times):
         easel = Easel(0.05)
         made = queue(easel, slots=2)
         for name in "abc":  # whose turn it is in this order, from now on
             await made.generate(name, wish("before"))
         easel.begun.clear()
         made.submit("other", wish("other"))
-        if not begun:
-            await asyncio.sleep(2 * JOIN_S)
-        ticket = made.submit("a", wish("a, old"))
+        requests = [made.submit("a", wish("a 0"))]
         waiting = [made.submit(name, wish(name)) for name in "bc"]
-        assert ticket.begun is begun
-        made.cancel(ticket)
-        again = made.submit("a", wish("a, new"))
-        await asyncio.gather(*(made.result(one) for one in (*waiting, again)))
+        for i in range(times):
+            await asyncio.sleep(0.005)
+            made.cancel(requests[-1])
+            requests.append(made.submit("a", wish(f"a {i + 1}")))
+        await asyncio.gather(*(made.result(one) for one in (*waiting, requests[-1])))
         return easel.begun
 
-    assert asyncio.run(main(begun=False)).index("a, new") == 1
-    # It was generated for, and is behind the others now.
-    assert asyncio.run(main(begun=True)).index("a, new") == 3
+    assert asyncio.run(main(1)) == ["other", "a 0", "a 1", "b", "c"]
+    # Whoever goes on so is behind the others.
+    begun = asyncio.run(main(2))
+    assert begun.index("a 2") > begun.index("c")
+
+
+def test_whoever_never_waits_for_a_result_does_not_starve_the_others():
+    async def main():
+        easel = Easel(0.01)
+        made = queue(easel)
+        await made.generate("a", wish("before"))  # known, and with the oldest turn
+        results = [asyncio.create_task(made.generate(name, wish(name))) for name in "bcdef"]
+        while not all(task.done() for task in results):
+            request = made.submit("a", wish("a"))
+            await asyncio.sleep(0.005)
+            made.cancel(request)
+        return easel.done
+
+    assert asyncio.run(asyncio.wait_for(main(), 5))[1:] == list("bcdef")
 
 
 def test_at_the_end_what_is_generated_is_finished_and_what_waits_is_told():
@@ -338,16 +370,16 @@ def test_whatever_happens_every_wish_ends_once_and_no_server_gets_more_than_it_t
         async def visit(name):
             for i in range(20):
                 try:
-                    ticket = made.submit(name, wish(f"{name}{i}"))
+                    request = made.submit(name, wish(f"{name}{i}"))
                 except Busy:
                     outcomes.append("refused")
                     continue
                 if chance.random() < 0.3:
-                    asyncio.get_running_loop().call_later(chance.random() * 0.01, made.cancel, ticket)
+                    asyncio.get_running_loop().call_later(chance.random() * 0.01, made.cancel, request)
                 if chance.random() < 0.5:
                     await asyncio.sleep(chance.random() * 0.003)
                 try:
-                    await made.result(ticket)
+                    await made.result(request)
                     outcomes.append("painted")
                 except (Stopped, GenerationError, InternalError) as error:
                     outcomes.append(error.code)

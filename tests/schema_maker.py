@@ -1,4 +1,6 @@
-"""The OpenAPI schema of a `predict.py`, read from its source as Cog's build does: nothing is imported or run.
+"""Make the OpenAPI schema of a `predict.py` from its source, as Cog's build does: nothing of it is run.
+
+An input was added or changed: `python3 tests/schema_maker.py` writes the golden files anew.
 
 Cog's reader drops in silence what it cannot resolve: a bound that names a constant, a description in
 parentheses or in two adjacent strings, a number with underscores. Here each of these is an error, so that
@@ -8,14 +10,15 @@ the schema made from a file is the schema that Cog makes of it.
 import ast
 import io
 import json
-import os
 import re
-import threading
 import tokenize
 from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAIN = ROOT / "fewstep" / "benchmark" / "plain"
 
 TYPES: dict[str, Json] = {
     "str": {"type": "string"},
@@ -56,16 +59,15 @@ def make_schema(path: Path, training: Path | None = None) -> Json:
     return schema
 
 
-def write_schema(target: Path, path: Path, training: Path | None = None) -> None:
-    """Write what `make_schema` makes to `target` in one step, so that a server that starts meanwhile reads
-    either the old file or the new one. Raises what `make_schema` and the disk raise."""
-    text = json.dumps(make_schema(path, training), indent=2, sort_keys=True) + "\n"
-    if target.exists() and target.read_text(encoding="utf-8") == text:
-        return
-    target.parent.mkdir(exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(target)
+def golden_files() -> dict[Path, str]:
+    """The text of every schema that is shipped, by its path."""
+    schemas = {
+        ROOT / "fewstep" / "coglet" / "openapi_schema.json": make_schema(
+            ROOT / "predict.py", ROOT / "train.py"
+        ),
+        PLAIN / ".cog" / "openapi_schema.json": make_schema(PLAIN / "predict.py"),
+    }
+    return {path: json.dumps(schema, indent=2, sort_keys=True) + "\n" for path, schema in schemas.items()}
 
 
 class _Reader:
@@ -311,3 +313,8 @@ def _document(inputs: Json, output: Json, enumerations: Json) -> Json:
         },
         "components": {"schemas": _schemas(inputs, output) | enumerations},
     }
+
+
+if __name__ == "__main__":
+    for path, text in golden_files().items():
+        path.write_text(text, encoding="utf-8")

@@ -1,0 +1,299 @@
+"""coglet is killed, stopped and misled: generating goes on without a hand, and nothing is left behind."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from conftest import open_house
+from test_backends import URL, answering
+from test_live import visit
+
+from fewstep.coglet.server import OUTPUTS, Server
+from fewstep.web import worker_pool
+from fewstep.web.worker_pool import WITHHELD, LocalWorkers, RemoteWorker, visible_gpus
+
+SLACK_S = 15
+
+
+def processes(group):
+    """The processes of a group by their pid, with their state, which says whether they are zombies."""
+    found = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = status.read_text()
+        except OSError:
+            continue
+        rest = text.rpartition(")")[2]
+        state, _, group_of = rest.split()[:3]
+        if int(group_of) == group:
+            found[int(status.parent.name)] = state
+    return found
+
+
+def wait_until(happened, seconds=90):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("supervised")
+    environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    pool = LocalWorkers([environ] * 2, 60, log=folder / "painters.log")
+    with open_house(folder, pool) as house:
+        began = time.monotonic()
+        wait_until(lambda: all(worker.ready for worker in pool.workers))
+        house.setup_s = time.monotonic() - began
+        yield house
+        groups = [group_of(house, i) for i in range(2)]
+    assert groups and all(is_gone(group) for group in groups)
+
+
+def is_gone(group):
+    """Whether nothing is left of it, within the moment that the system's init takes to clear what ended."""
+    for _ in range(20):
+        if not processes(group):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def group_of(house, i=0):
+    """The process group of the server that runs now; None between two."""
+    server = house.front.worker_pool.workers[i].server
+    return server and server.process.pid
+
+
+def worker_of(group):
+    """The process that coglet started to generate: the largest, beside coglet and the watcher."""
+    sizes = {pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in processes(group)}
+    return max(sizes, key=sizes.get)
+
+
+def is_replaced(house, groups):
+    """Whether every server is another than in `groups`, and ready."""
+    workers = house.front.worker_pool.workers
+    now = [group_of(house, i) for i in range(len(workers))]
+    return None not in now and not set(now) & set(groups) and all(worker.ready for worker in workers)
+
+
+class Load:
+    """Clients who type on; every prompt that is the last for a while must be generated."""
+
+    def __init__(self, house, clients=4):
+        self.house, self.errors, self.states, self.generated = house, [], [], 0
+        self.ending = threading.Event()
+        self.threads = [threading.Thread(target=self._type, args=(i,)) for i in range(clients)]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        self.wait_for_more()
+        return self
+
+    def __exit__(self, *_):
+        self.ending.set()
+        for thread in self.threads:
+            thread.join()
+
+    def wait_for_more(self, images=1):
+        before = self.generated
+        wait_until(lambda: self.generated >= before + images)
+
+    def _type(self, i):
+        with visit(self.house) as visitor:
+            while not self.ending.is_set():
+                n = visitor.type(f"a red house {i} {visitor.n}", seed=i, steps=1)
+                while True:
+                    message, _ = visitor.read("painted", "failed", "state", timeout=90)
+                    if message["type"] == "failed":
+                        self.errors.append(message)
+                    if message["type"] == "state":
+                        self.states.append(message["ready"])
+                    if message.get("n") == n:
+                        self.generated += 1
+                        break
+
+
+def ends_and_comes_back(house, kill):
+    """Seconds until both servers are ready after `kill(group)` of both; a load is generated meanwhile."""
+    groups = [group_of(house, i) for i in range(2)]
+    with Load(house) as load:
+        for group in groups:
+            kill(group)
+        began = time.monotonic()
+        wait_until(lambda: is_replaced(house, groups))
+        took = time.monotonic() - began
+        load.wait_for_more(8)
+    assert load.errors == []
+    # "One moment", and then that it is over; the first of all says how it was at the beginning.
+    assert False in load.states and load.states[-1] is True
+    for group in groups:
+        assert is_gone(group), "a process is left of what was replaced"
+    return took
+
+
+def test_a_worker_that_is_killed_is_replaced_and_nobodys_request_is_lost(house):
+    took = ends_and_comes_back(house, lambda group: os.kill(worker_of(group), signal.SIGKILL))
+    assert took < house.setup_s + SLACK_S
+
+
+def test_a_server_that_is_killed_is_replaced_with_its_worker(house):
+    took = ends_and_comes_back(house, lambda group: os.kill(group, signal.SIGKILL))
+    assert took < house.setup_s + SLACK_S
+
+
+def test_one_that_hangs_is_routed_around_and_replaced(house):
+    group = group_of(house)
+    worker = house.front.worker_pool.workers[0]
+    with Load(house, clients=2) as load:
+        os.kill(worker_of(group), signal.SIGSTOP)
+        wait_until(lambda: not worker.ready, 15)
+        wait_until(lambda: group_of(house) not in (group, None) and worker.ready)
+    assert load.errors == [] and is_gone(group)
+
+
+def test_the_restarts_are_counted_and_every_server_has_its_own_folder(house):
+    with house.client() as client:
+        text = client.get("/metrics").text
+    count = float(
+        next(line.split()[1] for line in text.splitlines() if line.startswith("fewstep_restarts_total"))
+    )
+    assert count >= 5
+    folders = list(house.front.settings.web_data.parent.glob(f"{OUTPUTS}*"))
+    assert len(folders) == 2
+
+
+def keep(environ, log, until):
+    """Keep one server alive until `until(pool, restarts)`: why it fails, whether it was ready, its group."""
+
+    async def main():
+        restarts, states = [], []
+        pool = LocalWorkers([environ], 60, log=log)
+        [worker] = pool.workers
+        pool.start(lambda: states.append(worker.ready), lambda: restarts.append(1))
+        while not until(pool, restarts):
+            await asyncio.sleep(0.01)
+        failure, group = pool.failure, worker.server and worker.server.process.pid
+        began = time.monotonic()
+        await pool.stop()
+        assert time.monotonic() - began < 10
+        return failure, any(states), group
+
+    return asyncio.run(main())
+
+
+def test_a_model_that_cannot_start_says_why_and_is_tried_again(tmp_path):
+    environ = {"PATH": "/usr/bin:/bin", "FEWSTEP_WEIGHTS": str(tmp_path), "TMPDIR": str(tmp_path)}
+    failure, ever_ready, _ = keep(environ, tmp_path / "log", lambda pool, restarts: len(restarts) > 1)
+    assert "[weights]" in failure and str(tmp_path) not in failure and not ever_ready
+
+
+def test_whatever_keeps_a_server_from_starting_it_is_tried_again(tmp_path, monkeypatch):
+    """A full disk, say: the task that keeps it alive must not end."""
+    kinds = iter((OSError(28, "No space left"), KeyError("setup"), RuntimeError("any")))
+
+    def failing(**_):
+        raise next(kinds, OSError())
+
+    monkeypatch.setattr(worker_pool, "running_server", failing)
+    monkeypatch.setattr(worker_pool, "BACKOFF_S", (0.01,))
+    failure, _, _ = keep({}, tmp_path / "log", lambda pool, restarts: len(restarts) >= 5)
+    assert "the log says why" in failure
+
+
+def test_a_stop_in_the_middle_of_a_start_leaves_nothing(tmp_path):
+    environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)}
+    began = time.monotonic()
+    _, _, group = keep(environ, tmp_path / "log", lambda *_: time.monotonic() - began > 0.5)
+    assert group and is_gone(group) and not list(tmp_path.glob(f"{OUTPUTS}*"))
+
+
+def test_the_fronts_secrets_stay_with_it():
+    environ = {"PATH": "/usr/bin:/bin", "KEPT": "1", **dict.fromkeys(WITHHELD, "secret")}
+    [worker] = LocalWorkers([environ], 60).workers
+    assert worker.environ == {"PATH": "/usr/bin:/bin", "KEPT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "gpus"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,3"}, ["0", "3"]),
+        ({"CUDA_VISIBLE_DEVICES": ""}, []),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, []),
+        ({"CUDA_VISIBLE_DEVICES": "0", "FEWSTEP_DEVICE": "cpu"}, []),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-1,MIG-2"}, ["GPU-1", "MIG-2"]),
+    ],
+)
+def test_the_gpus_that_may_be_used(environ, gpus):
+    assert visible_gpus(environ) == gpus
+
+
+def test_somebody_elses_server_is_used_as_long_as_it_is_ready(house, tmp_path):
+    url = house.front.worker_pool.workers[0].backend.url
+    with open_house(tmp_path, RemoteWorker(url, 60)) as other:
+        other.wait_ready(10)
+        with visit(other) as visitor:
+            visitor.type("a red house", steps=1)
+            visitor.read("painted")
+    with open_house(tmp_path, RemoteWorker("http://127.0.0.1:9", 60)) as other, other.client() as client:
+        time.sleep(0.5)
+        assert client.get("/readyz").status_code == 503
+
+
+def fake_coglet(health):
+    """Answers of one that has lost its slots as long as `health` says BUSY."""
+
+    def answers(method, path):
+        if path == "/health-check":
+            return 200, health
+        if health["status"] == "BUSY":
+            return 409, {"error": "At capacity"}
+        return 200, {"status": "succeeded", "output": [URL]}
+
+    return answering(answers)
+
+
+def test_somebody_elses_server_that_refuses_for_ever_is_not_ready_until_it_has_room(tmp_path):
+    health = {"status": "BUSY"}
+    with fake_coglet(health) as server, open_house(tmp_path, RemoteWorker(server.url, 60)) as house:
+        house.wait_ready(10)
+        with visit(house) as visitor, house.client() as client:
+            visitor.type("a red house", steps=1)
+            wait_until(lambda: client.get("/readyz").status_code == 503, 8)
+            time.sleep(1.5)
+            assert client.get("/readyz").status_code == 503  # though it calls itself well
+            health["status"] = "READY"
+            visitor.read("painted", timeout=10)
+            assert client.get("/readyz").status_code == 200
+
+
+def test_one_of_ours_that_refuses_for_ever_is_replaced(tmp_path, monkeypatch):
+    """The first of two fake coglets has lost its slots; the process beside each is any."""
+    ended = []
+    with fake_coglet({"status": "BUSY"}) as first, fake_coglet({"status": "READY"}) as second:
+        ports = iter((first.server_port, second.server_port))
+
+        def start(**_):
+            process = subprocess.Popen(["sleep", "60"], start_new_session=True, stdin=subprocess.PIPE)
+            files = ExitStack()
+            files.callback(ended.append, process)
+            return Server(process, "127.0.0.1", next(ports), files)
+
+        monkeypatch.setattr(worker_pool, "running_server", start)
+        with open_house(tmp_path, LocalWorkers([{}], 60)) as house, visit(house) as visitor:
+            house.wait_ready(10)
+            began = time.monotonic()
+            visitor.type("a red house", steps=1)
+            wait_until(lambda: not house.front.queue.ready, 8)
+            visitor.read("painted", timeout=10)
+            assert time.monotonic() - began < 8
+            assert [process.returncode for process in ended] == [-signal.SIGKILL]
