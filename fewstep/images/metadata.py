@@ -52,7 +52,7 @@ def parameters_text(recipe: Recipe) -> str:
     if "prompt_strength" in recipe:
         settings["Denoising strength"] = f"{recipe['prompt_strength']:g}"
     if recipe["styles"]:
-        hashes = (f"{Path(one['style']).stem}: {one['sha256'][:12]}" for one in recipe["styles"])
+        hashes = (f"{Path(style['style']).stem}: {style['sha256'][:12]}" for style in recipe["styles"])
         settings["Lora hashes"] = f'"{", ".join(hashes)}"'
     settings["Version"] = f"fewstep {recipe[KEY]}"
     negative = recipe["negative_prompt"]

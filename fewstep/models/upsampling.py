@@ -43,15 +43,15 @@ class FoldedUpsample(nn.Module):
 
 def fold_upsamplers(module: nn.Module) -> int:
     """Put a `FoldedUpsample` in the place of every upsampling in `module` that is one; their number."""
-    found = [
+    foldable = [
         (parent, name, child)
         for parent in module.modules()
         for name, child in parent.named_children()
         if isinstance(child, Upsample2D) and _is_foldable(child)
     ]
-    for parent, name, child in found:
+    for parent, name, child in foldable:
         setattr(parent, name, FoldedUpsample(child))
-    return len(found)
+    return len(foldable)
 
 
 def _is_foldable(upsample: Upsample2D) -> bool:

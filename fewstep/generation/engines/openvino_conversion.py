@@ -129,13 +129,13 @@ class _UNet(nn.Module):
         self.unet = unet
 
     def forward(self, latents: Tensor, timestep: Tensor, states: Tensor, *rest: Tensor) -> Tensor:
-        given: dict[str, Any] = {}
+        conditions: dict[str, Any] = {}
         others = list(rest)
         if self.unet.config.addition_embed_type == "text_time":
-            given["added_cond_kwargs"] = {"text_embeds": others.pop(0), "time_ids": others.pop(0)}
+            conditions["added_cond_kwargs"] = {"text_embeds": others.pop(0), "time_ids": others.pop(0)}
         if self.unet.config.time_cond_proj_dim:
-            given["timestep_cond"] = others.pop(0)
-        output: Tensor = self.unet(latents, timestep, states, return_dict=False, **given)[0]
+            conditions["timestep_cond"] = others.pop(0)
+        output: Tensor = self.unet(latents, timestep, states, return_dict=False, **conditions)[0]
         return output
 
 
@@ -181,18 +181,18 @@ def examples(diffusion: Diffusion, rows: int, columns: int) -> dict[str, tuple[T
     tokens = diffusion.tokenizer.model_max_length
     config = diffusion.unet.config
     latents = torch.zeros(1, config.in_channels, rows, columns)
-    given = [latents, torch.ones(1), torch.zeros(1, tokens, config.cross_attention_dim)]
+    unet = [latents, torch.ones(1), torch.zeros(1, tokens, config.cross_attention_dim)]
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        given += [torch.zeros(1, pooled), torch.ones(1, 6)]
+        unet += [torch.zeros(1, pooled), torch.ones(1, 6)]
     if config.time_cond_proj_dim:
-        given.append(torch.zeros(1, config.time_cond_proj_dim))
-    return {"unet": tuple(given), "vae": (latents,)}
+        unet.append(torch.zeros(1, config.time_cond_proj_dim))
+    return {"unet": tuple(unet), "vae": (latents,)}
 
 
 def convert(
     networks: dict[str, nn.Module],
-    given: dict[str, tuple[Tensor, ...]],
+    inputs: dict[str, tuple[Tensor, ...]],
     folder: Path,
     engine: str,
     hint: str,
@@ -205,12 +205,12 @@ def convert(
     unfinished.mkdir(parents=True)
     # In fp32, since what is bf16 in the conversion has NaNs after every GroupNorm; OpenVINO itself takes 16
     # bits where it can.
-    write(networks.pop("unet").float(), given["unet"], unfinished / "unet.xml", hint)
+    write(networks.pop("unet").float(), inputs["unet"], unfinished / "unet.xml", hint)
     if engine == INT8:
         _compress(unfinished / "unet.xml", hint)
     decoder = networks.pop("vae").float()
     _replace_group_norms(decoder)
-    write(decoder, given["vae"], unfinished / "vae.xml", hint)
+    write(decoder, inputs["vae"], unfinished / "vae.xml", hint)
     write_manifest(unfinished, model=place.name, origin=Origin("fewstep", "", ""), extra=_made_of(folder))
     shutil.rmtree(place, ignore_errors=True)
     unfinished.rename(place)
@@ -224,12 +224,12 @@ def _replace_group_norms(module: nn.Module) -> None:
             _replace_group_norms(child)
 
 
-def write(network: nn.Module, given: tuple[Tensor, ...], path: Path, hint: str) -> None:
+def write(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, hint: str) -> None:
     """Convert `network`, which is in fp32, to `path` and a .bin beside it; to 16 bits unless for f32."""
     import openvino  # optional, and takes a moment
 
     with torch.no_grad():
-        model = openvino.convert_model(network, example_input=given)
+        model = openvino.convert_model(network, example_input=inputs)
     openvino.save_model(model, path, compress_to_fp16=hint != "f32")
 
 
