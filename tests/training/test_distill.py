@@ -87,6 +87,17 @@ def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(unet, batch):
     assert convolutions, "the published LCM-LoRAs change convolutions too"
 
 
+def test_a_network_runs_in_the_callers_autocast_or_else_in_what_is_fast_here(unet, batch, monkeypatch):
+    t, seen = torch.full((4,), 499), []
+    unet.conv_in.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    for multiplies in (False, True):
+        monkeypatch.setattr("fewstep.placement._multiplies_bf16", lambda multiplies=multiplies: multiplies)
+        assert predict(unet, batch.latents, t, batch).dtype == torch.float32
+        with torch.autocast("cpu", dtype=torch.float16):
+            predict(unet, batch.latents, t, batch)
+    assert seen == [torch.float32, torch.float16, torch.bfloat16, torch.float16]
+
+
 def test_the_student_learns_and_the_teacher_stays_as_it_is(unet, batch, tmp_path, monkeypatch):
     # The same draw at every step: on a network of random weights only that shows learning within seconds.
     monkeypatch.setattr(distill, "Draws", lambda seed, step, share: Draws(0, 0, share))
