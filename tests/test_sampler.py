@@ -13,6 +13,8 @@ from fewstep.sampler import plan
 from fewstep.saving import save_model
 from fewstep.settings import Settings
 
+pytestmark = pytest.mark.numeric
+
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULES = {
     "epsilon": SDXL | {"prediction_type": "epsilon"},

@@ -32,6 +32,7 @@ def tiny():
     return load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size", vae="tiny"))
 
 
+@pytest.mark.numeric
 def test_the_judge_reads_its_pictures_as_well(full, tiny):
     scenes, captions = held_out_captions(48)
     pictures = [few_step_painter(pipeline, 4)(captions, range(48)) for pipeline in (full, tiny)]
@@ -41,6 +42,7 @@ def test_the_judge_reads_its_pictures_as_well(full, tiny):
     assert 25 < psnr(pictures[1], pictures[0]) < 60
 
 
+@pytest.mark.numeric
 def test_it_decodes_what_was_painted_from_a_picture_too(full, tiny, monkeypatch):
     photo = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
     request = Request.create(MINIATURE, prompt="a red castle", seed=3, image=photo, prompt_strength=0.5)

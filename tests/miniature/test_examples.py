@@ -44,6 +44,7 @@ def test_what_a_strip_varies_is_its_input_and_changes_the_picture(painter, name)
         assert one.shape != other.shape or not np.array_equal(one, other)
 
 
+@pytest.mark.numeric
 def test_a_strip_is_its_pictures_side_by_side(painter):
     strip = painter.strip(EXAMPLES["num_outputs"])
     assert strip.size == (4 * HEIGHT + 3 * GAP, HEIGHT)

@@ -28,6 +28,8 @@ from fewstep.training.distill import (
 )
 from fewstep.training.loop import Draws, Schedule, optimise
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture
 def unet() -> UNet2DConditionModel:

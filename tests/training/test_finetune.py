@@ -42,7 +42,7 @@ def painted() -> np.ndarray:
     ).astype(int)
 
 
-@pytest.mark.parametrize("method", ["lcf", "style"])
+@pytest.mark.parametrize("method", [pytest.param("lcf", marks=pytest.mark.numeric), "style"])
 def test_every_other_step_rehearses_what_the_few_step_model_paints(
     method, world, painted, tmp_path, monkeypatch
 ):
