@@ -70,7 +70,6 @@ GUIDED = {"guidance": 2.0, "negative_prompt": "night"}
 
 
 @pytest.mark.parametrize("inputs", [{}, {"steps": 1}, GUIDED, {"image": True}, {"clip_skip": 1}])
-@pytest.mark.numeric
 def test_it_paints_what_torch_paints(pipeline, torchs, used, inputs):
     if "image" in inputs:
         photo = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
@@ -87,14 +86,12 @@ def test_nobody_waits_for_the_pictures_of_others(pipeline):
     assert pipeline.max_images(pipeline.counted(wish(lcm_scale=0.5))) == 8
 
 
-@pytest.mark.numeric
 def test_a_picture_is_the_same_in_any_batch(pipeline):
     [alone] = paint(pipeline, wish())
     batched = paint(pipeline, wish(1), wish(), wish(2, num_outputs=2))
     assert np.array_equal(batched[1], alone)
 
 
-@pytest.mark.numeric
 def test_what_it_was_not_compiled_for_is_torchs_to_the_last_bit(pipeline, torchs, used):
     style = pipeline.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
     wishes = [
@@ -204,7 +201,6 @@ def test_without_it_for_fp16_or_a_size_that_cannot_be_the_start_says_so(settings
         load_pipeline(MINIATURE, Settings(**settings))
 
 
-@pytest.mark.numeric
 def test_a_tiny_vae_stays_with_torch(settings):
     pipeline, expected = (
         load_pipeline(MINIATURE, Settings(**(settings | {"engine": engine}), vae="tiny"))

@@ -32,7 +32,6 @@ def tiny():
     return load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size", vae="tiny"))
 
 
-@pytest.mark.numeric
 def test_the_judge_reads_its_pictures_as_well(full, tiny):
     scenes, captions = held_out_captions(48)
     pictures = [few_step_painter(pipeline, 4)(captions, range(48)) for pipeline in (full, tiny)]

@@ -60,7 +60,7 @@ def test_the_autoencoder_keeps_every_attribute(judge, captions, base):
 
 
 @pytest.mark.parametrize(
-    ("steps", "least"), [(1, 96), (2, 96), pytest.param(4, 96, marks=pytest.mark.numeric), (8, 96)]
+    ("steps", "least"), [pytest.param(1, 96, marks=pytest.mark.numeric), (2, 96), (4, 96), (8, 96)]
 )
 def test_few_steps_paint_what_was_asked(examiner, pipeline, steps, least):
     assert examiner.mark_painter(f"{steps} steps", few_step_painter(pipeline, steps)).all_right >= least
