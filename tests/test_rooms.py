@@ -31,7 +31,11 @@ HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy"}
 GONE = re.compile("wish(es)?|painters?|crews?|told", re.IGNORECASE)
 NO_NAMES = re.compile(r"""//.*|"(\\.|[^"\\])*"|`(\\.|[^`\\])*`""")  # of JavaScript
 FILES = [ROOT / "predict.py", ROOT / "train.py", *sorted((ROOT / "fewstep").rglob("*.*"))]
-SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in FILES if path.suffix != ".pyc"}
+SOURCES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in FILES
+    if path.is_file() and path.suffix != ".pyc"
+}
 parse = cache(ast.parse)
 
 

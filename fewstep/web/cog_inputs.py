@@ -15,7 +15,7 @@ from PIL import Image
 
 from fewstep.errors import InvalidRequest
 from fewstep.models.specs import ModelSpec
-from fewstep.request import SIDE
+from fewstep.request import SIDE, Inputs
 
 # In px: a model gives up below half of what it was trained on, and the miniature before that.
 QUICK_SIDE = 512

@@ -1,5 +1,6 @@
 """One run of a suite, in real processes, with the real server."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from fewstep.coglet.server import ServerFailed
 from fewstep.settings import Settings
 
 
+@pytest.mark.numeric
 def test_a_run_measures_every_system_and_draws_it(tmp_path):
     first = Scenario(128, 1)
     systems = ("fewstep", HTTP, "fewstep-openvino", "diffusers")
@@ -22,7 +24,10 @@ def test_a_run_measures_every_system_and_draws_it(tmp_path):
     assert set(samples) == every
     assert {len(rows) for rows in samples.values()} == {2}
     assert set(worth) == {(name, one) for name, one in every if name != HTTP}
-    assert all(30 < row["psnr"] <= 100 for (name, _), row in worth.items() if name != "diffusers")
+    for key in every - {key for key in every if key[0] in (HTTP, "diffusers")}:
+        # Images of fp32 may be the same to the last bit, and then it is infinite; 16 bits always show.
+        most = math.inf if samples[key][0]["dtype"] == "fp32" else 100
+        assert 30 < worth[key]["psnr"] <= most, key
     assert "psnr" not in worth["diffusers", JUDGED]
     assert worth["fewstep", JUDGED]["right"] >= 80 and "right" not in worth["fewstep", first]
     machine = {"cpu": "any", "cores": 2}

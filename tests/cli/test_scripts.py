@@ -123,3 +123,45 @@ def test_help_needs_no_environment(name: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0 and f"usage: scripts/{name}" in done.stdout, done.stderr
     assert not list(tmp_path.glob(".venv*"))
+
+
+LISTING_PYTHON = """#!/usr/bin/env bash
+case "$*" in *get_cpu_capability*) echo "$CAPABILITY"; exit ;; esac
+shift 3  # of the extras, -m and pytest
+echo "${ATEN_CPU_CAPABILITY:-}/${ONEDNN_MAX_CPU_ISA:-}: $*" >> "$(dirname "$0")/ran"
+exit "$(case "$*" in *numeric*) echo "$SECOND" ;; *) echo "$FIRST" ;; esac)"
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "capability", "ends", "ran", "status"),
+    [
+        (("a.py", "-k", "x y"), "AVX512", (3, 0), ["/: a.py -k x y"], 3),
+        (("--all",), "AVX512", (0, 0), ["/: ", "avx2/AVX2: -m numeric"], 0),
+        (("--all", "a.py"), "AVX512", (0, 5), ["/: a.py", "avx2/AVX2: -m numeric a.py"], 0),
+        (("--all",), "AVX512", (0, 1), ["/: ", "avx2/AVX2: -m numeric"], 1),
+        (("--all",), "AVX512", (1, 0), ["/: "], 1),
+        (("--all",), "AVX2", (0, 0), ["/: "], 0),
+        (("--all",), "DEFAULT", (0, 0), ["/: "], 0),
+    ],
+)
+def test_all_tests_are_run_and_the_numeric_ones_once_more_for_avx2(
+    arguments: tuple[str, ...],
+    capability: str,
+    ends: tuple[int, int],
+    ran: list[str],
+    status: int,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "test", tmp_path / "scripts")
+    (tmp_path / "scripts" / "python").write_text(LISTING_PYTHON)
+    (tmp_path / "scripts" / "python").chmod(0o755)
+    own = {"CAPABILITY": capability, "FIRST": str(ends[0]), "SECOND": str(ends[1])}
+    done = subprocess.run(
+        [tmp_path / "scripts" / "test", *arguments], env={"PATH": PATH, **own}, capture_output=True, text=True
+    )
+    assert (tmp_path / "scripts" / "ran").read_text().splitlines() == ran
+    assert done.returncode == status
+    left_out = "--all" in arguments and capability != "AVX512"
+    assert ("this CPU has no AVX512 to do without" in done.stdout) == left_out

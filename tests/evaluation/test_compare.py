@@ -52,6 +52,7 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
+@pytest.mark.numeric
 def test_the_lcm_lora_generates_as_in_the_container(lcm):
     *_, last = samplers(load, 2.0, MINIATURE / "lcm_lora.safetensors", lcm)
     assert last.name == "LCM-LoRA"
@@ -61,6 +62,7 @@ def test_the_lcm_lora_generates_as_in_the_container(lcm):
     assert np.abs(pixels(theirs) - pixels(ours)).mean() < 1  # bf16
 
 
+@pytest.mark.numeric
 def test_every_sampler_is_another_and_the_first_two_agree_in_many_steps(lcm):
     every = samplers(load, 2.0, MINIATURE / "lcm_lora.safetensors", lcm)
     prompt = ["a red house in a meadow with mountains at sunset"]
@@ -128,6 +130,7 @@ def drawings(count: int, colour: str = "red") -> list[Image.Image]:
     return [draw(Scene("house", colour, "meadow", "hills", "day", "left"), i) for i in range(count)]
 
 
+@pytest.mark.numeric
 def test_features_tell_like_sets_from_unlike_ones(tmp_path):
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -145,6 +148,7 @@ def test_features_tell_like_sets_from_unlike_ones(tmp_path):
     assert abs(same) < 1e-4 and same < like < other
 
 
+@pytest.mark.numeric
 def test_the_clip_score_is_a_hundred_cosines(tmp_path):
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(MINIATURE / "tokenizer")

@@ -64,6 +64,7 @@ def batch_of(size: int, slot: int, request: Inputs, seed: int = 100) -> list[Inp
     return mates
 
 
+@pytest.mark.numeric
 def test_the_same_seed_generates_the_same_pixels_and_another_does_not(pipeline):
     [[one]], [[again]] = generate(pipeline, wish()), generate(pipeline, wish())
     [[other]] = generate(pipeline, wish(seed=8))
@@ -71,6 +72,7 @@ def test_the_same_seed_generates_the_same_pixels_and_another_does_not(pipeline):
     assert np.abs(one - other).mean() > 1
 
 
+@pytest.mark.numeric
 def test_when_prompts_are_encoded_changes_nothing(pipeline):
     """The batcher encodes those who join a batch later, and others may have been encoded in between."""
     inputs = [wish(prompt, seed, num_outputs=2) for seed, prompt in enumerate(MATES[:3])]
@@ -100,7 +102,7 @@ def test_a_reloaded_model_generates_the_same_pixels(pipeline):
     assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.numeric), 8])
 def test_at_one_batch_size_slot_and_mates_change_nothing(pipeline, size):
     expected = generate(pipeline, *batch_of(size, 0, wish()))[0][0]
     for slot in range(size):
@@ -108,7 +110,7 @@ def test_at_one_batch_size_slot_and_mates_change_nothing(pipeline, size):
         assert np.array_equal(found, expected), f"slot {slot}"
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.numeric)])
 def test_alone_and_in_a_batch_differ_within_the_bound(pipeline, size):
     for seed in range(3):
         [[alone]] = generate(pipeline, wish(seed=seed))
@@ -147,6 +149,7 @@ def test_what_leaves_the_range_of_16_bits_is_decoded_once_more_in_fp32(half, mon
     assert 0 < np.abs(difference).max() < 16 and half.diffusion.vae.dtype == torch.bfloat16
 
 
+@pytest.mark.numeric
 def test_guidance_of_each_image_is_its_own(pipeline):
     mild, strong = wish(guidance=1.5), wish(guidance=3.5)
     [[alone]] = generate(pipeline, strong)
@@ -156,6 +159,7 @@ def test_guidance_of_each_image_is_its_own(pipeline):
     assert np.abs(alone - other).max() > 1
 
 
+@pytest.mark.numeric
 def test_image_i_has_seed_plus_i_and_seeds_wrap(pipeline):
     last = 2**31 - 1
     [several] = generate(pipeline, wish(seed=last, num_outputs=3))
@@ -164,6 +168,7 @@ def test_image_i_has_seed_plus_i_and_seeds_wrap(pipeline):
         assert np.abs(image - alone).max() <= 1
 
 
+@pytest.mark.numeric
 def test_a_request_larger_than_a_pass_is_generated_in_several(pipeline):
     small = Pipeline(MINIATURE, pipeline.diffusion, pipeline.adapters, max_batch=2)
     [expected] = generate(pipeline, wish(num_outputs=4))
@@ -196,6 +201,7 @@ def test_negative_prompt_counts_only_with_guidance(pipeline):
 
 
 @pytest.mark.parametrize(("steps", "guidance"), [(1, 1.0), (4, 1.0), (4, 2.5)])
+@pytest.mark.numeric
 def test_it_generates_what_diffusers_own_pipeline_generates(pipeline, steps, guidance):
     """The same weights and noise through `StableDiffusionXLPipeline.__call__` with `LCMScheduler`."""
     theirs = StableDiffusionXLPipeline(**pipeline.diffusion.components, add_watermarker=False)
@@ -224,7 +230,7 @@ def photo() -> Image.Image:
 STRENGTHS = (0.05, 0.3, 0.8, 1.0)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.numeric), 4, 8])
 def test_the_distance_from_an_image_grows_with_strength(pipeline, steps):
     scenes = unseen_scenes(12, seed=3)
     far = []
@@ -239,6 +245,7 @@ def test_the_distance_from_an_image_grows_with_strength(pipeline, steps):
     assert far == sorted(far) and far[0] < 15 and far[-1] > 3 * far[0], far
 
 
+@pytest.mark.numeric
 def test_full_strength_forgets_the_image(pipeline, photo):
     """The miniature's schedule ends in pure noise, so that nothing of the image is left."""
     [[one]] = generate(pipeline, wish(image=photo, prompt_strength=1.0))
@@ -247,6 +254,7 @@ def test_full_strength_forgets_the_image(pipeline, photo):
     assert np.abs(one - two).mean() < 1
 
 
+@pytest.mark.numeric
 def test_under_a_mask_only_white_is_repainted(pipeline, photo):
     original, mask = np.asarray(photo).astype(int), Image.new("L", photo.size, 0)
     mask.paste(255, (64, 0, 128, 128))
@@ -262,6 +270,7 @@ def test_under_a_mask_only_white_is_repainted(pipeline, photo):
     assert np.array_equal(unchanged, original)
 
 
+@pytest.mark.numeric
 def test_what_is_repainted_sees_what_is_kept(pipeline, photo, monkeypatch):
     """The latents under the mask's black are the image's own, to within what encoding loses."""
     mask, decoded = Image.new("L", photo.size, 0), []
@@ -285,6 +294,7 @@ def test_a_thin_stroke_of_a_mask_counts():
 
 
 @pytest.mark.parametrize("slot", [0, 2])
+@pytest.mark.numeric
 def test_images_of_a_batch_are_each_callers_own(pipeline, photo, slot):
     mates = [wish(MATES[i], 100 + i, image=photo.rotate(90 * (i + 1)), prompt_strength=0.6) for i in range(3)]
     request = wish(image=photo, prompt_strength=0.6)
@@ -297,6 +307,7 @@ def test_images_of_a_batch_are_each_callers_own(pipeline, photo, slot):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("steps", "strength"), [(1, 0.3), (4, 0.5), (4, 0.8), (8, 1.0)])
+@pytest.mark.numeric
 def test_from_an_image_it_generates_what_diffusers_generates(pipeline, photo, steps, strength, masked):
     """For SDXL there is no pipeline of LCMs. Here is the loop of SD's LatentConsistencyModelImg2ImgPipeline,
     step by step, and of StableDiffusionXLInpaintPipeline with what a UNet of 4 channels does there."""
@@ -330,6 +341,7 @@ def test_from_an_image_it_generates_what_diffusers_generates(pipeline, photo, st
     assert np.abs(found - np.asarray(expected).astype(int))[:, seam].max() <= 1
 
 
+@pytest.mark.numeric
 def test_it_stops_before_the_next_step_when_nobody_waits(pipeline, monkeypatch):
     calls = []
     forward = pipeline.diffusion.unet.forward

@@ -12,6 +12,8 @@ from fewstep.models.save import save_model
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
+pytestmark = pytest.mark.numeric
+
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULES = {
     "epsilon": SDXL | {"prediction_type": "epsilon"},

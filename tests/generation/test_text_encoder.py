@@ -82,12 +82,14 @@ def same(one, two):
     return (one is None and two is None) or torch.equal(one, two)
 
 
+@pytest.mark.numeric
 def test_a_plain_prompt_is_diffusers_own(diffusion, text):
     states, pooled = by_diffusers(diffusion, PLAIN)
     found = text.encode(parts(PLAIN))
     assert same(found.states, states) and same(found.pooled, pooled)
 
 
+@pytest.mark.numeric
 def test_a_plain_prompt_of_more_chunks_begins_alike_and_goes_on_empty(diffusion, text):
     found = text.encode(parts(PLAIN), chunks=3)
     states, pooled = by_diffusers(diffusion, PLAIN)
@@ -106,6 +108,7 @@ def test_a_plain_prompt_of_more_chunks_begins_alike_and_goes_on_empty(diffusion,
         f"{LONG}, (snow)0.6",
     ],
 )
+@pytest.mark.numeric
 def test_weights_and_chunks_are_compels(diffusion, text, prompt):
     found = text.encode(parts(prompt), text.count_chunks("prompt", parts(prompt)))
     states, pooled = by_compel(diffusion, prompt)
@@ -114,6 +117,7 @@ def test_weights_and_chunks_are_compels(diffusion, text, prompt):
         assert same(found.pooled, pooled)
 
 
+@pytest.mark.numeric
 def test_the_three_ways_to_write_a_weight_are_one(text):
     [one, two, three] = [
         text.encode(parts(f"a {word} house")).states for word in ("(red)1.1", "(red:1.1)", "red+")
@@ -123,11 +127,13 @@ def test_the_three_ways_to_write_a_weight_are_one(text):
     assert not torch.allclose(one, text.encode(parts("a red house")).states, atol=1e-3)
 
 
+@pytest.mark.numeric
 def test_what_is_pooled_does_not_see_how_weights_are_written(diffusion, text):
     _, pooled = by_diffusers(diffusion, "a red house")
     assert same(text.encode(parts("a (red)1.3 house")).pooled, pooled)
 
 
+@pytest.mark.numeric
 def test_of_a_long_prompt_every_word_counts(text):
     chunks = text.count_chunks("prompt", parts(LONG))
     assert chunks > 1
@@ -154,6 +160,7 @@ def test_a_prompt_of_too_many_chunks_is_refused_with_the_limit(text):
 
 
 @pytest.mark.parametrize("skip", [1, 2])
+@pytest.mark.numeric
 def test_clip_skip_leaves_the_last_layers_out(diffusion, text, skip):
     found = text.encode(parts(PLAIN), clip_skip=skip)
     if isinstance(diffusion, StableDiffusionXLPipeline):
@@ -178,6 +185,7 @@ def test_a_negative_prompt_of_nothing_is_zeros_for_sdxl_and_empty_text_for_sd(di
         assert torch.equal(nothing.states, text.encode(parts(""), 8, 1).states)
 
 
+@pytest.mark.numeric
 def test_a_weight_is_taken_from_the_encoders_as_they_are_now(diffusion, text):
     """A style changes their weights between two requests; compel's providers keep what they once encoded."""
     wish = (parts("a (red)1.3 house"), 2, 0)

@@ -42,6 +42,7 @@ def test_the_judge_reads_its_images_as_well(full, tiny):
     assert 25 < psnr(images[1], images[0]) < 60
 
 
+@pytest.mark.numeric
 def test_it_decodes_what_was_generated_from_a_image_too(full, tiny, monkeypatch):
     photo = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
     request = Inputs.create(MINIATURE, prompt="a red castle", seed=3, image=photo, prompt_strength=0.5)

@@ -89,7 +89,9 @@ def write(path, style: str, alpha: float):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, -0.7])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.numeric), torch.float16, torch.bfloat16]
+)
 def test_fused_is_base_plus_lora_in_float64_rounded_once(tmp_path, dtype, scale):
     unet = load_unet(dtype)
     before, in_file = state(unet), load_file(FOLDER / "unet" / "diffusion_pytorch_model.safetensors")
@@ -121,6 +123,7 @@ def test_whoever_wrote_the_file_the_fused_weights_are_bit_identical(tmp_path, al
 
 
 @pytest.mark.parametrize("style", ["kohya", "peft"])
+@pytest.mark.numeric
 def test_it_is_what_diffusers_and_peft_fuse(tmp_path, style):
     path = write(tmp_path / "lora.safetensors", style, ALPHA)
     theirs = StableDiffusionXLPipeline.from_pretrained(
@@ -315,6 +318,7 @@ def test_styles_come_and_go_without_a_trace(model, adapters, tmp_path):
     assert buffers == [value.data_ptr() for value in model.unet.state_dict().values()]
 
 
+@pytest.mark.numeric
 def test_a_mix_is_the_sum_of_what_is_in_it(model, adapters, tmp_path):
     paths = [write_style(model, tmp_path / f"{i}", seed=i) for i in (1, 2)]
     a, b = (adapters.read(path, path.name) for path in paths)
@@ -351,6 +355,7 @@ def test_the_layout_of_a_style_makes_no_difference(model, adapters, tmp_path, dt
     assert same(states[0], states[1]) and same(states[0], states[2])
 
 
+@pytest.mark.numeric
 def test_a_style_is_what_diffusers_and_peft_make_of_it(model, adapters, tmp_path):
     # In kohya's layout they lose the text encoders' attention: its old names are none of transformers 5's.
     path = write_style(model, tmp_path / "style.safetensors", seed=4, layout="peft")

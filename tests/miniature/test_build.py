@@ -81,6 +81,7 @@ def test_every_word_of_the_world_is_one_token(tokenizer):
         assert all(token.endswith("</w>") for token in tokenizer.tokenize(text)), text
 
 
+@pytest.mark.numeric
 def test_the_text_encoders_learn_to_read_positions(tokenizer, tmp_path):
     torch.manual_seed(0)
     base, rng = Miniature(tokenizer), random.Random(2)

@@ -41,6 +41,7 @@ def base():
     return load_base("miniature", Settings(verify="size"), torch.device("cpu"))
 
 
+@pytest.mark.numeric
 def test_the_autoencoder_keeps_every_attribute(judge, base):
     drawn = draw_many(SCENES, 123_456_789, 128, 128)
     assert judge.score(drawn, SCENES).all(1).mean() >= 0.98
@@ -71,6 +72,7 @@ def test_without_the_lora_two_steps_are_far_worse(two_steps):
     assert without.all_right <= with_lora.all_right - 40
 
 
+@pytest.mark.numeric
 def test_without_the_lora_two_steps_look_far_worse(two_steps):
     with_lora, without = two_steps
     assert without.distance > 1.5 * with_lora.distance

@@ -47,6 +47,7 @@ def test_what_a_strip_varies_is_its_input_and_changes_the_image(generator, name)
         assert one.shape != other.shape or not np.array_equal(one, other)
 
 
+@pytest.mark.numeric
 def test_a_strip_is_its_images_side_by_side(generator):
     strip = generator.strip(EXAMPLES["num_outputs"])
     assert strip.size == (4 * HEIGHT + 3 * GAP, HEIGHT)

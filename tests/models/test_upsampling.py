@@ -24,6 +24,7 @@ def flops_of(module, pixels):
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 1, 1), (2, 5, 1, 7), (3, 5, 8, 6)])
+@pytest.mark.numeric
 def test_it_is_diffusers_upsampling_at_the_borders_too(shape):
     upsample = Upsample2D(5, use_conv=True, out_channels=4).double()
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

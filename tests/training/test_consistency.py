@@ -6,6 +6,8 @@ from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMSchedule
 
 from fewstep.training import consistency as cm
 
+pytestmark = pytest.mark.numeric
+
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 

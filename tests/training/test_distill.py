@@ -27,6 +27,8 @@ from fewstep.training.distill import (
 )
 from fewstep.training.trainer import Schedule, StepRandom, optimise
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
@@ -84,6 +86,17 @@ def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(unet, batch):
     assert trained and all("lora_" in name for name in trained)
     convolutions = [name for name in trained if "conv1" in name or "samplers" in name]
     assert convolutions, "the published LCM-LoRAs change convolutions too"
+
+
+def test_a_network_runs_in_the_callers_autocast_or_else_in_what_is_fast_here(unet, batch, monkeypatch):
+    t, seen = torch.full((4,), 499), []
+    unet.conv_in.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    for multiplies in (False, True):
+        monkeypatch.setattr("fewstep.placement._multiplies_bf16", lambda multiplies=multiplies: multiplies)
+        assert predict(unet, batch.latents, t, batch).dtype == torch.float32
+        with torch.autocast("cpu", dtype=torch.float16):
+            predict(unet, batch.latents, t, batch)
+    assert seen == [torch.float32, torch.float16, torch.bfloat16, torch.float16]
 
 
 def test_the_student_learns_and_the_teacher_stays_as_it_is(unet, batch, tmp_path, monkeypatch):

@@ -57,6 +57,7 @@ def test_an_example_is_the_image_at_its_nearest_native_size(diffusion, tmp_path)
     assert (back - expected).abs().mean() < 0.1
 
 
+@pytest.mark.numeric
 def test_what_the_unet_is_told_is_what_a_generator_tells_it(diffusion, tmp_path):
     [wide] = map(load_file, Encoder(diffusion, tmp_path / "e").encode_all(captioned(tmp_path, wide=image())))
     prompt = load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size")).text.encode("a wide house")

@@ -61,6 +61,7 @@ def keeping(unet: UNet2DConditionModel, shown: Batch = KNOWN, guidance=(0.0, 0.0
     return prior_loss(unet, lambda step, share: shown, NOISE, guidance, seed=3)
 
 
+@pytest.mark.numeric
 def test_a_fresh_lora_keeps_everything_and_a_changed_one_is_differentiated_alone(unet):
     add_lora(unet, STUDENT)
     assert keeping(unet)(0, WHOLE).item() == 0.0
@@ -75,6 +76,7 @@ def test_a_fresh_lora_keeps_everything_and_a_changed_one_is_differentiated_alone
     assert touched and all("lora_" in name for name in touched)
 
 
+@pytest.mark.numeric
 def test_what_is_kept_is_the_answer_of_the_network_without_its_lora(unet):
     expected = predict(unet, KNOWN.latents, torch.full((4,), 500), KNOWN)
     add_lora(unet, STUDENT)
@@ -103,6 +105,7 @@ def test_a_full_lcm_keeps_what_it_says_at_every_w(unet, monkeypatch):
     assert 9.0 <= frozen.min() and frozen.max() <= 9.5
 
 
+@pytest.mark.numeric
 def test_shares_of_a_step_add_up_to_the_whole(unet):
     add_lora(unet, STUDENT)
     with torch.no_grad():
@@ -131,6 +134,7 @@ def test_steps_take_turns():
     assert both(3, Shard(1, 2))[2] == Shard(1, 2)
 
 
+@pytest.mark.numeric
 def test_with_rehearsal_a_network_drifts_less_and_learns_all_the_same(unet, tmp_path, monkeypatch):
     # The same draws at every step: on random weights only that shows learning within seconds.
     for module in (prior_preservation, consistency_training.__globals__):

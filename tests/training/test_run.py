@@ -256,7 +256,7 @@ def generated() -> np.ndarray:
     return np.asarray(pipeline.images([prompt], [0])[0]).astype(int)
 
 
-@pytest.mark.parametrize("method", ["lcf", "style"])
+@pytest.mark.parametrize("method", [pytest.param("lcf", marks=pytest.mark.numeric), "style"])
 def test_every_other_step_rehearses_what_the_few_step_model_generates(
     method, world, generated, tmp_path, monkeypatch
 ):

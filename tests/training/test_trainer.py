@@ -131,6 +131,7 @@ def test_no_draw_is_rounded_up_to_one(monkeypatch):
     assert StepRandom(3, 7).stratified(16).max() < 1
 
 
+@pytest.mark.numeric
 def test_accumulated_parts_are_the_whole_batch(tmp_path):
     whole, parts = module(), module()
     unclipped = {"max_grad_norm": 1e9}  # AdamW alone would not notice gradients of another size
