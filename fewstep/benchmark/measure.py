@@ -25,6 +25,7 @@ from fewstep.coglet.server import ROOT, Server, ServerFailed, code_and_sentence,
 from fewstep.settings import Settings
 
 K = TypeVar("K")
+BENCHMARKS = ROOT / "benchmarks"
 PARTS = ("text", "steps", "decode")
 # A full-size model on a small CPU generates for minutes.
 DEADLINE_S = 3600
@@ -174,3 +175,9 @@ def _gpu(field: str) -> str:
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
     value = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return f"{int(value) * 2**20 / 1e9:.2f}" if field.startswith("memory") and value.isdecimal() else value
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """Return what there is of a row, as one line."""
+    values = {name: f"{value:g}" if isinstance(value, float) else value for name, value in row.items()}
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value != "")

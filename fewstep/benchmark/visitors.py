@@ -77,7 +77,7 @@ async def _type(port: int, i: int, session: Session) -> None:
             for end in range(1, len(sentence) + 1):
                 n += 1
                 inputs = {"prompt": sentence[:end], "seed": i}
-                message = {"type": "paint", "n": n, "quick": False, "wish": inputs}
+                message = {"type": "paint", "n": n, "quick": False, "request": inputs}
                 await socket.send(json.dumps(message))
                 await asyncio.sleep(KEY_S)
             began = time.monotonic() - KEY_S

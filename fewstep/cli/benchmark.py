@@ -8,14 +8,12 @@ is written to benchmarks/SUITE.csv, drawn beside it where that helps, and printe
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fewstep.cli.run import say, status_of
-from fewstep.coglet.server import ROOT
 
 SUITES = ("miniature", "full", "full-1024", "throughput", "encoding", "startup", "page", "visitors")
-BENCHMARKS = ROOT / "benchmarks"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(name: str, rounds: int) -> None:
     # They import torch and matplotlib, which takes seconds.
     from fewstep.benchmark import costs, page, suites, throughput, visitors
-    from fewstep.benchmark.measure import describe_machine
+    from fewstep.benchmark.measure import BENCHMARKS, describe_machine, line
     from fewstep.cli.full_size import make
     from fewstep.evaluation.tables import write_csv
     from fewstep.settings import Settings
@@ -61,12 +59,6 @@ def _run(name: str, rounds: int) -> None:
         suites.plot(rows, BENCHMARKS / f"{name}.png")
     if suite and len({scenario.size for scenario in suite.scenarios}) > 1:
         suites.plot_costs(rows, BENCHMARKS / f"{name}-costs.png")
-
-
-def line(row: Mapping[str, Any]) -> str:
-    """Return what there is of a row, as one line."""
-    values = {name: f"{value:g}" if isinstance(value, float) else value for name, value in row.items()}
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value != "")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,7 @@ def make(name: str, again: bool) -> None:
 
 
 def _measure(model: str, size: int, steps: int) -> None:
-    from fewstep.benchmark.measure import measure
-    from fewstep.cli.benchmark import BENCHMARKS, line
+    from fewstep.benchmark.measure import BENCHMARKS, line, measure
     from fewstep.evaluation.tables import append_csv
 
     row = measure(model, os.environ, width=size, height=size, steps=steps)

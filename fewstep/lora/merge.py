@@ -120,10 +120,13 @@ class WeightMerger:
                 continue
             self._applied[layer] = None  # unknown, until all of it is written
             weight = self._weights[layer]
-            total = self._pristine[layer].to(weight.device, torch.float64).flatten(1)
-            for lora, scale in of_layer:
-                add_to(total, lora.modules[layer], scale)
-            weight.copy_(total.view_as(weight))
+            if of_layer:
+                total = self._pristine[layer].to(weight.device, torch.float64).flatten(1)
+                for lora, scale in of_layer:
+                    add_to(total, lora.modules[layer], scale)
+                weight.copy_(total.view_as(weight))
+            else:
+                weight.copy_(self._pristine[layer])  # a quarter of the bytes
             self._applied[layer] = wanted
             written += 1
         return written

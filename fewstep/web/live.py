@@ -1,9 +1,9 @@
 """Generating while one types: one WebSocket per page, of whose prompts only the latest counts.
 
-The client's messages are JSON, {"type": "paint", "n": 7, "quick": true, "wish": {...}}, and images are binary
-frames after a "painted" message that announces them. A prompt that waits is replaced by a newer one and keeps
-its position. One that a server has is given up for a newer one only when an image was shown a moment ago;
-else it is finished and shown, so that images keep coming while one types on, and no work is thrown away.
+The client's messages are JSON, {"type": "paint", "n": 7, "quick": true, "request": {...}}, and images are
+binary frames after a "painted" message that announces them. A prompt that waits is replaced by a newer one and
+keeps its position. One that a server has is given up for a newer one only when an image was shown a moment ago; else it
+is finished and shown, so that images keep coming while one types on, and no work is thrown away.
 """
 
 from __future__ import annotations
@@ -145,9 +145,9 @@ class LiveSession:
         self._images[slot] = await self._reader.read(content, slot, SLOTS[slot])
 
     async def _take_prompt(self, fields: Mapping[str, Any]) -> None:
-        n, quick, values = fields.get("n"), fields.get("quick"), fields.get("wish")
+        n, quick, values = fields.get("n"), fields.get("quick"), fields.get("request")
         if not isinstance(n, int) or not isinstance(quick, bool) or not isinstance(values, dict):
-            raise InvalidRequest("a paint message has n, a whole number, quick, true or false, and a wish")
+            raise InvalidRequest("a paint message has n, a whole number, quick, true or false, and a request")
         came = time.monotonic()
         values = dict(values)
         images = {}

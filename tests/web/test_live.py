@@ -32,7 +32,7 @@ class Visitor:
 
     def type(self, prompt, quick=False, **wish):
         self.n += 1
-        message = {"type": "paint", "n": self.n, "quick": quick, "wish": {"prompt": prompt, **wish}}
+        message = {"type": "paint", "n": self.n, "quick": quick, "request": {"prompt": prompt, **wish}}
         self.socket.send(json.dumps(message))
         return self.n
 
@@ -165,15 +165,15 @@ def test_stop_and_leaving_end_the_work(studio, easel):
     "sent",
     [
         "", "[]", "5", "{", '{"type": 5}', '{"type": "shutdown"}', '{"n": 1}', '{"type": "paint", "n": 1}',
-        '{"type": "paint", "n": "x", "quick": true, "wish": {}}',
-        '{"type": "paint", "n": 1, "quick": true, "wish": []}',
-        '{"type": "paint", "n": 1, "quick": true, "wish": {"prompt": "a", "steps": NaN}}',
-        '{"type": "paint", "n": 1, "quick": true, "wish": {"prompt": "a", "webhook": "http://127.0.0.1"}}',
-        '{"type": "paint", "n": 1, "quick": true, "wish": {"prompt": "a", "id": "../../x"}}',
-        '{"type": "paint", "n": 1, "quick": true, "wish": {}}',
+        '{"type": "paint", "n": "x", "quick": true, "request": {}}',
+        '{"type": "paint", "n": 1, "quick": true, "request": []}',
+        '{"type": "paint", "n": 1, "quick": true, "request": {"prompt": "a", "steps": NaN}}',
+        '{"type": "paint", "n": 1, "quick": true, "request": {"prompt": "a", "webhook": "http://127.0.0.1"}}',
+        '{"type": "paint", "n": 1, "quick": true, "request": {"prompt": "a", "id": "../../x"}}',
+        '{"type": "paint", "n": 1, "quick": true, "request": {}}',
         '{"type": "input", "slot": "../x"}', '{"type": "input", "slot": []}', "[" * 10_000,
         '{"type": "clear", "slot": ["image"]}',
-        '{"type": "paint", "n": 1, "wish": "' + "x" * 20_000 + '"}',
+        '{"type": "paint", "n": 1, "request": "' + "x" * 20_000 + '"}',
     ],
 )  # fmt: skip
 def test_a_message_that_makes_no_sense_is_answered_and_the_next_is_generated(studio, easel, sent):

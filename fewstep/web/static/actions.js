@@ -27,9 +27,9 @@ on("selected", offer);
 on("drawing", offer);
 
 onClick("share", async () => {
-  const { wish, seed } = stage.shot;
-  const link = controls.toLink(wish, seed);
-  const without = wish.use_image ? " It does not carry your own picture." : "";
+  const { request, seed } = stage.shot;
+  const link = controls.toLink(request, seed);
+  const without = request.use_image ? " It does not carry your own picture." : "";
   try {
     await navigator.clipboard.writeText(link);
     toast(`Link copied: it opens these settings and paints.${without}`);
@@ -58,10 +58,10 @@ on("chosen", (shot) => {
     chooseSide(shot);
     return;
   }
-  const { wish, given, seed } = shot;
+  const { request, given, seed } = shot;
   halt();
   setInputs(given.image, given.mask, { silent: true });
-  controls.write({ ...wish, seed });
+  controls.write({ ...request, seed });
   setShown(shot);
   hideNotice("error", "busy", "waiting", "hint");
   settled();

@@ -9,9 +9,9 @@ import { hideNotice, say, saidState, seconds, showNotice, toast } from "./status
 
 let wasReady = false;
 
-on("painted", async ({ message, blobs, current, sent, wish, given }) => {
+on("painted", async ({ message, blobs, current, sent, request, given }) => {
   const urls = blobs.map((blob) => URL.createObjectURL(blob));
-  const shot = { ...message, blobs, urls, sent, wish, given };
+  const shot = { ...message, blobs, urls, sent, request, given };
   if (current) answered();
   const became = await stage.show(shot);
   if (became === "broken") toast("A picture arrived damaged. Paint again.");

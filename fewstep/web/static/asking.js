@@ -11,12 +11,12 @@ import { hideNotice, say, saidState, setBusy, showNotice } from "./status.js";
 
 const SLOW_MS = 1000; // what takes longer is announced
 
-let full = null; // the wish that was last asked at full size, unless another followed
+let full = null; // the request that was last asked at full size, unless another followed
 let resting;
 let slow;
 
-const wish = () => controls.readWish(inputs.image !== null, inputs.mask !== null);
-const key = () => `${JSON.stringify(wish())} ${inputs.version}`;
+const request = () => controls.readRequest(inputs.image !== null, inputs.mask !== null);
+const key = () => `${JSON.stringify(request())} ${inputs.version}`;
 export const isBlank = () => $("prompt").value.trim() === "";
 
 const label = () => {
@@ -28,7 +28,7 @@ export function ask(quick) {
   clearTimeout(slow);
   if (isComparing()) endCompare();
   full = quick ? null : key();
-  live.paint(wish(), quick, { ...inputs });
+  live.paint(request(), quick, { ...inputs });
   setBusy(true);
   slow = setTimeout(() => {
     if (live.isBusy() && ["idle", "painted", "error"].includes(saidState())) say("painting", "Painting");

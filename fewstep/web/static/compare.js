@@ -40,8 +40,8 @@ export function endCompare() {
 
 function update() {
   const active = isComparing();
-  pair.forEach(({ urls, wish }, i) => {
-    const image = el("img", { src: urls[0], alt: `${"AB"[i]}: ${wish.prompt}` });
+  pair.forEach(({ urls, request }, i) => {
+    const image = el("img", { src: urls[0], alt: `${"AB"[i]}: ${request.prompt}` });
     $(`wipe-${"ab"[i]}`).replaceChildren(image);
   });
   if (active) {

@@ -1,6 +1,6 @@
-// The form as a wish and back: reading, writing, remembering, the share link. Tells "changed" (commit).
+// The form as a request and back: reading, writing, remembering, the share link. Tells "changed" (commit).
 //
-// Settings carry the names of a wish in the protocol. What comes from outside (storage, a link, a recipe)
+// Settings carry the names of a request in the protocol. What comes from outside (storage, a link, a recipe)
 // is checked against the server's config before it reaches the form.
 
 import { config } from "./config.js";
@@ -94,10 +94,10 @@ const read = () => ({
   prompt_strength: Number($("strength").value),
 });
 
-export function readWish(image, mask) {
-  const wish = { ...read(), use_image: image, use_mask: image && mask };
-  if (!negativeCounts()) wish.negative_prompt = "";
-  return wish;
+export function readRequest(image, mask) {
+  const request = { ...read(), use_image: image, use_mask: image && mask };
+  if (!negativeCounts()) request.negative_prompt = "";
+  return request;
 }
 
 // --- writing
@@ -196,10 +196,10 @@ export function fromLink(fragment) {
   return Object.fromEntries([...values].filter(([name]) => FIELDS.includes(name)));
 }
 
-export function toLink(wish, used) {
-  const values = { ...wish, seed: used };
-  const told = FIELDS.filter((name) => ![null, "", AUTO].includes(values[name]));
+export function toLink(request, used) {
+  const values = { ...request, seed: used };
+  const filled = FIELDS.filter((name) => ![null, "", AUTO].includes(values[name]));
   const link = new URL("/", location.href);
-  link.hash = new URLSearchParams(told.map((name) => [name, values[name]]));
+  link.hash = new URLSearchParams(filled.map((name) => [name, values[name]]));
   return link.href;
 }

@@ -11,9 +11,9 @@ const buttons = new Map(); // shot -> button
 export const entries = [];
 
 export function add(shot) {
-  const { wish, seed } = shot;
-  const button = el("button", { className: "history-item", title: wish.prompt }, thumb(shot), el("span"));
-  button.ariaLabel = `Bring back: ${wish.prompt}, seed ${seed}`;
+  const { request, seed } = shot;
+  const button = el("button", { className: "history-item", title: request.prompt }, thumb(shot), el("span"));
+  button.ariaLabel = `Bring back: ${request.prompt}, seed ${seed}`;
   button.addEventListener("click", () => tell("chosen", shot));
   entries.unshift(shot);
   buttons.set(shot, button);

@@ -1,16 +1,16 @@
 // The WebSocket client: sequence numbers, pictures as binary frames, reconnecting, asking again when busy.
 //
 // Tells "open", "offline", "state" {ready}, "waiting" {n, place}, "busy" {message, seconds},
-// "failed" {n, code, message}, "refused" (a sentence, of an input) and "painted" {message, blobs, current, sent, wish, given}.
+// "failed" {n, code, message}, "refused" (a sentence, of an input) and "painted" {message, blobs, current, sent, request, given}.
 
 import { sentence, tell } from "./dom.js";
 
 const FIRST_WAIT = 250; // ms until it connects again
 const LONGEST_WAIT = 4000;
-const REMEMBERED = 200; // paints whose wish and time of sending are kept for their answer
+const REMEMBERED = 200; // paints whose request and time of sending are kept for their answer
 
 const inputs = { image: null, mask: null };
-const asked = new Map(); // n -> {n, quick, wish, sent, answered}
+const asked = new Map(); // n -> {n, quick, request, sent, answered}
 export let n = 0;
 let current = null; // the latest of `asked`, unless stopped
 let socket = null;
@@ -64,11 +64,11 @@ document.addEventListener("visibilitychange", () => {
   if (!document.hidden && n) connect();
 });
 
-// A new connection knows nothing of the old one: the pictures first, then the wish if it is still open.
+// A new connection knows nothing of the old one: the pictures first, then the request if it is still open.
 function resume() {
   tell("open");
   for (const slot of ["image", "mask"]) if (inputs[slot]) sendInput(slot);
-  if (isBusy()) paint(current.wish, current.quick, current.given);
+  if (isBusy()) paint(current.request, current.quick, current.given);
 }
 
 function sendInput(slot) {
@@ -83,13 +83,13 @@ export function setInput(slot, blob) {
 }
 
 // `given` are the pictures it is painted from, handed back with the answer.
-export function paint(wish, quick, given) {
+export function paint(request, quick, given) {
   clearTimeout(retrying);
   n += 1;
-  current = { n, quick, wish, given, sent: performance.now(), answered: false };
+  current = { n, quick, request, given, sent: performance.now(), answered: false };
   asked.set(n, current);
   asked.delete(n - REMEMBERED);
-  if (isOpen()) send({ type: "paint", n, quick, wish });
+  if (isOpen()) send({ type: "paint", n, quick, request });
 }
 
 export function stop() {
@@ -126,7 +126,7 @@ function receivePicture(buffer) {
 }
 
 function failed(message) {
-  // What was superseded is no news; the answer to the newer wish is.
+  // What was superseded is no news; the answer to the newer request is.
   if (message.code === "stopped") return;
   if (message.n == null) tell("refused", message.message);
   if (message.n !== current?.n) return;
@@ -135,9 +135,9 @@ function failed(message) {
     tell("failed", message);
     return;
   }
-  const { wish, quick, given } = current;
+  const { request, quick, given } = current;
   tell("busy", { message: message.message, seconds: message.retry_after });
   clearTimeout(retrying);
   // When the connection is lost meanwhile, `resume` asks again.
-  retrying = setTimeout(() => paint(wish, quick, given), message.retry_after * 1000);
+  retrying = setTimeout(() => paint(request, quick, given), message.retry_after * 1000);
 }

@@ -1,6 +1,6 @@
 // The stage: shows pictures without a flash, alone or as a grid, and records when each one was seen.
 //
-// A shot is what one paint gave: {n, quick, wish, seed, width, height, paint_ms, sent, images, blobs, urls}.
+// A shot is what one paint gave: {n, quick, request, seed, width, height, paint_ms, sent, images, blobs, urls}.
 // Tells "shown" and "replaced" with a shot, and "selected".
 
 import { config } from "./config.js";
@@ -36,7 +36,7 @@ export async function show(next, restored = false) {
   const mine = turn;
   let images;
   try {
-    images = await Promise.all(next.urls.map((src) => decoded(src, next.wish.prompt)));
+    images = await Promise.all(next.urls.map((src) => decoded(src, next.request.prompt)));
   } catch {
     return "broken";
   }
@@ -56,7 +56,7 @@ export async function show(next, restored = false) {
 
 function swap(images) {
   // A size's own ratio, not that of the file: the box must not move between the quick and the full picture.
-  const size = config.sizes.find(({ name }) => name === shot.wish.aspect_ratio);
+  const size = config.sizes.find(({ name }) => name === shot.request.aspect_ratio);
   const { width, height } = size ?? shot;
   if (size || Math.abs(width / height / ratio - 1) > SAME_RATIO) ratio = width / height;
   const count = images.length;
@@ -110,8 +110,8 @@ onClick("show-all", () => {
 // After the swap, before the browser paints the frame that shows it: what tests and measurements read.
 function record(seen, restored) {
   const shown = performance.now();
-  const { n, sent, paint_ms, quick, wish } = seen;
-  Object.assign(document.documentElement.dataset, { shownN: n, shownPrompt: wish.prompt, shownQuick: quick });
+  const { n, sent, paint_ms, quick, request } = seen;
+  Object.assign(document.documentElement.dataset, { shownN: n, shownPrompt: request.prompt, shownQuick: quick });
   if (!restored) {
     seen.shown = shown;
     performance.mark(`shown-${n}`);
@@ -124,7 +124,7 @@ function record(seen, restored) {
 
 export const dim = (dimmed) => $("stage").toggleAttribute("data-dim", dimmed);
 
-// Whatever is still on its way was for a wish that is gone.
+// Whatever is still on its way was for a request that is gone.
 export const ignoreUpTo = (n) => {
   floor = n;
 };
