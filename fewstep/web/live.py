@@ -1,9 +1,10 @@
 """Generating while one types: one WebSocket per page, of whose prompts only the latest counts.
 
 The client's messages are JSON, {"type": "paint", "n": 7, "quick": true, "request": {...}}, and images are
-binary frames after a "painted" message that announces them. A prompt that waits is replaced by a newer one and
-keeps its position. One that a server has is given up for a newer one only when an image was shown a moment ago; else it
-is finished and shown, so that images keep coming while one types on, and no work is thrown away.
+binary frames after a "painted" message that announces them. A prompt that waits is replaced by a newer one
+and keeps its position. One that a server has is given up for a newer one only when an image was shown a
+moment ago; else it is finished and shown, so that images keep coming while one types on, and no work is
+thrown away.
 """
 
 from __future__ import annotations
