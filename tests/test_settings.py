@@ -78,12 +78,8 @@ def test_the_process_environment_is_the_default(monkeypatch):
 
 
 def test_an_empty_variable_counts_as_unset():
-    assert (
-        Settings.from_env(
-            {"FEWSTEP_DEVICE": "", "FEWSTEP_MAX_BATCH": "", "FEWSTEP_WEIGHTS": "", "FEWSTEP_COGLET_ROOT": ""}
-        )
-        == Settings()
-    )
+    names = ("FEWSTEP_DEVICE", "FEWSTEP_MAX_BATCH", "FEWSTEP_WEIGHTS", "FEWSTEP_COGLET_ROOT")
+    assert Settings.from_env(dict.fromkeys(names, "")) == Settings()
 
 
 def test_a_relative_folder_is_fixed_when_it_is_read(tmp_path, monkeypatch):

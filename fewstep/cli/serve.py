@@ -21,7 +21,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
     parser.add_argument("--train", action="store_true", help="serve trainings instead: POST /trainings")
     chosen = parser.parse_args(arguments)
-    host = chosen.host
     port = os.environ.get("PORT") or "5000"
     if not port.isdecimal() or not 0 < int(port) < 65536:
         return _end("PORT must be a number from 1 to 65535")
@@ -31,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mode = "train" if chosen.train else "predict"
     environ = os.environ if sys.stderr.isatty() else {"NO_COLOR": "1", **os.environ}
     try:
-        with running_server(host=host, port=int(port), environ=environ, mode=mode) as server:
+        with running_server(host=chosen.host, port=int(port), environ=environ, mode=mode) as server:
             server.wait_ready()
-            say(f"serving on http://{host}:{port}; Ctrl-C ends it")
+            say(f"serving on http://{chosen.host}:{port}; Ctrl-C ends it")
             return _end(f"the server ended with status {server.process.wait()}")
     except ServerFailed as error:
         return _end(str(error))

@@ -85,10 +85,9 @@ def environs_of(workers: int | None, environ: Mapping[str, str]) -> list[dict[st
 async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from fewstep.models.specs import get_model
     from fewstep.settings import Settings
-    from fewstep.web.app import create_app
+    from fewstep.web.app import WebServer, create_app
     from fewstep.web.auth import LOOPBACK
-    from fewstep.web.logs import JsonLines
-    from fewstep.web.serving import WebServer
+    from fewstep.web.monitoring import JsonLines
 
     if sys.stderr.isatty():  # a person is told what matters; a log holds every image
         logging.getLogger("fewstep.web").setLevel(logging.WARNING)

@@ -20,9 +20,8 @@ def check_cog() -> None:
     versions = {name: version(name) for name in ("cog", "coglet")}
     if set(versions.values()) != {COG_VERSION}:
         both = " and ".join(f"{name} {number}" for name, number in versions.items())
-        raise SettingsError(
-            f"{both} are installed; fewstep is made for {COG_VERSION} of both, so install that"
-        )
+        fix = f"fewstep is made for {COG_VERSION} of both, so install that"
+        raise SettingsError(f"{both} are installed; {fix}")
 
 
 def log_to_stderr() -> None:

@@ -16,7 +16,8 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,19 +45,16 @@ class ServerFailed(Exception):
     """The server did not come up; `str()` is the `[code] sentence` of setup() where there is one."""
 
 
-class Server:
+@dataclass(eq=False)
+class Server(AbstractContextManager["Server"]):
     """A coglet process in a process group of its own, and the requests that can be put to it; as a context
     manager it stops at the end."""
 
-    def __init__(self, process: subprocess.Popen[bytes], host: str, port: int, files: ExitStack) -> None:
-        self.process = process
-        self.host = host
-        self.port = port
-        self._files = files  # closed when the server has ended
-        self._unhealthy = 0
-
-    def __enter__(self) -> "Server":
-        return self
+    process: subprocess.Popen[bytes]
+    host: str
+    port: int
+    _files: ExitStack  # closed when the server has ended
+    _unhealthy: int = 0
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -116,13 +114,10 @@ class Server:
         self._files.close()
 
     def _ask(self, method: str, path: str, body: str | None, timeout_s: float | None) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
-        try:
+        with closing(http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)) as connection:
             connection.request(method, path, body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             text = response.read()
-        finally:
-            connection.close()
         is_json = "json" in (response.getheader("Content-Type") or "")
         return response.status, json.loads(text) if is_json else text.decode(errors="replace")
 
@@ -177,9 +172,8 @@ def _make_folder(temporary: str | None, files: ExitStack) -> Path:
     try:
         made = Path(tempfile.mkdtemp(prefix="fewstep-", dir=parent))
     except OSError as error:
-        raise ServerFailed(
-            f"no folder for files can be made ({error.strerror}); set TMPDIR to another"
-        ) from None
+        sentence = f"no folder for files can be made ({error.strerror}); set TMPDIR to another"
+        raise ServerFailed(sentence) from None
     with suppress(OSError):  # a file system without locks, on which nothing counts as abandoned
         if lock := try_lock(made):
             files.callback(os.close, lock)

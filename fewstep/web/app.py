@@ -1,4 +1,4 @@
-"""The ASGI app: the page, its API, its WebSocket, and what operators look at."""
+"""The ASGI app: the page, its API, its WebSocket, and what operators look at; and uvicorn, set up for it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import asyncio
 import base64
 import logging
 import secrets
+import socket
 from collections.abc import Collection
 from pathlib import Path
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -32,7 +34,7 @@ from fewstep.request import (
     named_sizes_of,
 )
 from fewstep.settings import Settings
-from fewstep.web.app_state import AppState, app_state
+from fewstep.web.app_state import GRACE_S, AppState, app_state
 from fewstep.web.auth import HEADERS, LOOPBACK, Guard
 from fewstep.web.cog_inputs import has_quick_size
 from fewstep.web.error_responses import error_response, on_error, on_http_exception
@@ -49,6 +51,8 @@ REST_MS = 350  # that typing has paused when the full size is asked for
 TRY_AGAIN_LATER = 1013
 MAX_SESSIONS = (256, 16)  # in all, and of one client
 MAX_ENHANCED = 4
+MAX_MESSAGE = 16 * 10**6  # bytes, of a WebSocket
+MAX_CONNECTIONS = 1024
 EXAMPLES = {
     "miniature": (
         "a red house in the snow at night",
@@ -75,6 +79,7 @@ def create_app(
     Raises SettingsError for a data folder or a database that cannot be used.
     """
     state = AppState(spec, settings, worker_pool)
+    handlers = {FewstepError: on_error, HTTPException: on_http_exception, Exception: _on_unforeseen}
     app = Starlette(
         routes=[
             Route("/", _page),
@@ -90,15 +95,37 @@ def create_app(
             Route("/readyz", _ready),
         ],
         middleware=[Middleware(Guard, hosts=hosts)],
-        exception_handlers={
-            FewstepError: on_error,
-            HTTPException: on_http_exception,
-            Exception: _on_unforeseen,
-        },
+        exception_handlers=handlers,
         lifespan=state.lifespan,
     )
     app.state.app_state = state
     return app
+
+
+class WebServer(uvicorn.Server):
+    """Serves an app of `create_app`. When it is to end, what waits is told at once, and what is running
+    is finished; uvicorn by itself would wait for both, and then cut them off."""
+
+    def __init__(self, app: Starlette, host: str, port: int) -> None:
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            access_log=False,
+            log_level="warning",
+            timeout_graceful_shutdown=int(GRACE_S),
+            server_header=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            ws_max_size=MAX_MESSAGE,
+            ws_per_message_deflate=False,  # images are as small as they get
+        )
+        super().__init__(config)
+        self._state = app.state.app_state
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish and turn away; called once, at the end of serve()."""
+        await self._state.end(GRACE_S)
+        await super().shutdown(sockets)
 
 
 async def _page(request: Request) -> Response:
@@ -145,24 +172,17 @@ async def _live(socket: WebSocket) -> None:
     # Without cookies one can generate, but keep nothing.
     client = state.client(socket) or f"from {socket.client.host if socket.client else ''}"
     await socket.accept()
-    own = sum(other == client for other in state.sessions.values())
+    own = sum(other.client == client for other in state.sessions)
     if len(state.sessions) >= MAX_SESSIONS[0] or own >= MAX_SESSIONS[1]:
         await socket.close(TRY_AGAIN_LATER)
         return
-    session = LiveSession(
-        socket,
-        client,
-        spec=state.spec,
-        styles=state.style_names,
-        queue=state.queue,
-        recent=state.recent,
-        reader=state.reader,
-    )
-    state.sessions[session] = client
+    shared = state.spec, state.style_names, state.queue, state.recent, state.reader
+    session = LiveSession(socket, client, *shared)
+    state.sessions.add(session)
     try:
         await session.run()
     finally:
-        del state.sessions[session]
+        state.sessions.discard(session)
 
 
 async def _improve(request: Request) -> Response:

@@ -23,13 +23,13 @@ from fewstep.web.monitoring import Metrics
 from fewstep.web.prompt_enhancer import PromptEnhancer
 from fewstep.web.queue import RequestQueue
 from fewstep.web.recent import RecentImages
-from fewstep.web.serving import GRACE_S
 from fewstep.web.store import Store
 from fewstep.web.worker_pool import WorkerPool
 
 COOKIE = "fewstep_visitor"
 YEAR_S = 365 * 24 * 60 * 60
 GOING_AWAY = 1001
+GRACE_S = 25.0  # for what is being generated when the server is to end
 QUEUE_LIMIT = 64  # requests that wait in all,
 PER_CLIENT = 4  # and of one client
 
@@ -53,7 +53,7 @@ class AppState:
         self.enhancing: set[str] = set()  # clients whose prompt is being improved
         self.reader = ImageReader()
         self.recent = RecentImages()
-        self.sessions: dict[LiveSession, str] = {}  # and whose each is
+        self.sessions: set[LiveSession] = set()
         self._signer = URLSafeSerializer(cookie_key(settings.web_data), salt="visitor")
         self._was_ready = self.queue.ready
         self._telling: set[asyncio.Future[Any]] = set()
@@ -78,9 +78,8 @@ class AppState:
         if self.client(request) is None:
             signed = self._signer.dumps(uuid.uuid4().hex)
             secure = request.headers.get("x-forwarded-proto", request.url.scheme) == "https"
-            response.set_cookie(
-                COOKIE, str(signed), max_age=YEAR_S, httponly=True, samesite="lax", secure=secure
-            )
+            options: dict[str, Any] = {"httponly": True, "samesite": "lax", "secure": secure}
+            response.set_cookie(COOKIE, str(signed), max_age=YEAR_S, **options)
 
     def style_names(self) -> list[str]:
         """List the operator's own style LoRAs for this model, as predict() takes them."""
@@ -101,7 +100,7 @@ class AppState:
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """Keep the workers as long as `app` is served."""
         app.state.loop = asyncio.get_running_loop()
-        self.worker_pool.start(self.workers_changed, self.metrics.restarted)
+        self.worker_pool.start(self.workers_changed, self.metrics.restarts.inc)
         try:
             yield
         finally:

@@ -101,9 +101,8 @@ class ReplicateBackend:
         target: dict[str, Any] = {"version": version} if version else {"model": name}
         began = time.perf_counter()
         try:
-            creating = asyncio.ensure_future(
-                self._client.predictions.async_create(**target, input=dict(inputs))
-            )
+            create = self._client.predictions.async_create(**target, input=dict(inputs))
+            creating = asyncio.ensure_future(create)
             try:
                 prediction = await asyncio.shield(creating)
                 await prediction.async_wait()
@@ -115,9 +114,8 @@ class ReplicateBackend:
         except Exception as error:
             # It was billed, perhaps, so that it is not asked again by itself.
             logger.warning("Replicate did not generate: %s", type(error).__name__)
-            raise GenerationError(
-                "Replicate cannot be reached, or refused; look at its status page"
-            ) from None
+            sentence = "Replicate cannot be reached, or refused; look at its status page"
+            raise GenerationError(sentence) from None
         answer = {name: getattr(prediction, name) for name in ("status", "output", "error", "metrics")}
         try:
             return _read_answer(answer, (time.perf_counter() - began) * 1000)

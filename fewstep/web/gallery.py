@@ -83,9 +83,8 @@ def _kept_image(request: Request) -> Response:
     file = app_state(request).store.file(name.removesuffix(".webp"))
     if not name.endswith(".webp") or not file.is_file():
         raise NotFound("there is no such picture")
-    return FileResponse(
-        file, media_type="image/webp", headers={"Cache-Control": "max-age=31536000, immutable"}
-    )
+    headers = {"Cache-Control": "max-age=31536000, immutable"}
+    return FileResponse(file, media_type="image/webp", headers=headers)
 
 
 def _reviews(request: Request) -> Response:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -28,14 +28,16 @@ from fewstep.web.cog_inputs import PAGE_FIELDS, CogInputs, ImageReader
 from fewstep.web.queue import QueuedRequest, RequestQueue
 from fewstep.web.recent import RecentImages
 
-logger = logging.getLogger(__name__)
-
 JUST_SHOWN_S = 0.3
 UNSUPPORTED = 1003
 MAX_MESSAGE = 16_384  # characters of JSON
 MAX_INPUT = 8 * 10**6  # bytes of an image; the page scales larger ones down
 SLOTS = {"image": open_image, "mask": open_mask}
 assert MAX_INPUT <= INPUT_MAX_BYTES
+
+
+class _OutOfTurn(Exception):
+    """Bytes came that nothing announced: what follows cannot be told apart either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +48,24 @@ class _Prompt:
     came: float  # in seconds of time.monotonic()
 
 
+@dataclass(eq=False)
 class LiveSession:
     """One connection, from accept to its end."""
 
-    def __init__(
-        self,
-        socket: WebSocket,
-        client: str,
-        *,
-        spec: ModelSpec,
-        styles: Callable[[], Collection[str]],
-        queue: RequestQueue,
-        recent: RecentImages,
-        reader: ImageReader,
-    ) -> None:
-        self._socket = socket
-        self.client = client
-        self._spec = spec
-        self._styles = styles
-        self._queue = queue
-        self._recent = recent
-        self._reader = reader
-        self._images: dict[str, Image.Image] = {}
-        self._next: _Prompt | None = None  # the latest that is not in the queue yet
-        self._current: _Prompt | None = None  # which `_queued` is for
-        self._queued: QueuedRequest | None = None
-        self._came = asyncio.Event()
-        self._shown = 0.0  # when the last image was sent
-        self._sending = asyncio.Lock()
+    socket: WebSocket
+    client: str
+    spec: ModelSpec
+    styles: Callable[[], Collection[str]]
+    queue: RequestQueue
+    recent: RecentImages
+    reader: ImageReader
+    _images: dict[str, Image.Image] = field(default_factory=dict)
+    _next: _Prompt | None = None  # the latest that is not in the queue yet
+    _current: _Prompt | None = None  # which `_queued` is for
+    _queued: QueuedRequest | None = None
+    _came: asyncio.Event = field(default_factory=asyncio.Event)
+    _shown: float = 0.0  # when the last image was sent
+    _sending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def run(self) -> None:
         """Serve until the client leaves."""
@@ -90,22 +82,21 @@ class LiveSession:
         finally:
             for task in tasks:
                 task.cancel()
-            if self._queued:
-                self._queue.cancel(self._queued)
+            self._take_back()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def tell_state(self) -> None:
         """Say whether there is a model to generate; at the beginning, and whenever that changes."""
-        await self._send({"type": "state", "ready": self._queue.ready})
+        await self._send({"type": "state", "ready": self.queue.ready})
 
     async def close(self, code: int) -> None:
         """Close it from our side; the page comes again."""
-        if self._socket.client_state is WebSocketState.CONNECTED:
-            await self._socket.close(code)
+        if self.socket.client_state is WebSocketState.CONNECTED:
+            await self.socket.close(code)
 
     async def _read(self) -> None:
         while True:
-            message = await self._socket.receive()
+            message = await self.socket.receive()
             if message["type"] == "websocket.disconnect":
                 return
             text = message.get("text")
@@ -128,41 +119,33 @@ class LiveSession:
             self._images.pop(_slot(fields), None)
         elif kind == "stop":
             self._next = None
-            if self._queued:
-                self._queue.cancel(self._queued)
+            self._take_back()
         else:
             raise InvalidRequest("type is unknown; it must be paint, input, clear or stop")
 
     async def _take_image(self, slot: str) -> None:
-        message = await self._socket.receive()
+        message = await self.socket.receive()
         content = message.get("bytes")
         if content is None:
             raise InvalidRequest(f"the {slot} did not come; send its bytes right after the message")
         self._images.pop(slot, None)
         if len(content) > MAX_INPUT:
-            raise InvalidRequest(
-                f"{slot} has {len(content) / 1e6:.1f} MB; at most {MAX_INPUT / 1e6:g} MB are taken"
-            )
-        self._images[slot] = await self._reader.read(content, slot, SLOTS[slot])
+            size = len(content) / 1e6
+            raise InvalidRequest(f"{slot} has {size:.1f} MB; at most {MAX_INPUT / 1e6:g} MB are taken")
+        self._images[slot] = await self.reader.read(content, slot, SLOTS[slot])
 
     async def _take_prompt(self, fields: Mapping[str, Any]) -> None:
         n, quick, values = fields.get("n"), fields.get("quick"), fields.get("request")
         if not isinstance(n, int) or not isinstance(quick, bool) or not isinstance(values, dict):
             raise InvalidRequest("a paint message has n, a whole number, quick, true or false, and a request")
-        came = time.monotonic()
-        values = dict(values)
-        images = {}
+        came, images = time.monotonic(), {}
         for slot in SLOTS:
             used = values.pop(f"use_{slot}", False) is True
             if used and slot not in self._images:  # it was refused, which the page has been told
                 raise InvalidRequest(f"the {slot} is not here; choose it again, or take it out")
             images[slot] = self._images[slot] if used else None
-
-        def make() -> CogInputs:
-            return CogInputs.create(
-                self._spec, values, known=PAGE_FIELDS, styles=self._styles(), quick=quick, **images
-            )
-
+        options: dict[str, Any] = {"known": PAGE_FIELDS, "styles": self.styles(), "quick": quick, **images}
+        make = partial(CogInputs.create, self.spec, values, **options)
         # Images are scaled to size, which takes milliseconds.
         cog = await asyncio.to_thread(make) if any(images.values()) else make()
         self._supersede(_Prompt(n, quick, cog, came))
@@ -177,8 +160,12 @@ class LiveSession:
             return
         self._next = prompt
         self._came.set()
-        if queued and time.monotonic() - self._shown < JUST_SHOWN_S:
-            self._queue.cancel(queued)
+        if time.monotonic() - self._shown < JUST_SHOWN_S:
+            self._take_back()
+
+    def _take_back(self) -> None:
+        if self._queued:
+            self.queue.cancel(self._queued)
 
     async def _generate(self) -> None:
         while True:
@@ -187,8 +174,8 @@ class LiveSession:
                 await self._came.wait()
             self._current, self._next = self._next, None
             try:
-                self._queued = self._queue.submit(self.client, self._current.cog.inputs, self._tell_position)
-                result = await self._queue.result(self._queued)
+                self._queued = self.queue.submit(self.client, self._current.cog.inputs, self._tell_position)
+                result = await self.queue.result(self._queued)
                 await self._show(self._current, self._queued, result)
             except Stopped:
                 pass  # for a newer one, or because the client said so
@@ -210,7 +197,7 @@ class LiveSession:
         ids = []
         for content, seed in zip(result.files, cog.seeds, strict=False):
             recipe = {**cog.recipe, "seed": seed, "num_outputs": 1}
-            ids.append(self._recent.add(self.client, content, recipe))
+            ids.append(self.recent.add(self.client, content, recipe))
         message = {
             "type": "painted",
             "n": prompt.n,
@@ -233,13 +220,9 @@ class LiveSession:
 
     async def _send(self, message: Mapping[str, Any], images: Collection[bytes] = ()) -> None:
         async with self._sending:  # so that nothing comes between a message and its images
-            await self._socket.send_text(json.dumps(message))
+            await self.socket.send_text(json.dumps(message))
             for image in images:
-                await self._socket.send_bytes(image)
-
-
-class _OutOfTurn(Exception):
-    """Bytes came that nothing announced: what follows cannot be told apart either."""
+                await self.socket.send_bytes(image)
 
 
 def _parsed(text: str) -> tuple[str, dict[str, Any]]:

@@ -52,12 +52,8 @@ def _visible(name: str, most: int, allowed: str = "") -> AfterValidator:
         text = unicodedata.normalize("NFC", value).strip()
         if len(text) > most:
             raise InvalidRequest(f"{name} has {len(text)} characters; at most {most} are allowed")
-        seen = (
-            unicodedata.category(char) not in UNSEEN and char not in BLANK
-            for char in text
-            if char not in allowed
-        )
-        if not all(seen):
+        chars = set(text) - set(allowed)
+        if any(unicodedata.category(char) in UNSEEN or char in BLANK for char in chars):
             raise InvalidRequest(f"{name} holds characters that cannot be seen; leave them out")
         return text
 

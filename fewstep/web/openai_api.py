@@ -133,19 +133,10 @@ async def _generate(
     request: Request, state: AppState, body: ImagesBody, images: Mapping[str, Any]
 ) -> Response:
     common, most = body.inputs(state.spec, bool(images)), NUM_OUTPUTS[1]
-    asked = [
-        await asyncio.to_thread(
-            CogInputs.create,
-            state.spec,
-            {
-                **common,
-                "seed": (common["seed"] + i) % (SEED_MAX + 1),
-                "num_outputs": min(most, body.n - i),
-            },
-            **images,
-        )
-        for i in range(0, body.n, most)
-    ]
+    asked = []
+    for i in range(0, body.n, most):
+        part = {"seed": (common["seed"] + i) % (SEED_MAX + 1), "num_outputs": min(most, body.n - i)}
+        asked.append(await asyncio.to_thread(CogInputs.create, state.spec, common | part, **images))
     client = f"api {request.client.host if request.client else ''}"
     results = await _results(request, state.queue, client, asked)
     data = []
@@ -159,9 +150,8 @@ async def _generate(
                 data.append({"b64_json": base64.b64encode(content).decode()})
     width, height = asked[0].size
     kind = common["output_format"].replace("jpg", "jpeg")
-    return JSONResponse(
-        {"created": int(time.time()), "data": data, "output_format": kind, "size": f"{width}x{height}"}
-    )
+    answer = {"created": int(time.time()), "data": data, "output_format": kind, "size": f"{width}x{height}"}
+    return JSONResponse(answer)
 
 
 async def _results(

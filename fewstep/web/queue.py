@@ -18,8 +18,7 @@ from typing import Any
 
 from fewstep.errors import Busy, DeadlineExceeded, FewstepError, InternalError, Stopped, TooMany
 from fewstep.web.backends import Backend, BackendBusy, BackendResult, BackendUnavailable
-from fewstep.web.logs import FIELDS
-from fewstep.web.monitoring import Metrics
+from fewstep.web.monitoring import FIELDS, Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -271,8 +270,8 @@ class RequestQueue:
         assert request.sent
         self._usual_s += 0.1 * (time.monotonic() - request.sent - self._usual_s)
         self.generates += 1
-        self._watcher.waited(request.sent - request.came)
-        self._watcher.generated(result.generate_ms)
+        self._watcher.wait.observe(request.sent - request.came)
+        self._watcher.generation.observe(result.generate_ms / 1000)
         fields = {
             "visitor": request.client[:8],
             "server": worker.name,
@@ -323,7 +322,7 @@ class RequestQueue:
         return max(1, math.ceil(before / slots * self._usual_s))
 
     def _rejected(self, error: Busy) -> Busy:
-        self._watcher.rejected(error.code)
+        self._watcher.rejections.labels(error.code).inc()
         return error
 
 

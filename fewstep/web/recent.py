@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 MAX_IMAGES = 32  # of one client
@@ -21,15 +21,15 @@ class Recent:
     recipe: dict[str, Any]
 
 
+@dataclass(eq=False)
 class RecentImages:
     """Forgets the oldest of a client who has many, and the oldest of all when memory is full."""
 
-    def __init__(self, max_images: int = MAX_IMAGES, max_bytes: int = MAX_BYTES) -> None:
-        self._max_images = max_images
-        self._max_bytes = max_bytes
-        self._images: OrderedDict[str, Recent] = OrderedDict()
-        self._of: dict[str, deque[str]] = {}  # ids of each client, in order
-        self._bytes = 0
+    max_images: int = MAX_IMAGES
+    max_bytes: int = MAX_BYTES
+    _images: OrderedDict[str, Recent] = field(default_factory=OrderedDict)
+    _of: dict[str, deque[str]] = field(default_factory=dict)  # ids of each client, in order
+    _bytes: int = 0
 
     def add(self, client: str, content: bytes, recipe: dict[str, Any]) -> str:
         """Remember an image; its id cannot be guessed."""
@@ -38,9 +38,9 @@ class RecentImages:
         self._bytes += len(content)
         own = self._of.setdefault(client, deque())
         own.append(image.id)
-        if len(own) > self._max_images:
+        if len(own) > self.max_images:
             self._drop(own[0])
-        while self._bytes > self._max_bytes:
+        while self._bytes > self.max_bytes:
             self._drop(next(iter(self._images)))
         return image.id
 

@@ -6,6 +6,7 @@ Methods block for milliseconds: call them off the event loop, from as many threa
 from __future__ import annotations
 
 import logging
+import re
 import unicodedata
 import uuid
 from collections.abc import Iterator, Mapping
@@ -14,18 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    CheckConstraint,
-    DateTime,
-    ForeignKey,
-    String,
-    create_engine,
-    delete,
-    event,
-    func,
-    select,
-)
+import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
@@ -36,24 +26,25 @@ logger = logging.getLogger(__name__)
 
 KEY_MAX = 4 * NICKNAME_MAX
 MAX_KEPT = 200  # images of one user
-PAGE = 24
+PAGE = 24  # images, by default
+REVIEWS = 100
 READS = "fewstep_reads"  # a transaction that writes nothing
 
 
 class Base(DeclarativeBase):
     """The tables."""
 
-    type_annotation_map = {datetime: DateTime(timezone=True)}
+    type_annotation_map = {datetime: sa.DateTime(timezone=True)}
 
 
 class User(Base):
     """Whoever wrote something; known by a signed cookie alone."""
 
     __tablename__ = "visitors"
-    id: Mapped[str] = mapped_column(String(32), primary_key=True)
-    nickname: Mapped[str] = mapped_column(String(NICKNAME_MAX), default="")
+    id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    nickname: Mapped[str] = mapped_column(sa.String(NICKNAME_MAX), default="")
     # As it is compared: names that differ in case or composition alone are the same.
-    nickname_key: Mapped[str | None] = mapped_column(String(KEY_MAX), unique=True)
+    nickname_key: Mapped[str | None] = mapped_column(sa.String(KEY_MAX), unique=True)
     created: Mapped[datetime]
 
 
@@ -61,12 +52,12 @@ class Image(Base):
     """A kept image; its file is named by the id."""
 
     __tablename__ = "pictures"
-    id: Mapped[str] = mapped_column(String(32), primary_key=True)
-    user: Mapped[str] = mapped_column("visitor", ForeignKey("visitors.id", ondelete="CASCADE"), index=True)
+    id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    user: Mapped[str] = mapped_column("visitor", sa.ForeignKey("visitors.id", ondelete="CASCADE"), index=True)
     created: Mapped[datetime] = mapped_column(index=True)
     width: Mapped[int]
     height: Mapped[int]
-    recipe: Mapped[dict[str, Any]] = mapped_column(JSON)
+    recipe: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
     owner: Mapped[User] = relationship(lazy="joined", innerjoin=True)
 
     def shown(self, user: str) -> dict[str, Any]:
@@ -85,12 +76,12 @@ class Review(Base):
     """A user's only one."""
 
     __tablename__ = "reviews"
-    __table_args__ = (CheckConstraint(f"rating BETWEEN {RATING[0]} AND {RATING[1]}"),)
+    __table_args__ = (sa.CheckConstraint(f"rating BETWEEN {RATING[0]} AND {RATING[1]}"),)
     user: Mapped[str] = mapped_column(
-        "visitor", ForeignKey("visitors.id", ondelete="CASCADE"), primary_key=True
+        "visitor", sa.ForeignKey("visitors.id", ondelete="CASCADE"), primary_key=True
     )
     rating: Mapped[int]
-    text: Mapped[str] = mapped_column(String(REVIEW_MAX))
+    text: Mapped[str] = mapped_column(sa.String(REVIEW_MAX))
     created: Mapped[datetime]
     owner: Mapped[User] = relationship(lazy="joined", innerjoin=True)
 
@@ -104,24 +95,21 @@ class Store:
         try:
             self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError:
-            raise SettingsError(
-                "FEWSTEP_WEB_DATA names no folder that can be written; name another"
-            ) from None
+            sentence = "FEWSTEP_WEB_DATA names no folder that can be written; name another"
+            raise SettingsError(sentence) from None
         url = url or f"sqlite:///{folder / 'fewstep.sqlite3'}"
         # As hosts write it; SQLAlchemy wants to know the driver.
-        for short in ("postgres://", "postgresql://"):
-            url = url.replace(short, "postgresql+psycopg://", 1) if url.startswith(short) else url
+        url = re.sub("^postgres(ql)?://", "postgresql+psycopg://", url)
         try:
             # Parameters, which are what users wrote, are in no message.
-            self._engine = create_engine(url, pool_pre_ping=True, hide_parameters=True)
+            self._engine = sa.create_engine(url, pool_pre_ping=True, hide_parameters=True)
             if self._engine.dialect.name == "sqlite":
                 _let_sqlite_share(self._engine)
             Base.metadata.create_all(self._engine)
         except (SQLAlchemyError, ImportError) as error:
             logger.error("the database: %s", type(error).__name__)
-            raise SettingsError(
-                "DATABASE_URL names no database that can be used; check it, and that its server runs"
-            ) from None
+            sentence = "DATABASE_URL names no database that can be used; check it, and that its server runs"
+            raise SettingsError(sentence) from None
 
     @contextmanager
     def _transaction(
@@ -156,7 +144,7 @@ class Store:
         """Return what is known of a user."""
         with self._transaction(reads=True) as session:
             row, review = session.get(User, user), session.get(Review, user)
-            kept = session.scalar(select(func.count()).where(Image.user == user))
+            kept = session.scalar(sa.select(sa.func.count()).where(Image.user == user))
             return {
                 "nickname": row.nickname if row else "",
                 "pictures": kept,
@@ -185,7 +173,7 @@ class Store:
         try:
             with self._transaction() as session:
                 owner = _user(session, user)
-                kept = session.scalar(select(func.count()).where(Image.user == user)) or 0
+                kept = session.scalar(sa.select(sa.func.count()).where(Image.user == user)) or 0
                 if kept >= MAX_KEPT:
                     raise InvalidRequest(f"{kept} of your pictures are kept, which is all; delete one first")
                 size_and_recipe = {"width": size[0], "height": size[1], "recipe": dict(recipe)}
@@ -201,7 +189,7 @@ class Store:
         limit = max(1, min(limit, 100))
         if before:
             self.file(before)  # raises for what is no id
-        newest = select(Image).order_by(Image.created.desc(), Image.id.desc()).limit(limit + 1)
+        newest = sa.select(Image).order_by(Image.created.desc(), Image.id.desc()).limit(limit + 1)
         with self._transaction(reads=True) as session:
             if before and (last := session.get(Image, before)):
                 newest = newest.where(
@@ -227,11 +215,11 @@ class Store:
             _user(session, user)
             session.merge(Review(user=user, rating=rating, text=text, created=_now()))
 
-    def reviews(self, user: str, limit: int = 100) -> dict[str, Any]:
+    def reviews(self, user: str) -> dict[str, Any]:
         """Return the newest, with the average of all."""
         with self._transaction(reads=True) as session:
             count, average = _rating(session)
-            rows = session.scalars(select(Review).order_by(Review.created.desc()).limit(limit))
+            rows = session.scalars(sa.select(Review).order_by(Review.created.desc()).limit(REVIEWS))
             shown = [{"rating": row.rating, "text": row.text, **_attribution(row, user)} for row in rows]
         return {"reviews": shown, "count": count, "average": average}
 
@@ -239,8 +227,8 @@ class Store:
         """Remove everything of a user's: rows and files."""
         with self._transaction() as session:
             _user(session, user)  # so that nothing is added meanwhile
-            images = session.scalars(select(Image.id).where(Image.user == user)).all()
-            session.execute(delete(User).where(User.id == user))  # and with it what refers to it
+            images = session.scalars(sa.select(Image.id).where(Image.user == user)).all()
+            session.execute(sa.delete(User).where(User.id == user))  # and with it what refers to it
         for image in images:
             self.file(image).unlink(missing_ok=True)
 
@@ -248,9 +236,8 @@ class Store:
         """Count everything, for the operator."""
         with self._transaction(reads=True) as session:
             count, average = _rating(session)
-            users, images = (
-                session.scalar(select(func.count()).select_from(table)) for table in (User, Image)
-            )
+            users = session.scalar(sa.select(sa.func.count(User.id)))
+            images = session.scalar(sa.select(sa.func.count(Image.id)))
         sizes = [file.stat().st_size for file in self._files.glob("*.webp")]
         return {
             "visitors": users,
@@ -264,13 +251,13 @@ class Store:
 def _let_sqlite_share(engine: Any) -> None:
     """Writers wait for one another instead of failing, and readers wait for nobody (WAL)."""
 
-    @event.listens_for(engine, "connect")
+    @sa.event.listens_for(engine, "connect")
     def connected(connection: Any, _: object) -> None:
         connection.isolation_level = None  # so that BEGIN is ours
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
-    @event.listens_for(engine, "begin")
+    @sa.event.listens_for(engine, "begin")
     def began(connection: Any) -> None:
         # A transaction that reads first and then writes fails at once if another wrote meanwhile.
         reads = connection.get_execution_options().get(READS)
@@ -290,7 +277,7 @@ def _user(session: Session, user: str) -> User:
 
 
 def _rating(session: Session) -> tuple[int, float | None]:
-    count, average = session.execute(select(func.count(), func.avg(Review.rating))).one()
+    count, average = session.execute(sa.select(sa.func.count(), sa.func.avg(Review.rating))).one()
     return count, round(float(average), 2) if count else None
 
 

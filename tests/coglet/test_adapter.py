@@ -11,9 +11,7 @@ from fewstep.errors import InternalError, InvalidRequest, SettingsError
 
 
 @pytest.mark.parametrize("error", [ValueError("/home/me hf_token"), SystemExit(3), KeyboardInterrupt()])
-def test_the_unforeseen_is_told_without_details_and_logged_with_them(
-    error: BaseException, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_unforeseen_is_told_without_details_and_logged_with_them(error, caplog):
     with pytest.raises(InternalError) as caught, door.mask_unexpected_errors():
         raise error
     assert str(caught.value).startswith("[internal] ") and "hf_token" not in str(caught.value)
@@ -23,20 +21,20 @@ def test_the_unforeseen_is_told_without_details_and_logged_with_them(
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("steps is 9"), asyncio.CancelledError()])
-def test_what_callers_may_know_passes_through(error: BaseException) -> None:
+def test_what_callers_may_know_passes_through(error):
     with pytest.raises(type(error)) as caught, door.mask_unexpected_errors():
         raise error
     assert caught.value is error
 
 
-def test_another_version_of_coglet_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_coglet_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(door, "version", {"cog": door.COG_VERSION, "coglet": "0.24.0"}.__getitem__)
     with pytest.raises(SettingsError, match=r"coglet 0\.24\.0"):
         door.check_cog()
 
 
 @pytest.mark.parametrize("value", ["/etc/passwd", "file:///etc/passwd", 5, b"x"])
-def test_a_local_path_that_no_schema_refused_is_refused_here(value: object) -> None:
+def test_a_local_path_that_no_schema_refused_is_refused_here(value):
     with pytest.raises(
         InvalidRequest, match="^\\[invalid_request\\] image is not an address; send one"
     ) as caught:

@@ -1,4 +1,4 @@
-"""The front door, served by uvicorn on a port of its own: before backends of ours, or the real coglet."""
+"""The page's server, run by uvicorn on a port of its own: before fake backends, or the real coglet."""
 
 import asyncio
 import io
@@ -16,11 +16,10 @@ from PIL import Image
 from fewstep.coglet.server import free_port
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
-from fewstep.web.app import create_app
+from fewstep.web.app import WebServer, create_app
 from fewstep.web.app_state import AppState
 from fewstep.web.backends import BackendResult
 from fewstep.web.queue import Worker
-from fewstep.web.serving import WebServer
 from fewstep.web.worker_pool import LocalWorkers
 
 MINIATURE = get_model("miniature")
@@ -32,8 +31,8 @@ def webp(colour: str = "red") -> bytes:
     return file.getvalue()
 
 
-class Easel:
-    """A backend of ours: generates for `seconds`, writes down what it was asked and what was given up."""
+class FakeBackend:
+    """Generates for `seconds`, and writes down what it was asked and what was given up."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -57,16 +56,14 @@ class Easel:
         return BackendResult([webp()] * inputs.get("num_outputs", 1), self.seconds * 1000)
 
 
-class Studio:
-    """A pool of easels, which are always there unless a test says otherwise."""
+class FakePool:
+    """A pool of fake backends, which are always there unless a test says otherwise."""
 
     live = True
     failure = ""
 
-    def __init__(self, *easels: Easel, slots: int = 1) -> None:
-        self.workers = [
-            Worker(name=f"easel {i}", slots=slots, backend=one, ready=True) for i, one in enumerate(easels)
-        ]
+    def __init__(self, *backends: FakeBackend, slots: int = 1) -> None:
+        self.workers = [Worker(name="fake", slots=slots, backend=one, ready=True) for one in backends]
         self.on_change: Callable[[], None] = lambda: None
 
     def start(self, on_change: Callable[[], None], on_restart: Callable[[], None]) -> None:
@@ -76,8 +73,8 @@ class Studio:
         pass
 
 
-class House:
-    """A running front door."""
+class RunningApp:
+    """The page's server as it runs."""
 
     def __init__(self, url: str, app: Any, server: WebServer) -> None:
         self.url = url
@@ -85,7 +82,7 @@ class House:
         self.server = server
 
     @property
-    def front(self) -> AppState:
+    def state(self) -> AppState:
         state: AppState = self.app.state.app_state
         return state
 
@@ -100,6 +97,15 @@ class House:
             client.get("/")
             yield client
 
+    def set_ready(self, ready: bool) -> None:
+        """Let a pool of fakes begin or end."""
+
+        def turn() -> None:
+            self.state.queue.workers[0].ready = ready
+            self.state.worker_pool.on_change()  # type: ignore[attr-defined]
+
+        self.app.state.loop.call_soon_threadsafe(turn)
+
     def wait_ready(self, seconds: float = 90) -> float:
         began = time.monotonic()
         while httpx2.get(f"{self.url}/readyz", trust_env=False).status_code != 200:
@@ -109,9 +115,8 @@ class House:
 
 
 @contextmanager
-def open_house(folder: Path, pool: Any, model: str = "miniature", **settings: Any) -> Iterator[House]:
-    web = Settings(web_data=folder / "data", **settings)
-    app = create_app(get_model(model), web, pool)
+def running_app(folder: Path, pool: Any, model: str = "miniature", **settings: Any) -> Iterator[RunningApp]:
+    app = create_app(get_model(model), Settings(web_data=folder / "data", **settings), pool)
     port = free_port()
     server = WebServer(app, "127.0.0.1", port)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -120,7 +125,7 @@ def open_house(folder: Path, pool: Any, model: str = "miniature", **settings: An
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield House(f"http://127.0.0.1:{port}", app, server)
+        yield RunningApp(f"http://127.0.0.1:{port}", app, server)
     finally:
         server.should_exit = True
         thread.join(40)
@@ -128,11 +133,11 @@ def open_house(folder: Path, pool: Any, model: str = "miniature", **settings: An
 
 
 @pytest.fixture(scope="session")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
     """The real thing: coglet with the miniature, as scripts/web starts it, one for all tests of a run."""
     folder = tmp_path_factory.mktemp("web")
     environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder)}
     pool = LocalWorkers([environ], 180, log=folder / "painters.log")
-    with open_house(folder, pool) as house:
-        house.wait_ready()
-        yield house
+    with running_app(folder, pool) as web:
+        web.wait_ready()
+        yield web

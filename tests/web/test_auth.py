@@ -17,20 +17,15 @@ async def app(scope, receive, send):
         return
     while (await receive()).get("more_body"):
         pass
-    await send(
-        {"type": "http.response.start", "status": 200, "headers": [(b"x-frame-options", b"SAMEORIGIN")]}
-    )
+    headers = [(b"x-frame-options", b"SAMEORIGIN")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": b"ok"})
 
 
 def ask(method="POST", body=b"", kind="http", chunks=1, **headers):
     sent, parts = [], [body] * chunks
-    scope = {
-        "type": kind,
-        "method": method,
-        "path": "/",
-        "headers": [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()],
-    }
+    pairs = [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()]
+    scope = {"type": kind, "method": method, "path": "/", "headers": pairs}
 
     async def receive():
         if not parts:
@@ -60,14 +55,11 @@ def test_a_name_that_was_pointed_at_us_is_not(host):
 @pytest.mark.parametrize(
     "headers",
     [
-        {"origin": "http://evil.example"},
-        {"origin": "null"},
-        {"origin": "http://127.0.0.1:9000"},
-        {"sec_fetch_site": "cross-site"},
-        {"sec_fetch_site": "same-site"},
+        {"origin": "http://evil.example"}, {"origin": "null"}, {"origin": "http://127.0.0.1:9000"},
+        {"sec_fetch_site": "cross-site"}, {"sec_fetch_site": "same-site"},
         {"origin": "http://127.0.0.1:8000.evil.example"},
     ],
-)
+)  # fmt: skip
 def test_another_sites_page_changes_nothing_and_opens_no_socket(headers):
     assert ask("POST", **SAME, **headers)[0]["status"] == 403
     assert ask("DELETE", **SAME, **headers)[0]["status"] == 403

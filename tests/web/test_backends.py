@@ -15,7 +15,7 @@ from fewstep.errors import GenerationError, InternalError, InvalidRequest, Unsaf
 from fewstep.web.backends import BackendBusy, BackendUnavailable, CogBackend, ReplicateBackend
 
 URL = f"data:image/webp;base64,{base64.b64encode(webp()).decode()}"
-WISH = {"prompt": "a red house", "seed": 1}
+INPUTS = {"prompt": "a red house", "seed": 1}
 
 
 class Server(ThreadingHTTPServer):
@@ -64,7 +64,7 @@ def by_cog(status, answer):
     async def main():
         generator = CogBackend(server.url, 5)
         try:
-            return await generator.generate(WISH)
+            return await generator.generate(INPUTS)
         finally:
             await generator.close()
 
@@ -77,7 +77,7 @@ def test_images_and_the_models_own_milliseconds():
     generated, server = by_cog(200, {"status": "succeeded", "output": [URL, URL], "metrics": metrics})
     assert (generated.files, generated.generate_ms) == ([webp()] * 2, 25.5)
     [(method, path, headers, body)] = server.seen
-    assert (method, path, set(body), body["input"]) == ("POST", "/predictions", {"id", "input"}, WISH)
+    assert (method, path, set(body), body["input"]) == ("POST", "/predictions", {"id", "input"}, INPUTS)
     assert len(body["id"]) == 32 and "Authorization" not in headers
 
 
@@ -113,7 +113,7 @@ def test_every_other_answer_is_an_error_of_its_kind(status, answer, error):
 
 def test_nobody_there_and_nobody_answering_is_gone():
     async def main(url):
-        await CogBackend(url, 0.2).generate(WISH)
+        await CogBackend(url, 0.2).generate(INPUTS)
 
     with pytest.raises(BackendUnavailable):
         asyncio.run(main("http://127.0.0.1:9"))
@@ -121,7 +121,7 @@ def test_nobody_there_and_nobody_answering_is_gone():
         asyncio.run(main(server.url))
 
 
-def replicate(states, outputs, model="owner/fewstep"):
+def replicate(states, outputs):
     """A prediction that goes through `states`, asked through the official client."""
     states = list(states)
 
@@ -131,35 +131,32 @@ def replicate(states, outputs, model="owner/fewstep"):
         if path.endswith("/cancel"):
             states[:] = ["canceled"]
         status = states.pop(0) if len(states) > 1 else states[0]
-        urls = {
-            "get": f"{server.url}/v1/predictions/abc",
-            "cancel": f"{server.url}/v1/predictions/abc/cancel",
-        }
+        url = f"{server.url}/v1/predictions/abc"
         made = [one.replace("HERE", server.url) for one in outputs] if status == "succeeded" else None
         error = "[unsafe] flagged" if status == "failed" else None
         body = {
             "id": "abc", "status": status, "output": made, "error": error, "metrics": {"predict_time": 1.0},
-            "urls": urls, "model": "owner/fewstep", "version": "v", "logs": "", "input": {}, "source": "api",
-            "created_at": None, "started_at": None, "completed_at": None,
+            "urls": {"get": url, "cancel": f"{url}/cancel"}, "model": "owner/fewstep", "version": "v",
+            "logs": "", "input": {}, "source": "api", "created_at": None, "started_at": None,
+            "completed_at": None,
         }  # fmt: skip
         return (401, {"title": "Unauthenticated", "status": 401}) if status == "refused" else (201, body)
 
-    return answering(answers), model
+    return answering(answers)
 
 
 def by_replicate(states, outputs=(URL,), model="owner/fewstep", cancel_after=None):
     global server
-    context, model = replicate(states, outputs, model)
 
     async def main():
         generator = ReplicateBackend(model, "secret", server.url)
-        task = asyncio.create_task(generator.generate(WISH))
+        task = asyncio.create_task(generator.generate(INPUTS))
         if cancel_after:
             await asyncio.sleep(cancel_after)
             task.cancel()
         return await task
 
-    with context as server:
+    with replicate(states, outputs) as server:
         return asyncio.run(main()), server
 
 
@@ -168,7 +165,7 @@ def test_replicate_generates_by_the_official_client_and_its_files_are_fetched_wi
     assert generated.files == [webp(), webp()]
     first, *_, last = server.seen
     assert (first[1], first[2]["Authorization"]) == ("/v1/models/owner/fewstep/predictions", "Bearer secret")
-    assert first[3]["input"] == WISH
+    assert first[3]["input"] == INPUTS
     assert last[1] == "/files/a.webp" and "Authorization" not in {name.title() for name in last[2]}
 
 

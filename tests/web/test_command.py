@@ -24,14 +24,8 @@ WEB = [sys.executable, "-P", "-m", "fewstep.cli.web"]
 
 def start(*arguments, command=WEB, **environ):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FEWSTEP_")}
-    return subprocess.Popen(
-        [*command, *arguments],
-        cwd=ROOT,
-        env={**clean, "PYTHONPATH": str(ROOT), **environ},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    options = {"env": {**clean, "PYTHONPATH": str(ROOT), **environ}, "start_new_session": True}
+    return subprocess.Popen([*command, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
 
 
 def children(pid):
@@ -141,7 +135,7 @@ def test_without_inodes_for_a_moment_it_generates_again_and_is_not_ready_meanwhi
     assert len(errors) <= 4  # those that were sent into it, one after the other, as often as one is
 
 
-def test_when_it_is_to_end_under_load_everybody_gets_a_image_or_is_told(tmp_path):
+def test_when_it_is_to_end_under_load_everybody_gets_an_image_or_is_told(tmp_path):
     port = free_port()
     process = start("--port", str(port), FEWSTEP_WEB_DATA=str(tmp_path), TMPDIR=str(tmp_path))
     answers = []
@@ -191,13 +185,9 @@ def test_what_cannot_be_is_said_before_anything_starts(tmp_path):
     assert status == 1 and "REPLICATE_API_TOKEN" in error
     status, error = ends_with(start(FEWSTEP_MODEL="other", **data))
     assert status == 1 and "[settings]" in error
-    for wrong in (
-        ["--port", "0"],
-        ["--workers", "0"],
-        ["--cog-url", "x"],
-        ["--cog-url", "http://x", "--replicate", "y"],
-    ):
-        assert ends_with(start(*wrong, **data))[0] == 2
+    both = "--cog-url http://x --replicate y"
+    for wrong in ("--port 0", "--workers 0", "--cog-url x", both):
+        assert ends_with(start(*wrong.split(), **data))[0] == 2
 
 
 def test_a_port_that_is_taken_is_said(tmp_path):

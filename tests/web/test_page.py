@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import Easel, Studio, open_house
+from conftest import FakeBackend, FakePool, running_app
 from PIL import Image
 from test_live import read
 
@@ -32,21 +32,19 @@ def browser():
         browser.close()
 
 
-class Opened:
+class Tab:
     """One visitor's page; whatever its console or its network says that it should not is kept."""
 
-    def __init__(self, browser, house, path="/", **options):
+    def __init__(self, browser, web, path="/", **options):
         self.context = browser.new_context(viewport={"width": 1280, "height": 800}, **options)
         self.page = self.context.new_page()
         self.wrong, self.hosts, self.bytes = [], set(), 0
-        self.page.on(
-            "console", lambda m: self.wrong.append(m.text) if m.type in ("error", "warning") else None
-        )
+        self.page.on("console", lambda m: m.type in ("error", "warning") and self.wrong.append(m.text))
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on(
             "request", lambda request: self.hosts.add(re.sub(r"^(\w+://[^/]*).*", r"\1", request.url))
         )
-        self.page.goto(house.url + path)
+        self.page.goto(web.url + path)
         self.page.wait_for_selector("#prompt")
 
     def type(self, text, delay_ms=20):
@@ -90,14 +88,14 @@ class Opened:
 
 
 @pytest.fixture
-def visitor(browser, house):
-    opened = Opened(browser, house, accept_downloads=True)
-    yield opened
-    wrong, hosts = opened.wrong, opened.hosts
-    opened.context.close()
+def tab(browser, web):
+    tab = Tab(browser, web, accept_downloads=True)
+    yield tab
+    wrong, hosts = tab.wrong, tab.hosts
+    tab.context.close()
     assert wrong == []
     assert all(
-        host == house.url or host in ("blob://", "data:") or host.startswith("blob:") for host in hosts
+        host == web.url or host in ("blob://", "data:") or host.startswith("blob:") for host in hosts
     ), hosts
 
 
@@ -105,140 +103,140 @@ def away(a, b):
     return np.abs(np.asarray(a, int) - np.asarray(b, int)).mean()
 
 
-def test_what_is_typed_key_by_key_is_seen(visitor):
-    visitor.type(TEXT)
-    assert read(visitor.shown(TEXT)) >= {"red", "house", "snow", "night"}
+def test_what_is_typed_key_by_key_is_seen(tab):
+    tab.type(TEXT)
+    assert read(tab.shown(TEXT)) >= {"red", "house", "snow", "night"}
     time.sleep(1)
-    assert visitor.page.evaluate("document.documentElement.dataset.shownPrompt") == TEXT
+    assert tab.page.evaluate("document.documentElement.dataset.shownPrompt") == TEXT
 
 
-def test_the_page_is_light_quick_and_asks_nobody_else(browser, house):
-    opened = Opened(browser, house)
-    opened.page.wait_for_load_state("networkidle")
-    generate, weight = opened.page.evaluate(LOADED)
-    opened.context.close()
-    assert opened.wrong == [] and opened.hosts == {house.url}
+def test_the_page_is_light_quick_and_asks_nobody_else(browser, web):
+    tab = Tab(browser, web)
+    tab.page.wait_for_load_state("networkidle")
+    generate, weight = tab.page.evaluate(LOADED)
+    tab.context.close()
+    assert tab.wrong == [] and tab.hosts == {web.url}
     assert weight < 150_000
     assert generate < 5000  # how quick it is, is benchmarks/page.csv's to say; this is for a page that hangs
 
 
-def test_a_locked_seed_stays_and_a_shuffled_one_is_another(visitor):
-    visitor.type(TEXT)
-    visitor.shown(TEXT)
-    page = visitor.page
-    visitor.set("#seed", 5)
+def test_a_locked_seed_stays_and_a_shuffled_one_is_another(tab):
+    tab.type(TEXT)
+    tab.shown(TEXT)
+    page = tab.page
+    tab.set("#seed", 5)
     if page.locator("#seed-lock").get_attribute("aria-pressed") != "true":
         page.click("#seed-lock")
-    first = visitor.next_image(visitor.number() - 1)
-    n = visitor.number()
+    first = tab.next_image(tab.number() - 1)
+    n = tab.number()
     page.locator("#prompt").press("Enter")
-    assert away(visitor.next_image(n), first) < 1
+    assert away(tab.next_image(n), first) < 1
     assert page.input_value("#seed") == "5"
-    n = visitor.number()
+    n = tab.number()
     page.click("#seed-shuffle")
-    assert away(visitor.next_image(n), first) > 3
+    assert away(tab.next_image(n), first) > 3
     assert page.input_value("#seed") != "5"
 
 
-def test_the_history_brings_a_image_back_with_all_its_settings(visitor):
-    visitor.type(TEXT)
-    visitor.shown(TEXT)
-    visitor.set("#steps", 2)
+def test_the_history_brings_an_image_back_with_all_its_settings(tab):
+    tab.type(TEXT)
+    tab.shown(TEXT)
+    tab.set("#steps", 2)
     time.sleep(1)
-    first = visitor.image()
+    first = tab.image()
     other = "a blue sailboat on a lake at sunset"
-    visitor.page.fill("#prompt", other)
-    visitor.set("#steps", 6)
-    visitor.shown(other)
+    tab.page.fill("#prompt", other)
+    tab.set("#steps", 6)
+    tab.shown(other)
     time.sleep(1)
-    visitor.page.locator(".history-item").nth(2).click()  # the newest is first
-    visitor.page.wait_for_function("text => document.querySelector('#prompt').value === text", arg=TEXT)
-    assert visitor.page.input_value("#steps") == "2"
+    tab.page.locator(".history-item").nth(2).click()  # the newest is first
+    tab.page.wait_for_function("text => document.querySelector('#prompt').value === text", arg=TEXT)
+    assert tab.page.input_value("#steps") == "2"
     time.sleep(0.5)
-    assert away(visitor.image(), first) < 1
+    assert away(tab.image(), first) < 1
 
 
-def test_two_images_are_compared_by_keyboard_too(visitor):
+def test_two_images_are_compared_by_keyboard_too(tab):
     for prompt in (TEXT, "a blue sailboat on a lake at sunset"):
-        visitor.page.fill("#prompt", prompt)
-        visitor.shown(prompt)
-        visitor.page.wait_for_timeout(700)
-    visitor.page.locator("#prompt").evaluate("element => element.blur()")
-    visitor.page.keyboard.press("c")
-    seam = visitor.page.locator("#wipe-at")
-    assert visitor.page.locator("#wipe img").count() == 2 and seam.input_value() == "50"
+        tab.page.fill("#prompt", prompt)
+        tab.shown(prompt)
+        tab.page.wait_for_timeout(700)
+    tab.page.locator("#prompt").evaluate("element => element.blur()")
+    tab.page.keyboard.press("c")
+    seam = tab.page.locator("#wipe-at")
+    assert tab.page.locator("#wipe img").count() == 2 and seam.input_value() == "50"
     seam.press("ArrowRight")
     assert int(seam.input_value()) > 50
-    visitor.page.keyboard.press("Escape")
-    assert visitor.page.locator("#wipe").is_hidden() and visitor.page.locator("#picture").is_visible()
+    tab.page.keyboard.press("Escape")
+    assert tab.page.locator("#wipe").is_hidden() and tab.page.locator("#picture").is_visible()
 
 
-def test_a_download_is_the_image_with_its_recipe(visitor, tmp_path):
-    visitor.type(TEXT)
-    visitor.shown(TEXT)
+def test_a_download_is_the_image_with_its_recipe(tab, tmp_path):
+    tab.type(TEXT)
+    tab.shown(TEXT)
     time.sleep(1)
-    with visitor.page.expect_download() as download:
-        visitor.page.click("#download")
+    with tab.page.expect_download() as download:
+        tab.page.click("#download")
     file = tmp_path / "a.webp"
     download.value.save_as(file)
     assert read_recipe(file)["prompt"] == TEXT
     assert re.fullmatch(r"fewstep-\d+\.webp", download.value.suggested_filename)
 
 
-def test_an_image_is_dropped_in_and_a_mask_is_generated_over_it(visitor):
-    visitor.type(TEXT)
-    plain = visitor.shown(TEXT)
+def test_an_image_is_dropped_in_and_a_mask_is_generated_over_it(tab):
+    tab.type(TEXT)
+    plain = tab.shown(TEXT)
     time.sleep(0.6)
-    plain = visitor.image()
+    plain = tab.image()
     file = io.BytesIO()
     plain.resize((256, 256)).save(file, "PNG")
-    n = visitor.number()
-    visitor.page.set_input_files(
+    n = tab.number()
+    tab.page.set_input_files(
         "#image-file", {"name": "a.png", "mimeType": "image/png", "buffer": file.getvalue()}
     )
-    visitor.next_image(n)
-    visitor.set("#strength", 0.3)
+    tab.next_image(n)
+    tab.set("#strength", 0.3)
     time.sleep(1)
-    near = away(visitor.image(), plain)
-    visitor.set("#strength", 1)
-    visitor.page.fill("#prompt", "a blue sailboat on a lake at sunset")
-    visitor.shown("a blue sailboat on a lake at sunset")
+    near = away(tab.image(), plain)
+    tab.set("#strength", 1)
+    tab.page.fill("#prompt", "a blue sailboat on a lake at sunset")
+    tab.shown("a blue sailboat on a lake at sunset")
     time.sleep(1)
-    assert near < away(visitor.image(), plain)
-    visitor.page.click("#mask-edit")
-    box = visitor.page.locator("#mask-canvas").bounding_box()
-    mouse = visitor.page.mouse
+    assert near < away(tab.image(), plain)
+    tab.page.click("#mask-edit")
+    box = tab.page.locator("#mask-canvas").bounding_box()
+    mouse = tab.page.mouse
     for part in np.linspace(0.05, 0.95, 12):  # the left third, stroke by stroke
         mouse.move(box["x"] + box["width"] * 0.02, box["y"] + box["height"] * part)
         mouse.down()
         mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * part, steps=6)
         mouse.up()
-    n = visitor.number()
-    visitor.page.click("#mask-done")
-    changed = np.abs(np.asarray(visitor.next_image(n), int) - np.asarray(plain, int)).mean(-1)
+    n = tab.number()
+    tab.page.click("#mask-done")
+    changed = np.abs(np.asarray(tab.next_image(n), int) - np.asarray(plain, int)).mean(-1)
     assert changed[:, 80:].mean() < 5 < changed[:, :32].mean()
 
 
-def test_a_drawing_is_generated_from(visitor):
-    visitor.type(TEXT)
-    visitor.shown(TEXT)
-    visitor.page.click("#draw")
-    box = visitor.page.locator("#draw-canvas").bounding_box()
-    mouse = visitor.page.mouse
+def test_a_drawing_is_generated_from(tab):
+    tab.type(TEXT)
+    tab.shown(TEXT)
+    tab.page.click("#draw")
+    box = tab.page.locator("#draw-canvas").bounding_box()
+    mouse = tab.page.mouse
     mouse.move(box["x"] + 20, box["y"] + 20)
     mouse.down()
     mouse.move(box["x"] + box["width"] - 20, box["y"] + box["height"] - 20, steps=8)
     mouse.up()
-    n = visitor.number()
-    visitor.page.click("#draw-done")
-    visitor.next_image(n)
-    assert visitor.page.locator("#strength").is_visible()
-    visitor.page.click("#image-remove")
-    assert not visitor.page.locator("#strength").is_visible()
+    n = tab.number()
+    tab.page.click("#draw-done")
+    tab.next_image(n)
+    assert tab.page.locator("#strength").is_visible()
+    tab.page.click("#image-remove")
+    assert not tab.page.locator("#strength").is_visible()
 
 
-def test_gallery_reviews_and_a_name_as_two_visitors_see_them(browser, house, visitor):
-    page = visitor.page
+def test_gallery_reviews_and_a_name_as_two_clients_see_them(browser, web, tab):
+    page = tab.page
     page.click("#you-open")
     page.fill("#nickname", HOSTILE[:40])
     page.click("#nickname-save")
@@ -246,7 +244,7 @@ def test_gallery_reviews_and_a_name_as_two_visitors_see_them(browser, house, vis
     page.keyboard.press("Escape")
     prompt = f"{HOSTILE} a red house"
     page.fill("#prompt", prompt)
-    visitor.shown(prompt)
+    tab.shown(prompt)
     time.sleep(1)
     page.click("#keep")
     page.wait_for_timeout(500)
@@ -256,7 +254,7 @@ def test_gallery_reviews_and_a_name_as_two_visitors_see_them(browser, house, vis
     page.click("#review-send")
     page.wait_for_selector(".review")
     page.keyboard.press("Escape")
-    other = Opened(browser, house)
+    other = Tab(browser, web)
     other.page.click("#gallery-open")
     other.page.wait_for_selector(".gallery-item")
     other.page.keyboard.press("Escape")
@@ -277,110 +275,102 @@ def test_gallery_reviews_and_a_name_as_two_visitors_see_them(browser, house, vis
     page.click("#delete-data")
     page.click("#delete-confirm")
     page.wait_for_timeout(500)
-    with house.client() as client:
+    with web.client() as client:
         assert client.get("/api/reviews").json()["count"] == 0
         assert client.get("/api/pictures").json()["pictures"] == []
 
 
-def test_two_visitors_generate_at_once_and_each_sees_their_own(browser, house, visitor):
-    other = Opened(browser, house)
+def test_two_clients_generate_at_once_and_each_sees_their_own(browser, web, tab):
+    other = Tab(browser, web)
     mine, theirs = TEXT, "a blue sailboat on a lake at sunset"
     for i in range(0, 30, 3):
-        visitor.page.fill("#prompt", mine[: i + 3])
+        tab.page.fill("#prompt", mine[: i + 3])
         other.page.fill("#prompt", theirs[: i + 3])
-    visitor.page.fill("#prompt", mine)
+    tab.page.fill("#prompt", mine)
     other.page.fill("#prompt", theirs)
-    assert read(visitor.shown(mine)) >= {"red", "house"}
+    assert read(tab.shown(mine)) >= {"red", "house"}
     assert read(other.shown(theirs)) >= {"blue", "sailboat"}
     other.context.close()
 
 
 @pytest.mark.parametrize("size", [(360, 740), (430, 930), (768, 1024), (1440, 900)])
-def test_nothing_juts_out_at_any_width_and_the_image_is_in_sight(browser, house, size):
-    opened = Opened(browser, house)
-    opened.page.set_viewport_size({"width": size[0], "height": size[1]})
-    opened.type(TEXT, 5)
-    opened.shown(TEXT)
-    assert opened.page.evaluate("document.documentElement.scrollWidth") <= size[0]
+def test_nothing_juts_out_at_any_width_and_the_image_is_in_sight(browser, web, size):
+    tab = Tab(browser, web)
+    tab.page.set_viewport_size({"width": size[0], "height": size[1]})
+    tab.type(TEXT, 5)
+    tab.shown(TEXT)
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= size[0]
     for selector in ("#picture", "#prompt"):
-        box = opened.page.locator(selector).bounding_box()
+        box = tab.page.locator(selector).bounding_box()
         assert box["y"] >= 0 and box["y"] + box["height"] <= size[1] and box["width"] > 100
-    opened.context.close()
-    assert opened.wrong == []
+    tab.context.close()
+    assert tab.wrong == []
 
 
-def test_a_share_link_generates_the_same(browser, house, visitor):
-    visitor.type(TEXT)
-    visitor.shown(TEXT)
+def test_a_share_link_generates_the_same(browser, web, tab):
+    tab.type(TEXT)
+    tab.shown(TEXT)
     time.sleep(1)
-    first = visitor.image()
-    visitor.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    visitor.page.click("#share")
-    visitor.page.wait_for_timeout(300)
-    link = visitor.page.evaluate("navigator.clipboard.readText()")
-    other = Opened(browser, house, link.removeprefix(house.url))
+    first = tab.image()
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.page.click("#share")
+    tab.page.wait_for_timeout(300)
+    link = tab.page.evaluate("navigator.clipboard.readText()")
+    other = Tab(browser, web, link.removeprefix(web.url))
     assert away(other.shown(TEXT), first) < 1
     other.context.close()
 
 
 def test_a_page_whose_server_is_gone_says_so_and_comes_back(browser, tmp_path):
-    with open_house(tmp_path, Studio(Easel(0.05))) as house:
-        opened = Opened(browser, house)
-        opened.page.fill("#prompt", "any")
-        opened.shown("any")
-        worker = house.front.queue.workers[0]
-
-        def turn(ready):
-            worker.ready = ready
-            house.front.worker_pool.on_change()
-
-        house.app.state.loop.call_soon_threadsafe(turn, False)
-        opened.page.wait_for_function("() => /moment/i.test(document.querySelector('#status').innerText)")
-        house.app.state.loop.call_soon_threadsafe(turn, True)
-        opened.page.wait_for_function("() => !/moment/i.test(document.querySelector('#status').innerText)")
-    opened.page.wait_for_function(
-        "() => /connect|offline/i.test(document.querySelector('#status').innerText)"
-    )
-    assert opened.page.locator("#picture").is_visible()
-    opened.context.close()
+    with running_app(tmp_path, FakePool(FakeBackend(0.05))) as web:
+        tab = Tab(browser, web)
+        tab.page.fill("#prompt", "any")
+        tab.shown("any")
+        web.set_ready(False)
+        tab.page.wait_for_function("() => /moment/i.test(document.querySelector('#status').innerText)")
+        web.set_ready(True)
+        tab.page.wait_for_function("() => !/moment/i.test(document.querySelector('#status').innerText)")
+    tab.page.wait_for_function("() => /connect|offline/i.test(document.querySelector('#status').innerText)")
+    assert tab.page.locator("#picture").is_visible()
+    tab.context.close()
 
 
 def test_a_large_model_generates_small_while_one_types_and_full_size_when_typing_rests(browser, tmp_path):
-    easel = Easel(0.05)
-    with open_house(tmp_path, Studio(easel), model="sdxl") as house:
-        opened = Opened(browser, house)
-        opened.page.locator("input[name=number][value='4']").check(force=True)
-        opened.type("a red house", 60)
-        opened.page.wait_for_selector("html[data-shown-quick='false'][data-shown-prompt='a red house']")
-        asked = [(one["width"], one["num_outputs"]) for one in easel.inputs if one["prompt"]]
-        opened.context.close()
+    backend = FakeBackend(0.05)
+    with running_app(tmp_path, FakePool(backend), model="sdxl") as web:
+        tab = Tab(browser, web)
+        tab.page.locator("input[name=number][value='4']").check(force=True)
+        tab.type("a red house", 60)
+        tab.page.wait_for_selector("html[data-shown-quick='false'][data-shown-prompt='a red house']")
+        asked = [(one["width"], one["num_outputs"]) for one in backend.inputs if one["prompt"]]
+        tab.context.close()
     assert asked[-1] == (1024, 4) and set(asked[:-1]) == {(512, 1)} and len(asked) > 3
-    assert len({one["seed"] for one in easel.inputs}) == 1
-    assert opened.wrong == []
+    assert len({one["seed"] for one in backend.inputs}) == 1
+    assert tab.wrong == []
 
 
 def test_where_images_are_billed_nothing_is_generated_unasked(browser, tmp_path):
-    easel = Easel()
-    studio = Studio(easel)
-    studio.live = False
-    with open_house(tmp_path, studio) as house:
-        opened = Opened(browser, house, "/#prompt=a+blue+house&seed=5")
-        opened.page.fill("#prompt", "a red house")
-        opened.page.locator("#steps").press("ArrowRight")
+    backend = FakeBackend()
+    pool = FakePool(backend)
+    pool.live = False
+    with running_app(tmp_path, pool) as web:
+        tab = Tab(browser, web, "/#prompt=a+blue+house&seed=5")
+        tab.page.fill("#prompt", "a red house")
+        tab.page.locator("#steps").press("ArrowRight")
         time.sleep(1)
-        assert easel.begun == []
-        opened.page.locator("#prompt").press("Enter")
-        opened.page.wait_for_selector("html[data-shown-prompt='a red house']")
-        opened.context.close()
-    assert easel.begun == ["a red house"] and opened.wrong == []
+        assert backend.begun == []
+        tab.page.locator("#prompt").press("Enter")
+        tab.page.wait_for_selector("html[data-shown-prompt='a red house']")
+        tab.context.close()
+    assert backend.begun == ["a red house"] and tab.wrong == []
 
 
-def test_the_keyboard_alone_is_enough(visitor):
-    page = visitor.page
+def test_the_keyboard_alone_is_enough(tab):
+    page = tab.page
     page.keyboard.press("Escape")
     page.locator("#prompt").focus()
     page.keyboard.type(TEXT)
-    visitor.shown(TEXT)
+    tab.shown(TEXT)
     page.locator("#prompt").evaluate("element => element.blur()")
     page.keyboard.press("?")
     assert page.locator("#shortcuts").is_visible()

@@ -76,11 +76,11 @@ def store(request, tmp_path):
     made.close()
 
 
-def keep(store, visitor=A, **recipe):
-    return store.keep(visitor, webp(), (16, 16), {**RECIPE, **recipe})
+def keep(store, user=A, **recipe):
+    return store.keep(user, webp(), (16, 16), {**RECIPE, **recipe})
 
 
-def test_a_nickname_is_its_visitors_alone_however_it_is_written(store):
+def test_a_nickname_is_its_users_alone_however_it_is_written(store):
     store.name(A, "Ünïcorn")
     assert store.me(A)["nickname"] == "Ünïcorn"
     for same in ("ünïcorn", "ÜNÏCORN", "U\u0308ni\u0308corn"):
@@ -116,7 +116,7 @@ def test_a_nickname_that_is_too_long_as_it_is_compared_is_refused(store):
         store.name(A, "\ufdfa" * 9)
 
 
-def test_a_kept_image_is_shown_to_all_and_taken_out_by_its_visitor_alone(store):
+def test_a_kept_image_is_shown_to_all_and_taken_out_by_its_user_alone(store):
     store.name(A, "ann")
     kept = keep(store)
     assert store.file(kept["id"]).read_bytes() == webp()
@@ -153,7 +153,7 @@ def test_the_gallery_is_read_page_by_page_without_gap_or_repeat(store):
     assert seen == ids[::-1]
 
 
-def test_a_visitor_keeps_only_so_many_and_a_refused_image_leaves_no_file(store, monkeypatch):
+def test_a_user_keeps_only_so_many_and_a_refused_image_leaves_no_file(store, monkeypatch):
     monkeypatch.setattr(store_module, "MAX_KEPT", 2)
     keep(store)
     keep(store)
@@ -163,16 +163,14 @@ def test_a_visitor_keeps_only_so_many_and_a_refused_image_leaves_no_file(store, 
     keep(store, B)
 
 
-def test_a_review_is_one_a_visitor_and_can_be_written_anew(store):
+def test_a_review_is_one_a_user_and_can_be_written_anew(store):
     store.review(A, 5, "so quick")
     store.review(B, 2, "")
     store.review(A, 4, "quick")
     found = store.reviews(A)
     assert (found["count"], found["average"]) == (2, 3.0)
-    assert {(one["rating"], one["text"], one["mine"]) for one in found["reviews"]} == {
-        (4, "quick", True),
-        (2, "", False),
-    }
+    shown = {(one["rating"], one["text"], one["mine"]) for one in found["reviews"]}
+    assert shown == {(4, "quick", True), (2, "", False)}
     assert store.me(A)["review"] == {"rating": 4, "text": "quick"}
 
 
@@ -187,11 +185,11 @@ def test_a_review_has_a_rating_and_a_text_that_can_be_seen():
             checked(ReviewText, {"rating": 5, "text": text})
 
 
-def test_forgetting_a_visitor_leaves_nothing_of_theirs_and_all_of_the_others(store):
-    for visitor in (A, B):
-        store.name(visitor, visitor[0])
-        keep(store, visitor)
-        store.review(visitor, 3, "")
+def test_forgetting_a_user_leaves_nothing_of_theirs_and_all_of_the_others(store):
+    for user in (A, B):
+        store.name(user, user[0])
+        keep(store, user)
+        store.review(user, 3, "")
     store.forget(A)
     assert store.me(A) == {"nickname": "", "pictures": 0, "review": None}
     assert store.me(B) == {"nickname": "b", "pictures": 1, "review": {"rating": 3, "text": ""}}
@@ -202,11 +200,11 @@ def test_forgetting_a_visitor_leaves_nothing_of_theirs_and_all_of_the_others(sto
 
 def test_twenty_who_write_at_once_lose_nothing(store):
     def write(i):
-        visitor = f"{i % 20:032x}"
-        store.name(visitor, f"v{i % 20}")
-        kept = keep(store, visitor, seed=i)
-        store.review(visitor, 1 + i % 5, str(i))
-        store.gallery(visitor)
+        user = f"{i % 20:032x}"
+        store.name(user, f"v{i % 20}")
+        kept = keep(store, user, seed=i)
+        store.review(user, 1 + i % 5, str(i))
+        store.gallery(user)
         return kept["id"]
 
     with ThreadPoolExecutor(20) as pool:
@@ -223,7 +221,7 @@ def test_twenty_who_write_at_once_lose_nothing(store):
     assert (summary["visitors"], summary["pictures"], summary["reviews"]) == (20, 100, 20)
 
 
-def test_one_visitor_who_does_everything_at_once_ends_as_one(store):
+def test_one_user_who_does_everything_at_once_ends_as_one(store):
     """The first row of a visitor, written by many at once; and nothing is left of what was kept meanwhile."""
 
     def write(i):
@@ -240,7 +238,7 @@ def test_one_visitor_who_does_everything_at_once_ends_as_one(store):
     assert store.reviews(A)["count"] <= 1 and store.summary()["visitors"] <= 1
 
 
-def test_an_error_of_the_database_tells_nobody_what_a_visitor_wrote(store, caplog):
+def test_an_error_of_the_database_tells_nobody_what_a_user_wrote(store, caplog):
     store.name(A, "ann")
     now = store_module._now()
     with pytest.raises(InternalError) as caught, store._transaction() as session:

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import open_house
+from conftest import running_app
 from test_backends import URL, answering
-from test_live import visit
+from test_live import open_page
 
 from fewstep.coglet.server import OUTPUTS, Server
 from fewstep.web import worker_pool
@@ -29,8 +29,7 @@ def processes(group):
             text = status.read_text()
         except OSError:
             continue
-        rest = text.rpartition(")")[2]
-        state, _, group_of = rest.split()[:3]
+        state, _, group_of = text.rpartition(")")[2].split()[:3]
         if int(group_of) == group:
             found[int(status.parent.name)] = state
     return found
@@ -44,16 +43,16 @@ def wait_until(happened, seconds=90):
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
+def web(tmp_path_factory):
     folder = tmp_path_factory.mktemp("supervised")
     environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     pool = LocalWorkers([environ] * 2, 60, log=folder / "painters.log")
-    with open_house(folder, pool) as house:
+    with running_app(folder, pool) as web:
         began = time.monotonic()
         wait_until(lambda: all(worker.ready for worker in pool.workers))
-        house.setup_s = time.monotonic() - began
-        yield house
-        groups = [group_of(house, i) for i in range(2)]
+        web.setup_s = time.monotonic() - began
+        yield web
+        groups = [group_of(web, i) for i in range(2)]
     assert groups and all(is_gone(group) for group in groups)
 
 
@@ -66,9 +65,9 @@ def is_gone(group):
     return False
 
 
-def group_of(house, i=0):
+def group_of(web, i=0):
     """The process group of the server that runs now; None between two."""
-    server = house.front.worker_pool.workers[i].server
+    server = web.state.worker_pool.workers[i].server
     return server and server.process.pid
 
 
@@ -78,18 +77,18 @@ def worker_of(group):
     return max(sizes, key=sizes.get)
 
 
-def is_replaced(house, groups):
+def is_replaced(web, groups):
     """Whether every server is another than in `groups`, and ready."""
-    workers = house.front.worker_pool.workers
-    now = [group_of(house, i) for i in range(len(workers))]
+    workers = web.state.worker_pool.workers
+    now = [group_of(web, i) for i in range(len(workers))]
     return None not in now and not set(now) & set(groups) and all(worker.ready for worker in workers)
 
 
 class Load:
     """Clients who type on; every prompt that is the last for a while must be generated."""
 
-    def __init__(self, house, clients=4):
-        self.house, self.errors, self.states, self.generated = house, [], [], 0
+    def __init__(self, web, clients=4):
+        self.web, self.errors, self.states, self.generated = web, [], [], 0
         self.ending = threading.Event()
         self.threads = [threading.Thread(target=self._type, args=(i,)) for i in range(clients)]
 
@@ -109,11 +108,11 @@ class Load:
         wait_until(lambda: self.generated >= before + images)
 
     def _type(self, i):
-        with visit(self.house) as visitor:
+        with open_page(self.web) as page:
             while not self.ending.is_set():
-                n = visitor.type(f"a red house {i} {visitor.n}", seed=i, steps=1)
+                n = page.type(f"a red house {i} {page.n}", seed=i, steps=1)
                 while True:
-                    message, _ = visitor.read("painted", "failed", "state", timeout=90)
+                    message, _ = page.read("painted", "failed", "state", timeout=90)
                     if message["type"] == "failed":
                         self.errors.append(message)
                     if message["type"] == "state":
@@ -123,14 +122,14 @@ class Load:
                         break
 
 
-def ends_and_comes_back(house, kill):
+def ends_and_comes_back(web, kill):
     """Seconds until both servers are ready after `kill(group)` of both; a load is generated meanwhile."""
-    groups = [group_of(house, i) for i in range(2)]
-    with Load(house) as load:
+    groups = [group_of(web, i) for i in range(2)]
+    with Load(web) as load:
         for group in groups:
             kill(group)
         began = time.monotonic()
-        wait_until(lambda: is_replaced(house, groups))
+        wait_until(lambda: is_replaced(web, groups))
         took = time.monotonic() - began
         load.wait_for_more(8)
     assert load.errors == []
@@ -141,34 +140,34 @@ def ends_and_comes_back(house, kill):
     return took
 
 
-def test_a_worker_that_is_killed_is_replaced_and_nobodys_request_is_lost(house):
-    took = ends_and_comes_back(house, lambda group: os.kill(worker_of(group), signal.SIGKILL))
-    assert took < house.setup_s + SLACK_S
+def test_a_worker_that_is_killed_is_replaced_and_nobodys_request_is_lost(web):
+    took = ends_and_comes_back(web, lambda group: os.kill(worker_of(group), signal.SIGKILL))
+    assert took < web.setup_s + SLACK_S
 
 
-def test_a_server_that_is_killed_is_replaced_with_its_worker(house):
-    took = ends_and_comes_back(house, lambda group: os.kill(group, signal.SIGKILL))
-    assert took < house.setup_s + SLACK_S
+def test_a_server_that_is_killed_is_replaced_with_its_worker(web):
+    took = ends_and_comes_back(web, lambda group: os.kill(group, signal.SIGKILL))
+    assert took < web.setup_s + SLACK_S
 
 
-def test_one_that_hangs_is_routed_around_and_replaced(house):
-    group = group_of(house)
-    worker = house.front.worker_pool.workers[0]
-    with Load(house, clients=2) as load:
+def test_one_that_hangs_is_routed_around_and_replaced(web):
+    group = group_of(web)
+    worker = web.state.worker_pool.workers[0]
+    with Load(web, clients=2) as load:
         os.kill(worker_of(group), signal.SIGSTOP)
         wait_until(lambda: not worker.ready, 15)
-        wait_until(lambda: group_of(house) not in (group, None) and worker.ready)
+        wait_until(lambda: group_of(web) not in (group, None) and worker.ready)
     assert load.errors == [] and is_gone(group)
 
 
-def test_the_restarts_are_counted_and_every_server_has_its_own_folder(house):
-    with house.client() as client:
+def test_the_restarts_are_counted_and_every_server_has_its_own_folder(web):
+    with web.client() as client:
         text = client.get("/metrics").text
     count = float(
         next(line.split()[1] for line in text.splitlines() if line.startswith("fewstep_restarts_total"))
     )
     assert count >= 5
-    folders = list(house.front.settings.web_data.parent.glob(f"{OUTPUTS}*"))
+    folders = list(web.state.settings.web_data.parent.glob(f"{OUTPUTS}*"))
     assert len(folders) == 2
 
 
@@ -237,14 +236,14 @@ def test_the_gpus_that_may_be_used(environ, gpus):
     assert visible_gpus(environ) == gpus
 
 
-def test_somebody_elses_server_is_used_as_long_as_it_is_ready(house, tmp_path):
-    url = house.front.worker_pool.workers[0].backend.url
-    with open_house(tmp_path, RemoteWorker(url, 60)) as other:
+def test_somebody_elses_server_is_used_as_long_as_it_is_ready(web, tmp_path):
+    url = web.state.worker_pool.workers[0].backend.url
+    with running_app(tmp_path, RemoteWorker(url, 60)) as other:
         other.wait_ready(10)
-        with visit(other) as visitor:
-            visitor.type("a red house", steps=1)
-            visitor.read("painted")
-    with open_house(tmp_path, RemoteWorker("http://127.0.0.1:9", 60)) as other, other.client() as client:
+        with open_page(other) as page:
+            page.type("a red house", steps=1)
+            page.read("painted")
+    with running_app(tmp_path, RemoteWorker("http://127.0.0.1:9", 60)) as other, other.client() as client:
         time.sleep(0.5)
         assert client.get("/readyz").status_code == 503
 
@@ -264,15 +263,15 @@ def fake_coglet(health):
 
 def test_somebody_elses_server_that_refuses_for_ever_is_not_ready_until_it_has_room(tmp_path):
     health = {"status": "BUSY"}
-    with fake_coglet(health) as server, open_house(tmp_path, RemoteWorker(server.url, 60)) as house:
-        house.wait_ready(10)
-        with visit(house) as visitor, house.client() as client:
-            visitor.type("a red house", steps=1)
+    with fake_coglet(health) as server, running_app(tmp_path, RemoteWorker(server.url, 60)) as web:
+        web.wait_ready(10)
+        with open_page(web) as page, web.client() as client:
+            page.type("a red house", steps=1)
             wait_until(lambda: client.get("/readyz").status_code == 503, 8)
             time.sleep(1.5)
             assert client.get("/readyz").status_code == 503  # though it calls itself well
             health["status"] = "READY"
-            visitor.read("painted", timeout=10)
+            page.read("painted", timeout=10)
             assert client.get("/readyz").status_code == 200
 
 
@@ -289,11 +288,11 @@ def test_one_of_ours_that_refuses_for_ever_is_replaced(tmp_path, monkeypatch):
             return Server(process, "127.0.0.1", next(ports), files)
 
         monkeypatch.setattr(worker_pool, "running_server", start)
-        with open_house(tmp_path, LocalWorkers([{}], 60)) as house, visit(house) as visitor:
-            house.wait_ready(10)
+        with running_app(tmp_path, LocalWorkers([{}], 60)) as web, open_page(web) as page:
+            web.wait_ready(10)
             began = time.monotonic()
-            visitor.type("a red house", steps=1)
-            wait_until(lambda: not house.front.queue.ready, 8)
-            visitor.read("painted", timeout=10)
+            page.type("a red house", steps=1)
+            wait_until(lambda: not web.state.queue.ready, 8)
+            page.read("painted", timeout=10)
             assert time.monotonic() - began < 8
             assert [process.returncode for process in ended] == [-signal.SIGKILL]
