@@ -5,7 +5,7 @@ of an SDXL or SD model. PICTURES is a folder as scripts/train takes it, webdatas
 ("shards/{000..012}.tar", also at https addresses), or "world" for drawings of the miniature's world. They are
 encoded once, into FOLDER; run the same command again and it goes on from its last checkpoint.
 
-Figures that are not given are those of the preset, fewstep/training/config.py, where each has its reason.
+Figures that are not given are those of the preset, fewstep/training/presets.toml, where each has its reason.
 On several GPUs or machines, with DDP: accelerate launch -m fewstep.cli.distill ...
 TensorBoard shows the run: tensorboard --logdir FOLDER
 """

@@ -5,7 +5,7 @@ metadata.jsonl ({"file_name": "a.jpg", "text": "..."}) that says what it shows. 
 card with samples, and checkpoints from which the same command goes on if it is interrupted. FEWSTEP_MODEL
 names the model; without it the miniature is taught.
 
-What is not given is the preset's, fewstep/training/config.py. On several GPUs: accelerate launch -m fewstep.cli.train PICTURES --out FOLDER
+What is not given is the preset's, fewstep/training/presets.toml. On several GPUs: accelerate launch -m fewstep.cli.train PICTURES --out FOLDER
 """
 
 import argparse

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,55 +21,13 @@ from torch import Tensor
 
 from fewstep.errors import TrainingError
 from fewstep.training.checkpoint import write_tensors
-from fewstep.training.config import METHODS
 
 logger = logging.getLogger(__name__)
 
+CARDS = Path(__file__).with_name("cards.toml")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya.safetensors"
 METADATA_KEY = "fewstep"  # of what we write into a file's metadata
-
-_CARD = """\
----
-base_model: {model}
-library_name: diffusers
-tags:
-- lcm
-- {kind}
----
-
-# {title}
-
-{image}
-
-{use}
-## How it was trained
-
-{table}
-"""
-
-_USE = {
-    "lora": """\
-    pipe.load_lora_weights("FOLDER")
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe(prompt, num_inference_steps=4, guidance_scale=1.0)
-""",
-    "full": """\
-    pipe.unet = UNet2DConditionModel.from_pretrained("FOLDER", subfolder="unet")
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe(prompt, num_inference_steps=4, guidance_scale={guidance:g})
-""",
-    "lcf": """\
-Beside the LCM-LoRA that it was trained with, at a scale of 1:
-
-    scripts/predict -i prompt="..." -i style=NAME -i style_scale=1
-""",
-    "style": """\
-At any number of steps, and in few beside an LCM-LoRA:
-
-    scripts/predict -i prompt="..." -i style=NAME
-""",
-}
 
 
 def save_network(network: UNet2DConditionModel, folder: Path, metadata: Mapping[str, object]) -> None:
@@ -125,14 +84,15 @@ def save_lora(
 
 def write_card(folder: Path, metadata: Mapping[str, object], guidance: float) -> None:
     """Write README.md into `folder`, with its latest samples and a table of `metadata`."""
+    cards = tomllib.loads(CARDS.read_text(encoding="utf-8"))
     method = str(metadata["method"])
     samples = sorted((folder / "samples").glob("*.webp"))
-    text = _CARD.format(
+    text = cards["card"].format(
         model=metadata["model"],
         kind="full-lcm" if method == "full" else "lora",
-        title=METHODS[method][0].upper() + METHODS[method][1:],
+        title=cards[method]["title"],
         image=f"![the same prompts and seeds as ever](samples/{samples[-1].name})" if samples else "",
-        use=_USE[method].format(guidance=guidance),
+        use=cards[method]["use"].format(guidance=guidance),
         table="\n".join(
             ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in metadata.items())]
         ),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from fewstep.miniature.world.dataset import training_captions, write_world
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 from fewstep.training import prior_preservation, trainer
-from fewstep.training.config import METHODS, MINIATURE, REAL, TrainingOptions, preset
+from fewstep.training.config import PRESETS, STUDENTS, TrainingOptions, preset
 from fewstep.training.data import find
 from fewstep.training.networks import load_base, load_few_step
 from fewstep.training.run import generate_samples, train_model
@@ -236,8 +237,9 @@ def test_a_resolution_that_cannot_be_trained_at_is_refused(side):
 
 
 def test_every_preset_is_whole():
-    assert set(REAL) == set(MINIATURE) == set(METHODS)
-    for method in METHODS:
+    presets = tomllib.loads(PRESETS.read_text())
+    assert set(presets["real"]) == set(presets["miniature"]) == set(STUDENTS)
+    for method in STUDENTS:
         assert preset("miniature", method).method == preset("sdxl", method).method == method
         assert preset("sdxl", method).metadata()["method"] == method
 
