@@ -13,11 +13,12 @@ TensorBoard shows the run: tensorboard --logdir FOLDER
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.cli.run import say, status_of
-from fewstep.cli.train import check_options, options_of, tracked, training_parser
+from fewstep.cli.train import options_of, parse, tracked, training_parser
 
 if TYPE_CHECKING:
     from fewstep.training.data import Captioned
@@ -34,11 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="how many pictures at most")
     parser.add_argument("--model", default="miniature", help="the teacher (%(default)s)")
     parser.add_argument("--skip", type=int, help="LCM's k, in 20 timesteps: 1 is k = 20")
-    parser.add_argument(
-        "--student", dest="method", choices=("lora", "full"), default="lora", help="(%(default)s)"
-    )
-    chosen = parser.parse_args(arguments)
-    check_options(parser, chosen)
+    students = ("lora", "full")
+    parser.add_argument("--student", dest="method", choices=students, default="lora", help="(%(default)s)")
+    chosen = parse(parser, arguments)
     chosen.guidance = chosen.guidance and tuple(chosen.guidance)
     if chosen.rank and chosen.method == "full":
         parser.error("--rank is of LoRAs; a full LCM has none")
@@ -52,15 +51,8 @@ def _distil(chosen: argparse.Namespace) -> None:
     settings, options = Settings.from_env(), options_of(chosen)
     options.plan(chosen.model)  # refuses at once what it cannot be
     with tracked(chosen.out) as accelerator:
-        train_model(
-            chosen.model,
-            settings,
-            options,
-            lambda: _images(chosen),
-            chosen.out,
-            limit=chosen.limit,
-            accelerator=accelerator,
-        )
+        images, limit = partial(_images, chosen), chosen.limit
+        train_model(chosen.model, settings, options, images, chosen.out, limit=limit, accelerator=accelerator)
     say("done; README.md in the folder that --out names tells how to use it")
 
 

@@ -11,8 +11,7 @@ from typing import Any, TypeAlias
 
 from fewstep.errors import DatasetError, TrainingError
 from fewstep.request import SIDE
-from fewstep.training.distill import Distillation, FullStudent, LoraStudent
-from fewstep.training.style import StyleStudent
+from fewstep.training.distill import Distillation, FullStudent, LoraStudent, StyleStudent
 from fewstep.training.trainer import Schedule
 
 PRESETS = Path(__file__).with_name("presets.toml")

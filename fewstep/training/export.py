@@ -12,7 +12,6 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
@@ -69,9 +68,8 @@ def save_lora(
     config = unet.peft_config["default"]
     if kohya:
         # alpha comes as a whole number, which kohya's scripts write in the dtype of the rest.
-        tensors = {
-            name: value.to(torch.float16) for name, value in convert_state_dict_to_kohya(tensors).items()
-        }
+        converted = convert_state_dict_to_kohya(tensors)
+        tensors = {name: value.half() for name, value in converted.items()}
         header |= {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r)}
         header["ss_network_alpha"] = str(config.lora_alpha)
     else:
@@ -87,14 +85,13 @@ def write_card(folder: Path, metadata: Mapping[str, object], guidance: float) ->
     cards = tomllib.loads(CARDS.read_text(encoding="utf-8"))
     method = str(metadata["method"])
     samples = sorted((folder / "samples").glob("*.webp"))
+    rows = [f"| {name} | {value} |" for name, value in metadata.items()]
     text = cards["card"].format(
         model=metadata["model"],
         kind="full-lcm" if method == "full" else "lora",
         title=cards[method]["title"],
         image=f"![the same prompts and seeds as ever](samples/{samples[-1].name})" if samples else "",
         use=cards[method]["use"].format(guidance=guidance),
-        table="\n".join(
-            ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in metadata.items())]
-        ),
+        table="\n".join(["| | |", "|---|---|", *rows]),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -43,7 +43,10 @@ class Encoder:
         # Whoever trains another model into the same folder must not meet these latents.
         vae, names = diffusion.vae, ("text_encoder", "text_encoder_2")
         parts = [vae.encoder, vae.quant_conv, *(getattr(diffusion, name, None) for name in names)]
-        self._model = _digest(part for part in parts if part is not None)
+        digest = hashlib.sha256()  # of the weights' bytes, which are the same on every device
+        for parameter in torch.nn.ModuleList(part for part in parts if part is not None).parameters():
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        self._model = digest.hexdigest()
         folder.mkdir(parents=True, exist_ok=True)
 
     def encode_all(self, images: Iterable[Captioned], limit: int | None = None) -> list[Path]:
@@ -102,15 +105,6 @@ class Encoder:
             tensors["time_ids"] = torch.tensor([image.height, image.width, top, left, height, width]).float()
         write_tensors(path, tensors, {})
         return path
-
-
-def _digest(modules: Iterable[torch.nn.Module]) -> str:
-    """Return a hash of the weights' bytes: the same on every device, another for other weights."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for parameter in module.parameters():
-            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class Batches:

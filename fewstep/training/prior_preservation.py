@@ -100,8 +100,4 @@ def prior_loss(
 
 def in_turns(new: Loss, prior: Loss) -> Loss:
     """Return a loss of which every other step is for the prior."""
-
-    def loss(step: int, share: Shard) -> Tensor:
-        return (new, prior)[step % 2](step // 2, share)
-
-    return loss
+    return lambda step, share: (new, prior)[step % 2](step // 2, share)

@@ -209,11 +209,6 @@ def test_no_prompt_is_sdxls_zeroed_embedding(batch):
     assert torch.equal(empty.time_ids, batch.time_ids)
 
 
-def test_without_a_huber_constant_errors_are_squared(batch):
-    a, b = batch.latents, batch.latents.flip(0)
-    assert torch.equal(LoraStudent(huber_c=None).distance(a, b), torch.nn.functional.mse_loss(a, b))
-
-
 def test_no_prompt_is_the_encoded_empty_one_where_there_is_one(batch):
     plain = Batch(batch.latents, batch.prompt_embeds, empty=(torch.ones(5, 12),))
     assert torch.equal(plain.without_prompt().prompt_embeds, torch.ones(4, 5, 12))
