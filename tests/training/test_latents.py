@@ -29,11 +29,9 @@ def diffusion():
 
 
 def captioned(folder, **files):
-    found = []
     for name, content in files.items():
         (folder / f"{name}.png").write_bytes(content)
-        found.append(Captioned(folder / f"{name}.png", f"a {name} house", f"{name}.png"))
-    return found
+    return [Captioned(folder / f"{name}.png", f"a {name} house", f"{name}.png") for name in files]
 
 
 def test_an_example_is_the_image_at_its_nearest_native_size(diffusion, tmp_path):
@@ -103,12 +101,10 @@ def test_no_shards_are_said(diffusion, tmp_path):
 
 
 def encoded(folder, *shapes):
-    paths = []
+    paths = [folder / f"{i}.safetensors" for i in range(len(shapes))]
+    more = {"prompt_embeds": torch.zeros(2, 3), "pooled": torch.zeros(5), "time_ids": torch.zeros(6)}
     for i, shape in enumerate(shapes):
-        paths.append(folder / f"{i}.safetensors")
-        rows = {"latents": torch.full((4, *shape), float(i)), "prompt_embeds": torch.zeros(2, 3)}
-        rows |= {"pooled": torch.zeros(5), "time_ids": torch.zeros(6)}
-        save_file(rows, paths[-1])
+        save_file({"latents": torch.full((4, *shape), float(i)), **more}, paths[i])
     return paths
 
 
@@ -133,12 +129,8 @@ def test_a_batch_depends_on_its_step_and_the_seed_alone(tmp_path):
     assert shown(other, 7) == expected[7]
     assert [shown(third, step) for step in range(9)] != expected
     assert shown(other, 7, Shard(0, 2)) + shown(other, 7, Shard(1, 2)) == expected[7]
-    batch = one(0)
-    assert (
-        batch.prompt_embeds.shape == (4, 2, 3)
-        and batch.pooled.shape == (4, 5)
-        and batch.time_ids.shape == (4, 6)
-    )
+    shapes = [part.shape for part in (one(0).prompt_embeds, one(0).pooled, one(0).time_ids)]
+    assert shapes == [(4, 2, 3), (4, 5), (4, 6)]
 
 
 def test_sd_has_no_pooled_states_and_an_empty_prompt_of_its_own(tmp_path):
