@@ -23,8 +23,6 @@ from fewstep.cli.train import options_of, parse, tracked, training_parser
 if TYPE_CHECKING:
     from fewstep.training.data import Captioned
 
-WORLD = "world"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 1 when the data, the model or the training fail; the reason is one sentence on stderr."""
@@ -60,11 +58,11 @@ def _images(chosen: argparse.Namespace) -> "Iterable[Captioned]":
     from fewstep.training.data import find, read_shards
 
     place = Path(chosen.data)
-    if chosen.data == WORLD:
+    if chosen.data == "world":
         from fewstep.miniature.world.dataset import write_world
 
         count = chosen.limit or 2_000
-        place = chosen.out / f"{WORLD}-{count}"
+        place = chosen.out / f"world-{count}"
         write_world(place, count)
     return find(place, chosen.caption) if place.is_dir() else read_shards(chosen.data, chosen.caption)
 

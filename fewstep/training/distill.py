@@ -157,13 +157,6 @@ def make_full_student(teacher: UNet2DConditionModel, student: FullStudent) -> UN
     return unet
 
 
-def full_roles(
-    student: UNet2DConditionModel, target: UNet2DConditionModel, teacher: UNet2DConditionModel
-) -> Roles:
-    """Return the roles of a full LCM that learns from `target`, its own average; see `make_full_student`."""
-    return Roles(*(partial(predict, network) for network in (student, target, teacher)))
-
-
 def order_for_training(unet: UNet2DConditionModel) -> None:
     """Order the memory of `unet` as convolutions want it; and on a CPU, in bf16 and for sequences as short as
     the miniature's, take plain attention: the fused kernel's backward is a quarter of the whole step."""

@@ -51,11 +51,7 @@ def save_network(network: UNet2DConditionModel, folder: Path, metadata: Mapping[
 
 
 def save_lora(
-    unet: UNet2DConditionModel,
-    path: Path,
-    metadata: Mapping[str, object] | None = None,
-    *,
-    kohya: bool = False,
+    unet: UNet2DConditionModel, path: Path, metadata: Mapping[str, object] | None = None, kohya: bool = False
 ) -> None:
     """Write the LoRA of `unet` in fp16 to `path`, with `metadata` as JSON under METADATA_KEY.
 

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -107,6 +108,7 @@ class Encoder:
         return path
 
 
+@dataclass
 class Batches:
     """The batches of a training: of one shape each, every image once an epoch; a last batch is filled up with
     others of its shape, and if there are fewer than a batch, with the same ones.
@@ -115,21 +117,19 @@ class Batches:
     have seen. `encoded` are files of an `Encoder`, read when their turn comes; `empty` is its `no_prompt`.
     """
 
-    def __init__(
-        self,
-        encoded: Sequence[Path],
-        size: int,
-        seed: int,
-        device: torch.device,
-        empty: tuple[Tensor, ...] | None = None,
-    ) -> None:
-        self.encoded, self.size, self.seed, self.device, self.empty = encoded, size, seed, device, empty
+    encoded: Sequence[Path]
+    size: int
+    seed: int
+    device: torch.device
+    empty: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self) -> None:
         by_shape = defaultdict(list)
-        for i, path in enumerate(encoded):
+        for i, path in enumerate(self.encoded):
             with safe_open(path, framework="pt") as file:
                 by_shape[tuple(file.get_slice("latents").get_shape())].append(i)
         self._groups = list(by_shape.values())
-        self.per_epoch = sum(math.ceil(len(group) / size) for group in self._groups)
+        self.per_epoch = sum(math.ceil(len(group) / self.size) for group in self._groups)
         self._epoch = lru_cache(maxsize=1)(self._plan)
 
     def __call__(self, step: int, share: Shard = WHOLE) -> Batch:

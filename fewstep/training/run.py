@@ -12,6 +12,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,7 @@ def train(
         scale += sum(plan.student.guidance) / 2
 
     def evaluate(step: int) -> float:
-        row = generate_samples(diffusion, result, data.prompts, few_steps=few_steps, guidance=scale)
+        row = generate_samples(diffusion, result, data.prompts, few_steps, scale)
         _save_samples(row, folder / "samples" / f"step-{step:06}.webp", step, accelerator)
         with torch.no_grad():
             losses = [validation_loss(i, WHOLE) for i in range(validation_batches.per_epoch)]
@@ -210,7 +211,7 @@ def prepare(
     if plan.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if average:
-        roles = distill.full_roles(network, average, unet)
+        roles = distill.Roles(*(partial(distill.predict, part) for part in (network, average, unet)))
     else:
         roles = distill.lora_roles(unet, teacher=plan.method == "lora")
 
@@ -223,12 +224,7 @@ def prepare(
 
 
 def generate_samples(
-    diffusion: Diffusion,
-    unet: UNet2DConditionModel,
-    prompts: Sequence[str],
-    *,
-    few_steps: bool = True,
-    guidance: float = 1.0,
+    diffusion: Diffusion, unet: UNet2DConditionModel, prompts: Sequence[str], few_steps: bool, guidance: float
 ) -> Image.Image:
     """Return a row of images, of each of `prompts` with the seed of its place, by `unet` with what else
     `diffusion` has."""

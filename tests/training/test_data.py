@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from uploads import image, shard
+from uploads import image, shard, zipped
 
 from fewstep.errors import DatasetError
 from fewstep.models.specs import get_model
@@ -16,13 +16,6 @@ from fewstep.training import data
 from fewstep.training.data import find, read_shards, unpack
 
 MINIATURE = get_model("miniature")
-
-
-def zipped(path, files):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
 
 
 def test_captions_are_read_from_a_list_or_from_beside(tmp_path):
@@ -92,10 +85,8 @@ def test_a_path_out_of_the_zip_is_refused(tmp_path, name):
 def test_a_link_in_a_zip_is_refused(tmp_path):
     link = zipfile.ZipInfo("a.png")
     link.external_attr = 0o120777 << 16
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        archive.writestr(link, "/etc/passwd")
     with pytest.raises(DatasetError, match="holds a link"):
-        unpack(tmp_path / "x.zip", tmp_path / "out")
+        unpack(zipped(tmp_path / "x.zip", {link: "/etc/passwd"}), tmp_path / "out")
 
 
 def test_what_a_zip_holds_is_counted_while_it_is_read(tmp_path, monkeypatch):
@@ -123,17 +114,13 @@ def test_names_that_no_folder_can_have_are_refused(tmp_path, names):
 @pytest.mark.parametrize("how", ["text", "cut", "flipped", "twice"])
 def test_what_is_no_sound_zip_is_refused(tmp_path, how):
     path = zipped(tmp_path / "x.zip", {"a.png": np.random.default_rng(0).bytes(5_000)})
-    content = bytearray(path.read_bytes())
-    if how == "text":
-        path.write_text("no zip")
-    elif how == "cut":
-        path.write_bytes(content[:2_000])
-    elif how == "flipped":
-        content[1_000] ^= 255
-        path.write_bytes(content)
-    else:
+    content = path.read_bytes()
+    if how == "twice":
         with pytest.warns(UserWarning), zipfile.ZipFile(path, "a") as archive:
             archive.writestr("a.png", b"again")
+    else:
+        flipped = content[:1_000] + bytes([content[1_000] ^ 255]) + content[1_001:]
+        path.write_bytes({"text": b"no zip", "cut": content[:2_000], "flipped": flipped}[how])
     with pytest.raises(DatasetError, match="cannot be read"):
         unpack(path, tmp_path / "out")
 

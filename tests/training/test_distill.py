@@ -12,6 +12,7 @@ from tiny import make_unet
 
 from fewstep.models import device
 from fewstep.training import distill
+from fewstep.training.config import Plan
 from fewstep.training.consistency import NoiseSchedule, solver_timesteps
 from fewstep.training.distill import (
     Batch,
@@ -21,12 +22,11 @@ from fewstep.training.distill import (
     add_lora,
     consistency_loss,
     consistency_training,
-    full_roles,
     lora_roles,
     make_full_student,
-    order_for_training,
     predict,
 )
+from fewstep.training.run import prepare
 from fewstep.training.trainer import Schedule, StepRandom, optimise
 
 pytestmark = pytest.mark.numeric
@@ -214,19 +214,11 @@ def test_a_network_of_convolutions_resumes_exactly(batch, unet, tmp_path, method
 
     def run(folder, stop=None):
         seen.clear()
-        student = copy.deepcopy(unet)
-        if method == "lora":
-            torch.manual_seed(0)
-            add_lora(student, STUDENT)
-            order_for_training(student)
-            roles, average = lora_roles(student), None
-        else:
-            teacher, student = student, make_full_student(student, FULL)
-            average = copy.deepcopy(student).requires_grad_(False)
-            roles = full_roles(student, average, teacher)
-            for network in (student, average):
-                order_for_training(network)
-        minimised = consistency_training(roles, lambda step, share: batch, NOISE, STUDENT, seed=5)
+        torch.manual_seed(0)
+        how = Schedule(20, lr=1e-3, warmup=5, checkpoint_every=10)
+        plan = Plan(method, STUDENT if method == "lora" else FULL, how)
+        student, average, loss_of = prepare(copy.deepcopy(unet).requires_grad_(False), plan, NOISE)
+        minimised = loss_of(lambda step, share: batch, 5)
 
         def loss(step, share):
             if step == stop:
@@ -234,7 +226,6 @@ def test_a_network_of_convolutions_resumes_exactly(batch, unet, tmp_path, method
             seen.append(step)
             return minimised(step, share)
 
-        how = Schedule(20, lr=1e-3, warmup=5, checkpoint_every=10)
         with contextlib.suppress(KeyboardInterrupt):
             optimise("test", student, loss, how, tmp_path / folder, average)
         return load_file(sorted((tmp_path / folder).iterdir())[-1])
@@ -260,10 +251,8 @@ def test_a_teacher_that_is_told_w_itself_is_refused(unet):
 
 
 def distil_full(unet, batch, schedule, folder):
-    student = make_full_student(unet, FULL)
-    target = copy.deepcopy(student).requires_grad_(False)
-    roles = full_roles(student, target, unet)
-    loss = consistency_training(roles, lambda step, share: batch, NOISE, FULL, seed=7)
+    student, target, loss_of = prepare(unet.requires_grad_(False), Plan("full", FULL, schedule), NOISE)
+    loss = loss_of(lambda step, share: batch, 7)
     optimise("LCM", student, loss, schedule, folder, target)
     return target
 

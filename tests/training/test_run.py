@@ -33,14 +33,10 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(verify="size", dtype="fp32")
 PROMPT, SEED = "a red house in a meadow with mountains at sunset", 5
-
-
 HOW = ("--batch-size", 4, "--rank", 8, "--learning-rate", 0.005)
 
 
-def command(
-    name: str, *arguments: object, processes: int = 1, **environ: str
-) -> subprocess.CompletedProcess[str]:
+def command(name: str, *arguments: object, processes: int = 1, **environ: str):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     return subprocess.run(
         [sys.executable, "-P", *launch, "-m", f"fewstep.cli.{name}", *map(str, arguments)],
@@ -111,9 +107,8 @@ def test_plain_diffusers_generates_with_it_what_fewstep_generates(distilled, nam
     plain.load_lora_weights(distilled, weight_name=name)
     plain.fuse_lora()
     plain.scheduler = LCMScheduler.from_config(plain.scheduler.config)
-    theirs = plain(
-        PROMPT, num_inference_steps=4, guidance_scale=1.0, generator=torch.Generator().manual_seed(SEED)
-    ).images[0]
+    seeded = torch.Generator().manual_seed(SEED)
+    [theirs] = plain(PROMPT, num_inference_steps=4, guidance_scale=1.0, generator=seeded).images
 
     assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
     assert np.abs(pixels(ours) - pixels(before)).mean() > 1, "it is not the LCM-LoRA that was there"
@@ -181,7 +176,7 @@ def test_a_full_lcm_of_any_diffusers_folder_generates_in_diffusers(family, world
     diffusion = load_base(str(teacher), SETTINGS, CPU)
     with torch.no_grad():  # two steps at 1e-6 say nothing yet
         lcm.time_embedding.cond_proj.weight.normal_(generator=torch.Generator().manual_seed(0))
-    row, other = (generate_samples(diffusion, lcm, [PROMPT, "a tree"], guidance=w) for w in (9.0, 3.0))
+    row, other = (generate_samples(diffusion, lcm, [PROMPT, "a tree"], True, w) for w in (9.0, 3.0))
     side = native_size(diffusion)
     assert row.size == (2 * side, side)
     assert np.abs(pixels(row) - pixels(other)).max() > 0, "it is told w"
@@ -200,32 +195,27 @@ def test_images_are_taught_by_the_command(method, world, tmp_path):
     assert pipeline.adapters.read(tmp_path / "pytorch_lora_weights.safetensors", "0" * 64).modules
 
 
+NO_FOLDER = "[settings] the folder of the model is no diffusers folder"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (
-            ("train", "PICTURES", "--resolution", "100"),
-            "[dataset] the resolution is 100; it must be a multipl",
-        ),
-        (("train", "NOTHING"), "[dataset] there is no picture"),
-        (("train", "TEXT"), "[dataset] the archive cannot be read"),
-        (("train", "BARE"), "[dataset] 1 of 1 pictures have no caption"),
-        (("distill", "--data", "NOTHING"), "[dataset] there is no picture"),
-        (
-            ("distill", "--data", "PICTURES", "--model", "NOTHING"),
-            "[settings] the folder of the model is no diffusers folder",
-        ),
+        ("train PICTURES --resolution 100", "[dataset] the resolution is 100; it must be a multipl"),
+        ("train NOTHING", "[dataset] there is no picture"),
+        ("train TEXT", "[dataset] the archive cannot be read"),
+        ("train BARE", "[dataset] 1 of 1 pictures have no caption"),
+        ("distill --data NOTHING", "[dataset] there is no picture"),
+        ("distill --data PICTURES --model NOTHING", NO_FOLDER),
     ],
 )
 def test_what_cannot_be_trained_on_is_told_in_one_sentence(world, tmp_path, arguments, told):
-    places = {"PICTURES": world}
+    places = {name: tmp_path / name for name in ("NOTHING", "BARE", "TEXT")} | {"PICTURES": world}
     for name in ("NOTHING", "BARE"):
-        places[name] = tmp_path / name
         places[name].mkdir()
     Image.new("RGB", (64, 64)).save(places["BARE"] / "a.png")
-    places["TEXT"] = tmp_path / "text.zip"
     places["TEXT"].write_text("no zip")
-    name, *rest = arguments
+    name, *rest = arguments.split()
     done = command(name, *(places.get(one, one) for one in rest), "--out", tmp_path / "out", "--steps", 1)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(told), done.stderr[-2000:]
 
@@ -245,17 +235,15 @@ def test_every_preset_is_whole():
 
 
 def fine_tune(options: TrainingOptions, images: Path, folder: Path, model: str = "miniature") -> Path:
-    return train_model(
-        model, SETTINGS, options, lambda: find(images), folder, prior_prompts=training_captions
-    )
+    more = {"prior_prompts": training_captions}
+    return train_model(model, SETTINGS, options, lambda: find(images), folder, **more)
 
 
 @pytest.fixture(scope="module")
 def generated() -> np.ndarray:
     """What the container generates of the first prompt that is rehearsed."""
-    [prompt] = training_captions(2)[:1]
-    pipeline = load_pipeline(SPEC, SETTINGS)
-    return np.asarray(pipeline.images([prompt], [0])[0]).astype(int)
+    [image] = load_pipeline(SPEC, SETTINGS).images(training_captions(2)[:1], [0])
+    return pixels(image)
 
 
 @pytest.mark.parametrize("method", [pytest.param("lcf", marks=pytest.mark.numeric), "style"])
@@ -275,7 +263,7 @@ def test_every_other_step_rehearses_what_the_few_step_model_generates(
     assert kept == [0, 1]
     first, second = sorted(tmp_path.glob("rehearsal/*/*.png"))
     with Image.open(first) as image:
-        assert np.abs(np.asarray(image).astype(int) - generated).mean() < 1  # bf16
+        assert np.abs(pixels(image) - generated).mean() < 1  # bf16
     assert len(list((tmp_path / "encoded").iterdir())) == 6 + 2
 
 
