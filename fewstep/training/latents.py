@@ -95,9 +95,7 @@ class Encoder:
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
         # SDXL takes the size of the original, what was cut off, and the size that is left.
         scale = max(width / image.width, height / image.height)
-        left, top = (
-            round((side * scale - kept) / 2) for side, kept in ((image.width, width), (image.height, height))
-        )
+        left, top = round((image.width * scale - width) / 2), round((image.height * scale - height) / 2)
         # SD's prompt has no second part.
         prompt = zip(("prompt_embeds", "pooled"), self._prompt(captioned.caption), strict=False)
         example = {"latents": latents, **dict(prompt)}

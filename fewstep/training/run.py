@@ -69,9 +69,8 @@ class Data:
         """Return those for training and those for validation, here and there one of the whole."""
         apart = max(1, len(self.encoded) // HELD_OUT)
         held_out = list(self.encoded[::apart][:HELD_OUT])
-        if len(self.encoded) < ENOUGH_TO_HOLD_OUT:
-            return self.encoded, held_out
-        return [path for path in self.encoded if path not in held_out], held_out
+        apart_from = held_out if len(self.encoded) >= ENOUGH_TO_HOLD_OUT else ()
+        return [path for path in self.encoded if path not in apart_from], held_out
 
 
 def train_model(

@@ -167,10 +167,8 @@ def optimise(
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
     logger.info("%s: %d steps of %d on %s", name, schedule.steps, schedule.batch, processes)
     step_loss, prepared = accelerator.prepare(_StepLoss(module, loss), optimizer)
-    main = accelerator.is_main_process
-    progress = tqdm(
-        range(start, schedule.steps), name, schedule.steps, initial=start, mininterval=5.0, disable=not main
-    )
+    main, steps = accelerator.is_main_process, range(start, schedule.steps)
+    progress = tqdm(steps, name, schedule.steps, initial=start, mininterval=5.0, disable=not main)
     began, running = time.monotonic(), None
     for step in progress:
         value = _step(accelerator, step_loss, prepared, parameters, schedule, step)
