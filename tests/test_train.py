@@ -5,13 +5,12 @@ import io
 import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from safetensors import safe_open
+from uploads import image, zipped
 
 from fewstep.coglet.server import SCHEMA, Server, code_and_sentence, free_port, running_server
 from fewstep.miniature.world.dataset import write_world
@@ -44,11 +43,8 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 
 def as_zip(files: dict[str, bytes]) -> str:
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        for name, value in files.items():
-            archive.writestr(name, value)
-    return "data:application/zip;base64," + base64.b64encode(content.getvalue()).decode()
+    content = zipped(io.BytesIO(), files).getvalue()
+    return f"data:application/zip;base64,{base64.b64encode(content).decode()}"
 
 
 @pytest.fixture(scope="module")
@@ -73,21 +69,15 @@ def test_a_zip_of_images_becomes_an_adapter(server, pictures, tmp_path, method) 
         assert sum(name.endswith("lora_A.weight") for name in file.keys()) > 50
 
 
-def png() -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(content, "png")
-    return content.getvalue()
-
-
 @pytest.mark.parametrize(
     ("images", "more", "told"),
     [
         (as_zip({"notes.txt": b"x"}), {}, "[dataset] there is no picture"),
         (as_zip({"../a.png": b"x"}), {}, "[dataset] the zip holds a file whose path leads out of it"),
-        (as_zip({"a.png": png()}), {}, "[dataset] 1 of 1 pictures have no caption"),
+        (as_zip({"a.png": image()}), {}, "[dataset] 1 of 1 pictures have no caption"),
         (as_zip({"a.png": b"x"}), {"caption": "x"}, "[dataset] none of 1 pictures can be opened"),
         ("data:application/zip;base64,AAAA", {}, "[dataset] the archive cannot be read"),
-        (as_zip({"a.png": png()}), {"caption": "x", "resolution": 100}, "[dataset] the resolution is 100"),
+        (as_zip({"a.png": image()}), {"caption": "x", "resolution": 100}, "[dataset] the resolution is 100"),
     ],
 )
 def test_what_cannot_be_trained_on_is_told_in_one_sentence(server, images, more, told) -> None:

@@ -38,12 +38,15 @@ from fewstep.training.distill import LoraStudent, add_lora
 TOKENIZER = Settings().weights_root / "miniature" / "tokenizer"
 WIDTHS = (32, 48)  # of the text encoders; it is by them that diffusers tells the two of a checkpoint apart
 SHARED = {"layers_per_block": 1, "sample_size": 8, "norm_num_groups": 8}
+BLOCKS = {
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (2, 4),
+}
 UNETS = {
     "sdxl": {
-        "block_out_channels": (16, 32),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": (2, 4),
+        **BLOCKS,
         "use_linear_projection": True,
         "cross_attention_dim": sum(WIDTHS),
         "addition_embed_type": "text_time",
@@ -65,6 +68,12 @@ PRUNED = {
     "reverse_transformer_layers_per_block": [[2, 1, 1], 1],
     "mid_block_type": "UNetMidBlock2D",
 }
+
+
+def make_unet(**more) -> UNet2DConditionModel:
+    """A network for trainings of a second, always the same, that takes prompts of width 12."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**SHARED, **BLOCKS, cross_attention_dim=12, **more)
 
 
 def make_folder(spec: ModelSpec, folder: Path, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:

@@ -5,7 +5,7 @@ of an SDXL or SD model. PICTURES is a folder as scripts/train takes it, webdatas
 ("shards/{000..012}.tar", also at https addresses), or "world" for drawings of the miniature's world. They are
 encoded once, into FOLDER; run the same command again and it goes on from its last checkpoint.
 
-Figures that are not given are those of the preset, fewstep/training/config.py, where each has its reason.
+Figures that are not given are those of the preset, fewstep/training/presets.toml, where each has its reason.
 On several GPUs or machines, with DDP: accelerate launch -m fewstep.cli.distill ...
 TensorBoard shows the run: tensorboard --logdir FOLDER
 """
@@ -13,16 +13,15 @@ TensorBoard shows the run: tensorboard --logdir FOLDER
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.cli.run import say, status_of
-from fewstep.cli.train import check_options, options_of, tracked, training_parser
+from fewstep.cli.train import options_of, parse, tracked, training_parser
 
 if TYPE_CHECKING:
     from fewstep.training.data import Captioned
-
-WORLD = "world"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,11 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="how many pictures at most")
     parser.add_argument("--model", default="miniature", help="the teacher (%(default)s)")
     parser.add_argument("--skip", type=int, help="LCM's k, in 20 timesteps: 1 is k = 20")
-    parser.add_argument(
-        "--student", dest="method", choices=("lora", "full"), default="lora", help="(%(default)s)"
-    )
-    chosen = parser.parse_args(arguments)
-    check_options(parser, chosen)
+    students = ("lora", "full")
+    parser.add_argument("--student", dest="method", choices=students, default="lora", help="(%(default)s)")
+    chosen = parse(parser, arguments)
     chosen.guidance = chosen.guidance and tuple(chosen.guidance)
     if chosen.rank and chosen.method == "full":
         parser.error("--rank is of LoRAs; a full LCM has none")
@@ -52,15 +49,8 @@ def _distil(chosen: argparse.Namespace) -> None:
     settings, options = Settings.from_env(), options_of(chosen)
     options.plan(chosen.model)  # refuses at once what it cannot be
     with tracked(chosen.out) as accelerator:
-        train_model(
-            chosen.model,
-            settings,
-            options,
-            lambda: _images(chosen),
-            chosen.out,
-            limit=chosen.limit,
-            accelerator=accelerator,
-        )
+        images, limit = partial(_images, chosen), chosen.limit
+        train_model(chosen.model, settings, options, images, chosen.out, limit=limit, accelerator=accelerator)
     say("done; README.md in the folder that --out names tells how to use it")
 
 
@@ -68,11 +58,11 @@ def _images(chosen: argparse.Namespace) -> "Iterable[Captioned]":
     from fewstep.training.data import find, read_shards
 
     place = Path(chosen.data)
-    if chosen.data == WORLD:
+    if chosen.data == "world":
         from fewstep.miniature.world.dataset import write_world
 
         count = chosen.limit or 2_000
-        place = chosen.out / f"{WORLD}-{count}"
+        place = chosen.out / f"world-{count}"
         write_world(place, count)
     return find(place, chosen.caption) if place.is_dir() else read_shards(chosen.data, chosen.caption)
 

@@ -5,7 +5,7 @@ metadata.jsonl ({"file_name": "a.jpg", "text": "..."}) that says what it shows. 
 card with samples, and checkpoints from which the same command goes on if it is interrupted. FEWSTEP_MODEL
 names the model; without it the miniature is taught.
 
-What is not given is the preset's, fewstep/training/config.py. On several GPUs: accelerate launch -m fewstep.cli.train PICTURES --out FOLDER
+What is not given is the preset's, fewstep/training/presets.toml. On several GPUs: accelerate launch -m fewstep.cli.train PICTURES --out FOLDER
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,17 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return 1 when the images, the settings or the training fail; the reason is one sentence on stderr."""
     parser = training_parser("scripts/train", __doc__)
     parser.add_argument("pictures", type=Path, help="a folder or a zip")
-    parser.add_argument(
-        "--method",
-        choices=("lcf", "style"),
-        default="lcf",
-        help="lcf: on the few-step model, which stays one; style: on its base (%(default)s)",
-    )
-    parser.add_argument(
-        "--rehearse", type=int, help="pictures of its own that the model is not to forget; 0: none"
-    )
-    chosen = parser.parse_args(arguments)
-    check_options(parser, chosen)
+    of_method = "lcf: on the few-step model, which stays one; style: on its base (%(default)s)"
+    parser.add_argument("--method", choices=("lcf", "style"), default="lcf", help=of_method)
+    of_rehearse = "pictures of its own that the model is not to forget; 0: none"
+    parser.add_argument("--rehearse", type=int, help=of_rehearse)
+    chosen = parse(parser, arguments)
     if not chosen.pictures.exists():
         parser.error("there is nothing at the path of the pictures")
     return status_of(lambda: _train(chosen))
@@ -50,9 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def training_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     """Return a parser of the options that scripts/train and scripts/distill share."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=layout)
     parser.add_argument("--batch-size", type=int, help="pictures a step, over all processes")
     parser.add_argument("--caption", help="for pictures that have none")
     parser.add_argument("--learning-rate", type=float)
@@ -65,14 +59,16 @@ def training_parser(prog: str, description: str | None) -> argparse.ArgumentPars
     return parser
 
 
-def check_options(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> None:
-    """Refuse figures that no training takes, of either command."""
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return what was chosen, of either command; figures that no training takes are refused."""
+    chosen = parser.parse_args(arguments)
     for name in ("accumulate", "batch_size", "learning_rate", "limit", "rank", "skip", "steps"):
         value = getattr(chosen, name, None)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
     if (getattr(chosen, "rehearse", None) or 0) < 0:
         parser.error("--rehearse must be at least 0")
+    return chosen
 
 
 def options_of(chosen: argparse.Namespace) -> "TrainingOptions":
@@ -96,22 +92,17 @@ def _train(chosen: argparse.Namespace) -> None:
     from fewstep.training.data import find, unpack
     from fewstep.training.run import train_model
 
-    settings = Settings.from_env()
+    settings, options = Settings.from_env(), options_of(chosen)
+    model = settings.model
     with tempfile.TemporaryDirectory() as unpacked, tracked(chosen.out) as accelerator:
         folder = chosen.pictures
         if folder.is_file():
             unpack(folder, Path(unpacked))
             folder = Path(unpacked)
+        images, prior = partial(find, folder, chosen.caption), prior_prompts(model)
         path = train_model(
-            settings.model,
-            settings,
-            options_of(chosen),
-            lambda: find(folder, chosen.caption),
-            chosen.out,
-            prior_prompts=prior_prompts(settings.model),
-            accelerator=accelerator,
+            model, settings, options, images, chosen.out, prior_prompts=prior, accelerator=accelerator
         )
-    model = settings.model
     say(f"{path.name} is in the folder that --out names; put it into styles/{model} and name it as style")
 
 

@@ -35,13 +35,14 @@ from fewstep.training.config import preset
 from fewstep.training.consistency import NoiseSchedule
 from fewstep.training.distill import (
     LoraStudent,
+    StyleStudent,
     add_lora,
     consistency_training,
     lora_roles,
     order_for_training,
+    style_training,
 )
 from fewstep.training.export import save_lora
-from fewstep.training.style import StyleStudent, add_style, style_training
 from fewstep.training.trainer import Schedule, optimise
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ class Build:
             torch.manual_seed(8)
             unet = self.base.unet
             order_for_training(unet)
-            add_style(unet, StyleStudent())
+            add_lora(unet, StyleStudent())
             scenes = pick_scenes(training_scenes(), self.sizes.style_images, seed=20 + i)
             restyled = self._encoded(
                 f"style-{name}", scenes, partial(draw_restyled, name, scenes, 80_000_000, *SQUARE)

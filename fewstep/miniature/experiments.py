@@ -37,12 +37,11 @@ from fewstep.settings import Settings
 from fewstep.training.config import Plan, TrainingOptions, preset
 from fewstep.training.consistency import NoiseSchedule
 from fewstep.training.data import find
-from fewstep.training.distill import LoraStudent, add_lora, order_for_training
+from fewstep.training.distill import LoraStudent, add_lora, order_for_training, style_training
 from fewstep.training.export import DIFFUSERS_FILE
 from fewstep.training.latents import Batches, Encoder
 from fewstep.training.networks import load_base
 from fewstep.training.run import Data, train, train_model
-from fewstep.training.style import style_training
 from fewstep.training.trainer import Schedule, optimise
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,24 +40,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         part.unlink(missing_ok=True)
 
 
+@dataclass
 class Checkpoints:
-    """Saves a run to `folder` and resumes it from there; the newest `kept` checkpoints stay."""
+    """Saves a run to `folder` and resumes it from there; the newest `kept` checkpoints stay.
 
-    def __init__(
-        self,
-        folder: Path,
-        parameters: list[nn.Parameter],
-        ema: list[Tensor],
-        optimizer: torch.optim.AdamW,
-        config: Mapping[str, object],
-        *,
-        kept: int,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> None:
-        self.folder, self.kept, self._scaler = folder, kept, scaler
-        self._parameters, self._ema, self._optimizer = parameters, ema, optimizer
-        self._config = json.dumps(config, sort_keys=True, default=str)
-        self._best: float | None = None
+    `config` is JSON; a run of another one is not resumed.
+    """
+
+    folder: Path
+    parameters: list[nn.Parameter]
+    ema: list[Tensor]
+    optimizer: torch.optim.AdamW
+    config: str
+    kept: int
+    scaler: torch.amp.GradScaler | None
+    best: float | None = field(default=None, init=False)
 
     def latest(self) -> str:
         """Return a clause that says which checkpoint there is to go on from."""
@@ -68,14 +66,14 @@ class Checkpoints:
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`. Raises TrainingError when that fails; earlier checkpoints stay."""
         tensors: dict[str, Tensor] = {}
-        for i, (parameter, average) in enumerate(zip(self._parameters, self._ema, strict=True)):
+        for i, (parameter, average) in enumerate(zip(self.parameters, self.ema, strict=True)):
             tensors[f"{i}.value"], tensors[f"{i}.ema"] = parameter.detach(), average
             # A parameter that no gradient reached (SDXL never uses its first encoder's last layer) has no
             # state.
-            state = self._optimizer.state.get(parameter, {})
+            state = self.optimizer.state.get(parameter, {})
             tensors |= {f"{i}.{name}": state[name] for name in MOMENTS if name in state}
-        scaler = self._scaler.state_dict() if self._scaler else None
-        run = json.dumps({"step": step, "best": self._best, "config": self._config, "scaler": scaler})
+        scaler = self.scaler.state_dict() if self.scaler else None
+        run = json.dumps({"step": step, "best": self.best, "config": self.config, "scaler": scaler})
         try:
             write_tensors(self.folder / f"step-{step:06}.safetensors", tensors, {"run": run})
         except TrainingError as error:
@@ -85,9 +83,9 @@ class Checkpoints:
 
     def is_best(self, loss: float) -> bool:
         """Return whether no validation loss was lower so far; remembered with the next checkpoint."""
-        if self._best is not None and not loss < self._best:
+        if self.best is not None and not loss < self.best:
             return False
-        self._best = loss
+        self.best = loss
         return True
 
     def resume(self) -> int:
@@ -108,13 +106,14 @@ class Checkpoints:
     def _load(self, path: Path) -> int:
         with safe_open(path, framework="pt") as file, torch.no_grad():
             run = json.loads(file.metadata()["run"])
-            if run["config"] != self._config:
-                raise TrainingError(
-                    f"the checkpoints are of a run with {_differences(run['config'], self._config)}; "
-                    "name another folder or remove them"
-                )
+            if run["config"] != self.config:
+                old, new = json.loads(run["config"]), json.loads(self.config)
+                changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+                listed = ", ".join(f"{name} {old.get(name)} instead of {new.get(name)}" for name in changed)
+                hint = "name another folder or remove them"
+                raise TrainingError(f"the checkpoints are of a run with {listed}; {hint}")
             names = set(file.keys())
-            for i, (parameter, average) in enumerate(zip(self._parameters, self._ema, strict=True)):
+            for i, (parameter, average) in enumerate(zip(self.parameters, self.ema, strict=True)):
                 parameter.copy_(file.get_tensor(f"{i}.value"))
                 average.copy_(file.get_tensor(f"{i}.ema"))
                 if f"{i}.exp_avg" in names:
@@ -122,20 +121,11 @@ class Checkpoints:
                     for name in ("exp_avg", "exp_avg_sq"):
                         # In the parameter's own order of memory: the fused AdamW reads both side by side.
                         state[name] = torch.empty_like(parameter).copy_(state[name])
-                    self._optimizer.state[parameter] = state
-        self._best = run["best"]
-        if self._scaler and run["scaler"]:
-            self._scaler.load_state_dict(run["scaler"])
+                    self.optimizer.state[parameter] = state
+        self.best = run["best"]
+        if self.scaler and run["scaler"]:
+            self.scaler.load_state_dict(run["scaler"])
         return int(run["step"])
 
     def _saved(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors"))
-
-
-def _differences(old: str, new: str) -> str:
-    before, after = json.loads(old), json.loads(new)
-    return ", ".join(
-        f"{name} {before.get(name)} instead of {after.get(name)}"
-        for name in sorted({*before, *after})
-        if before.get(name) != after.get(name)
-    )

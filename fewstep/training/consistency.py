@@ -32,9 +32,8 @@ class NoiseSchedule:
     def signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha(t) and sigma(t) of t (N,), ready to multiply `like` (N, ...); t = -1 stands for clean
         data: (1, 0)."""
-        product = torch.where(
-            t < 0, torch.ones_like(self.alphas_cumprod[0]), self.alphas_cumprod[t.clamp(min=0)]
-        )
+        clean = torch.ones_like(self.alphas_cumprod[0])
+        product = torch.where(t < 0, clean, self.alphas_cumprod[t.clamp(min=0)])
         return spread(product.sqrt(), like), spread((1.0 - product).sqrt(), like)
 
 
@@ -43,14 +42,12 @@ def spread(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.reshape(-1, *(1,) * (like.ndim - 1)).to(like)
 
 
-def boundary_scalings(
-    t: Tensor, sigma_data: float = SIGMA_DATA, timestep_scaling: float = TIMESTEP_SCALING
-) -> tuple[Tensor, Tensor]:
+def boundary_scalings(t: Tensor) -> tuple[Tensor, Tensor]:
     """Return c_skip(t) and c_out(t), with c_skip(0) = 1 and c_out(0) = 0, so that f(x, 0) = x (LCM, section
     4.1 and appendix)."""
-    scaled = t * timestep_scaling
-    variance = scaled**2 + sigma_data**2
-    return sigma_data**2 / variance, scaled / variance**0.5
+    scaled = t * TIMESTEP_SCALING
+    variance = scaled**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / variance, scaled / variance**0.5
 
 
 def predicted_original(
@@ -108,7 +105,7 @@ def ddim_step(x_0: Tensor, noise: Tensor, alpha_prev: Tensor, sigma_prev: Tensor
     return alpha_prev * x_0 + sigma_prev * noise
 
 
-def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
+def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     """Return the mean of sqrt((a - b)^2 + c^2) - c: quadratic below c, linear above, so outliers weigh
     little."""
     return (((a - b) ** 2 + c**2).sqrt() - c).mean()

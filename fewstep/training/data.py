@@ -32,6 +32,7 @@ MAX_ENTRIES = 2_000  # of a zip
 MAX_BYTES = 2_000_000_000  # of all that is in it
 MAX_CAPTION_BYTES = 20_000
 MAX_METADATA_BYTES = 20_000_000
+UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
 _CHUNK = 1 << 20
 
 
@@ -51,7 +52,6 @@ def unpack(archive: Path, folder: Path) -> None:
     while reading: what a zip says of itself may be false), or an entry that would be written elsewhere.
     """
     left = MAX_BYTES
-    unreadable = "the archive cannot be read; send an ordinary zip without a password"
     try:
         with zipfile.ZipFile(archive) as opened:
             entries = [entry for entry in opened.infolist() if not entry.is_dir()]
@@ -73,12 +73,10 @@ def unpack(archive: Path, folder: Path) -> None:
                                 f"the zip holds more than {MAX_BYTES / 1e9:g} GB; send fewer pictures"
                             )
                         file.write(content)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (*UNREADABLE, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise DatasetError(unreadable) from None
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError):
-        raise DatasetError(unreadable) from None
+        raise DatasetError("the archive cannot be read; send an ordinary zip without a password") from None
 
 
 def find(folder: Path, caption: str | None = None) -> list[Captioned]:

@@ -1,8 +1,10 @@
-"""Distil a diffusion model into few steps: Algorithm 1 of "Latent Consistency Models" ("LCM", arXiv
-2310.04378).
+"""What trainings minimise: the loss that distils a diffusion model into few steps, Algorithm 1 of "Latent
+Consistency Models" ("LCM", arXiv 2310.04378), and the plain denoising loss of a style.
 
-Two students: a LoRA over the frozen teacher (LCM-LoRA, arXiv 2311.05556), and a full LCM, a copy of the
-teacher's UNet that takes w and learns from its own slow average.
+Two students are distilled: a LoRA over the frozen teacher (LCM-LoRA, arXiv 2311.05556), and a full LCM, a
+copy of the teacher's UNet that takes w and learns from its own slow average. A style's LoRA knows nothing of
+few steps; added to the weights together with an LCM-LoRA, it works in few steps all the same (2311.05556,
+section 3): tau' = lambda_1 * tau_style + lambda_2 * tau_LCM.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,11 @@ from fewstep.training.trainer import Loss, Shard, StepRandom
 LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+# The attention of the published style LoRAs, and half of the convolutions, which carry texture.
+STYLE_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"),
+    *("conv1", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
 )
 # What a full LCM has and its teacher has not.
 GUIDANCE_LAYER = "time_embedding.cond_proj.weight"
@@ -70,24 +77,21 @@ class Distillation:
     links, each a coarser solution of the ODE. With `inverse_sigma`, answers are compared after a division by
     sigma at the noisier timestep: a network that predicts v has its say in x_0 times sigma, and would
     otherwise unlearn the last, least noisy part of the way, so that more steps make worse images. There, a
-    larger `huber_c` pulls large errors back with more force than small ones; without one, errors are squared.
+    larger `huber_c` pulls large errors back with more force than small ones.
     """
 
     guidance: tuple[float, float] = (6.5, 6.5)  # the LCM-LoRA report's guidance scale of 7.5 is 1 + w
     solver_steps: int = 50
     skip: int = 1
     inverse_sigma: bool = False
-    huber_c: float | None = 1e-3
-
-    def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return a scalar, 0 when both are equal."""
-        return F.mse_loss(a, b) if self.huber_c is None else cm.pseudo_huber(a, b, self.huber_c)
+    huber_c: float = 1e-3
 
 
 @dataclass(frozen=True)
 class LoraStudent(Distillation):
     """An LCM-LoRA; its alpha is its rank."""
 
+    targets: ClassVar = LORA_TARGETS
     rank: int = 64
 
 
@@ -98,6 +102,15 @@ class FullStudent(Distillation):
 
     guidance: tuple[float, float] = (2.0, 14.0)  # the paper's range
     width: int = 256  # of the embedding of w
+
+
+@dataclass(frozen=True)
+class StyleStudent:
+    """A style's LoRA; its alpha is its rank, so that a scale of 1 is the style as it was learnt."""
+
+    guidance: ClassVar = (0.0, 0.0)  # it has none
+    rank: int = 8
+    targets: tuple[str, ...] = STYLE_TARGETS
 
 
 # Of z_t (N, C, H, W), timesteps t (N,), a batch and w (N,), which a full LCM takes: a network's output, fp32.
@@ -114,9 +127,10 @@ class Roles:
     teacher: Answer | None = None
 
 
-def add_lora(unet: UNet2DConditionModel, student: LoraStudent) -> None:
+def add_lora(unet: UNet2DConditionModel, student: LoraStudent | StyleStudent) -> None:
     """Freeze `unet` and give it a fresh LoRA, which at first changes nothing."""
-    unet.add_adapter(LoraConfig(r=student.rank, lora_alpha=student.rank, target_modules=list(LORA_TARGETS)))
+    rank, targets = student.rank, list(student.targets)
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
 
 
 def lora_roles(unet: UNet2DConditionModel, teacher: bool = True) -> Roles:
@@ -141,13 +155,6 @@ def make_full_student(teacher: UNet2DConditionModel, student: FullStudent) -> UN
     unheeded = torch.zeros_like(unet.get_parameter(GUIDANCE_LAYER))
     unet.load_state_dict({**teacher.state_dict(), GUIDANCE_LAYER: unheeded})
     return unet
-
-
-def full_roles(
-    student: UNet2DConditionModel, target: UNet2DConditionModel, teacher: UNet2DConditionModel
-) -> Roles:
-    """Return the roles of a full LCM that learns from `target`, its own average; see `make_full_student`."""
-    return Roles(*(partial(predict, network) for network in (student, target, teacher)))
 
 
 def order_for_training(unet: UNet2DConditionModel) -> None:
@@ -246,17 +253,35 @@ def consistency_loss(
 
     # 6. Both must say the same.
     weight = 1 / sigma if how.inverse_sigma else torch.ones_like(sigma)
-    return how.distance(weight * prediction, weight * target)
+    return cm.pseudo_huber(weight * prediction, weight * target, how.huber_c)
 
 
 def consistency_training(
     roles: Roles, next_batch: NextBatch, noise_schedule: cm.NoiseSchedule, how: Distillation, seed: int
 ) -> Loss:
     """Return what `optimise` minimises: `consistency_loss` of each step's own batch and random numbers."""
+    return lambda step, share: consistency_loss(
+        roles, next_batch(step, share), noise_schedule, how, StepRandom(seed, step, share)
+    )
+
+
+def style_training(
+    unet: UNet2DConditionModel, next_batch: NextBatch, noise_schedule: cm.NoiseSchedule, seed: int
+) -> Loss:
+    """Return what `optimise` minimises to train a style that `add_lora` gave to `unet`: the mean squared
+    error of what it predicts, noise or v, at timesteps spread evenly over the schedule.
+
+    Raises ValueError for a network that predicts something else.
+    """
+    kind = noise_schedule.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"a network that predicts {kind} cannot be trained here")
 
     def loss(step: int, share: Shard) -> Tensor:
-        return consistency_loss(
-            roles, next_batch(step, share), noise_schedule, how, StepRandom(seed, step, share)
-        )
+        batch = next_batch(step, share)
+        t, z_t, noise = add_noise(batch, noise_schedule, StepRandom(seed, step, share))
+        alpha, sigma = noise_schedule.signal_and_noise(t, noise)
+        target = noise if kind == "epsilon" else alpha * noise - sigma * batch.latents
+        return F.mse_loss(predict(unet, z_t, t, batch), target)
 
     return loss

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
@@ -20,55 +20,13 @@ from torch import Tensor
 
 from fewstep.errors import TrainingError
 from fewstep.training.checkpoint import write_tensors
-from fewstep.training.config import METHODS
 
 logger = logging.getLogger(__name__)
 
+CARDS = Path(__file__).with_name("cards.toml")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya.safetensors"
 METADATA_KEY = "fewstep"  # of what we write into a file's metadata
-
-_CARD = """\
----
-base_model: {model}
-library_name: diffusers
-tags:
-- lcm
-- {kind}
----
-
-# {title}
-
-{image}
-
-{use}
-## How it was trained
-
-{table}
-"""
-
-_USE = {
-    "lora": """\
-    pipe.load_lora_weights("FOLDER")
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe(prompt, num_inference_steps=4, guidance_scale=1.0)
-""",
-    "full": """\
-    pipe.unet = UNet2DConditionModel.from_pretrained("FOLDER", subfolder="unet")
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe(prompt, num_inference_steps=4, guidance_scale={guidance:g})
-""",
-    "lcf": """\
-Beside the LCM-LoRA that it was trained with, at a scale of 1:
-
-    scripts/predict -i prompt="..." -i style=NAME -i style_scale=1
-""",
-    "style": """\
-At any number of steps, and in few beside an LCM-LoRA:
-
-    scripts/predict -i prompt="..." -i style=NAME
-""",
-}
 
 
 def save_network(network: UNet2DConditionModel, folder: Path, metadata: Mapping[str, object]) -> None:
@@ -93,11 +51,7 @@ def save_network(network: UNet2DConditionModel, folder: Path, metadata: Mapping[
 
 
 def save_lora(
-    unet: UNet2DConditionModel,
-    path: Path,
-    metadata: Mapping[str, object] | None = None,
-    *,
-    kohya: bool = False,
+    unet: UNet2DConditionModel, path: Path, metadata: Mapping[str, object] | None = None, kohya: bool = False
 ) -> None:
     """Write the LoRA of `unet` in fp16 to `path`, with `metadata` as JSON under METADATA_KEY.
 
@@ -110,9 +64,8 @@ def save_lora(
     config = unet.peft_config["default"]
     if kohya:
         # alpha comes as a whole number, which kohya's scripts write in the dtype of the rest.
-        tensors = {
-            name: value.to(torch.float16) for name, value in convert_state_dict_to_kohya(tensors).items()
-        }
+        converted = convert_state_dict_to_kohya(tensors)
+        tensors = {name: value.half() for name, value in converted.items()}
         header |= {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r)}
         header["ss_network_alpha"] = str(config.lora_alpha)
     else:
@@ -125,16 +78,16 @@ def save_lora(
 
 def write_card(folder: Path, metadata: Mapping[str, object], guidance: float) -> None:
     """Write README.md into `folder`, with its latest samples and a table of `metadata`."""
+    cards = tomllib.loads(CARDS.read_text(encoding="utf-8"))
     method = str(metadata["method"])
     samples = sorted((folder / "samples").glob("*.webp"))
-    text = _CARD.format(
+    rows = [f"| {name} | {value} |" for name, value in metadata.items()]
+    text = cards["card"].format(
         model=metadata["model"],
         kind="full-lcm" if method == "full" else "lora",
-        title=METHODS[method][0].upper() + METHODS[method][1:],
+        title=cards[method]["title"],
         image=f"![the same prompts and seeds as ever](samples/{samples[-1].name})" if samples else "",
-        use=_USE[method].format(guidance=guidance),
-        table="\n".join(
-            ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in metadata.items())]
-        ),
+        use=cards[method]["use"].format(guidance=guidance),
+        table="\n".join(["| | |", "|---|---|", *rows]),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

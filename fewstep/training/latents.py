@@ -7,6 +7,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -43,7 +44,10 @@ class Encoder:
         # Whoever trains another model into the same folder must not meet these latents.
         vae, names = diffusion.vae, ("text_encoder", "text_encoder_2")
         parts = [vae.encoder, vae.quant_conv, *(getattr(diffusion, name, None) for name in names)]
-        self._model = _digest(part for part in parts if part is not None)
+        digest = hashlib.sha256()  # of the weights' bytes, which are the same on every device
+        for parameter in torch.nn.ModuleList(part for part in parts if part is not None).parameters():
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        self._model = digest.hexdigest()
         folder.mkdir(parents=True, exist_ok=True)
 
     def encode_all(self, images: Iterable[Captioned], limit: int | None = None) -> list[Path]:
@@ -91,9 +95,7 @@ class Encoder:
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
         # SDXL takes the size of the original, what was cut off, and the size that is left.
         scale = max(width / image.width, height / image.height)
-        left, top = (
-            round((side * scale - kept) / 2) for side, kept in ((image.width, width), (image.height, height))
-        )
+        left, top = round((image.width * scale - width) / 2), round((image.height * scale - height) / 2)
         # SD's prompt has no second part.
         prompt = zip(("prompt_embeds", "pooled"), self._prompt(captioned.caption), strict=False)
         example = {"latents": latents, **dict(prompt)}
@@ -104,15 +106,7 @@ class Encoder:
         return path
 
 
-def _digest(modules: Iterable[torch.nn.Module]) -> str:
-    """Return a hash of the weights' bytes: the same on every device, another for other weights."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for parameter in module.parameters():
-            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
+@dataclass
 class Batches:
     """The batches of a training: of one shape each, every image once an epoch; a last batch is filled up with
     others of its shape, and if there are fewer than a batch, with the same ones.
@@ -121,21 +115,19 @@ class Batches:
     have seen. `encoded` are files of an `Encoder`, read when their turn comes; `empty` is its `no_prompt`.
     """
 
-    def __init__(
-        self,
-        encoded: Sequence[Path],
-        size: int,
-        seed: int,
-        device: torch.device,
-        empty: tuple[Tensor, ...] | None = None,
-    ) -> None:
-        self.encoded, self.size, self.seed, self.device, self.empty = encoded, size, seed, device, empty
+    encoded: Sequence[Path]
+    size: int
+    seed: int
+    device: torch.device
+    empty: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self) -> None:
         by_shape = defaultdict(list)
-        for i, path in enumerate(encoded):
+        for i, path in enumerate(self.encoded):
             with safe_open(path, framework="pt") as file:
                 by_shape[tuple(file.get_slice("latents").get_shape())].append(i)
         self._groups = list(by_shape.values())
-        self.per_epoch = sum(math.ceil(len(group) / size) for group in self._groups)
+        self.per_epoch = sum(math.ceil(len(group) / self.size) for group in self._groups)
         self._epoch = lru_cache(maxsize=1)(self._plan)
 
     def __call__(self, step: int, share: Shard = WHOLE) -> Batch:

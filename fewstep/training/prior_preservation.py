@@ -57,17 +57,12 @@ def generate_prior_images(folder: Path, prompts: Sequence[str], diffusion: Diffu
     """Write an image of each of `prompts` into `folder`, with captions in metadata.jsonl, by `diffusion`,
     which generates in few steps; once, so that a run that goes on sees the same ones."""
     guidance = FULL_LCM_GUIDANCE if diffusion.unet.config.time_cond_proj_dim else 1.0
+    seeds, scheduler = range(len(prompts)), LCMScheduler.from_config(diffusion.scheduler.config)
 
     def images() -> Iterator[Image.Image]:
         logger.info("generating %d images to rehearse", len(prompts))
-        return generate_images(
-            diffusion,
-            prompts,
-            range(len(prompts)),
-            steps=FEW_STEPS,
-            guidance=guidance,
-            scheduler=LCMScheduler.from_config(diffusion.scheduler.config),
-            batch=1,  # a training leaves little memory
+        return generate_images(  # one at a time: a training leaves little memory
+            diffusion, prompts, seeds, steps=FEW_STEPS, guidance=guidance, scheduler=scheduler, batch=1
         )
 
     write_captioned(folder, prompts, images)
@@ -100,8 +95,4 @@ def prior_loss(
 
 def in_turns(new: Loss, prior: Loss) -> Loss:
     """Return a loss of which every other step is for the prior."""
-
-    def loss(step: int, share: Shard) -> Tensor:
-        return (new, prior)[step % 2](step // 2, share)
-
-    return loss
+    return lambda step, share: (new, prior)[step % 2](step // 2, share)

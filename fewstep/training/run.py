@@ -12,6 +12,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,6 @@ from fewstep.training.export import DIFFUSERS_FILE, save_network, write_card
 from fewstep.training.latents import Batches, Encoder
 from fewstep.training.networks import halve_if_large, load_base, load_few_step
 from fewstep.training.prior_preservation import FEW_STEPS, varied_prompts
-from fewstep.training.style import StyleStudent, add_style, style_training
 from fewstep.training.trainer import WHOLE, Loss, Validation, check_shares, optimise
 
 logger = logging.getLogger(__name__)
@@ -69,9 +69,8 @@ class Data:
         """Return those for training and those for validation, here and there one of the whole."""
         apart = max(1, len(self.encoded) // HELD_OUT)
         held_out = list(self.encoded[::apart][:HELD_OUT])
-        if len(self.encoded) < ENOUGH_TO_HOLD_OUT:
-            return self.encoded, held_out
-        return [path for path in self.encoded if path not in held_out], held_out
+        apart_from = held_out if len(self.encoded) >= ENOUGH_TO_HOLD_OUT else ()
+        return [path for path in self.encoded if path not in apart_from], held_out
 
 
 def train_model(
@@ -100,8 +99,7 @@ def train_model(
         raise SettingsError("the model is a full LCM and has no base for a style; train it with lcf")
     with accelerator.main_process_first():
         found = images()
-    load = load_few_step if plan.method == "lcf" else load_base
-    diffusion = load(model, settings, device)
+    diffusion = (load_few_step if plan.method == "lcf" else load_base)(model, settings, device)
     with accelerator.main_process_first():
         encoder = Encoder(diffusion, folder / "encoded", options.resolution)
         encoded, captions, prior = encoder.encode_all(found, limit), encoder.captions, list[Path]()
@@ -155,7 +153,7 @@ def train(
         scale += sum(plan.student.guidance) / 2
 
     def evaluate(step: int) -> float:
-        row = generate_samples(diffusion, result, data.prompts, few_steps=few_steps, guidance=scale)
+        row = generate_samples(diffusion, result, data.prompts, few_steps, scale)
         _save_samples(row, folder / "samples" / f"step-{step:06}.webp", step, accelerator)
         with torch.no_grad():
             losses = [validation_loss(i, WHOLE) for i in range(validation_batches.per_epoch)]
@@ -204,33 +202,28 @@ def prepare(
     if isinstance(student, distill.FullStudent):
         average = copy.deepcopy(network).requires_grad_(False)
     else:
-        add_style(unet, student) if isinstance(student, StyleStudent) else distill.add_lora(unet, student)
+        distill.add_lora(unet, student)
         cast_training_params(unet)
     for part in filter(None, (unet, network, average)):
         distill.order_for_training(part)
     network.train()
     if plan.gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    if isinstance(student, StyleStudent):
-        return network, None, lambda batches, seed: style_training(unet, batches, schedule, seed)
     if average:
-        roles = distill.full_roles(network, average, unet)
+        roles = distill.Roles(*(partial(distill.predict, part) for part in (network, average, unet)))
     else:
         roles = distill.lora_roles(unet, teacher=plan.method == "lora")
-    return (
-        network,
-        average,
-        lambda batches, seed: distill.consistency_training(roles, batches, schedule, student, seed),
-    )
+
+    def loss_of(batches: distill.NextBatch, seed: int) -> Loss:
+        if isinstance(student, distill.StyleStudent):
+            return distill.style_training(unet, batches, schedule, seed)
+        return distill.consistency_training(roles, batches, schedule, student, seed)
+
+    return network, average, loss_of
 
 
 def generate_samples(
-    diffusion: Diffusion,
-    unet: UNet2DConditionModel,
-    prompts: Sequence[str],
-    *,
-    few_steps: bool = True,
-    guidance: float = 1.0,
+    diffusion: Diffusion, unet: UNet2DConditionModel, prompts: Sequence[str], few_steps: bool, guidance: float
 ) -> Image.Image:
     """Return a row of images, of each of `prompts` with the seed of its place, by `unet` with what else
     `diffusion` has."""

@@ -8,6 +8,7 @@ nothing is ever unpickled.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,7 +67,6 @@ class Shard:
 
 
 WHOLE = Shard()
-BELOW_ONE = 1.0 - 2.0**-24
 
 
 class StepRandom:
@@ -96,7 +96,7 @@ class StepRandom:
         """Return (count,) in [0, 1), one in each of as many equal parts as the whole batch has images."""
         total = count * self._share.count
         drawn = (torch.arange(total) + torch.rand(total, generator=self._generator)) / total
-        return self._share.of(drawn.clamp(max=BELOW_ONE))  # the last may be rounded up
+        return self._share.of(drawn.clamp(max=1.0 - 2.0**-24))  # the last may be rounded up
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -158,8 +158,8 @@ def optimise(
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
     ema = [p.detach() for p in average.parameters()] if average else [p.detach().clone() for p in parameters]
-    kept, scaler = schedule.checkpoints_kept, accelerator.scaler
-    saved = Checkpoints(checkpoints, parameters, ema, optimizer, config or {}, kept=kept, scaler=scaler)
+    run, kept = json.dumps(config or {}, sort_keys=True, default=str), schedule.checkpoints_kept
+    saved = Checkpoints(checkpoints, parameters, ema, optimizer, run, kept, accelerator.scaler)
     start = saved.resume()
     starts = accelerator.gather(torch.tensor([start], device=accelerator.device))
     if (starts != start).any():
@@ -167,10 +167,8 @@ def optimise(
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
     logger.info("%s: %d steps of %d on %s", name, schedule.steps, schedule.batch, processes)
     step_loss, prepared = accelerator.prepare(_StepLoss(module, loss), optimizer)
-    main = accelerator.is_main_process
-    progress = tqdm(
-        range(start, schedule.steps), name, schedule.steps, initial=start, mininterval=5.0, disable=not main
-    )
+    main, steps = accelerator.is_main_process, range(start, schedule.steps)
+    progress = tqdm(steps, name, schedule.steps, initial=start, mininterval=5.0, disable=not main)
     began, running = time.monotonic(), None
     for step in progress:
         value = _step(accelerator, step_loss, prepared, parameters, schedule, step)

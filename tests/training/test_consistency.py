@@ -18,18 +18,15 @@ def coefficients(t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def test_boundary_condition_leaves_clean_data_as_it_is():
-    c_skip, c_out = cm.boundary_scalings(torch.tensor([0.0]))
-    assert c_skip.item() == 1.0
-    assert c_out.item() == 0.0
+    assert cm.boundary_scalings(torch.tensor([0.0])) == (1.0, 0.0)
 
 
 def test_boundary_scalings_are_the_schedulers():
     scheduler = LCMScheduler(**BETAS)
     for t in (19, 259, 999):
         expected = scheduler.get_scalings_for_boundary_condition_discrete(torch.tensor(float(t)))
-        assert torch.allclose(
-            torch.stack(cm.boundary_scalings(torch.tensor(float(t)))), torch.stack(expected)
-        )
+        scalings = cm.boundary_scalings(torch.tensor(float(t)))
+        assert torch.allclose(torch.stack(scalings), torch.stack(expected))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -47,17 +44,14 @@ def test_every_parameterization_gives_back_what_was_mixed(prediction_type):
 def test_w_is_embedded_as_diffusers_pipelines_do(width):
     w = torch.tensor([0.0, 0.5, 6.5, 13.0])
     embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
-    torch.testing.assert_close(
-        cm.guidance_embedding(w, width), embed(None, w, width), rtol=0, atol=2e-3
-    )  # of angles up to 13,000
+    embedded = cm.guidance_embedding(w, width)
+    torch.testing.assert_close(embedded, embed(None, w, width), rtol=0, atol=2e-3)  # of angles up to 13,000
 
 
-def test_unknown_parameterization_is_refused():
-    one = torch.ones(1)
+@pytest.mark.parametrize("predicted", [cm.predicted_original, cm.predicted_noise])
+def test_unknown_parameterization_is_refused(predicted):
     with pytest.raises(ValueError, match="must be epsilon, v_prediction or sample"):
-        cm.predicted_original(one, one, one, one, "flow")
-    with pytest.raises(ValueError, match="must be epsilon, v_prediction or sample"):
-        cm.predicted_noise(one, one, one, one, "flow")
+        predicted(*[torch.ones(1)] * 4, "flow")
 
 
 def test_guided_estimate_is_classifier_free_guidance_at_one_plus_w():
@@ -98,9 +92,8 @@ def test_ddim_step_is_the_ddim_schedulers():
 
 
 def test_before_the_first_timestep_lies_clean_data():
-    alpha, sigma = cm.NoiseSchedule.of(LCMScheduler(**BETAS), torch.device("cpu")).signal_and_noise(
-        torch.tensor([-1, 0]), torch.zeros(2)
-    )
+    schedule = cm.NoiseSchedule.of(LCMScheduler(**BETAS), torch.device("cpu"))
+    alpha, sigma = schedule.signal_and_noise(torch.tensor([-1, 0]), torch.zeros(2))
     assert (alpha[0], sigma[0]) == (1.0, 0.0)
     assert alpha[1] < 1.0 and sigma[1] > 0.0
 
@@ -108,8 +101,6 @@ def test_before_the_first_timestep_lies_clean_data():
 def test_pseudo_huber_is_quadratic_near_zero_and_linear_far_away():
     zero, c = torch.zeros(1), 1e-3
     assert cm.pseudo_huber(zero, zero, c) == 0.0
-    near, far = torch.tensor([1e-5]), torch.tensor([10.0])
-    assert torch.isclose(
-        cm.pseudo_huber(near.double(), zero.double(), c), (near.double() ** 2 / (2 * c)), rtol=1e-3
-    )
+    near, far = torch.tensor([1e-5]).double(), torch.tensor([10.0])
+    assert torch.isclose(cm.pseudo_huber(near, zero.double(), c), near**2 / (2 * c), rtol=1e-3)
     assert torch.isclose(cm.pseudo_huber(far, zero, c), far - c, rtol=1e-5)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from uploads import image, shard
+from uploads import image, shard, zipped
 
 from fewstep.errors import DatasetError
 from fewstep.models.specs import get_model
@@ -16,13 +16,6 @@ from fewstep.training import data
 from fewstep.training.data import find, read_shards, unpack
 
 MINIATURE = get_model("miniature")
-
-
-def zipped(path, files):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
 
 
 def test_captions_are_read_from_a_list_or_from_beside(tmp_path):
@@ -34,21 +27,16 @@ def test_captions_are_read_from_a_list_or_from_beside(tmp_path):
     (tmp_path / "more" / "c.txt").write_text("\ufeffthree\n", encoding="utf-8")
     (tmp_path / "notes.txt").write_text("not a caption")
     found = find(tmp_path, caption="any")
-    assert [(one.path.name, one.caption) for one in found] == [
-        ("a.jpg", "a red house"),
-        ("b.png", "two"),
-        ("d.PNG", "any"),
-        ("c.webp", "three"),
-    ]
+    captions = {"a.jpg": "a red house", "b.png": "two", "d.PNG": "any", "c.webp": "three"}
+    assert [(one.path.name, one.caption) for one in found] == [*captions.items()]
     with pytest.raises(DatasetError, match="1 of 4 pictures have no caption"):
         find(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["{", "[]", '{"file_name": "a.png"}', '"x"', '{"file_name": 3, "text": "x"}']
-    + ['{"file_name": "a.png", "text": null}'],
-)
+NO_LINES = ["{", "[]", '{"file_name": "a.png"}', '"x"', '{"file_name": 3, "text": "x"}']
+
+
+@pytest.mark.parametrize("line", [*NO_LINES, '{"file_name": "a.png", "text": null}'])
 def test_a_list_that_is_none_is_refused_by_its_line(tmp_path, line):
     (tmp_path / "a.png").write_bytes(image())
     (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "x"}}\n{line}\n')
@@ -84,9 +72,10 @@ def test_a_zip_is_unpacked_as_it_is(tmp_path):
     assert [one.caption for one in find(tmp_path / "out")] == ["x"]
 
 
-@pytest.mark.parametrize(
-    "name", ["../x.png", "a/../../x.png", "/x.png", "..\\x.png", "C:/x.png", "C:\\x.png", "."]
-)
+OUT = ["../x.png", "a/../../x.png", "/x.png", "..\\x.png", "C:/x.png", "C:\\x.png", "."]
+
+
+@pytest.mark.parametrize("name", OUT)
 def test_a_path_out_of_the_zip_is_refused(tmp_path, name):
     with pytest.raises(DatasetError, match="leads out of it"):
         unpack(zipped(tmp_path / "x.zip", {"a.png": b"1", name: b"2"}), tmp_path / "in" / "out")
@@ -96,10 +85,8 @@ def test_a_path_out_of_the_zip_is_refused(tmp_path, name):
 def test_a_link_in_a_zip_is_refused(tmp_path):
     link = zipfile.ZipInfo("a.png")
     link.external_attr = 0o120777 << 16
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        archive.writestr(link, "/etc/passwd")
     with pytest.raises(DatasetError, match="holds a link"):
-        unpack(tmp_path / "x.zip", tmp_path / "out")
+        unpack(zipped(tmp_path / "x.zip", {link: "/etc/passwd"}), tmp_path / "out")
 
 
 def test_what_a_zip_holds_is_counted_while_it_is_read(tmp_path, monkeypatch):
@@ -127,36 +114,24 @@ def test_names_that_no_folder_can_have_are_refused(tmp_path, names):
 @pytest.mark.parametrize("how", ["text", "cut", "flipped", "twice"])
 def test_what_is_no_sound_zip_is_refused(tmp_path, how):
     path = zipped(tmp_path / "x.zip", {"a.png": np.random.default_rng(0).bytes(5_000)})
-    content = bytearray(path.read_bytes())
-    if how == "text":
-        path.write_text("no zip")
-    elif how == "cut":
-        path.write_bytes(content[:2_000])
-    elif how == "flipped":
-        content[1_000] ^= 255
-        path.write_bytes(content)
-    else:
+    content = path.read_bytes()
+    if how == "twice":
         with pytest.warns(UserWarning), zipfile.ZipFile(path, "a") as archive:
             archive.writestr("a.png", b"again")
+    else:
+        flipped = content[:1_000] + bytes([content[1_000] ^ 255]) + content[1_001:]
+        path.write_bytes({"text": b"no zip", "cut": content[:2_000], "flipped": flipped}[how])
     with pytest.raises(DatasetError, match="cannot be read"):
         unpack(path, tmp_path / "out")
 
 
 def test_shards_are_read_one_image_after_the_other(tmp_path, caplog):
-    shard(
-        tmp_path / "set-00.tar",
-        {"a.png": image(), "a.txt": b" a red house ", "b.jpg": image(suffix="jpg"), "b.txt": b"two"},
-    )
-    told = json.dumps({"caption": "three"}).encode()
-    shard(
-        tmp_path / "set-01.tar",
-        {"c.webp": image(suffix="webp"), "c.json": told, "d.png": image(), "d.json": b"[1]"}
-        | {"e.txt": b"no picture"},
-    )
-    found = [
-        (one.caption, one.name, Image.open(one.path).format)
-        for one in read_shards(str(tmp_path / "set-{00..01}.tar"))
-    ]
+    first = {"a.png": image(), "a.txt": b" a red house ", "b.jpg": image(suffix="jpg"), "b.txt": b"two"}
+    second = {"c.webp": image(suffix="webp"), "c.json": b'{"caption": "three"}', "d.png": image()}
+    shard(tmp_path / "set-00.tar", first)
+    shard(tmp_path / "set-01.tar", {**second, "d.json": b"[1]", "e.txt": b"no picture"})
+    images = read_shards(str(tmp_path / "set-{00..01}.tar"))
+    found = [(one.caption, one.name, Image.open(one.path).format) for one in images]
     assert found == [("a red house", "a", "PNG"), ("two", "b", "JPEG"), ("three", "c", "WEBP")]
     assert "left out: d has no caption" in caplog.text and "left out: e has no picture" in caplog.text
 

@@ -8,8 +8,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
+from tiny import make_unet
 
+from fewstep.models import device
 from fewstep.training import distill
+from fewstep.training.config import Plan
 from fewstep.training.consistency import NoiseSchedule, solver_timesteps
 from fewstep.training.distill import (
     Batch,
@@ -19,12 +22,11 @@ from fewstep.training.distill import (
     add_lora,
     consistency_loss,
     consistency_training,
-    full_roles,
     lora_roles,
     make_full_student,
-    order_for_training,
     predict,
 )
+from fewstep.training.run import prepare
 from fewstep.training.trainer import Schedule, StepRandom, optimise
 
 pytestmark = pytest.mark.numeric
@@ -32,21 +34,8 @@ pytestmark = pytest.mark.numeric
 
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        cross_attention_dim=12,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=8 + 24,
-    )
+    sdxl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    return make_unet(**sdxl, projection_class_embeddings_input_dim=8 + 24, use_linear_projection=True)
 
 
 @pytest.fixture
@@ -62,23 +51,33 @@ def batch() -> Batch:
 
 NOISE = NoiseSchedule(torch.linspace(0.9995, 0.005, 1000), "v_prediction")
 STUDENT = LoraStudent(rank=4, guidance=(2.0, 4.0))
+FULL = FullStudent(guidance=(2.0, 4.0), width=8)
+T = torch.tensor([19, 259, 499, 999])
 
 
-def loss_of(
-    unet: UNet2DConditionModel,
-    batch: Batch,
-    student: LoraStudent = STUDENT,
-    noise: NoiseSchedule = NOISE,
-    seed: int = 0,
-) -> torch.Tensor:
+@pytest.fixture
+def same_draws(monkeypatch) -> None:
+    """The same draw at every step: on a network of random weights only that shows learning within seconds."""
+    monkeypatch.setattr(distill, "StepRandom", lambda seed, step, share: StepRandom(0, 0, share))
+
+
+@pytest.fixture
+def asked(unet, monkeypatch) -> list[torch.Tensor]:
+    """The timesteps of every pass through `unet`."""
+    seen: list[torch.Tensor] = []
+    forward = unet.forward
+    monkeypatch.setattr(unet, "forward", lambda z, t, *a, **k: (seen.append(t), forward(z, t, *a, **k))[1])
+    return seen
+
+
+def loss_of(unet, batch, student=STUDENT, noise=NOISE, seed=0) -> torch.Tensor:
     return consistency_loss(lora_roles(unet), batch, noise, student, StepRandom(seed, 0))
 
 
 def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(unet, batch):
-    t = torch.tensor([19, 259, 499, 999])
-    before = predict(unet, batch.latents, t, batch)
+    before = predict(unet, batch.latents, T, batch)
     add_lora(unet, STUDENT)
-    assert torch.equal(predict(unet, batch.latents, t, batch), before)
+    assert torch.equal(predict(unet, batch.latents, T, batch), before)
 
     loss_of(unet, batch).backward()
 
@@ -92,23 +91,16 @@ def test_a_network_runs_in_the_callers_autocast_or_else_in_what_is_fast_here(une
     t, seen = torch.full((4,), 499), []
     unet.conv_in.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
     for multiplies in (False, True):
-        monkeypatch.setattr(
-            "fewstep.models.device._multiplies_bf16", lambda multiplies=multiplies: multiplies
-        )
+        monkeypatch.setattr(device, "_multiplies_bf16", lambda multiplies=multiplies: multiplies)
         assert predict(unet, batch.latents, t, batch).dtype == torch.float32
         with torch.autocast("cpu", dtype=torch.float16):
             predict(unet, batch.latents, t, batch)
     assert seen == [torch.float32, torch.float16, torch.bfloat16, torch.float16]
 
 
-def test_the_student_learns_and_the_teacher_stays_as_it_is(unet, batch, tmp_path, monkeypatch):
-    # The same draw at every step: on a network of random weights only that shows learning within seconds.
-    monkeypatch.setattr(distill, "StepRandom", lambda seed, step, share: StepRandom(0, 0, share))
+def test_the_student_learns_and_the_teacher_stays_as_it_is(unet, batch, tmp_path, same_draws):
+    teacher = predict(unet, batch.latents, T, batch)
     add_lora(unet, STUDENT)
-    t = torch.tensor([19, 259, 499, 999])
-    unet.disable_adapters()
-    teacher = predict(unet, batch.latents, t, batch)
-    unet.enable_adapters()
     before = loss_of(unet, batch).item()
 
     schedule = Schedule(25, lr=1e-2, warmup=5, ema_decay=0.5)
@@ -117,7 +109,7 @@ def test_the_student_learns_and_the_teacher_stays_as_it_is(unet, batch, tmp_path
 
     after = loss_of(unet, batch).item()
     unet.disable_adapters()
-    assert torch.equal(predict(unet, batch.latents, t, batch), teacher)
+    assert torch.equal(predict(unet, batch.latents, T, batch), teacher)
     assert after < 0.7 * before
 
 
@@ -170,29 +162,23 @@ def test_after_the_loss_the_adapters_are_on_again(unet, batch):
     assert not torch.equal(predict(unet, batch.latents, t, batch), before)
 
 
-def test_the_first_solver_step_ends_at_clean_data(unet, batch, monkeypatch):
+def test_the_first_solver_step_ends_at_clean_data(unet, batch, asked):
     """At n = 0 the target is the solver's own estimate, not another pass of the network at a noisy
     timestep."""
     add_lora(unet, STUDENT)
-    seen: list[torch.Tensor] = []
-    forward = unet.forward
-    monkeypatch.setattr(unet, "forward", lambda z, t, *a, **k: (seen.append(t), forward(z, t, *a, **k))[1])
     loss_of(unet, batch, LoraStudent(rank=4, solver_steps=1))
-    student, conditional, unconditional, target = seen
+    student, conditional, unconditional, target = asked
     assert student.tolist() == conditional.tolist() == unconditional.tolist() == [999] * 4
     assert target.tolist() == [0] * 4
     assert solver_timesteps(1000, 1).tolist() == [999]
 
 
 @pytest.mark.parametrize("skip", [1, 5, 50])
-def test_one_consistency_step_goes_back_over_skip_solver_steps(unet, batch, monkeypatch, skip):
+def test_one_consistency_step_goes_back_over_skip_solver_steps(unet, batch, asked, skip):
     add_lora(unet, STUDENT)
-    seen: list[torch.Tensor] = []
-    forward = unet.forward
-    monkeypatch.setattr(unet, "forward", lambda z, t, *a, **k: (seen.append(t), forward(z, t, *a, **k))[1])
     for seed in range(5):
         loss_of(unet, batch, LoraStudent(rank=4, skip=skip), seed=seed)
-    noisy, target = torch.cat(seen[::4]), torch.cat(seen[3::4])
+    noisy, target = torch.cat(asked[::4]), torch.cat(asked[3::4])
     assert noisy.unique().numel() > 10
     assert torch.equal(target, (noisy - 20 * skip).clamp(min=0))  # 0 stands for clean data, as above
 
@@ -209,11 +195,6 @@ def test_no_prompt_is_sdxls_zeroed_embedding(batch):
     empty = batch.without_prompt()
     assert not empty.prompt_embeds.any() and not empty.pooled.any()
     assert torch.equal(empty.time_ids, batch.time_ids)
-
-
-def test_without_a_huber_constant_errors_are_squared(batch):
-    a, b = batch.latents, batch.latents.flip(0)
-    assert torch.equal(LoraStudent(huber_c=None).distance(a, b), torch.nn.functional.mse_loss(a, b))
 
 
 def test_no_prompt_is_the_encoded_empty_one_where_there_is_one(batch):
@@ -233,19 +214,11 @@ def test_a_network_of_convolutions_resumes_exactly(batch, unet, tmp_path, method
 
     def run(folder, stop=None):
         seen.clear()
-        student = copy.deepcopy(unet)
-        if method == "lora":
-            torch.manual_seed(0)
-            add_lora(student, STUDENT)
-            order_for_training(student)
-            roles, average = lora_roles(student), None
-        else:
-            teacher, student = student, make_full_student(student, FULL)
-            average = copy.deepcopy(student).requires_grad_(False)
-            roles = full_roles(student, average, teacher)
-            for network in (student, average):
-                order_for_training(network)
-        minimised = consistency_training(roles, lambda step, share: batch, NOISE, STUDENT, seed=5)
+        torch.manual_seed(0)
+        how = Schedule(20, lr=1e-3, warmup=5, checkpoint_every=10)
+        plan = Plan(method, STUDENT if method == "lora" else FULL, how)
+        student, average, loss_of = prepare(copy.deepcopy(unet).requires_grad_(False), plan, NOISE)
+        minimised = loss_of(lambda step, share: batch, 5)
 
         def loss(step, share):
             if step == stop:
@@ -253,7 +226,6 @@ def test_a_network_of_convolutions_resumes_exactly(batch, unet, tmp_path, method
             seen.append(step)
             return minimised(step, share)
 
-        how = Schedule(20, lr=1e-3, warmup=5, checkpoint_every=10)
         with contextlib.suppress(KeyboardInterrupt):
             optimise("test", student, loss, how, tmp_path / folder, average)
         return load_file(sorted((tmp_path / folder).iterdir())[-1])
@@ -264,10 +236,6 @@ def test_a_network_of_convolutions_resumes_exactly(batch, unet, tmp_path, method
     assert seen == list(range(10, 20))
     assert any(value.ndim == 4 and value.shape[2:] == (3, 3) for value in whole.values())
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-
-
-FULL = FullStudent(guidance=(2.0, 4.0), width=8)
-T = torch.tensor([19, 259, 499, 999])
 
 
 def test_a_fresh_full_student_is_its_teacher_whatever_w_is(unet, batch):
@@ -283,16 +251,13 @@ def test_a_teacher_that_is_told_w_itself_is_refused(unet):
 
 
 def distil_full(unet, batch, schedule, folder):
-    student = make_full_student(unet, FULL)
-    target = copy.deepcopy(student).requires_grad_(False)
-    roles = full_roles(student, target, unet)
-    loss = consistency_training(roles, lambda step, share: batch, NOISE, FULL, seed=7)
+    student, target, loss_of = prepare(unet.requires_grad_(False), Plan("full", FULL, schedule), NOISE)
+    loss = loss_of(lambda step, share: batch, 7)
     optimise("LCM", student, loss, schedule, folder, target)
     return target
 
 
-def test_a_full_student_learns_what_w_means_and_its_teacher_stays(unet, batch, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "StepRandom", lambda seed, step, share: StepRandom(0, 0, share))
+def test_a_full_student_learns_w_and_its_teacher_stays(unet, batch, tmp_path, same_draws, monkeypatch):
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     losses: list[float] = []
     loss = distill.consistency_loss
@@ -320,8 +285,7 @@ def test_a_full_students_target_is_its_average_and_not_itself(unet, batch, tmp_p
         return loss(roles, *rest)
 
     monkeypatch.setattr(distill, "consistency_loss", watched)
-    schedule = Schedule(4, lr=1e-2, warmup=1, ema_decay=0.5)
-    distil_full(unet, batch, schedule, tmp_path)
+    distil_full(unet, batch, Schedule(4, lr=1e-2, warmup=1, ema_decay=0.5), tmp_path)
     target = seen[0][1]
     for step, (own, average) in enumerate(seen):
         if step:
@@ -349,8 +313,7 @@ def test_without_a_teacher_the_target_is_given_the_same_image_with_the_same_nois
     torch.testing.assert_close(less[later], (alpha * batch.latents + sigma * noise)[later])
 
 
-def test_fine_tuning_trains_the_lora_alone_and_lowers_its_loss(unet, batch, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "StepRandom", lambda seed, step, share: StepRandom(0, 0, share))
+def test_fine_tuning_trains_the_lora_alone_and_lowers_its_loss(unet, batch, tmp_path, same_draws):
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     add_lora(unet, STUDENT)
     roles = lora_roles(unet, teacher=False)

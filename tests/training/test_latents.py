@@ -30,11 +30,9 @@ def diffusion():
 
 
 def captioned(folder, **files):
-    found = []
     for name, content in files.items():
         (folder / f"{name}.png").write_bytes(content)
-        found.append(Captioned(folder / f"{name}.png", f"a {name} house", f"{name}.png"))
-    return found
+    return [Captioned(folder / f"{name}.png", f"a {name} house", f"{name}.png") for name in files]
 
 
 def test_an_example_is_the_image_at_its_nearest_native_size(diffusion, tmp_path):
@@ -61,9 +59,8 @@ def test_an_example_is_the_image_at_its_nearest_native_size(diffusion, tmp_path)
 @pytest.mark.numeric
 def test_what_the_unet_is_told_is_what_a_generator_tells_it(diffusion, tmp_path):
     [wide] = map(load_file, Encoder(diffusion, tmp_path / "e").encode_all(captioned(tmp_path, wide=image())))
-    prompt = load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size")).text.encode(
-        parse_prompt("prompt", "a wide house")
-    )
+    text = load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size")).text
+    prompt = text.encode(parse_prompt("prompt", "a wide house"))
     torch.testing.assert_close(wide["prompt_embeds"].float(), prompt.states[0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(wide["pooled"].float(), prompt.pooled[0], rtol=2e-3, atol=2e-3)
 
@@ -106,12 +103,10 @@ def test_no_shards_are_said(diffusion, tmp_path):
 
 
 def encoded(folder, *shapes):
-    paths = []
+    paths = [folder / f"{i}.safetensors" for i in range(len(shapes))]
+    more = {"prompt_embeds": torch.zeros(2, 3), "pooled": torch.zeros(5), "time_ids": torch.zeros(6)}
     for i, shape in enumerate(shapes):
-        paths.append(folder / f"{i}.safetensors")
-        rows = {"latents": torch.full((4, *shape), float(i)), "prompt_embeds": torch.zeros(2, 3)}
-        rows |= {"pooled": torch.zeros(5), "time_ids": torch.zeros(6)}
-        save_file(rows, paths[-1])
+        save_file({"latents": torch.full((4, *shape), float(i)), **more}, paths[i])
     return paths
 
 
@@ -136,12 +131,8 @@ def test_a_batch_depends_on_its_step_and_the_seed_alone(tmp_path):
     assert shown(other, 7) == expected[7]
     assert [shown(third, step) for step in range(9)] != expected
     assert shown(other, 7, Shard(0, 2)) + shown(other, 7, Shard(1, 2)) == expected[7]
-    batch = one(0)
-    assert (
-        batch.prompt_embeds.shape == (4, 2, 3)
-        and batch.pooled.shape == (4, 5)
-        and batch.time_ids.shape == (4, 6)
-    )
+    shapes = [part.shape for part in (one(0).prompt_embeds, one(0).pooled, one(0).time_ids)]
+    assert shapes == [(4, 2, 3), (4, 5), (4, 6)]
 
 
 def test_sd_has_no_pooled_states_and_an_empty_prompt_of_its_own(tmp_path):

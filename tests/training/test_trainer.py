@@ -54,20 +54,23 @@ def train(network: nn.Module, folder: Path, how: Schedule | None = None, **more)
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    return all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+def resumed_to_the_same(checkpoints: Path, folder: Path, **more) -> list[int]:
+    """Return the steps of a run that goes on from `checkpoints` and ends where a whole one does."""
+    resumed, whole = module(), module()
+    steps = train(resumed, checkpoints, schedule(**more))
+    train(whole, folder / "whole")
+    assert same(whole, resumed)
+    return steps
 
 
 @pytest.mark.parametrize("stop", [1, 10, 29])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, stop):
-    whole, broken, resumed = module(), module(), module()
-    train(whole, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        train(broken, tmp_path / "broken", stop_at=stop)
-
-    steps = train(resumed, tmp_path / "broken")
-
-    assert steps == list(range(stop, 30))
-    assert same(whole, resumed)
+        train(module(), tmp_path / "broken", stop_at=stop)
+    assert resumed_to_the_same(tmp_path / "broken", tmp_path) == list(range(stop, 30))
     names = [sorted(path.name for path in (tmp_path / run).iterdir()) for run in ("whole", "broken")]
     assert names[0] == names[1] == ["step-000029.safetensors", "step-000030.safetensors"]
     one, other = (load_file(tmp_path / run / names[0][1]) for run in ("whole", "broken"))
@@ -191,10 +194,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):
         train(module(), tmp_path / "run", stop_at=20)
     newest = tmp_path / "run" / "step-000020.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
-    resumed, whole = module(), module()
-    assert train(resumed, tmp_path / "run") == list(range(19, 30))
-    train(whole, tmp_path / "whole")
-    assert same(whole, resumed) and "step-000020.safetensors is damaged" in caplog.text
+    assert resumed_to_the_same(tmp_path / "run", tmp_path) == list(range(19, 30))
+    assert "step-000020.safetensors is damaged" in caplog.text
 
 
 RUN = """
@@ -229,52 +230,34 @@ def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoint(tmp_path):
     """A file may have no more than 100 bytes from the 13th step on."""
     full = "if step == 12: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
     checkpoints = tmp_path / "checkpoints"
-    done = subprocess.run(
-        [sys.executable, script(tmp_path, full), checkpoints], capture_output=True, text=True
-    )
+    command = [sys.executable, script(tmp_path, full), checkpoints]
+    done = subprocess.run(command, capture_output=True, text=True)
     told = "step-000015.safetensors could not be written; is the disk full? the last checkpoint is of step 10"
     assert done.returncode == 1 and told in done.stderr, done.stderr[-2000:]
-    assert sorted(path.name for path in checkpoints.iterdir()) == [
-        "step-000005.safetensors",
-        "step-000010.safetensors",
-    ]
-    resumed, whole = module(), module()
-    assert train(resumed, checkpoints, schedule(checkpoint_every=5)) == list(range(10, 30))
-    train(whole, tmp_path / "whole")
-    assert same(whole, resumed)
+    left = sorted(path.name for path in checkpoints.iterdir())
+    assert left == ["step-000005.safetensors", "step-000010.safetensors"]
+    assert resumed_to_the_same(checkpoints, tmp_path, checkpoint_every=5) == list(range(10, 30))
 
 
 def test_kill_9_loses_at_most_one_interval_between_checkpoints(tmp_path):
     checkpoints = tmp_path / "checkpoints"
-    run = subprocess.Popen(
-        [sys.executable, script(tmp_path, "time.sleep(0.05)"), checkpoints], stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, script(tmp_path, "time.sleep(0.05)"), checkpoints]
+    run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not (checkpoints / "step-000015.safetensors").exists():
         assert run.poll() is None
         time.sleep(0.01)
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
-
-    resumed, whole = module(), module()
-    steps = train(resumed, checkpoints, schedule(checkpoint_every=5))
-    train(whole, tmp_path / "whole")
-
-    assert steps[0] in (15, 20)
-    assert same(whole, resumed)
+    assert resumed_to_the_same(checkpoints, tmp_path, checkpoint_every=5)[0] in (15, 20)
 
 
 def test_two_processes_train_what_one_does(tmp_path):
     """DDP on the CPU by gloo; the sums differ in their order alone. (`accelerate launch` starts one process
     only where it has no GPU, whatever --num_processes says.)"""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    folder = tmp_path / "two"
-    done = subprocess.run(
-        [*launch, script(tmp_path, accumulate=2, max_grad_norm=10**9), folder],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
+    folder, environ = tmp_path / "two", os.environ | {"ACCELERATE_USE_CPU": "true"}
+    command = [*launch, script(tmp_path, accumulate=2, max_grad_norm=10**9), folder]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(done.stdout.replace("22", "2 2").split()) == ["2", "2"], "both knew of each other"
     train(module(), tmp_path / "one", schedule(checkpoint_every=5, max_grad_norm=1e9))
