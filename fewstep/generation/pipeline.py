@@ -24,16 +24,22 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.errors import FewstepError, InvalidRequest, SafetyError, SettingsError, UnsafeImage
-from fewstep.generation.conditioning import EncodedRequest, Job, guidance_of, make_condition, make_start
-from fewstep.generation.decoding import decode_latents, keep_unmasked
-from fewstep.generation.engines import Engine
+from fewstep.generation.engines import EagerEngine, Engine
 from fewstep.generation.engines.compiled import FOLDER as COMPILED
 from fewstep.generation.engines.compiled import CompiledEngine
-from fewstep.generation.engines.eager import EagerEngine
 from fewstep.generation.engines.openvino import OpenVinoEngine
 from fewstep.generation.engines.openvino_conversion import converted
 from fewstep.generation.safety import SafetyChecker, load_safety_checker
 from fewstep.generation.sampler import plan, sample
+from fewstep.generation.tensors import (
+    EncodedRequest,
+    Job,
+    decode_latents,
+    guidance_of,
+    keep_unmasked,
+    make_condition,
+    make_start,
+)
 from fewstep.generation.text_encoder import TextEncoder
 from fewstep.lora.merge import WeightMerger
 from fewstep.lora.types import Lora

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.errors import GenerationError, SettingsError, Stopped, WeightsError
 from fewstep.generation import pipeline as module
-from fewstep.generation.conditioning import encode_image, mask_of_latents
 from fewstep.generation.pipeline import GenerationResult, Pipeline, load_pipeline
+from fewstep.generation.tensors import encode_image, mask_of_latents
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene, caption, unseen_scenes
 from fewstep.models.manifest import Origin, write_manifest
