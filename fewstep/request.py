@@ -260,11 +260,9 @@ def _text(name: str, value: object) -> str:
 def _guidance(spec: ModelSpec, value: object) -> float:
     if value is None:
         return spec.default_guidance
-    low, high = GUIDANCE
-    if spec.lcm_lora:
-        high = LCM_LORA_MAX_GUIDANCE
+    high = LCM_LORA_MAX_GUIDANCE if spec.lcm_lora else GUIDANCE[1]
     why = f", since {spec.name} has guidance built in" if spec.lcm_lora else ""
-    return _number("guidance", value, low, high, why)
+    return _number("guidance", value, GUIDANCE[0], high, why)
 
 
 def _number(name: str, value: object, low: float, high: float, why: str = "") -> float:
@@ -313,9 +311,7 @@ def _size(
             )
         if aspect == "auto" and image is not None:
             return same_shape(image.size, spec.native_size)
-        bucket = ASPECT_RATIOS["1:1" if aspect == "auto" else aspect]
-        wide, high = (_to_multiple_of_8(side * spec.native_size / BUCKETS_AT) for side in bucket)
-        return wide, high
+        return named_sizes_of(spec.native_size)["1:1" if aspect == "auto" else aspect]
     if width is None or height is None:
         raise InvalidRequest("aspect_ratio=custom needs both width and height; give both, in px")
     wide, high = (_to_multiple_of_8(_whole(*side, *SIDE)) for side in (("width", width), ("height", height)))
@@ -328,13 +324,8 @@ def _size(
     return wide, high
 
 
-def sizes_of(native_size: int) -> list[tuple[int, int]]:
-    """Width and height in px of every shape that a model of this native size generates; the square first."""
-    return list(named_sizes_of(native_size).values())
-
-
 def named_sizes_of(native_size: int) -> dict[str, tuple[int, int]]:
-    """The same by the names that people know."""
+    """Width and height in px of every shape that a model of this native size generates, the square first."""
     scale = native_size / BUCKETS_AT
     return {
         name: (_to_multiple_of_8(wide * scale), _to_multiple_of_8(high * scale))
