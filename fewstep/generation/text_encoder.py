@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from cachetools import LRUCache
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
@@ -61,7 +61,7 @@ class TextEncoder:
         # their padding only, which is not counted.
         self._counting_tokenizer = deepcopy(diffusion.tokenizer)
         self._counting = threading.Lock()
-        self._kept: OrderedDict[Hashable, PromptEmbeds] = OrderedDict()
+        self._kept = LRUCache[Hashable, PromptEmbeds](KEPT_BYTES, getsizeof=lambda prompt: prompt.size)
 
     def count_chunks(self, name: str, parts: tuple[Part, ...]) -> int:
         """How many times the text encoders' length a prompt fills, on any thread; at least 1.
@@ -90,10 +90,6 @@ class TextEncoder:
         key = (parts, chunks, clip_skip, weights)
         if key not in self._kept:
             self._kept[key] = self._encode(parts, chunks, clip_skip)
-            total = sum(prompt.size for prompt in self._kept.values())
-            while total > KEPT_BYTES and len(self._kept) > 1:
-                total -= self._kept.popitem(last=False)[1].size
-        self._kept.move_to_end(key)
         return self._kept[key]
 
     def _encode(self, parts: tuple[Part, ...], chunks: int, clip_skip: int) -> PromptEmbeds:
