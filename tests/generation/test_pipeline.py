@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fewstep.errors import GenerationError, SettingsError, Stopped, WeightsError
-from fewstep.generation import pipeline as module
+from fewstep.generation import tensors
 from fewstep.generation.pipeline import GenerationResult, Pipeline, load_pipeline
 from fewstep.generation.tensors import encode_image, mask_of_latents
 from fewstep.miniature.world.drawing import draw
@@ -91,7 +91,9 @@ def test_images_are_those_of_requests_or_the_first_failure(pipeline, monkeypatch
     [[expected], [other]] = generate(pipeline, wish(MATES[0], 1, steps=2), wish(MATES[1], 2, steps=2))
     images = pipeline.images(MATES[:2], (1, 2), steps=2)
     assert all(map(np.array_equal, images, (expected, other)))
-    monkeypatch.setattr(module, "decode_latents", lambda *_: [GenerationError("one"), GenerationError("two")])
+    monkeypatch.setattr(
+        tensors, "decode_latents", lambda *_: [GenerationError("one"), GenerationError("two")]
+    )
     with pytest.raises(GenerationError, match="one"):
         pipeline.images(MATES[:2], (1, 2), steps=2)
 
@@ -275,8 +277,8 @@ def test_what_is_repainted_sees_what_is_kept(pipeline, photo, monkeypatch):
     """The latents under the mask's black are the image's own, to within what encoding loses."""
     mask, decoded = Image.new("L", photo.size, 0), []
     mask.paste(255, (64, 0, 128, 128))
-    decode = module.decode_latents
-    monkeypatch.setattr(module, "decode_latents", lambda *given: decoded.append(given[2]) or decode(*given))
+    decode = tensors.decode_latents
+    monkeypatch.setattr(tensors, "decode_latents", lambda *given: decoded.append(given[2]) or decode(*given))
     generate(pipeline, wish(image=photo, mask=mask, prompt_strength=1.0))
     [latents] = decoded
     generator = torch.Generator().manual_seed(7)
