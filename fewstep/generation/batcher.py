@@ -70,22 +70,21 @@ class _Waiter(Generic[V]):
 
     def deliver(self, outcome: V | BaseException) -> None:
         """Hand the caller a result or an error, unless nobody waits."""
+        settle: Callable[[Any], None] = self.future.set_result
         if isinstance(outcome, BaseException):
+            settle = self.future.set_exception
             # Each caller gets an error of its own, since whoever raises one writes its traceback into it.
-            own = type(outcome)(outcome.sentence) if isinstance(outcome, FewstepError) else InternalError()
-            self._settle(self.future.set_exception, own)
-        else:
-            self._settle(self.future.set_result, outcome)
-
-    def _settle(self, settle: Callable[[Any], None], outcome: object) -> None:
-        def on_loop() -> None:
-            if not self.future.done():
-                settle(outcome)
-
-        # The loop may close between the question and the call; then too, nobody waits.
+            outcome = (
+                type(outcome)(outcome.sentence) if isinstance(outcome, FewstepError) else InternalError()
+            )
         if not self.gone():
+            # The loop may close between the question and the call; then too, nobody waits.
             with suppress(RuntimeError):
-                self.future.get_loop().call_soon_threadsafe(on_loop)
+                self.future.get_loop().call_soon_threadsafe(self._settle, settle, outcome)
+
+    def _settle(self, settle: Callable[[Any], None], outcome: V | BaseException) -> None:
+        if not self.future.done():
+            settle(outcome)
 
 
 @dataclass(eq=False, kw_only=True)
