@@ -75,12 +75,9 @@ class TextEncoder:
                 return 1  # as nearly all are
             counter = _provider(self._counting_tokenizer, None, self._states)
             ids, *_ = counter.get_token_ids_and_expand_weights(texts, weights, device="cpu")
-        chunks = int(len(ids) // length)
-        if chunks > MAX_CHUNKS:
-            raise InvalidRequest(
-                f"{name} fills {chunks} chunks of {length - 2} tokens; at most {MAX_CHUNKS} fit, "
-                "so shorten it"
-            )
+        if (chunks := int(len(ids) // length)) > MAX_CHUNKS:
+            limit = f"chunks of {length - 2} tokens; at most {MAX_CHUNKS} fit, so shorten it"
+            raise InvalidRequest(f"{name} fills {chunks} {limit}")
         return chunks
 
     def encode(
@@ -121,11 +118,8 @@ class TextEncoder:
     def _encode_plain(self, text: str, encoders: Sequence[_Encoder]) -> PromptEmbeds:
         outputs = []
         for tokenizer, encoder in zip(self._tokenizers, encoders, strict=True):
-            length = tokenizer.model_max_length
-            ids = tokenizer(
-                text, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            )
-            outputs.append(encoder(ids.input_ids.to(encoder.device)))
+            tokens = tokenizer(text, padding="max_length", truncation=True, return_tensors="pt")
+            outputs.append(encoder(tokens.input_ids.to(encoder.device)))
         if len(outputs) == 1:
             return PromptEmbeds(outputs[0].last_hidden_state, None)
         states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
