@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,14 @@ class OpenVinoEngine:
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[dtype], "PERFORMANCE_HINT": "LATENCY"}
         if settings.engine == INT8:
             config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_of(diffusion.unet.config)
-        self._requests: dict[str, Any] = {}
+        self._infer: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {}
         for name, inputs in examples(diffusion, height // 8, width // 8).items():
             if name == "vae" and settings.vae != "full":
                 continue
             model = core.read_model(place / f"{name}.xml")
             model.reshape(dict(zip(model.inputs, [list(tensor.shape) for tensor in inputs], strict=True)))
-            self._requests[name] = core.compile_model(model, "CPU", config).create_infer_request()
+            request = core.compile_model(model, "CPU", config).create_infer_request()
+            self._infer[name] = partial(infer, request)
         logger.info("OpenVINO paints pictures of %dx%d px", width, height)
 
     def serves(self, request: Request) -> bool:
@@ -77,25 +78,16 @@ class OpenVinoEngine:
 
     def unet(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
         """What `UNet2DConditionModel` gives for (N, C, H / 8, W / 8)."""
-        added = condition.get("added_cond_kwargs", {})
-        named = (added.get("text_embeds"), added.get("time_ids"), condition.get("timestep_cond"))
-        given = [tensor for tensor in named if tensor is not None]
-        # In the order of `examples`.
-        columns = [latents, timestep.expand(len(latents)), condition["encoder_hidden_states"], *given]
-        rows = zip(*(torch.split(column, 1) for column in columns), strict=True)
-        return torch.cat([self._infer("unet", *row) for row in rows])
+        columns = [latents, timestep.expand(len(latents)), *_conditions(condition)]
+        return torch.cat(
+            [self._infer["unet"]([column[i : i + 1] for column in columns]) for i in range(len(latents))]
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         """What the VAE gives for (N, C, H / 8, W / 8): (N, 3, H, W)."""
-        if "vae" not in self._requests:
+        if "vae" not in self._infer:
             return self._decode(latents)
-        return torch.cat([self._infer("vae", row) for row in torch.split(latents, 1)])
-
-    def _infer(self, network: str, *tensors: Tensor) -> Tensor:
-        """The only output of a compiled network."""
-        # In fp32 on the outside, since numpy has no bf16.
-        outputs = self._requests[network].infer([t.to(torch.float32).contiguous().numpy() for t in tensors])
-        return torch.from_numpy(next(iter(outputs.values())).copy())
+        return torch.cat([self._infer["vae"]([row]) for row in torch.split(latents, 1)])
 
 
 def _group_of(config: Any) -> int:
@@ -104,3 +96,17 @@ def _group_of(config: Any) -> int:
     blocks = zip(config.block_out_channels, config.down_block_types, strict=True)
     widths = [channels for channels, kind in blocks if "CrossAttn" in kind]
     return math.gcd(MAX_GROUP, config.cross_attention_dim, *widths)
+
+
+def infer(request: Any, tensors: Sequence[Tensor]) -> Tensor:
+    """The only output of a compiled network."""
+    # In fp32 on the outside, since numpy has no bf16.
+    outputs = request.infer([tensor.to(torch.float32).contiguous().numpy() for tensor in tensors])
+    return torch.from_numpy(next(iter(outputs.values())).copy())
+
+
+def _conditions(condition: dict[str, Any]) -> list[Tensor]:
+    """In the order of `examples`."""
+    added = condition.get("added_cond_kwargs", {})
+    named = [condition["encoder_hidden_states"], added.get("text_embeds"), added.get("time_ids")]
+    return [tensor for tensor in (*named, condition.get("timestep_cond")) if tensor is not None]

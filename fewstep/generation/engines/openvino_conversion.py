@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from signal import SIGKILL
@@ -72,7 +73,9 @@ def converted(folder: Path, settings: Settings, device: torch.device, dtype: tor
     place = _place(folder, engine, HINTS[dtype])
     if _is_sound(place, folder, settings.verify):
         return place
-    from fewstep.models.hub import locked  # whose client takes a moment that most starts do not need
+    from fewstep.models.hub import (
+        locked,  # the hub's client takes a moment, and nothing is converted at most starts
+    )
 
     place.parent.mkdir(parents=True, exist_ok=True)
     with locked(place.parent):
@@ -85,11 +88,13 @@ def converted(folder: Path, settings: Settings, device: torch.device, dtype: tor
         environ = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=ROOT, env=environ, check=False, stdout=STDERR)
         if done.returncode or not _is_sound(place, folder, settings.verify):
-            # SIGKILL is the kernel's way to get memory back, which leaves nothing in a log.
-            killed = done.returncode == -SIGKILL
-            why = "it was killed, as for lack of memory" if killed else "the reason is in the log"
-            raise WeightsError(f"{folder.name} could not be converted for OpenVINO; {why}")
+            raise WeightsError(f"{folder.name} could not be converted for OpenVINO; {_why(done.returncode)}")
     return place
+
+
+def _why(returncode: int) -> str:
+    # The kernel's way to get memory back, which leaves nothing in a log.
+    return "it was killed, as for lack of memory" if returncode == -SIGKILL else "the reason is in the log"
 
 
 def _place(folder: Path, engine: str, hint: str) -> Path:
@@ -185,6 +190,40 @@ def examples(diffusion: Diffusion, rows: int, columns: int) -> dict[str, tuple[T
     return {"unet": tuple(unet), "vae": (latents,)}
 
 
+def convert(
+    networks: dict[str, nn.Module],
+    inputs: dict[str, tuple[Tensor, ...]],
+    folder: Path,
+    engine: str,
+    hint: str,
+) -> None:
+    """Write the UNet and the decoder of the model in `folder`, taken out of `networks` one after the other,
+    since SDXL's together need more memory than many a machine has."""
+    place = _place(folder, engine, hint)
+    unfinished = place.with_suffix(".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    # In fp32, since what is bf16 in the conversion has NaNs after every GroupNorm; OpenVINO itself takes 16
+    # bits where it can.
+    write(networks.pop("unet").float(), inputs["unet"], unfinished / "unet.xml", hint)
+    if engine == INT8:
+        _compress(unfinished / "unet.xml", hint)
+    decoder = networks.pop("vae").float()
+    _replace_group_norms(decoder)
+    write(decoder, inputs["vae"], unfinished / "vae.xml", hint)
+    write_manifest(unfinished, model=place.name, origin=Origin("fewstep", "", ""), extra=_made_of(folder))
+    shutil.rmtree(place, ignore_errors=True)
+    unfinished.rename(place)
+
+
+def _replace_group_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.GroupNorm):
+            setattr(module, name, _GroupNorm(child))
+        else:
+            _replace_group_norms(child)
+
+
 def write(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, hint: str) -> None:
     """Convert `network`, which is in fp32, to `path` and a .bin beside it; to 16 bits unless for f32."""
     import openvino  # optional, and takes a moment
@@ -221,35 +260,18 @@ def _compress(path: Path, hint: str) -> None:
         plain.with_suffix(suffix).unlink()
 
 
-def convert(model: str, weights: Path, engine: str, hint: str) -> None:
-    """Write the UNet and the decoder of a model: one after the other, each let go then, since SDXL's
-    together need more memory than many a machine has."""
-    spec, settings, folder = get_model(model), Settings(model=model, weights_root=weights), weights / model
-    manifest = verify_weights(folder, fix=spec.fix, mode="size")
+def main(arguments: Sequence[str]) -> None:
+    """Load a model and convert it: MODEL WEIGHTS ENGINE HINT."""
+    model, weights, engine, hint = arguments
+    spec, settings = get_model(model), Settings(model=model, weights_root=Path(weights))
+    manifest = verify_weights(settings.weights_root / model, fix=spec.fix, mode="size")
     diffusion, _ = load_merged(spec, settings, manifest, torch.device("cpu"), _DTYPES[hint])
     inputs = examples(diffusion, 8, 8)
     networks = {"unet": _UNet(diffusion.unet), "vae": Decoder(diffusion.vae)}
     del diffusion  # with the text encoders
-    place = _place(folder, engine, hint)
-    unfinished = place.with_suffix(".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    # In fp32, since what is bf16 in the conversion has NaNs after every GroupNorm; OpenVINO itself takes 16
-    # bits where it can.
-    write(networks.pop("unet").float(), inputs["unet"], unfinished / "unet.xml", hint)
-    if engine == INT8:
-        _compress(unfinished / "unet.xml", hint)
-    decoder = networks.pop("vae").float()
-    for parent in list(decoder.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.GroupNorm):
-                setattr(parent, name, _GroupNorm(child))
-    write(decoder, inputs["vae"], unfinished / "vae.xml", hint)
-    write_manifest(unfinished, model=place.name, origin=Origin("fewstep", "", ""), extra=_made_of(folder))
-    shutil.rmtree(place, ignore_errors=True)
-    unfinished.rename(place)
+    convert(networks, inputs, Path(weights) / model, engine, hint)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    convert(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    main(sys.argv[1:])
