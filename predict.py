@@ -31,12 +31,6 @@ logger = logging.getLogger("fewstep.predict")
 class Predictor(BasePredictor):
     """One loaded model for all callers; everything that belongs to one request stays in predict()."""
 
-    recipes: bool
-    outputs: Outputs
-    pipeline: "Pipeline"
-    styles: LoraResolver
-    batcher: "Batcher[Request, GenerationResult]"
-
     async def setup(self) -> None:  # type: ignore[override]  # coglet awaits it
         """Load the model and paint once. Whatever fails ends the start with one sentence."""
         log_to_stderr()
@@ -46,9 +40,14 @@ class Predictor(BasePredictor):
             self.outputs, self.recipes = Outputs(settings.output_root, settings.coglet_root), settings.recipes
             self.outputs.prepare()
             atexit.register(self.outputs.remove_all)
-            self.batcher = Batcher(deadline_s=settings.deadline_s)
-            self.pipeline = await self.batcher.run(lambda: _load(settings))
-            self.batcher.model = self.pipeline
+            self.batcher: Batcher[Request, GenerationResult] = Batcher(deadline_s=settings.deadline_s)
+
+            def load() -> "Pipeline":
+                from fewstep.generation.pipeline import load_pipeline  # imports torch, which takes seconds
+
+                return load_pipeline(get_model(settings.model), settings)
+
+            self.batcher.model = self.pipeline = await self.batcher.run(load)
             self.styles = LoraResolver(settings, self.pipeline.adapters.read)
             await self.batcher.run(self.pipeline.warm_up)
 
@@ -104,9 +103,3 @@ class Predictor(BasePredictor):
         openers = {"image": open_image, "mask": open_mask}
         images = {name: openers[name](fetched_file(name, inputs[name]), name) for name in openers if inputs[name] is not None}
         return Inputs.create(self.pipeline.spec, **(inputs | images))
-
-
-def _load(settings: Settings) -> "Pipeline":
-    from fewstep.generation.pipeline import load_pipeline  # imports torch, which takes seconds
-
-    return load_pipeline(get_model(settings.model), settings)

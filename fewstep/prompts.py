@@ -57,7 +57,9 @@ def parse_prompt(name: str, text: str) -> tuple[Part, ...]:
         )
     if _LORA.search(text):
         raise InvalidRequest(f"{name} names a LoRA; put that into the input style")
-    parts = _joined(_weighted(text))
+    runs = groupby(_weighted(text), key=lambda piece: piece.weight)
+    joined = (Part("".join(piece.text for piece in run), weight) for weight, run in runs)
+    parts = tuple(part for part in joined if part.text.strip())
     for weight in (part.weight for part in parts):
         if not WEIGHT[0] <= weight <= WEIGHT[1]:
             raise InvalidRequest(
@@ -105,11 +107,3 @@ def _factor(written: str | None) -> float:
     if written[0] in "+-":
         return float((PLUS if written[0] == "+" else MINUS) ** len(written))
     return float(written)
-
-
-def _joined(pieces: list[Part]) -> tuple[Part, ...]:
-    runs = (
-        Part("".join(piece.text for piece in run), weight)
-        for weight, run in groupby(pieces, key=lambda piece: piece.weight)
-    )
-    return tuple(run for run in runs if run.text.strip())

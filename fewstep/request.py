@@ -74,11 +74,10 @@ class Inputs:
     strength: float = 1.0  # how far from `image`; without one, all the way from noise
     styles: tuple[LoraRef, ...] = ()
     lcm_scale: float = 1.0
-    image: Image.Image | None = field(default=None, repr=False)  # RGB, of this size
-    mask: Image.Image | None = field(default=None, repr=False)  # L, white where to repaint
+    # RGB, of this size, and L, white where to repaint; `info["sha256"]` of each is the caller's file's.
+    image: Image.Image | None = field(default=None, repr=False)
+    mask: Image.Image | None = field(default=None, repr=False)
     unchecked: bool = False  # asked for; whether it counts is the operator's to say
-    image_sha256: str = ""  # of the callers' files
-    mask_sha256: str = ""
     clip_skip: int = 0  # of the text encoders' layers, from the last
 
     @classmethod
@@ -116,8 +115,12 @@ class Inputs:
         guided = not spec.embedded_guidance and scale > 1
         if mask is not None:
             mask = _mask_on(image, mask)
-        size = _size(spec, aspect_ratio, width, height, image)
+        width, height = _size(spec, aspect_ratio, width, height, image)
         strength = _number("prompt_strength", prompt_strength, *STRENGTH)
+        if (added := _number("lcm_scale", lcm_scale, *LCM_SCALE)) != 1.0 and not spec.lcm_lora:
+            raise InvalidRequest(
+                f"lcm_scale is {added:g}; {spec.name} has no LCM-LoRA to scale, so leave it out"
+            )
         parts = parse_prompt("prompt", _text("prompt", prompt))
         if not parts:
             raise InvalidRequest("prompt is empty; say in a few words what to paint")
@@ -133,22 +136,20 @@ class Inputs:
             guided=guided,
             seed=secrets.randbits(31) if seed is None else _whole("seed", seed, 0, SEED_MAX),
             num_outputs=_whole("num_outputs", num_outputs, *NUM_OUTPUTS),
-            width=size[0],
-            height=size[1],
+            width=width,
+            height=height,
             output_format=_choice("output_format", output_format, FORMATS),
             output_quality=_whole("output_quality", output_quality, *QUALITY),
             styles=(
                 *_style("style", style, style_scale),
                 *_style("extra_style", extra_style, extra_style_scale),
             ),
-            lcm_scale=_lcm_scale(spec, lcm_scale),
+            lcm_scale=added,
             strength=1.0 if image is None else strength,
-            image=None if image is None else fit(image, *size),
-            mask=None if mask is None else fit(mask, *size),
+            image=None if image is None else fit(image, width, height),
+            mask=None if mask is None else fit(mask, width, height),
             clip_skip=_whole("clip_skip", clip_skip, 0, spec.max_clip_skip),
             unchecked=_flag("disable_safety_checker", disable_safety_checker),
-            image_sha256="" if image is None else str(image.info.get("sha256", "")),
-            mask_sha256="" if mask is None else str(mask.info.get("sha256", "")),
         )
 
     @property
@@ -209,9 +210,10 @@ class Request:
         if inputs.clip_skip:
             recipe["clip_skip"] = inputs.clip_skip
         if inputs.image is not None:
-            recipe |= {"prompt_strength": inputs.strength, "image_sha256": inputs.image_sha256}
-        if inputs.mask is not None:
-            recipe["mask_sha256"] = inputs.mask_sha256
+            recipe["prompt_strength"] = inputs.strength
+        for name, image in (("image_sha256", inputs.image), ("mask_sha256", inputs.mask)):
+            if image is not None:
+                recipe[name] = image.info.get("sha256", "")
         return recipe
 
 
@@ -260,11 +262,9 @@ def _text(name: str, value: object) -> str:
 def _guidance(spec: ModelSpec, value: object) -> float:
     if value is None:
         return spec.default_guidance
-    low, high = GUIDANCE
-    if spec.lcm_lora:
-        high = LCM_LORA_MAX_GUIDANCE
+    high = LCM_LORA_MAX_GUIDANCE if spec.lcm_lora else GUIDANCE[1]
     why = f", since {spec.name} has guidance built in" if spec.lcm_lora else ""
-    return _number("guidance", value, low, high, why)
+    return _number("guidance", value, GUIDANCE[0], high, why)
 
 
 def _number(name: str, value: object, low: float, high: float, why: str = "") -> float:
@@ -281,13 +281,6 @@ def _style(name: str, source: object, scale: object) -> tuple[LoraRef, ...]:
     return (LoraRef(name, parse_source(name, _text(name, source)), checked),)
 
 
-def _lcm_scale(spec: ModelSpec, value: object) -> float:
-    scale = _number("lcm_scale", value, *LCM_SCALE)
-    if not spec.lcm_lora and scale != 1.0:
-        raise InvalidRequest(f"lcm_scale is {scale:g}; {spec.name} has no LCM-LoRA to scale, so leave it out")
-    return scale
-
-
 def _mask_on(image: Image.Image | None, mask: Image.Image) -> Image.Image:
     """`mask` at the size of `image`, so that both are cut to shape alike."""
     if image is None:
@@ -297,9 +290,7 @@ def _mask_on(image: Image.Image | None, mask: Image.Image) -> Image.Image:
         raise InvalidRequest(
             f"mask is {mask_wide}x{mask_high} px and image {wide}x{high} px; send them in one shape"
         )
-    on_image = fit(mask, wide, high)
-    on_image.info = mask.info
-    return on_image
+    return fit(mask, wide, high)
 
 
 def _size(
@@ -313,9 +304,7 @@ def _size(
             )
         if aspect == "auto" and image is not None:
             return same_shape(image.size, spec.native_size)
-        bucket = ASPECT_RATIOS["1:1" if aspect == "auto" else aspect]
-        wide, high = (_to_multiple_of_8(side * spec.native_size / BUCKETS_AT) for side in bucket)
-        return wide, high
+        return named_sizes_of(spec.native_size)["1:1" if aspect == "auto" else aspect]
     if width is None or height is None:
         raise InvalidRequest("aspect_ratio=custom needs both width and height; give both, in px")
     wide, high = (_to_multiple_of_8(_whole(*side, *SIDE)) for side in (("width", width), ("height", height)))
@@ -328,13 +317,8 @@ def _size(
     return wide, high
 
 
-def sizes_of(native_size: int) -> list[tuple[int, int]]:
-    """Width and height in px of every shape that a model of this native size generates; the square first."""
-    return list(named_sizes_of(native_size).values())
-
-
 def named_sizes_of(native_size: int) -> dict[str, tuple[int, int]]:
-    """The same by the names that people know."""
+    """Width and height in px of every shape that a model of this native size generates, the square first."""
     scale = native_size / BUCKETS_AT
     return {
         name: (_to_multiple_of_8(wide * scale), _to_multiple_of_8(high * scale))

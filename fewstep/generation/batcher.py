@@ -13,13 +13,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from fewstep.errors import DeadlineExceeded, FewstepError, InternalError, Stopped
 
 logger = logging.getLogger(__name__)
-
 
 # How many batches may go before a request that came first, because they need no change of weights.
 MAX_OVERTAKEN = 4
@@ -61,31 +60,29 @@ V = TypeVar("V")
 class _Waiter(Generic[V]):
     """One caller, waiting on its own event loop for what the model thread makes."""
 
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[V]
+    future: asyncio.Future[V] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     expires: float = math.inf  # in seconds of time.monotonic()
     left: bool = False  # set where the caller runs, read by the model thread
 
     def gone(self) -> bool:
         """Nobody will take the result. Once true it stays true; a loop that hangs cannot hide it."""
-        return self.left or time.monotonic() >= self.expires or self.loop.is_closed()
+        return self.left or time.monotonic() >= self.expires or self.future.get_loop().is_closed()
 
-    def deliver(self, result: V) -> None:
-        self._settle(self.future.set_result, result)
+    def deliver(self, outcome: V | BaseException) -> None:
+        """Hand the caller a result or an error, unless nobody waits."""
+        settle: Callable[[Any], None] = self.future.set_result
+        if isinstance(outcome, BaseException):
+            settle = self.future.set_exception
+            # Each caller gets an error of its own, since whoever raises one writes its traceback into it.
+            outcome = (
+                type(outcome)(outcome.sentence) if isinstance(outcome, FewstepError) else InternalError()
+            )
+        if not self.gone():
+            # The loop may close between the question and the call; then too, nobody waits.
+            with suppress(RuntimeError):
+                self.future.get_loop().call_soon_threadsafe(self._settle, settle, outcome)
 
-    def fail(self, error: BaseException) -> None:
-        # Each caller gets an error of its own, since whoever raises one writes its traceback into it.
-        own = type(error)(error.sentence) if isinstance(error, FewstepError) else InternalError()
-        self._settle(self.future.set_exception, own)
-
-    def _settle(self, settle: Callable[[Any], None], outcome: object) -> None:
-        if self.gone():
-            return
-        # The loop may close between the question and the call; then too, nobody waits.
-        with suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self._settle_on_loop, settle, outcome)
-
-    def _settle_on_loop(self, settle: Callable[[Any], None], outcome: object) -> None:
+    def _settle(self, settle: Callable[[Any], None], outcome: V | BaseException) -> None:
         if not self.future.done():
             settle(outcome)
 
@@ -132,16 +129,9 @@ class Batcher(Generic[R, T]):
         DeadlineExceeded, or Stopped once the batcher is closed. A caller whose task is cancelled leaves
         the queue or its batch, and its mates do not notice.
         """
-        loop = asyncio.get_running_loop()
         left_s = max(0.0, self._deadline_s - spent_s)
-        pending: _Pending[R, T] = _Pending(
-            loop=loop,
-            future=loop.create_future(),
-            expires=time.monotonic() + left_s,
-            request=request,
-            shape_key=request.shape_key,
-            images=request.num_outputs,
-        )
+        expires, key, images = time.monotonic() + left_s, request.shape_key, request.num_outputs
+        pending = _Pending[R, T](expires=expires, request=request, shape_key=key, images=images)
         return await self._result(pending, left_s)
 
     async def run(self, function: Callable[[], V]) -> V:
@@ -149,9 +139,7 @@ class Batcher(Generic[R, T]):
 
         What is queued after it runs after it. Raises as `submit` does.
         """
-        loop = asyncio.get_running_loop()
-        call = _Call(loop=loop, future=loop.create_future(), function=function)
-        return await self._result(call, None)
+        return await self._result(_Call(function=function), None)
 
     def healthy(self) -> bool:
         """Whether a request sent now would be served: the thread lives, is not closing and not stuck."""
@@ -183,15 +171,12 @@ class Batcher(Generic[R, T]):
                 )
             return work.future.result()
         finally:
-            self._leave(work)
-
-    def _leave(self, work: _Pending[R, Any] | _Call[Any]) -> None:
-        with self._changed:
-            work.left = True
-            with suppress(ValueError):  # not in the queue: its turn has come
-                self._queue.remove(work)
-        # Also when it is done: asyncio then does not report an error that its caller left without reading.
-        work.future.cancel()
+            with self._changed:
+                work.left = True
+                with suppress(ValueError):  # not in the queue: its turn has come
+                    self._queue.remove(work)
+            # Done or not: asyncio then does not report an error that its caller left without reading.
+            work.future.cancel()
 
     # All that follows runs on the model thread.
 
@@ -206,11 +191,21 @@ class Batcher(Generic[R, T]):
             if not self._queue:
                 return False
             work = self._take_next()
-        if not work.gone():
+        if work.gone():
+            return True
+        batch: list[Any] = [work]
+        try:
             if isinstance(work, _Call):
-                self._run_call(work)
+                work.deliver(work.function())
             else:
-                self._run_batch(work)
+                self._run_batch(batch)
+        except BaseException as error:  # SystemExit too: whatever the model does, this thread lives on
+            if not isinstance(error, FewstepError):
+                logger.error("the model thread's work failed; the thread goes on", exc_info=error)
+            for waiter in batch:
+                waiter.deliver(error)
+        finally:
+            self._batch_since = None
         return True
 
     def _take_next(self) -> _Pending[R, Any] | _Call[Any]:
@@ -227,36 +222,23 @@ class Batcher(Generic[R, T]):
                     return work
         return self._queue.popleft()
 
-    def _run_call(self, call: _Call[Any]) -> None:
-        try:
-            call.deliver(call.function())
-        except BaseException as error:  # SystemExit too: whatever the model does, this thread lives on
-            _fail_all([call], error)
-
-    def _run_batch(self, head: _Pending[R, Any]) -> None:
-        batch = [head]
+    def _run_batch(self, batch: list[_Pending[R, Any]]) -> None:
+        """Generate the head of `batch` with the mates that join it. Raises whatever the model does."""
+        head = batch[0].request
         self._batch_since = time.monotonic()
-        self._weights = head.request.weights_key
-        try:
-            if self.model is None:
-                raise RuntimeError("a request came before the model")
-            limit = self.model.max_images(head.request)
-            encoded = [self.model.encode(head.request)]
-            while mates := self._take_mates(batch, limit):
-                batch += mates
-                encoded += [self.model.encode(mate.request) for mate in mates]
-            results = self.model.generate(encoded, lambda: all(pending.gone() for pending in batch))
-            if len(results) != len(batch):
-                raise RuntimeError(f"generate made {len(results)} results of {len(batch)} requests")
-            for pending, result in zip(batch, results, strict=True):
-                if isinstance(result, FewstepError):
-                    pending.fail(result)
-                else:
-                    pending.deliver(result)
-        except BaseException as error:
-            _fail_all(batch, error)
-        finally:
-            self._batch_since = None
+        self._weights = head.weights_key
+        if self.model is None:
+            raise RuntimeError("a request came before the model")
+        limit = self.model.max_images(head)
+        encoded = [self.model.encode(head)]
+        while mates := self._take_mates(batch, limit):
+            batch += mates
+            encoded += [self.model.encode(mate.request) for mate in mates]
+        results = self.model.generate(encoded, lambda: all(pending.gone() for pending in batch))
+        if len(results) != len(batch):
+            raise RuntimeError(f"generate made {len(results)} results of {len(batch)} requests")
+        for pending, result in zip(batch, results, strict=True):
+            pending.deliver(result)
 
     def _take_mates(self, batch: Sequence[_Pending[R, Any]], limit: int) -> list[_Pending[R, Any]]:
         """Those of the head's shape, in order, until one does not fit; none from behind a call of `run`."""
@@ -274,10 +256,3 @@ class Batcher(Generic[R, T]):
                 mates.append(work)
                 self._queue.remove(work)
         return mates
-
-
-def _fail_all(waiters: Sequence[_Waiter[Any]], error: BaseException) -> None:
-    if not isinstance(error, FewstepError):
-        logger.error("the model thread's work failed; the thread goes on", exc_info=error)
-    for waiter in waiters:
-        waiter.fail(error)

@@ -24,16 +24,15 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.errors import FewstepError, InvalidRequest, SafetyError, SettingsError, UnsafeImage
-from fewstep.generation.conditioning import EncodedRequest, Job, guidance_of, make_condition, make_start
-from fewstep.generation.decoding import decode_latents, keep_unmasked
-from fewstep.generation.engines import Engine
+from fewstep.generation import tensors
+from fewstep.generation.engines import EagerEngine, Engine
 from fewstep.generation.engines.compiled import FOLDER as COMPILED
 from fewstep.generation.engines.compiled import CompiledEngine
-from fewstep.generation.engines.eager import EagerEngine
 from fewstep.generation.engines.openvino import OpenVinoEngine
 from fewstep.generation.engines.openvino_conversion import converted
 from fewstep.generation.safety import SafetyChecker, load_safety_checker
 from fewstep.generation.sampler import plan, sample
+from fewstep.generation.tensors import EncodedRequest, Job
 from fewstep.generation.text_encoder import TextEncoder
 from fewstep.lora.merge import WeightMerger
 from fewstep.lora.types import Lora
@@ -75,17 +74,9 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         logger.info("pictures of %s are not checked for safety", spec.name)
     else:
         checker = load_safety_checker(folder, settings.safety, device, dtype, manifest.fix(spec.fix))
-    pipeline = Pipeline(
-        spec,
-        diffusion,
-        adapters,
-        settings.max_batch,
-        revision=manifest.revision,
-        checker=checker,
-        allow_unsafe=settings.allow_unsafe,
-        tiny_vae=tiny,
-        usual_size=size,
-    )
+    pipeline = Pipeline(spec, diffusion, adapters, settings.max_batch, tiny)
+    pipeline.revision, pipeline.usual_size = manifest.revision, size
+    pipeline.checker, pipeline.allow_unsafe = checker, settings.allow_unsafe
     if place:
         pipeline.engine = OpenVinoEngine(diffusion, place, settings, dtype, size, pipeline.eager.decode)
     elif settings.engine == "compiled":
@@ -118,23 +109,14 @@ class Pipeline:
         diffusion: Diffusion,
         adapters: WeightMerger,
         max_batch: int,
-        *,
-        revision: str = "",
-        checker: SafetyChecker | None = None,
-        allow_unsafe: bool = False,
         tiny_vae: AutoencoderTiny | None = None,
-        usual_size: tuple[int, int] | None = None,
     ) -> None:
-        self.spec = spec
-        self.revision = revision  # of the weights
-        self.diffusion = diffusion
+        self.spec, self.diffusion, self.adapters, self.max_batch = spec, diffusion, adapters, max_batch
+        self.revision = ""  # of the weights
+        self.checker: SafetyChecker | None = None
+        self.allow_unsafe = False
+        self.usual_size = (spec.native_size, spec.native_size)  # in px, of images that the engine is made for
         self.text = TextEncoder(diffusion)
-        self.adapters = adapters
-        self.max_batch = max_batch
-        self.checker = checker
-        self.allow_unsafe = allow_unsafe
-        # In px, of the images that the engine is made for.
-        self.usual_size = usual_size or (spec.native_size, spec.native_size)
         self.decoder: Any = tiny_vae or diffusion.vae  # its latents are scaled by its own factor
         self.eager = EagerEngine(diffusion.unet, self.decoder)
         self.engine: Engine = self.eager  # `eager` takes what it does not serve
@@ -214,8 +196,7 @@ class Pipeline:
         with _timed(metrics, "weights_ms"):
             self.adapters.apply(request.mix)
         with _timed(metrics, "text_ms"):
-            # One prompt at a time: in a batch, the mates' number would choose the kernels and so the last
-            # bits.
+            # One at a time: in a batch, the mates' number would choose the kernels and so the last bits.
             inputs = request.inputs
             styles = [(lora.sha256, scale) for lora, scale in request.mix.styles if lora.changes_text]
             how = (request.chunks, inputs.clip_skip, tuple(styles))
@@ -255,8 +236,8 @@ class Pipeline:
             with _timed(metrics, "steps_ms"):
                 latents = self._sample(engine, together, stopped)
             with _timed(metrics, "decode_ms"):
-                decoded = decode_latents(engine, self.decoder, latents)
-                decoded = [keep_unmasked(*pair) for pair in zip(decoded, inputs, strict=True)]
+                decoded = tensors.decode_latents(engine, self.decoder, latents)
+                decoded = [tensors.keep_unmasked(*pair) for pair in zip(decoded, inputs, strict=True)]
             with _timed(metrics, "safety_ms"):
                 images += [self._checked(*pair) for pair in zip(decoded, inputs, strict=True)]
         in_turn = iter(images)
@@ -271,9 +252,9 @@ class Pipeline:
         return sample(
             engine.unet,
             steps,
-            make_start(self.diffusion, jobs, len(steps)),
-            make_condition(self.diffusion, jobs, embedded_guidance=self.spec.embedded_guidance),
-            guidance=guidance_of(jobs),
+            tensors.make_start(self.diffusion, jobs, len(steps)),
+            tensors.make_condition(self.diffusion, jobs, embedded_guidance=self.spec.embedded_guidance),
+            guidance=tensors.guidance_of(jobs),
             strength=inputs.strength,
             stopped=stopped,
         )

@@ -101,9 +101,8 @@ def sample(
         if guidance is None:
             e = unet(x_in, timesteps[i], condition).float()
         else:
-            unconditional, conditional = (
-                unet(torch.cat([x_in, x_in]), timesteps[i], condition).float().chunk(2)
-            )
+            both = unet(torch.cat([x_in, x_in]), timesteps[i], condition).float()
+            unconditional, conditional = both.chunk(2)
             e = unconditional + guidance * (conditional - unconditional)
         x = step.advance(x, e, start.fresh[i] if step.next_sigma else None)
         if start.mask is not None and start.image is not None:

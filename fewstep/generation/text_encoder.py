@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from cachetools import LRUCache
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
@@ -61,7 +61,7 @@ class TextEncoder:
         # their padding only, which is not counted.
         self._counting_tokenizer = deepcopy(diffusion.tokenizer)
         self._counting = threading.Lock()
-        self._kept: OrderedDict[Hashable, PromptEmbeds] = OrderedDict()
+        self._kept = LRUCache[Hashable, PromptEmbeds](KEPT_BYTES, getsizeof=lambda prompt: prompt.size)
 
     def count_chunks(self, name: str, parts: tuple[Part, ...]) -> int:
         """How many times the text encoders' length a prompt fills, on any thread; at least 1.
@@ -75,12 +75,9 @@ class TextEncoder:
                 return 1  # as nearly all are
             counter = _provider(self._counting_tokenizer, None, self._states)
             ids, *_ = counter.get_token_ids_and_expand_weights(texts, weights, device="cpu")
-        chunks = int(len(ids) // length)
-        if chunks > MAX_CHUNKS:
-            raise InvalidRequest(
-                f"{name} fills {chunks} chunks of {length - 2} tokens; at most {MAX_CHUNKS} fit, "
-                "so shorten it"
-            )
+        if (chunks := int(len(ids) // length)) > MAX_CHUNKS:
+            limit = f"chunks of {length - 2} tokens; at most {MAX_CHUNKS} fit, so shorten it"
+            raise InvalidRequest(f"{name} fills {chunks} {limit}")
         return chunks
 
     def encode(
@@ -90,10 +87,6 @@ class TextEncoder:
         key = (parts, chunks, clip_skip, weights)
         if key not in self._kept:
             self._kept[key] = self._encode(parts, chunks, clip_skip)
-            total = sum(prompt.size for prompt in self._kept.values())
-            while total > KEPT_BYTES and len(self._kept) > 1:
-                total -= self._kept.popitem(last=False)[1].size
-        self._kept.move_to_end(key)
         return self._kept[key]
 
     def _encode(self, parts: tuple[Part, ...], chunks: int, clip_skip: int) -> PromptEmbeds:
@@ -125,11 +118,8 @@ class TextEncoder:
     def _encode_plain(self, text: str, encoders: Sequence[_Encoder]) -> PromptEmbeds:
         outputs = []
         for tokenizer, encoder in zip(self._tokenizers, encoders, strict=True):
-            length = tokenizer.model_max_length
-            ids = tokenizer(
-                text, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            )
-            outputs.append(encoder(ids.input_ids.to(encoder.device)))
+            tokens = tokenizer(text, padding="max_length", truncation=True, return_tensors="pt")
+            outputs.append(encoder(tokens.input_ids.to(encoder.device)))
         if len(outputs) == 1:
             return PromptEmbeds(outputs[0].last_hidden_state, None)
         states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)

@@ -43,15 +43,13 @@ class FoldedUpsample(nn.Module):
 
 def fold_upsamplers(module: nn.Module) -> int:
     """Put a `FoldedUpsample` in the place of every upsampling in `module` that is one; their number."""
-    foldable = [
-        (parent, name, child)
-        for parent in module.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, Upsample2D) and _is_foldable(child)
-    ]
-    for parent, name, child in foldable:
-        setattr(parent, name, FoldedUpsample(child))
-    return len(foldable)
+    folded = 0
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Upsample2D) and _is_foldable(child):
+                setattr(parent, name, FoldedUpsample(child))
+                folded += 1
+    return folded
 
 
 def _is_foldable(upsample: Upsample2D) -> bool:

@@ -22,7 +22,7 @@ from fewstep.errors import DatasetError, InvalidRequest
 from fewstep.generation.reference import native_size
 from fewstep.images.codec import fit, open_image
 from fewstep.models.load import Diffusion
-from fewstep.request import sizes_of
+from fewstep.request import named_sizes_of
 from fewstep.training.checkpoint import write_tensors
 from fewstep.training.data import Captioned
 from fewstep.training.distill import Batch
@@ -39,7 +39,7 @@ class Encoder:
 
     def __init__(self, diffusion: Diffusion, folder: Path, side: int | None = None) -> None:
         self.diffusion, self.folder = diffusion, folder
-        self._sizes = sizes_of(side or native_size(diffusion))
+        self._sizes = list(named_sizes_of(side or native_size(diffusion)).values())
         self.captions: list[str] = []  # of what was encoded last
         # Whoever trains another model into the same folder must not meet these latents.
         vae, names = diffusion.vae, ("text_encoder", "text_encoder_2")

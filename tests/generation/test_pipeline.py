@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fewstep.errors import GenerationError, SettingsError, Stopped, WeightsError
-from fewstep.generation import pipeline as module
-from fewstep.generation.conditioning import encode_image, mask_of_latents
+from fewstep.generation import tensors
 from fewstep.generation.pipeline import GenerationResult, Pipeline, load_pipeline
+from fewstep.generation.tensors import encode_image, mask_of_latents
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene, caption, unseen_scenes
 from fewstep.models.manifest import Origin, write_manifest
@@ -45,9 +45,7 @@ def half() -> Pipeline:
     return load_pipeline(MINIATURE, Settings(dtype="bf16"))
 
 
-def wish(
-    prompt: str = "a red house in a meadow with mountains at sunset", seed: int = 7, **inputs: object
-) -> Inputs:
+def wish(prompt="a red house in a meadow with mountains at sunset", seed=7, **inputs) -> Inputs:
     return Inputs.create(MINIATURE, prompt=prompt, seed=seed, **inputs)
 
 
@@ -91,7 +89,9 @@ def test_images_are_those_of_requests_or_the_first_failure(pipeline, monkeypatch
     [[expected], [other]] = generate(pipeline, wish(MATES[0], 1, steps=2), wish(MATES[1], 2, steps=2))
     images = pipeline.images(MATES[:2], (1, 2), steps=2)
     assert all(map(np.array_equal, images, (expected, other)))
-    monkeypatch.setattr(module, "decode_latents", lambda *_: [GenerationError("one"), GenerationError("two")])
+    monkeypatch.setattr(
+        tensors, "decode_latents", lambda *_: [GenerationError("one"), GenerationError("two")]
+    )
     with pytest.raises(GenerationError, match="one"):
         pipeline.images(MATES[:2], (1, 2), steps=2)
 
@@ -259,10 +259,8 @@ def test_under_a_mask_only_white_is_repainted(pipeline, photo):
     original, mask = np.asarray(photo).astype(int), Image.new("L", photo.size, 0)
     mask.paste(255, (64, 0, 128, 128))
     for strength in (0.5, 1.0):
-        request = wish(
-            "a blue rocket in the desert at night", image=photo, mask=mask, prompt_strength=strength
-        )
-        [[found]] = generate(pipeline, request)
+        prompt = "a blue rocket in the desert at night"
+        [[found]] = generate(pipeline, wish(prompt, image=photo, mask=mask, prompt_strength=strength))
         assert np.array_equal(found[:, :56], original[:, :56]), "all but a seam is the caller's own"
         assert np.abs(found[:, 64:] - original[:, 64:]).mean() > 15
     black = wish(image=photo, mask=Image.new("L", photo.size, 0), prompt_strength=1.0)
@@ -275,8 +273,8 @@ def test_what_is_repainted_sees_what_is_kept(pipeline, photo, monkeypatch):
     """The latents under the mask's black are the image's own, to within what encoding loses."""
     mask, decoded = Image.new("L", photo.size, 0), []
     mask.paste(255, (64, 0, 128, 128))
-    decode = module.decode_latents
-    monkeypatch.setattr(module, "decode_latents", lambda *given: decoded.append(given[2]) or decode(*given))
+    decode = tensors.decode_latents
+    monkeypatch.setattr(tensors, "decode_latents", lambda *given: decoded.append(given[2]) or decode(*given))
     generate(pipeline, wish(image=photo, mask=mask, prompt_strength=1.0))
     [latents] = decoded
     generator = torch.Generator().manual_seed(7)
@@ -343,11 +341,9 @@ def test_from_an_image_it_generates_what_diffusers_generates(pipeline, photo, st
 
 @pytest.mark.numeric
 def test_it_stops_before_the_next_step_when_nobody_waits(pipeline, monkeypatch):
-    calls = []
-    forward = pipeline.diffusion.unet.forward
-    monkeypatch.setattr(
-        pipeline.diffusion.unet, "forward", lambda *a, **k: (calls.append(1), forward(*a, **k))[1]
-    )
+    calls, unet = [], pipeline.diffusion.unet
+    forward = unet.forward
+    monkeypatch.setattr(unet, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
     [[before]] = generate(pipeline, wish())
     calls.clear()
     with pytest.raises(Stopped):
@@ -425,25 +421,17 @@ def test_a_gpu_that_is_not_there_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("key", "said"),
-    [
-        (
-            "unet.down_blocks.9.conv1.lora_A.weight",
-            r"has 1 of 130 modules that do not fit this model, first unet",
-        ),
-        (
-            "unet.conv_in.lora_C.weight",
-            r"has 1 of 130 modules that do not fit this model, first unet.conv_in",
-        ),
-    ],
+    ("key", "first"),
+    [("unet.down_blocks.9.conv1.lora_A.weight", "unet"), ("unet.conv_in.lora_C.weight", "unet.conv_in")],
 )
-def test_an_lcm_lora_that_does_not_fit_ends_the_start_with_the_count_and_the_remedy(tmp_path, key, said):
+def test_an_lcm_lora_that_does_not_fit_ends_the_start_with_the_count_and_the_remedy(tmp_path, key, first):
     folder = tmp_path / "miniature"
     shutil.copytree(Settings().weights_root / "miniature", folder)
     state = load_file(folder / "lcm_lora.safetensors")
     (folder / "lcm_lora.safetensors").unlink()  # the tensors above are mapped from it
     save_file({**state, key: torch.zeros(4, 4)}, folder / "lcm_lora.safetensors")
     write_manifest(folder, model="miniature", origin=Origin("test", "", ""))
+    said = f"has 1 of 130 modules that do not fit this model, first {first}"
     expected = rf"^\[weights\] weights/miniature/lcm_lora.safetensors {said}.*; run: git checkout -- weights/"
     with pytest.raises(WeightsError, match=expected):
         load_pipeline(MINIATURE, Settings(weights_root=tmp_path))

@@ -59,10 +59,8 @@ def test_clip_flags_what_is_nearer_to_a_concept_than_its_threshold(tmp_path):
     make_checkers(tmp_path, flags=False)
     path = tmp_path / "safety_checker" / "model.safetensors"
 
-    def change(**tensors):
-        state = {key: value.clone() for key, value in load_file(path).items()}
-        for key, value in tensors.items():
-            state[key.replace("__", ".")] = value
+    def change(tensors):
+        state = {key: value.clone() for key, value in load_file(path).items()} | tensors
         path.unlink()  # what was loaded from it is mapped
         save_file(state, path, {"format": "pt"})
         return load_safety_checker(tmp_path, "clip", CPU, torch.float32, "mend it")
@@ -70,18 +68,18 @@ def test_clip_flags_what_is_nearer_to_a_concept_than_its_threshold(tmp_path):
     # Small weights, as a fresh model has, see hardly any difference between images.
     generator = torch.Generator().manual_seed(0)
     large = {
-        key.replace(".", "__"): torch.randn(value.shape, generator=generator)
+        key: torch.randn(value.shape, generator=generator)
         for key, value in load_file(path).items()
         if value.ndim > 1 and "embeds" not in key
     }
-    probe = change(**large)
+    probe = change(large)
     embeddings = torch.nn.functional.normalize(probe._decide(IMAGES)[0])
     nearest = (embeddings[1] @ embeddings[[0, 2]].T).max().item()
     assert nearest < 0.99  # the checker rounds to a thousandth
     state = load_file(path)
     concepts, thresholds = state["concept_embeds"].clone(), state["concept_embeds_weights"].clone()
     concepts[5], thresholds[5] = embeddings[1], (1 + nearest) / 2
-    checker = change(concept_embeds=concepts, concept_embeds_weights=thresholds)
+    checker = change({"concept_embeds": concepts, "concept_embeds_weights": thresholds})
     assert checker.flagged(IMAGES) == [False, True, False]
 
 
@@ -104,22 +102,17 @@ def test_a_checker_that_is_not_whole_is_none(tmp_path, kind, damage):
         with pytest.raises(SafetyError, match="withheld"):
             checker.flagged(IMAGES)
     else:
-        with pytest.raises(WeightsError, match="; run: mend it|run: mend it"):
+        with pytest.raises(WeightsError, match="run: mend it"):
             load_safety_checker(tmp_path, kind, CPU, torch.float32, "mend it")
 
 
 @pytest.mark.parametrize("kind", ["clip", "vit"])
 def test_setup_fails_without_the_checker_unless_it_is_switched_off(tmp_path, kind):
-    files = [
-        one
-        for one in as_downloaded(SD15, make_folder(SD15, tmp_path / "s"))
-        if "safety" not in one.file.place
-    ]
-    save_model(SD15, files, tmp_path)
+    files = as_downloaded(SD15, make_folder(SD15, tmp_path / "s"))
+    save_model(SD15, [each for each in files if "safety" not in each.file.place], tmp_path)
     settings = {"model": "sd15", "weights_root": tmp_path}
-    with pytest.raises(
-        WeightsError, match=r"weights/sd15/safety_c\w+ is missing; run: scripts/download-weights sd15"
-    ):
+    missing = r"weights/sd15/safety_c\w+ is missing; run: scripts/download-weights sd15"
+    with pytest.raises(WeightsError, match=missing):
         load_pipeline(SD15, Settings(**settings, safety=kind))
     assert load_pipeline(SD15, Settings(**settings, safety="off")).checker is None
 
@@ -185,9 +178,8 @@ def test_flagged_images_are_dropped_and_all_flagged_is_an_error(pipeline, monkey
     assert isinstance(some, GenerationResult) and some.seeds == [0, 2] and some.metrics["flagged"] == 1
     assert some.images == [seen[0], seen[2]]
     assert isinstance(none, GenerationResult) and none.seeds == [10] and none.metrics["flagged"] == 0
-    assert isinstance(all_of_it, UnsafeImage) and str(all_of_it).startswith(
-        "[unsafe] every picture was flagged"
-    )
+    assert isinstance(all_of_it, UnsafeImage)
+    assert str(all_of_it).startswith("[unsafe] every picture was flagged")
 
 
 def test_a_failed_check_fails_its_own_request_only(pipeline, monkeypatch):
@@ -198,12 +190,8 @@ def test_a_failed_check_fails_its_own_request_only(pipeline, monkeypatch):
         return (torch.full((1, 1), torch.nan), [False]) if len(calls) == 2 else (torch.zeros(1, 1), [False])
 
     use(pipeline, monkeypatch, decide)
-    first, second, third = results_of(pipeline, wish(1), wish(2), wish(3))
-    assert (
-        isinstance(first, GenerationResult)
-        and isinstance(second, SafetyError)
-        and isinstance(third, GenerationResult)
-    )
+    ends = results_of(pipeline, wish(1), wish(2), wish(3))
+    assert [type(end) for end in ends] == [GenerationResult, SafetyError, GenerationResult]
 
 
 def test_a_request_can_switch_it_off_only_where_the_operator_allows_it(pipeline, monkeypatch):

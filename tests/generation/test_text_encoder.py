@@ -212,6 +212,8 @@ def test_what_was_encoded_is_kept_while_there_is_room(diffusion, text, monkeypat
     assert all(text.encode(*wish) is one for wish, one in zip(wishes, first, strict=True))
     assert len(calls) == len(wishes)
     monkeypatch.setattr("fewstep.generation.text_encoder.KEPT_BYTES", sum(one.size for one in first))
+    text = TextEncoder(diffusion)
+    first = [text.encode(*wish) for wish in wishes]
     text.encode(parts(PLAIN))
     text.encode(parts(PLAIN + "!"))  # in the place of what was used longest ago, which is not PLAIN
     assert text.encode(parts(PLAIN)) is first[0] and text.encode(parts(LONG), 8) is first[-1]

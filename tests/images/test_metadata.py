@@ -46,12 +46,8 @@ def test_the_version_is_that_of_the_project():
         {},
         {"prompt": 'ünïcödé 雪 \U0001f344 "quoted"\nand, commas: 3'},
         {"prompt": "\U0001f344" * 2000, "negative_prompt": "\U0001f409" * 2000, "guidance": 1.5},
-        {
-            "style": "postcard",
-            "extra_style": "a/b/c.safetensors",
-            "extra_style_scale": -0.3,
-            "lcm_scale": 0.7,
-        },
+        {"style": "postcard", "extra_style": "a/b/c.safetensors", "extra_style_scale": -0.3},
+        {"lcm_scale": 0.7, "style": "snow"},
         {"image": Image.new("RGB", (64, 64)), "mask": Image.new("L", (64, 64)), "prompt_strength": 0.3},
     ],
 )

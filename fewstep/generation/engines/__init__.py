@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:  # the batcher, which starts without torch, lies in this package too
-    from torch import Tensor
+from torch import Tensor
 
-    from fewstep.request import Request
+from fewstep.request import Request
 
 
 class Engine(Protocol):
@@ -26,3 +25,26 @@ class Engine(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """(N, C, H / 8, W / 8) -> pixels (N, 3, H, W) from -1 to 1."""
         ...
+
+
+class EagerEngine:
+    """Plain torch: a UNet and a decoder, an `AutoencoderKL` or an `AutoencoderTiny`, for every request."""
+
+    one_by_one = False
+
+    def __init__(self, unet: Any, decoder: Any) -> None:
+        self._unet, self._decoder = unet, decoder
+
+    def serves(self, request: Request) -> bool:
+        """Everything."""
+        return True
+
+    def unet(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        """What the UNet predicts for (N, C, H / 8, W / 8)."""
+        output: Tensor = self._unet(latents, timestep, **condition, return_dict=False)[0]
+        return output
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """What the decoder makes of (N, C, H / 8, W / 8): (N, 3, H, W)."""
+        pixels: Tensor = self._decoder.decode(latents.to(self._decoder.dtype)).sample
+        return pixels

@@ -1,7 +1,9 @@
-"""From encoded requests to the tensors that sampling takes: noise, images, masks and conditions."""
+"""From encoded requests to the tensors that sampling takes, and from its latents to finished images."""
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +12,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
+from fewstep.errors import FewstepError, GenerationError
+from fewstep.generation.engines import Engine
 from fewstep.generation.sampler import Start
 from fewstep.generation.text_encoder import PromptEmbeds
 from fewstep.models.load import Diffusion
 from fewstep.request import Inputs, Request
+
+logger = logging.getLogger(__name__)
+
+SEAM_PX = 2  # over which what is repainted and what is kept run into each other
 
 
 @dataclass(frozen=True)
@@ -53,17 +61,11 @@ def make_start(diffusion: Diffusion, jobs: Sequence[Job], steps: int) -> Start:
         if job.inputs.image
     ]
     size = (1, diffusion.unet.config.in_channels, inputs.height // 8, inputs.width // 8)
-    noise = torch.stack(
-        [torch.cat([torch.randn(size, generator=g) for g in generators]) for _ in range(steps)]
-    )
-    noise = noise.to(device)
+    draws = [torch.cat([torch.randn(size, generator=g) for g in generators]) for _ in range(steps)]
+    noise = torch.stack(draws).to(device)
     masks = [mask_of_latents(job.inputs.mask) for job in jobs if job.inputs.mask]
-    return Start(
-        noise[0],
-        noise[1:],
-        torch.cat(images).float() if images else None,
-        torch.cat(masks).to(device) if masks else None,
-    )
+    image = torch.cat(images).float() if images else None
+    return Start(noise[0], noise[1:], image, torch.cat(masks).to(device) if masks else None)
 
 
 def encode_image(vae: AutoencoderKL, image: Image.Image, generator: torch.Generator) -> Tensor:
@@ -77,8 +79,7 @@ def encode_image(vae: AutoencoderKL, image: Image.Image, generator: torch.Genera
 
 def mask_of_latents(mask: Image.Image) -> Tensor:
     """(1, 1, H / 8, W / 8): 1 where any of the 8 x 8 px is to be repainted, so that thin strokes count."""
-    white = torch.from_numpy(np.array(mask) >= 128).float()[None, None]
-    return F.max_pool2d(white, 8)
+    return F.max_pool2d(torch.from_numpy(np.array(mask) >= 128).float()[None, None], 8)
 
 
 def make_condition(diffusion: Diffusion, jobs: Sequence[Job], *, embedded_guidance: bool) -> dict[str, Any]:
@@ -91,9 +92,7 @@ def make_condition(diffusion: Diffusion, jobs: Sequence[Job], *, embedded_guidan
     pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
     if pooled:
         size = (jobs[0].inputs.height, jobs[0].inputs.width)
-        time_ids = torch.tensor(
-            [(*size, 0, 0, *size)] * len(prompts), dtype=states.dtype, device=states.device
-        )
+        time_ids = torch.tensor([(*size, 0, 0, *size)] * len(prompts)).to(states)
         condition["added_cond_kwargs"] = {"text_embeds": torch.cat(pooled), "time_ids": time_ids}
     if embedded_guidance:
         w = torch.tensor([job.inputs.guidance - 1 for job in jobs])  # diffusers' guidance scale is 1 + w
@@ -108,3 +107,35 @@ def guidance_of(jobs: Sequence[Job]) -> Tensor | None:
         return None
     device = jobs[0].encoded.prompt.states.device
     return torch.tensor([job.inputs.guidance for job in jobs], device=device)[:, None, None, None]
+
+
+def decode_latents(engine: Engine, decoder: Any, latents: Tensor) -> list[Image.Image | FewstepError]:
+    """Scaled latents -> RGB images; an error where a value is not finite, which would come out black.
+
+    What leaves the range of 16 bits is decoded once more in fp32, by `decoder`, which `engine` evaluates.
+    """
+    latents = latents / decoder.config.scaling_factor
+    pixels = engine.decode(latents).float()
+    again = _finite(latents) & ~_finite(pixels)
+    if decoder.dtype != torch.float32 and again.any():
+        logger.warning("%d of %d images are decoded again in fp32", again.sum(), len(again))
+        pixels[again] = copy.deepcopy(decoder).float().decode(latents[again]).sample
+    finite = _finite(pixels).tolist()
+    rgb = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    failed = "the model's numbers left their range, so there is no picture; try another seed"
+    return [
+        Image.fromarray(row) if sound else GenerationError(failed)
+        for row, sound in zip(rgb, finite, strict=True)
+    ]
+
+
+def keep_unmasked(generated: Image.Image | FewstepError, inputs: Inputs) -> Image.Image | FewstepError:
+    """`generated` with the caller's own pixels where the mask keeps them, which the VAE changes slightly."""
+    if isinstance(generated, FewstepError) or inputs.image is None or inputs.mask is None:
+        return generated
+    return Image.composite(generated, inputs.image, inputs.mask.filter(ImageFilter.GaussianBlur(SEAM_PX)))
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Of each image, bool (N,)."""
+    return values.isfinite().flatten(1).all(1)
