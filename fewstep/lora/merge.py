@@ -140,7 +140,9 @@ class WeightMerger:
             module = _module(tensors, alphas.get(name.partition(".")[0]), self._weights.get(name))
             if module is None:
                 unfit.append(name)
-            elif not is_finite(module):
+            elif not (
+                module.down.isfinite().all() and module.up.isfinite().all() and math.isfinite(module.factor)
+            ):
                 broken.append(name)
             else:
                 modules[name] = module
@@ -168,11 +170,6 @@ class WeightMerger:
         if len(renamed) != len(ldm):  # it passes over some kinds of keys, such as DoRA's
             raise LoraError(f"has {len(ldm) - len(renamed)} of {len(ldm)} tensors of an unknown kind")
         return others | renamed
-
-
-def is_finite(module: LoraModule) -> bool:
-    """Whether no value of it is NaN or infinite."""
-    return math.isfinite(module.factor) and bool(module.down.isfinite().all() and module.up.isfinite().all())
 
 
 def norm(module: LoraModule) -> float:

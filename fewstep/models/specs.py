@@ -23,7 +23,6 @@ class ModelSpec:
     lcm_lora: bool = True  # an LCM-LoRA is fused into the UNet at setup
     max_clip_skip: int = 4  # of the text encoders' layers; their images grow vague long before this
     in_checkpoint: tuple[str, ...] = ()  # the networks that a single-file checkpoint brings, if any
-    drawn: bool = False  # its world is drawn by fewstep.miniature, so that its images can be judged
     licence: str
     fix: str  # the command that mends missing or damaged weights
 
@@ -69,8 +68,3 @@ def get_model(name: str) -> ModelSpec:
     if plain == name:
         return MODELS[name]
     return replace(MODELS[plain], name=name, in_checkpoint=(), fix=f"scripts/full-size {plain}")
-
-
-def is_drawn(name: str) -> bool:
-    """Whether that is a model whose world is drawn here; what is not in MODELS, such as a folder, is not."""
-    return name in MODELS and MODELS[name].drawn
