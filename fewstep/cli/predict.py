@@ -82,16 +82,13 @@ def _parser(properties: Inputs) -> argparse.ArgumentParser:
         epilog="inputs:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "-i", "--input", action="append", default=[], metavar="NAME=VALUE", help="an input; @FILE reads a file"
-    )
-    parser.add_argument(
-        "--recipe", type=Path, metavar="IMAGE", help="paint again what this picture was painted from; -i overrides"
-    )
-    parser.add_argument("--json", metavar="FILE", help="the inputs as a JSON object: FILE, @FILE, @- (stdin), or {...}")
-    parser.add_argument(
-        "-o", "--output", metavar="PATH", help="the file; several become PATH.0, PATH.1 before the suffix (output)"
-    )
+    add = parser.add_argument
+    add("-i", "--input", action="append", default=[], metavar="NAME=VALUE", help="an input; @FILE reads a file")
+    text = "paint again what this picture was painted from; -i overrides"
+    add("--recipe", type=Path, metavar="IMAGE", help=text)
+    add("--json", metavar="FILE", help="the inputs as a JSON object: FILE, @FILE, @- (stdin), or {...}")
+    text = "the file; several become PATH.0, PATH.1 before the suffix (output)"
+    add("-o", "--output", metavar="PATH", help=text)
     return parser
 
 
@@ -210,9 +207,8 @@ def _follow(recipe: Inputs, given: Inputs, environ: dict[str, str]) -> Inputs:
         except ValueError:  # no base64
             sent = b""
         if wanted and wanted != hashlib.sha256(sent).hexdigest():
-            raise Refused(
-                f"it was painted from another file as {name}; give that very one, as -i {name}=@FILE"
-            )
+            fix = f"give that very one, as -i {name}=@FILE"
+            raise Refused(f"it was painted from another file as {name}; {fix}")
     inputs = inputs_of(recipe)
     if given.get("aspect_ratio", "custom") != "custom":
         del inputs["width"], inputs["height"]
