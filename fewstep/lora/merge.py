@@ -148,9 +148,8 @@ class WeightMerger:
                 modules[name] = module
         for what, names in (("do not fit this model", unfit), ("hold values that are not finite", broken)):
             if names:
-                raise LoraError(
-                    f"has {len(names)} of {len(parts)} modules that {what}", f", first {names[0]}"
-                )
+                count = f"{len(names)} of {len(parts)}"
+                raise LoraError(f"has {count} modules that {what}", f", first {names[0]}")
         added = math.hypot(*map(norm, modules.values()))
         there = math.hypot(*(self._norms[name] for name in modules))
         if added > MAX_SHARE * there:
@@ -189,10 +188,8 @@ def add_to(total: Tensor, module: LoraModule, scale: float) -> None:
 
 def weights_by_layer(network: str, module: nn.Module) -> dict[str, Tensor]:
     """Return what a LoRA can change of `module`, by the names in `Lora.modules`."""
-    layers = (
-        (path, part) for path, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)
-    )
-    return {_layer(network, path): layer.weight for path, layer in layers}
+    parts, kinds = module.named_modules(), (nn.Linear, nn.Conv2d)
+    return {_layer(network, path): part.weight for path, part in parts if isinstance(part, kinds)}
 
 
 def _layer(network: str, path: str) -> str:
