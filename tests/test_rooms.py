@@ -34,7 +34,7 @@ FILES = [ROOT / "predict.py", ROOT / "train.py", *sorted((ROOT / "fewstep").rglo
 SOURCES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in FILES
-    if path.is_file() and path.suffix != ".pyc"
+    if path.suffix in (".py", ".js", ".css", ".html")
 }
 parse = cache(ast.parse)
 

@@ -11,12 +11,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from fewstep.errors import SettingsError
-from fewstep.images.codec import encode_image
-from fewstep.images.metadata import Recipe, save_options
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from fewstep.images.metadata import Recipe
 
 KEEP_S = 600.0
 OUR_NAME = re.compile(r"[0-9a-f-]{36}-\d+\.[a-z]+")
@@ -90,9 +92,13 @@ class Outputs:
             raise SettingsError("FEWSTEP_OUTPUTS names no folder that can be written; name another") from None
 
     def save(
-        self, images: Sequence[Image.Image], recipes: Sequence[Recipe], output_format: str, quality: int
+        self, images: Sequence["Image.Image"], recipes: Sequence["Recipe"], output_format: str, quality: int
     ) -> list[Path]:
         """Encode `images`, each with its recipe, which is left out when empty, and `write` them."""
+        # They load Pillow, which --help of scripts that start a server must do without.
+        from fewstep.images.codec import encode_image
+        from fewstep.images.metadata import save_options
+
         options = [save_options(recipe, output_format) if recipe else {} for recipe in recipes]
         pairs = zip(images, options, strict=True)
         encoded = [encode_image(image, output_format, quality, **metadata) for image, metadata in pairs]

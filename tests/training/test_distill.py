@@ -92,7 +92,9 @@ def test_a_network_runs_in_the_callers_autocast_or_else_in_what_is_fast_here(une
     t, seen = torch.full((4,), 499), []
     unet.conv_in.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
     for multiplies in (False, True):
-        monkeypatch.setattr("fewstep.placement._multiplies_bf16", lambda multiplies=multiplies: multiplies)
+        monkeypatch.setattr(
+            "fewstep.models.device._multiplies_bf16", lambda multiplies=multiplies: multiplies
+        )
         assert predict(unet, batch.latents, t, batch).dtype == torch.float32
         with torch.autocast("cpu", dtype=torch.float16):
             predict(unet, batch.latents, t, batch)

@@ -14,6 +14,7 @@ from fewstep.generation.pipeline import load_pipeline
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene
 from fewstep.models.specs import get_model
+from fewstep.prompts import parse_prompt
 from fewstep.settings import Settings
 from fewstep.training.data import Captioned, read_shards
 from fewstep.training.latents import Batches, Encoder
@@ -60,7 +61,9 @@ def test_an_example_is_the_image_at_its_nearest_native_size(diffusion, tmp_path)
 @pytest.mark.numeric
 def test_what_the_unet_is_told_is_what_a_generator_tells_it(diffusion, tmp_path):
     [wide] = map(load_file, Encoder(diffusion, tmp_path / "e").encode_all(captioned(tmp_path, wide=image())))
-    prompt = load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size")).text.encode("a wide house")
+    prompt = load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size")).text.encode(
+        parse_prompt("prompt", "a wide house")
+    )
     torch.testing.assert_close(wide["prompt_embeds"].float(), prompt.states[0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(wide["pooled"].float(), prompt.pooled[0], rtol=2e-3, atol=2e-3)
 
