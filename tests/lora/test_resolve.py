@@ -74,14 +74,8 @@ def site():
 def settings(tmp_path, site):
     (tmp_path / "styles" / "miniature").mkdir(parents=True)
     (tmp_path / "styles" / "miniature" / "paper-cut.safetensors").write_bytes(PAPER)
-    return Settings(
-        styles_root=tmp_path / "styles",
-        style_cache=tmp_path / "cache",
-        hf_endpoint=site.origin,
-        hf_token="hf_secret",
-        style_repos=("me/private",),
-        deadline_s=5,
-    )
+    hub = {"hf_endpoint": site.origin, "hf_token": "hf_secret", "style_repos": ("me/private",)}
+    return Settings(styles_root=tmp_path / "styles", style_cache=tmp_path / "cache", deadline_s=5, **hub)
 
 
 @pytest.fixture
