@@ -5,18 +5,34 @@ Large files are redirected to a second origin, as the real hub does, with Range 
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from fewstep.models.sources import HubFile, HubRepo
 
 REVISION = "c0ffee" * 6 + "c0ff"
 LARGE = 1000  # bytes; from here on a file is in large-file storage
+ROOT = Path(__file__).resolve().parents[1]
+# A command as it is, but for the repos of one model.
+COMMAND = """
+import importlib, json, sys
+from fewstep.models.sources import SOURCES, HubFile, HubRepo
+table, name, module, *arguments = sys.argv[1:]
+SOURCES[name] = tuple(
+    HubRepo(**{**row, "files": tuple(HubFile(**file) for file in row["files"])})
+    for row in json.loads(table)
+)
+sys.exit(importlib.import_module(f"fewstep.cli.{module}").main(arguments))
+"""
 
 
 @dataclass
@@ -50,6 +66,15 @@ class Hub:
             pins = (len(content), hashlib.sha256(content).hexdigest()) if pinned else (None, None)
             rows.append(HubFile(path, path, *pins))
         return HubRepo(name, REVISION, licence, tuple(rows))
+
+    def start(self, rows, name, module, *arguments, code=COMMAND, **variables) -> subprocess.Popen[str]:
+        """Start a command about the model `name`, whose repos are `rows`, as if this were the only hub."""
+        table = json.dumps([asdict(row) for row in rows])
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        environ |= {"HF_ENDPOINT": self.url, "PYTHONPATH": str(ROOT), **variables}
+        command = [sys.executable, "-c", code, table, name, module, *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=environ, text=True, **pipes)
 
     def gets(self, path: str) -> list[Seen]:
         """The requests that carried the content of `path`, or were to."""

@@ -12,25 +12,26 @@ from safetensors.torch import load_file, save_file
 
 State = dict[str, torch.Tensor]
 
-RESNET = (
-    ("norm1", "in_layers.0"),
-    ("conv1", "in_layers.2"),
-    ("time_emb_proj", "emb_layers.1"),
-    ("norm2", "out_layers.0"),
-    ("conv2", "out_layers.3"),
-    ("conv_shortcut", "skip_connection"),
-)
-OPEN_CLIP = (
-    ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
-    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-    ("text_model.final_layer_norm", "ln_final"),
-    ("text_model.encoder.layers", "transformer.resblocks"),
-    ("layer_norm1", "ln_1"),
-    ("layer_norm2", "ln_2"),
-    ("mlp.fc1", "mlp.c_fc"),
-    ("mlp.fc2", "mlp.c_proj"),
-    ("self_attn.out_proj", "attn.out_proj"),
-)
+
+def _pairs(table: str) -> list[tuple[str, ...]]:
+    return [tuple(pair.split("=")) for pair in table.split()]
+
+
+# Diffusers' name, and the original's.
+RESNET = _pairs("""norm1=in_layers.0 conv1=in_layers.2 time_emb_proj=emb_layers.1 norm2=out_layers.0
+conv2=out_layers.3 conv_shortcut=skip_connection""")
+ENDS = _pairs("""time_embedding.linear_1=time_embed.0 time_embedding.linear_2=time_embed.2
+add_embedding.linear_1=label_emb.0.0 add_embedding.linear_2=label_emb.0.2
+conv_norm_out=out.0 conv_out=out.2 conv_in=input_blocks.0.0""")
+VAE = _pairs("""mid_block.attentions.0.group_norm=mid.attn_1.norm mid_block.attentions.0.to_q=mid.attn_1.q
+mid_block.attentions.0.to_k=mid.attn_1.k mid_block.attentions.0.to_v=mid.attn_1.v
+mid_block.attentions.0.to_out.0=mid.attn_1.proj_out mid_block.resnets.0=mid.block_1
+mid_block.resnets.1=mid.block_2 downsamplers.0=downsample upsamplers.0=upsample resnets=block down_blocks=down
+conv_shortcut=nin_shortcut conv_norm_out=norm_out""")
+OPEN_CLIP = _pairs("""text_model.embeddings.token_embedding.weight=token_embedding.weight
+text_model.embeddings.position_embedding.weight=positional_embedding text_model.final_layer_norm=ln_final
+text_model.encoder.layers=transformer.resblocks layer_norm1=ln_1 layer_norm2=ln_2
+mlp.fc1=mlp.c_fc mlp.fc2=mlp.c_proj self_attn.out_proj=attn.out_proj""")
 
 
 def save_checkpoint(folder: Path, path: Path) -> Path:
@@ -53,7 +54,7 @@ def _weights(folder: Path) -> State:
     return load_file(file)
 
 
-def _renamed(key: str, pairs: tuple[tuple[str, str], ...]) -> str:
+def _renamed(key: str, pairs: list[tuple[str, ...]]) -> str:
     for ours, theirs in pairs:
         key = key.replace(ours, theirs)
     return key
@@ -69,17 +70,8 @@ def rename_unet(state: State, layers: int) -> State:
     attended = {int(match[1]) for key in state if (match := re.match(r"up_blocks\.(\d+)\.attentions", key))}
 
     def place(key: str) -> str:
-        ends = (
-            ("time_embedding.linear_1", "time_embed.0"),
-            ("time_embedding.linear_2", "time_embed.2"),
-            ("add_embedding.linear_1", "label_emb.0.0"),
-            ("add_embedding.linear_2", "label_emb.0.2"),
-            ("conv_norm_out", "out.0"),
-            ("conv_out", "out.2"),
-            ("conv_in", "input_blocks.0.0"),
-        )
         if not key.startswith(("down_blocks", "mid_block", "up_blocks")):
-            return _renamed(key, ends)
+            return _renamed(key, ENDS)
         if key.startswith("mid_block"):
             for ours, theirs in (("resnets.0", "0"), ("attentions.0", "1"), ("resnets.1", "2")):
                 key = key.replace(f"mid_block.{ours}", f"middle_block.{theirs}")
@@ -99,27 +91,11 @@ def rename_unet(state: State, layers: int) -> State:
 
 def _vae(folder: Path) -> State:
     state = _weights(folder)
-    blocks = 1 + max(
-        int(match[1]) for key in state if (match := re.match(r"encoder\.down_blocks\.(\d+)", key))
-    )
-    attention = (
-        ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
-        ("mid_block.attentions.0.to_q", "mid.attn_1.q"),
-        ("mid_block.attentions.0.to_k", "mid.attn_1.k"),
-        ("mid_block.attentions.0.to_v", "mid.attn_1.v"),
-        ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
-        ("mid_block.resnets.0", "mid.block_1"),
-        ("mid_block.resnets.1", "mid.block_2"),
-        ("downsamplers.0", "downsample"),
-        ("upsamplers.0", "upsample"),
-        ("resnets", "block"),
-        ("down_blocks", "down"),
-        ("conv_shortcut", "nin_shortcut"),
-        ("conv_norm_out", "norm_out"),
-    )
+    down = (re.match(r"encoder\.down_blocks\.(\d+)", key) for key in state)
+    blocks = 1 + max(int(match[1]) for match in down if match)
     found = {}
     for key, value in state.items():
-        name = _renamed(key, attention)
+        name = _renamed(key, VAE)
         name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{blocks - 1 - int(match[1])}", name)
         projection = "attn_1" in name and value.ndim == 2
         found[name] = value[:, :, None, None] if projection else value  # once 1 x 1 convolutions

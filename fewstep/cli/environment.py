@@ -35,10 +35,9 @@ def main(arguments: list[str]) -> None:
     extras, *command = arguments
     pins = read_pins(ROOT, [name for name in extras.split(",") if name])
     python = sys.executable
-    if not is_installed(pins):
-        asks_for_help = not {"-h", "--help"}.isdisjoint(command)
-        python = sys.executable if asks_for_help else str(PYTHON)
-        if not asks_for_help and not is_covered(pins):
+    if not is_installed(pins) and {"-h", "--help"}.isdisjoint(command):
+        python = str(PYTHON)
+        if not is_covered(pins):
             with _locked(ROOT / ".venv.lock"):
                 if not is_covered(pins):  # another script may have been here first
                     _install(pins)
@@ -99,9 +98,8 @@ def _install(pins: Pins) -> None:
         _pip(torch, *(["--index-url", index] if index else []))
     names = ", ".join(["requirements.txt", *(f"the extra {name}" for name in pins if name != RUNTIME)])
     _say(f"installing what is pinned in {names} (150 to 230 MB in all)")
-    _pip(
-        "-r", str(ROOT / "requirements.txt"), *(pin for name in pins if name != RUNTIME for pin in pins[name])
-    )
+    extras = [pin for name in pins if name != RUNTIME for pin in pins[name]]
+    _pip("-r", str(ROOT / "requirements.txt"), *extras)
     unfinished = STAMP.with_suffix(".part")
     unfinished.write_text(json.dumps(kept | {name: _hash(group) for name, group in pins.items()}))
     unfinished.replace(STAMP)

@@ -7,6 +7,8 @@ It starts the server of a Cog container with our Predictor, asks it once, and st
 import argparse
 import base64
 import binascii
+import hashlib
+import io
 import json
 import mimetypes
 import os
@@ -46,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         inputs = _read_inputs(options, properties, schemas)
         recipe, environ = None, {**os.environ}
         if options.recipe:
-            from fewstep.cli import again  # imports Pillow, which --help must do without
+            from fewstep.images.metadata import read_recipe  # imports Pillow, which --help must do without
 
-            recipe = again.read_recipe(options.recipe)
-            inputs = again.follow(recipe, inputs, environ)
+            recipe = read_recipe(options.recipe)
+            inputs = _follow(recipe, inputs, environ)
         target = check_target(options.output)
         suffix = target.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
         if suffix in schemas["output_format"]["enum"]:  # -o image.png asks for a png
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path, content in name_files(_ask(inputs, environ), target):
             path.write_bytes(content)
             if recipe:
-                again.say_what_changed(recipe, content)
+                _say_what_changed(recipe, content)
             sys.stdout.write(f"{path}\n")
     except (Refused, ServerFailed, FewstepError) as error:
         sentence = error.sentence if isinstance(error, Refused) else str(error)
@@ -80,42 +82,32 @@ def _parser(properties: Inputs) -> argparse.ArgumentParser:
         epilog="inputs:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "-i", "--input", action="append", default=[], metavar="NAME=VALUE", help="an input; @FILE reads a file"
-    )
-    parser.add_argument(
-        "--recipe", type=Path, metavar="IMAGE", help="paint again what this picture was painted from; -i overrides"
-    )
-    parser.add_argument("--json", metavar="FILE", help="the inputs as a JSON object: FILE, @FILE, @- (stdin), or {...}")
-    parser.add_argument(
-        "-o", "--output", metavar="PATH", help="the file; several become PATH.0, PATH.1 before the suffix (output)"
-    )
+    add = parser.add_argument
+    add("-i", "--input", action="append", default=[], metavar="NAME=VALUE", help="an input; @FILE reads a file")
+    text = "paint again what this picture was painted from; -i overrides"
+    add("--recipe", type=Path, metavar="IMAGE", help=text)
+    add("--json", metavar="FILE", help="the inputs as a JSON object: FILE, @FILE, @- (stdin), or {...}")
+    text = "the file; several become PATH.0, PATH.1 before the suffix (output)"
+    add("-o", "--output", metavar="PATH", help=text)
     return parser
 
 
 def _read_inputs(options: argparse.Namespace, properties: Inputs, enumerations: Inputs) -> Inputs:
     if options.json is not None and options.input:
         raise Refused("give the inputs either as -i NAME=VALUE or as --json, not both")
-    if options.json is not None:
-        inputs = _read_json(options.json)
-        for name in inputs:
-            _check_name(name, properties)
-        return inputs
-    inputs = {}
-    for written in options.input:
-        name, equals, value = written.partition("=")
+    inputs = {} if options.json is None else _read_json(options.json)
+    written = [pair.partition("=") for pair in options.input]
+    for name, equals, _ in written:
         if not equals:
             raise Refused(f"-i needs NAME=VALUE, such as -i steps=4; {name!r} has no '='")
+    for name in [*inputs, *(name for name, _, _ in written)]:
+        if name not in properties:
+            raise Refused(f"there is no input {name!r}; the inputs are {', '.join(properties)}")
+    for name, _, value in written:
         if name in inputs:
             raise Refused(f"{name} is given twice")
-        _check_name(name, properties)
         inputs[name] = convert(name, value, properties[name], enumerations)
     return inputs
-
-
-def _check_name(name: str, properties: Inputs) -> None:
-    if name not in properties:
-        raise Refused(f"there is no input {name!r}; the inputs are {', '.join(properties)}")
 
 
 def _read_json(written: str) -> Inputs:
@@ -164,17 +156,15 @@ def _read_file(path: Path, as_url: bool) -> str:
         raise Refused(f"cannot read {path}: {error.strerror}") from None
     if not as_url:
         return content.decode(errors="replace").rstrip("\n")
-    kind = mimetypes.guess_type(path.name, strict=False)[0]
-    for start, signed in SIGNATURES.items():
-        if kind is None and content.startswith(start):
-            kind = signed
+    by_content = (kind for start, kind in SIGNATURES.items() if content.startswith(start))
+    kind = mimetypes.guess_type(path.name, strict=False)[0] or next(by_content, None)
     if not kind or not kind.startswith("image/"):  # coglet would refuse it by quoting all of it
         raise Refused(f"{path} is not a picture as JPEG, PNG or WebP")
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def check_target(written: str | None) -> Path:
-    """Return where the output goes, before anything slow starts; Refused when nothing can be written there."""
+    """Return where the output goes, before anything slow starts. Raises Refused if it cannot be written."""
     target = Path(written or "output")
     if target.is_dir():
         target = target / "output"
@@ -196,10 +186,47 @@ def name_files(outputs: list[str], target: Path) -> list[tuple[Path, bytes]]:
         suffix = target.suffix or mimetypes.guess_extension(head.removeprefix("data:")) or ""
         number = f".{index}" if len(outputs) > 1 else ""
         try:
-            files.append((target.with_name(f"{target.stem}{number}{suffix}"), base64.b64decode(body, validate=True)))
+            content = base64.b64decode(body, validate=True)
         except binascii.Error:
             raise Refused("the server's answer holds no file") from None
+        files.append((target.with_name(f"{target.stem}{number}{suffix}"), content))
     return files
+
+
+def _follow(recipe: Inputs, given: Inputs, environ: dict[str, str]) -> Inputs:
+    """Return the recipe's inputs, overridden by `given`. Raises Refused when it cannot be followed."""
+    from fewstep.images.metadata import inputs_of
+
+    model = environ["FEWSTEP_MODEL"] = environ.get("FEWSTEP_MODEL") or recipe["model"]
+    if model != recipe["model"]:
+        raise Refused(f"the picture was painted by {recipe['model']}; set FEWSTEP_MODEL to that, or unset it")
+    for name in ("image", "mask"):
+        wanted = recipe.get(f"{name}_sha256")
+        try:
+            sent = base64.b64decode(str(given.get(name, "")).partition(";base64,")[2], validate=True)
+        except ValueError:  # no base64
+            sent = b""
+        if wanted and wanted != hashlib.sha256(sent).hexdigest():
+            fix = f"give that very one, as -i {name}=@FILE"
+            raise Refused(f"it was painted from another file as {name}; {fix}")
+    inputs = inputs_of(recipe)
+    if given.get("aspect_ratio", "custom") != "custom":
+        del inputs["width"], inputs["height"]
+    return inputs | given
+
+
+def _say_what_changed(recipe: Inputs, content: bytes) -> None:
+    """Say whether the weights or styles in the metadata of `content` are others than the recipe's."""
+    from fewstep.images.metadata import read_recipe
+
+    try:
+        now = read_recipe(io.BytesIO(content))
+    except FewstepError:  # the server keeps no recipes
+        return
+    if now["revision"] != recipe["revision"]:
+        say("the weights are others than the picture was painted by")
+    if [style["sha256"] for style in now["styles"]] != [style["sha256"] for style in recipe["styles"]]:
+        say("the styles are others than the picture was painted with")
 
 
 def _ask(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:

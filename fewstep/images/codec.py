@@ -21,6 +21,7 @@ from fewstep.errors import InvalidRequest
 MIME_TYPES = {"webp": "image/webp", "jpg": "image/jpeg", "png": "image/png"}
 
 INPUT_FORMATS = ("JPEG", "PNG", "WEBP")
+_ONE_OF = f"one of {', '.join(INPUT_FORMATS)}"
 # Phones send 12 to 24 million pixels in 2 to 15 MB. An image at this limit takes up to 620 MB to open,
 # where a bomb of 50 kB would take gigabytes.
 INPUT_MAX_PIXELS = 32_000_000
@@ -137,9 +138,7 @@ def _opened(path: Path, name: str, flatten: Callable[[Image.Image], Image.Image]
         raise InvalidRequest(f"{name} needs more memory than is free; send a smaller picture") from None
     # On damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, AssertionError and more.
     except Exception:
-        raise InvalidRequest(
-            f"{name} does not open as a picture; send a whole file as one of {', '.join(INPUT_FORMATS)}"
-        ) from None
+        raise InvalidRequest(f"{name} does not open as a picture; send a whole file as {_ONE_OF}") from None
 
 
 def _content(path: Path, name: str) -> bytes:
@@ -155,9 +154,7 @@ def _content(path: Path, name: str) -> bytes:
             raise OSError
         return path.read_bytes()
     except (OSError, ValueError):
-        raise InvalidRequest(
-            f"{name} is no file that can be read; send a picture as one of {', '.join(INPUT_FORMATS)}"
-        ) from None
+        raise InvalidRequest(f"{name} is no file that can be read; send a picture as {_ONE_OF}") from None
 
 
 class _Jpeg(JpegImageFile):
@@ -244,8 +241,7 @@ def _to_inverse_alpha(file: Image.Image) -> Image.Image:
 def _opaque(file: Image.Image, ground: str) -> Image.Image:
     """Return the image as L, RGB or CMYK."""
     if file.mode == "I;16":
-        # Pillow would clip at 255.
-        return file.point(lambda value: value / 256).convert("L")
+        return file.point(lambda value: value / 256).convert("L")  # Pillow would clip at 255
     if file.has_transparency_data:
         image = file.convert("RGBA")
         opaque = Image.new("RGB", file.size, ground)

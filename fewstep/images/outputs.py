@@ -79,7 +79,10 @@ class Outputs:
         """
         try:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._remove_abandoned()
+            for folder in self._coglet_root.glob("*") if self._coglet_root else ():
+                with suppress(OSError):  # such as of a folder that says no owner
+                    if is_abandoned((folder / OWNER).readlink()):
+                        shutil.rmtree(folder)
             with suppress(OSError):  # a file system without locks
                 self._lock = try_lock(self._root)
             for path in self._root.iterdir() if self._lock is not None else ():
@@ -96,12 +99,9 @@ class Outputs:
         from fewstep.images.codec import encode_image
         from fewstep.images.metadata import save_options
 
-        encoded = [
-            encode_image(
-                image, output_format, quality, **(save_options(recipe, output_format) if recipe else {})
-            )
-            for image, recipe in zip(images, recipes, strict=True)
-        ]
+        options = [save_options(recipe, output_format) if recipe else {} for recipe in recipes]
+        pairs = zip(images, options, strict=True)
+        encoded = [encode_image(image, output_format, quality, **metadata) for image, metadata in pairs]
         return self.write(encoded, output_format)
 
     def write(self, encoded: Sequence[bytes], suffix: str) -> list[Path]:
@@ -137,12 +137,6 @@ class Outputs:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-    def _remove_abandoned(self) -> None:
-        for folder in self._coglet_root.glob("*") if self._coglet_root else ():
-            with suppress(OSError):  # such as of a folder that says no owner
-                if is_abandoned((folder / OWNER).readlink()):
-                    shutil.rmtree(folder)
 
     def _remove(self, before: float) -> None:
         for kept in (self._files, self._folders):

@@ -235,14 +235,11 @@ def _is_public(text: str) -> bool:
 def _response(hop: _Hop, left: Callable[[], float], token: str | None) -> Iterator[httpcore2.Response]:
     """Ask for the file; the response has its headers read and its body not."""
     host = f"[{hop.host}]" if ":" in hop.host else hop.host
-    headers: list[tuple[bytes | str, bytes | str]] = [
-        ("Host", host if hop.port == 443 else f"{host}:{hop.port}"),
-        ("User-Agent", "fewstep"),
-        ("Accept", "*/*"),
-        ("Accept-Encoding", "identity"),
-        ("Connection", "close"),
-        *([("Authorization", f"Bearer {token}")] if token else []),
-    ]
+    headers: dict[bytes | str, bytes | str] = {"User-Agent": "fewstep", "Accept": "*/*"}
+    headers |= {"Accept-Encoding": "identity", "Connection": "close"}
+    headers["Host"] = host if hop.port == 443 else f"{host}:{hop.port}"
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     url = httpcore2.URL(scheme=hop.scheme, host=hop.host, port=hop.port, target=hop.path)
     tls = ssl.create_default_context() if hop.scheme == "https" else None
     with (

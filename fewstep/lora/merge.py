@@ -140,15 +140,16 @@ class WeightMerger:
             module = _module(tensors, alphas.get(name.partition(".")[0]), self._weights.get(name))
             if module is None:
                 unfit.append(name)
-            elif not is_finite(module):
+            elif not (
+                module.down.isfinite().all() and module.up.isfinite().all() and math.isfinite(module.factor)
+            ):
                 broken.append(name)
             else:
                 modules[name] = module
         for what, names in (("do not fit this model", unfit), ("hold values that are not finite", broken)):
             if names:
-                raise LoraError(
-                    f"has {len(names)} of {len(parts)} modules that {what}", f", first {names[0]}"
-                )
+                count = f"{len(names)} of {len(parts)}"
+                raise LoraError(f"has {count} modules that {what}", f", first {names[0]}")
         added = math.hypot(*map(norm, modules.values()))
         there = math.hypot(*(self._norms[name] for name in modules))
         if added > MAX_SHARE * there:
@@ -170,11 +171,6 @@ class WeightMerger:
         return others | renamed
 
 
-def is_finite(module: LoraModule) -> bool:
-    """Whether no value of it is NaN or infinite."""
-    return math.isfinite(module.factor) and bool(module.down.isfinite().all() and module.up.isfinite().all())
-
-
 def norm(module: LoraModule) -> float:
     """Return Frobenius' norm of alpha / r * B A; for a small r, by the trace of (B'B)(AA')."""
     down, up = (part.double().flatten(1) for part in (module.down, module.up))
@@ -192,10 +188,8 @@ def add_to(total: Tensor, module: LoraModule, scale: float) -> None:
 
 def weights_by_layer(network: str, module: nn.Module) -> dict[str, Tensor]:
     """Return what a LoRA can change of `module`, by the names in `Lora.modules`."""
-    layers = (
-        (path, part) for path, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)
-    )
-    return {_layer(network, path): layer.weight for path, layer in layers}
+    parts, kinds = module.named_modules(), (nn.Linear, nn.Conv2d)
+    return {_layer(network, path): part.weight for path, part in parts if isinstance(part, kinds)}
 
 
 def _layer(network: str, path: str) -> str:

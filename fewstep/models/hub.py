@@ -158,26 +158,23 @@ def _known(repo: HubRepo, home: Path) -> dict[str, Expected]:
     with suppress(OSError, ValueError, TypeError, AttributeError):
         rows = json.loads((home / STATED).read_text(encoding="utf-8"))
         stated = {path: Expected(**row) for path, row in rows.items()}
-    return stated | {
-        file.path: Expected(file.size, file.sha256, "sha256", pinned=True)
-        for file in repo.files
-        if file.size is not None and file.sha256 is not None
-    }
+    for file in repo.files:
+        if file.size is not None and file.sha256 is not None:
+            stated[file.path] = Expected(file.size, file.sha256, "sha256", pinned=True)
+    return stated
 
 
 def _ask_hub(repo: HubRepo, paths: list[str]) -> dict[str, Expected]:
     with _failures_explained(repo, "the list of its files"):
         listed = HfApi().get_paths_info(repo.name, paths, revision=repo.revision)
     infos = {info.path: info for info in listed if isinstance(info, RepoFile)}
-    absent = [path for path in paths if path not in infos]
-    if absent:
-        raise DownloadError(_not_there(repo, absent[0]))
     pins = {file.path: file.sha256 for file in repo.files}
     stated = {}
     for path in paths:
-        info = infos[path]
+        if path not in infos:
+            raise DownloadError(_not_there(repo, path))
+        info, pin = infos[path], pins[path]
         digest, algorithm = (info.lfs.sha256, "sha256") if info.lfs else (info.blob_id, "git")
-        pin = pins[path]
         if pin is not None and pin != digest:
             raise DownloadError(
                 f"{repo.name}/{path} is not the file that fewstep knows: the hub states {algorithm} "
@@ -266,9 +263,8 @@ def _failures_explained(repo: HubRepo, what: str) -> Iterator[None]:
         raise DownloadError(_http_sentence(repo, what, error.response)) from None
     except httpx2.HTTPError as error:
         logger.debug("%s", error, exc_info=True)
-        raise DownloadError(
-            f"the connection to the hub broke at {repo.name}, {what} ({type(error).__name__}); {AGAIN}"
-        ) from None
+        sentence = f"the connection to the hub broke at {repo.name}, {what} ({type(error).__name__}); {AGAIN}"
+        raise DownloadError(sentence) from None
     except json.JSONDecodeError:
         raise DownloadError(
             f"what answers for {repo.name}, {what}, is not the hub; see that HF_ENDPOINT and the "
@@ -276,9 +272,8 @@ def _failures_explained(repo: HubRepo, what: str) -> Iterator[None]:
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DownloadError(
-                f"the disk is full at {repo.name}, {what}; free some space and {AGAIN}"
-            ) from None
+            sentence = f"the disk is full at {repo.name}, {what}; free some space and {AGAIN}"
+            raise DownloadError(sentence) from None
         raise
 
 

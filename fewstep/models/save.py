@@ -49,8 +49,7 @@ def save_model(
     with locked(weights_root):
         if old.exists() and not folder.exists():  # a save was killed between the two renames below
             old.rename(folder)
-        if part.exists():
-            shutil.rmtree(part)
+        shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         origins = {}
         for download in files:
@@ -62,17 +61,15 @@ def save_model(
         if checkpoint is not None:
             origins |= _save_checkpoint(spec, checkpoint, part)
             # Else a damaged file would be mended with the networks of the base.
-            name = shlex.quote(checkpoint.name)
-            extra["remedy"] = f"scripts/save-weights {spec.name} --from-single-file {name}"
+            command = f"scripts/save-weights {spec.name} --from-single-file"
+            extra["remedy"] = f"{command} {shlex.quote(checkpoint.name)}"
         own = Origin("fewstep", "", spec.licence)
         write_manifest(part, model=spec.name, origin=own, origins=origins, extra=extra)
-        if old.exists():
-            shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
         part.rename(folder)
-        if old.exists():
-            shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -95,11 +92,10 @@ def _save_file(download: Download, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     source, place = download.path, download.file.place
     if place == "scheduler/scheduler_config.json":
-        config = json.loads(source.read_text(encoding="utf-8"))
-        LCMScheduler.from_config(config).save_config(target.parent)
+        LCMScheduler.from_config(json.loads(source.read_bytes())).save_config(target.parent)
     elif place == "vae/config.json":
-        config = json.loads(source.read_text(encoding="utf-8"))
-        target.write_text(json.dumps({**config, "force_upcast": False}, indent=2) + "\n")
+        config = json.loads(source.read_bytes()) | {"force_upcast": False}
+        target.write_text(json.dumps(config, indent=2) + "\n")
     elif place == LCM_LORA:
         link_or_copy(source, target)
     elif place.endswith(".safetensors"):

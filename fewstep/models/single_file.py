@@ -42,17 +42,18 @@ def check_checkpoint(spec: ModelSpec, checkpoint: Path, unet_config: Path) -> No
 
     Only the file's list of tensors is read. What it cannot tell is an SD 1.5 model that predicts v.
     """
+    prefixes = _PREFIXES[spec.family]
     if checkpoint.suffix != ".safetensors":  # diffusers would unpickle it
         raise WeightsError("a checkpoint must be a .safetensors file; nothing else is opened")
     try:
         with safe_open(checkpoint, framework="pt") as file:
             keys, metadata = list(file.keys()), file.metadata() or {}
-            first = _PREFIXES[spec.family]["unet"] + "input_blocks.0.0.weight"
+            first = prefixes["unet"] + "input_blocks.0.0.weight"
             channels = file.get_slice(first).get_shape()[1] if first in keys else 0
     except SafetensorError:
         raise WeightsError(f"{checkpoint.name} is not a whole safetensors file; fetch it anew") from None
     for component in spec.in_checkpoint:
-        if not any(key.startswith(_PREFIXES[spec.family][component]) for key in keys):
+        if not any(key.startswith(prefixes[component]) for key in keys):
             raise _refused(spec, checkpoint, f"has no {component} of {spec.name}'s kind in it")
     if _OTHER_PREDICTIONS & set(keys) or metadata.get("modelspec.prediction_type") == "v":
         raise _refused(spec, checkpoint, "predicts v or has a noise schedule of its own")
@@ -61,10 +62,9 @@ def check_checkpoint(spec: ModelSpec, checkpoint: Path, unet_config: Path) -> No
     if channels != unet.config.in_channels:
         what = f"has {channels} input channels, as inpainting and editing models do"
         raise _refused(spec, checkpoint, what)
-    count = sum(key.startswith(_PREFIXES[spec.family]["unet"]) for key in keys)
-    if count != len(unet.state_dict()):  # the names differ, but each tensor has its own
-        what = f"has a UNet of {count} tensors where {len(unet.state_dict())} are expected"
-        raise _refused(spec, checkpoint, what)
+    count, expected = sum(key.startswith(prefixes["unet"]) for key in keys), len(unet.state_dict())
+    if count != expected:  # the names differ, but each tensor has its own
+        raise _refused(spec, checkpoint, f"has a UNet of {count} tensors where {expected} are expected")
 
 
 def save_component(spec: ModelSpec, checkpoint: Path, component: str, folder: Path) -> None:

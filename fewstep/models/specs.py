@@ -1,7 +1,10 @@
-"""The models that fewstep can serve: one row of facts for each."""
+"""The models that fewstep can serve, with the facts about each that specs.toml lists."""
 
+import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from fewstep.errors import SettingsError
 from fewstep.models.sources import SOURCES, HubRepo
@@ -19,10 +22,7 @@ class ModelSpec:
     embedded_guidance: bool = False  # a full LCM: guidance is an input of the UNet, not a second evaluation
     lcm_lora: bool = True  # an LCM-LoRA is fused into the UNet at setup
     max_clip_skip: int = 4  # of the text encoders' layers; their images grow vague long before this
-    in_checkpoint: tuple[
-        str, ...
-    ] = ()  # the networks that a single-file checkpoint of its kind brings, if any
-    drawn: bool = False  # its world is drawn by fewstep.miniature, so that its images can be judged
+    in_checkpoint: tuple[str, ...] = ()  # the networks that a single-file checkpoint brings, if any
     licence: str
     fix: str  # the command that mends missing or damaged weights
 
@@ -41,73 +41,22 @@ class ModelSpec:
     def sources_beside_checkpoint(self) -> tuple[HubRepo, ...]:
         """What is fetched when the networks come from a single-file checkpoint."""
         networks = tuple(f"{part}/" for part in self.in_checkpoint)
-        kept = []
-        for repo in self.sources:
-            files = (file for file in repo.files if file.place.endswith(".safetensors"))
-            brought = {file for file in files if file.place.startswith(networks)}
-            kept.append(replace(repo, files=tuple(file for file in repo.files if file not in brought)))
-        return tuple(repo for repo in kept if repo.files)
+
+        def is_brought(place: str) -> bool:
+            return place.startswith(networks) and place.endswith(".safetensors")
+
+        kept = [[file for file in repo.files if not is_brought(file.place)] for repo in self.sources]
+        pairs = zip(self.sources, kept, strict=True)
+        return tuple(replace(repo, files=tuple(files)) for repo, files in pairs if files)
 
 
-def _fix(name: str) -> str:
-    return f"scripts/download-weights {name} && scripts/save-weights {name}"
+def _spec(name: str, in_checkpoint: Sequence[str] = (), fix: str = "", **facts: Any) -> ModelSpec:
+    fix = fix or f"scripts/download-weights {name} && scripts/save-weights {name}"
+    return ModelSpec(name=name, in_checkpoint=tuple(in_checkpoint), fix=fix, **facts)
 
 
-_SPECS = (
-    ModelSpec(
-        name="sdxl",
-        family="sdxl",
-        native_size=1024,
-        # 2.25 times the area of training: room for 2048x1152, while further out SDXL repeats its subjects.
-        max_pixels=1536 * 1536,
-        # SDXL keeps the VAE that works in fp16.
-        in_checkpoint=("text_encoder", "text_encoder_2", "unet"),
-        licence="CreativeML Open RAIL++-M (base, LCM-LoRA), MIT (VAE)",
-        fix=_fix("sdxl"),
-    ),
-    # It has no checkpoints: it would take an SDXL fine-tune and drop half of its layers.
-    ModelSpec(
-        name="ssd-1b",
-        family="sdxl",
-        native_size=1024,
-        max_pixels=1536 * 1536,
-        licence="Apache-2.0 (base), CreativeML Open RAIL++-M (LCM-LoRA), MIT (VAE)",
-        fix=_fix("ssd-1b"),
-    ),
-    ModelSpec(
-        name="sd15",
-        family="sd",
-        native_size=512,
-        max_pixels=768 * 768,
-        in_checkpoint=("text_encoder", "unet", "vae"),
-        licence="CreativeML OpenRAIL-M (base), CreativeML Open RAIL++-M (LCM-LoRA)",
-        fix=_fix("sd15"),
-    ),
-    ModelSpec(
-        name="lcm-dreamshaper-v7",
-        family="sd",
-        native_size=768,
-        max_pixels=1152 * 1152,
-        default_guidance=8.0,
-        embedded_guidance=True,
-        lcm_lora=False,
-        licence="MIT (UNet), CreativeML OpenRAIL-M (text encoder, VAE)",
-        fix=_fix("lcm-dreamshaper-v7"),
-    ),
-    ModelSpec(
-        name="miniature",
-        family="sdxl",
-        native_size=128,
-        # Four times the area of training: still generated within seconds on two CPU cores.
-        max_pixels=256 * 256,
-        max_clip_skip=1,
-        drawn=True,
-        licence="Apache-2.0",
-        fix="git checkout -- weights/miniature",
-    ),
-)
-
-MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
+_TABLE = tomllib.loads(Path(__file__).with_name("specs.toml").read_text(encoding="utf-8"))
+MODELS = {name: _spec(name, **facts) for name, facts in _TABLE.items()}
 RANDOM = "-random"  # sdxl-random: the real shapes with random weights, see scripts/full-size
 
 
@@ -116,11 +65,6 @@ def get_model(name: str) -> ModelSpec:
     plain = name.removesuffix(RANDOM)
     if plain not in MODELS or (plain != name and not MODELS[plain].sources):
         raise SettingsError(f"FEWSTEP_MODEL holds no known model; set it to one of {', '.join(MODELS)}")
-    spec = MODELS[plain]
-    fix = f"scripts/full-size {plain}"
-    return spec if plain == name else replace(spec, name=name, in_checkpoint=(), fix=fix)
-
-
-def is_drawn(name: str) -> bool:
-    """Whether that is a model whose world is drawn here; what is not in MODELS, such as a folder, is not."""
-    return name in MODELS and MODELS[name].drawn
+    if plain == name:
+        return MODELS[name]
+    return replace(MODELS[plain], name=name, in_checkpoint=(), fix=f"scripts/full-size {plain}")

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -18,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = json.loads((ROOT / "tests" / "data" / "schema_sample.json").read_text())["components"]["schemas"]
 
 
-def convert(name: str, value: str) -> Any:
+def convert(name, value):
     return predict.convert(name, value, SAMPLE["Input"]["properties"][name], SAMPLE)
 
 
@@ -35,7 +34,7 @@ def convert(name: str, value: str) -> Any:
         ("disable_safety_checker", "false", False),
     ],
 )
-def test_values_become_the_types_of_the_schema(name: str, value: str, expected: object) -> None:
+def test_values_become_the_types_of_the_schema(name, value, expected):
     converted = convert(name, value)
     assert converted == expected and type(converted) is type(expected)
 
@@ -50,12 +49,12 @@ def test_values_become_the_types_of_the_schema(name: str, value: str, expected: 
         ("image", "@missing.png", "cannot read missing.png"),
     ],
 )
-def test_a_value_of_another_type_is_refused(name: str, value: str, reason: str) -> None:
+def test_a_value_of_another_type_is_refused(name, value, reason):
     with pytest.raises(Refused, match=reason):
         convert(name, value)
 
 
-def test_a_file_is_a_data_url_for_a_file_input_and_text_for_any_other(tmp_path: Path) -> None:
+def test_a_file_is_a_data_url_for_a_file_input_and_text_for_any_other(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89")
     (tmp_path / "a.txt").write_text("a red house\n")
     assert convert("image", f"@{tmp_path}/a.png") == "data:image/png;base64,iQ=="
@@ -66,24 +65,24 @@ def test_a_file_is_a_data_url_for_a_file_input_and_text_for_any_other(tmp_path: 
         convert("image", f"@{tmp_path}/a.txt")
 
 
-def urls(*contents: bytes) -> list[str]:
+def urls(*contents):
     return [f"data:image/webp;base64,{base64.b64encode(content).decode()}" for content in contents]
 
 
-def test_one_output_has_the_name_that_was_asked_for() -> None:
-    assert predict.name_files(urls(b"a"), Path("some/out.webp")) == [(Path("some/out.webp"), b"a")]
+@pytest.mark.parametrize(
+    ("contents", "target", "names"),
+    [
+        ([b"a"], "some/out.webp", ["some/out.webp"]),
+        ([b"a", b"b"], "out.webp", ["out.0.webp", "out.1.webp"]),  # as Cog does
+        ([b"a"], "output", ["output.webp"]),
+    ],
+)
+def test_outputs_are_named_by_the_target_and_numbered_if_several(contents, target, names):
+    named = predict.name_files(urls(*contents), Path(target))
+    assert named == list(zip(map(Path, names), contents, strict=True))
 
 
-def test_several_outputs_are_numbered_before_the_suffix_as_cog_does() -> None:
-    named = predict.name_files(urls(b"a", b"b"), Path("out.webp"))
-    assert named == [(Path("out.0.webp"), b"a"), (Path("out.1.webp"), b"b")]
-
-
-def test_a_name_without_a_suffix_gets_the_outputs() -> None:
-    assert predict.name_files(urls(b"a"), Path("output")) == [(Path("output.webp"), b"a")]
-
-
-def test_a_folder_as_target_holds_the_output(tmp_path: Path) -> None:
+def test_a_folder_as_target_holds_the_output(tmp_path):
     assert predict.check_target(str(tmp_path)) == tmp_path / "output"
 
 
@@ -101,20 +100,24 @@ def test_a_folder_as_target_holds_the_output(tmp_path: Path) -> None:
         (["-i", "prompt=x", "-o", "missing/out.webp"], "no folder missing"),
     ],
 )
-def test_a_wrong_command_line_is_explained_before_anything_starts(
-    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_command_line_is_explained_before_anything_starts(arguments, reason, capsys, monkeypatch):
     monkeypatch.setattr(predict, "running_server", None)
     assert predict.main(arguments) == 1
     captured = capsys.readouterr()
     assert reason in captured.err and captured.out == ""
 
 
-def test_json_gives_the_inputs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked(monkeypatch):
+    """The inputs that the server would be asked with."""
+    asked = []
+    monkeypatch.setattr(predict, "_ask", lambda inputs, environ: asked.append(inputs) or [])
+    return asked
+
+
+def test_json_gives_the_inputs_from_a_file(tmp_path, asked):
     inputs = {"prompt": "x", "steps": 2}
     (tmp_path / "inputs.json").write_text(json.dumps(inputs))
-    asked: list[object] = []
-    monkeypatch.setattr(predict, "_ask", lambda inputs, environ: asked.append(inputs) or [])
     for written in (f"@{tmp_path}/inputs.json", f"{tmp_path}/inputs.json", json.dumps(inputs)):
         assert predict.main(["--json", written, "-o", str(tmp_path / "out")]) == 0
     assert asked == [inputs] * 3
@@ -130,24 +133,14 @@ def test_json_gives_the_inputs_from_a_file(tmp_path: Path, monkeypatch: pytest.M
         ("out", {}, {}),
     ],
 )
-def test_the_format_follows_the_suffix_unless_it_is_given(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    given: dict[str, str],
-    asked_for: dict[str, str],
-) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(predict, "_ask", lambda inputs, environ: asked.append(inputs) or [])
+def test_the_format_follows_the_suffix_unless_it_is_given(tmp_path, asked, name, given, asked_for):
     inputs = {"prompt": "x", **given}
     assert predict.main(["--json", json.dumps(inputs), "-o", str(tmp_path / name)]) == 0
     assert asked == [{"prompt": "x", **asked_for}]
 
 
 @pytest.mark.parametrize("port", ["x", "0", "65536", "-1"])
-def test_serve_refuses_a_port_that_is_none(
-    port: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_serve_refuses_a_port_that_is_none(port, capsys, monkeypatch):
     monkeypatch.setenv("PORT", port)
     assert serve.main([]) == 1
     assert "PORT must be" in capsys.readouterr().err
@@ -159,42 +152,32 @@ class TestRecipe:
     SENT = b"the picture that it was painted from"
 
     @pytest.fixture
-    def asked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], str]]:
-        recipe = {
-            **{
-                "fewstep": "0.1.0",
-                "model": "miniature",
-                "revision": "c0ffee",
-                "prompt": "a house",
-                "seed": 3,
-            },
-            **{"negative_prompt": "", "steps": 4, "guidance": 1.0, "width": 152, "height": 104},
-            **{"lcm_scale": 1.0, "styles": [{"style": "postcard", "style_scale": 0.5, "sha256": "ab"}]},
-            **{"prompt_strength": 0.4, "image_sha256": hashlib.sha256(self.SENT).hexdigest()},
-        }
-        image = encode_image(Image.new("RGB", (16, 16)), "webp", 90, **save_options(recipe, "webp"))
-        (tmp_path / "old.webp").write_bytes(image)
-        (tmp_path / "sent.webp").write_bytes(self.SENT)
-        asked: list[tuple[dict[str, Any], str]] = []
+    def asked(self, tmp_path, monkeypatch):
+        recipe = {"fewstep": "0.1.0", "model": "miniature", "revision": "c0ffee", "prompt": "a house"}
+        recipe |= {"seed": 3, "negative_prompt": "", "steps": 4, "guidance": 1.0, "width": 152, "height": 104}
+        recipe |= {"lcm_scale": 1.0, "styles": [{"style": "postcard", "style_scale": 0.5, "sha256": "ab"}]}
+        recipe |= {"prompt_strength": 0.4, "image_sha256": hashlib.sha256(self.SENT).hexdigest()}
 
-        def ask(inputs: dict[str, Any], environ: dict[str, str]) -> list[str]:
+        def image(recipe):
+            return encode_image(Image.new("RGB", (16, 16)), "webp", 90, **save_options(recipe, "webp"))
+
+        (tmp_path / "old.webp").write_bytes(image(recipe))
+        (tmp_path / "sent.webp").write_bytes(self.SENT)
+        asked = []
+
+        def ask(inputs, environ):
             asked.append((inputs, environ["FEWSTEP_MODEL"]))
-            changed = {**recipe, "revision": "other"}
-            new = encode_image(Image.new("RGB", (16, 16)), "webp", 90, **save_options(changed, "webp"))
-            return [f"data:image/webp;base64,{base64.b64encode(new).decode()}"]
+            return urls(image({**recipe, "revision": "other"}))
 
         monkeypatch.setattr(predict, "_ask", ask)
         monkeypatch.chdir(tmp_path)
         return asked
 
-    def test_its_inputs_are_asked_for_and_others_take_their_place(
-        self, asked: list[tuple[dict[str, Any], str]], capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_its_inputs_are_asked_for_and_others_take_their_place(self, asked, capsys):
         arguments = ["--recipe", "old.webp", "-i", "image=@sent.webp", "-i", "seed=9", "-o", "new.webp"]
         assert predict.main(arguments) == 0
         [(inputs, model)] = asked
-        url = f"data:image/webp;base64,{base64.b64encode(self.SENT).decode()}"
-        assert (inputs.pop("image"), model) == (url, "miniature")
+        assert ([inputs.pop("image")], model) == (urls(self.SENT), "miniature")
         assert inputs == {
             **{"prompt": "a house", "negative_prompt": "", "seed": 9, "steps": 4, "guidance": 1.0},
             **{"aspect_ratio": "custom", "width": 152, "height": 104, "lcm_scale": 1.0},
@@ -202,7 +185,7 @@ class TestRecipe:
         }
         assert "the weights are others" in capsys.readouterr().err
 
-    def test_another_shape_takes_the_place_of_the_size(self, asked: list[tuple[dict[str, Any], str]]) -> None:
+    def test_another_shape_takes_the_place_of_the_size(self, asked):
         arguments = ["--recipe", "old.webp", "-i", "image=@sent.webp", "-i", "aspect_ratio=1:1"]
         assert predict.main(arguments) == 0
         [(inputs, _)] = asked
@@ -218,14 +201,8 @@ class TestRecipe:
         ],
     )
     def test_what_cannot_be_followed_is_refused_before_anything_starts(
-        self,
-        asked: list[object],
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-        arguments: list[str],
-        model: str,
-        said: str,
-    ) -> None:
+        self, asked, monkeypatch, capsys, arguments, model, said
+    ):
         monkeypatch.setenv("FEWSTEP_MODEL", model)
         assert predict.main(["--recipe", "old.webp", *arguments]) == 1
         assert said in capsys.readouterr().err and asked == []
@@ -234,8 +211,6 @@ class TestRecipe:
         ("name", "said"),
         [("sent.webp", "holds no recipe"), ("none.webp", "cannot use none.webp: No such file")],
     )
-    def test_a_file_without_a_recipe_is_refused(
-        self, asked: list[object], capsys: pytest.CaptureFixture[str], name: str, said: str
-    ) -> None:
+    def test_a_file_without_a_recipe_is_refused(self, asked, capsys, name, said):
         assert predict.main(["--recipe", name]) == 1
         assert said in capsys.readouterr().err and asked == []

@@ -31,7 +31,7 @@ def handlers():
     ],
 )
 def test_an_end_is_one_sentence_and_a_status(capsys, error, status, said):
-    def work() -> None:
+    def work():
         raise error
 
     assert status_of(work) == status

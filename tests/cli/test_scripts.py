@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
-def run_script(name: str, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_script(name, *arguments, cwd, **variables):
     running = subprocess.Popen(
         [ROOT / "scripts" / name, *arguments],
         cwd=cwd,
@@ -36,30 +36,21 @@ def run_script(name: str, *arguments: str, cwd: Path, **variables: str) -> subpr
     return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
 
-def left_in(folder: Path) -> list[str]:
+def left_in(folder):
     """What a script left there, but for the cache folder that torch makes when it is imported."""
     return [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")]
 
 
-def test_predict_writes_the_file_and_prints_its_path_alone(tmp_path: Path) -> None:
-    done = run_script(
-        "predict",
-        "-i",
-        "prompt=a red house",
-        "-i",
-        "seed=7",
-        "-o",
-        "out.webp",
-        cwd=tmp_path,
-        TMPDIR=str(tmp_path),
-    )
+def test_predict_writes_the_file_and_prints_its_path_alone(tmp_path):
+    arguments = ["-i", "prompt=a red house", "-i", "seed=7", "-o", "out.webp"]
+    done = run_script("predict", *arguments, cwd=tmp_path, TMPDIR=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, "out.webp\n"), done.stderr
     assert (tmp_path / "out.webp").read_bytes()[:4] == b"RIFF"
     assert "miniature" in done.stderr and "seed 7" in done.stderr
     assert left_in(tmp_path) == ["out.webp"]
 
 
-def test_predict_tells_a_refusal_in_one_sentence_and_writes_nothing(tmp_path: Path) -> None:
+def test_predict_tells_a_refusal_in_one_sentence_and_writes_nothing(tmp_path):
     done = run_script("predict", "-i", "prompt=x", "-i", "steps=9", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1] == (
@@ -69,7 +60,7 @@ def test_predict_tells_a_refusal_in_one_sentence_and_writes_nothing(tmp_path: Pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_predict_that_is_stopped_leaves_no_server_and_no_files(number: int, tmp_path: Path) -> None:
+def test_predict_that_is_stopped_leaves_no_server_and_no_files(number, tmp_path):
     running = subprocess.Popen(
         [ROOT / "scripts" / "predict", "-i", "prompt=x"],
         cwd=tmp_path,
@@ -86,7 +77,7 @@ def test_predict_that_is_stopped_leaves_no_server_and_no_files(number: int, tmp_
     assert not servers_with(tmp_path) and left_in(tmp_path) == []
 
 
-def servers_with(folder: Path) -> list[str]:
+def servers_with(folder):
     """The processes that were given `folder` for their outputs."""
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
@@ -96,7 +87,7 @@ def servers_with(folder: Path) -> list[str]:
     return found
 
 
-def test_serve_ends_with_the_reason_when_the_model_cannot_be_loaded(tmp_path: Path) -> None:
+def test_serve_ends_with_the_reason_when_the_model_cannot_be_loaded(tmp_path):
     done = run_script("serve", cwd=tmp_path, PORT="0", FEWSTEP_MODEL="miniature")
     assert done.returncode == 1
     done = run_script("serve", cwd=tmp_path, PORT=str(free_port()), FEWSTEP_MODEL="nothing")
@@ -105,7 +96,7 @@ def test_serve_ends_with_the_reason_when_the_model_cannot_be_loaded(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["predict", "serve"])
-def test_help_needs_no_environment(name: str, tmp_path: Path) -> None:
+def test_help_needs_no_environment(name, tmp_path):
     for part in ("scripts", "fewstep"):
         shutil.copytree(ROOT / part, tmp_path / part)
     for part in ("predict.py", "pyproject.toml", "requirements.txt"):
@@ -146,13 +137,8 @@ exit "$(case "$*" in *numeric*) echo "$SECOND" ;; *) echo "$FIRST" ;; esac)"
     ],
 )
 def test_all_tests_are_run_and_the_numeric_ones_once_more_for_avx2(
-    arguments: tuple[str, ...],
-    capability: str,
-    ends: tuple[int, int],
-    ran: list[str],
-    status: int,
-    tmp_path: Path,
-) -> None:
+    arguments, capability, ends, ran, status, tmp_path
+):
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "test", tmp_path / "scripts")
     (tmp_path / "scripts" / "python").write_text(LISTING_PYTHON)

@@ -118,10 +118,8 @@ def certificate(tmp_path_factory):
         pytest.skip("openssl is not installed")
     files = [str(tmp_path_factory.mktemp("tls") / name) for name in ("certificate.pem", "key.pem")]
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=x -days 2"
-    names = (
-        f"-addext subjectAltName=DNS:{HUB},DNS:{CDN} -addext keyUsage=critical,digitalSignature,keyCertSign"
-    )
-    arguments = [*command.split(), *names.split(), "-out", files[0], "-keyout", files[1]]
+    names, usage = f"subjectAltName=DNS:{HUB},DNS:{CDN}", "keyUsage=critical,digitalSignature,keyCertSign"
+    arguments = [*command.split(), "-addext", names, "-addext", usage, "-out", files[0], "-keyout", files[1]]
     subprocess.run(arguments, check=True, capture_output=True)
     return files
 

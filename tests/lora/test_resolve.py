@@ -1,4 +1,4 @@
-"""Style LoRAs by name, from the hub and from addresses. Reading is a fake: test_adapters.py has the real."""
+"""Style LoRAs by name, from the hub and from addresses. Reading is a fake: test_merge.py has the real."""
 
 import asyncio
 import hashlib
@@ -74,14 +74,8 @@ def site():
 def settings(tmp_path, site):
     (tmp_path / "styles" / "miniature").mkdir(parents=True)
     (tmp_path / "styles" / "miniature" / "paper-cut.safetensors").write_bytes(PAPER)
-    return Settings(
-        styles_root=tmp_path / "styles",
-        style_cache=tmp_path / "cache",
-        hf_endpoint=site.origin,
-        hf_token="hf_secret",
-        style_repos=("me/private",),
-        deadline_s=5,
-    )
+    hub = {"hf_endpoint": site.origin, "hf_token": "hf_secret", "style_repos": ("me/private",)}
+    return Settings(styles_root=tmp_path / "styles", style_cache=tmp_path / "cache", deadline_s=5, **hub)
 
 
 @pytest.fixture
@@ -94,10 +88,21 @@ def styles(settings, reader):
     return LoraResolver(settings, reader)
 
 
-def load(styles, *names):
+PAGE = "/a/b/resolve/main/x.safetensors"
+
+
+def refs(*names):
     inputs = dict(zip(("style", "extra_style"), names, strict=False))
-    inputs = Inputs.create(MODELS["miniature"], prompt="a house", **inputs)
-    return asyncio.run(styles.load(inputs.styles))
+    return Inputs.create(MODELS["miniature"], prompt="a house", **inputs).styles
+
+
+def load(styles, *names):
+    return asyncio.run(styles.load(refs(*names)))
+
+
+def list_files(site, sha, files):
+    listed = {"sha": sha, "siblings": [{"rfilename": file} for file in files]}
+    site.pages["/api/models/a/b"] = (200, json.dumps(listed).encode())
 
 
 def cached(settings):
@@ -139,9 +144,8 @@ def test_a_style_of_the_folder_is_found_with_and_without_its_suffix(styles):
 
 
 def test_a_style_that_is_not_there_is_refused_with_those_that_are(styles):
-    with pytest.raises(
-        InvalidRequest, match="style is none of this server's styles; choose one of paper-cut"
-    ):
+    said = "style is none of this server's styles; choose one of paper-cut"
+    with pytest.raises(InvalidRequest, match=said):
         load(styles, "paper-cat")
 
 
@@ -160,7 +164,7 @@ def test_a_file_that_was_replaced_is_read_anew(styles, settings, reader):
 
 
 def test_one_content_under_two_names_is_read_once(styles, settings, site, reader):
-    site.pages["/a/b/resolve/main/x.safetensors"] = (200, PAPER)
+    site.pages[PAGE] = (200, PAPER)
     one, other = load(styles, "paper-cut", "a/b/x.safetensors")
     assert one is other and reader.reads == {PAPER: 1}
 
@@ -189,8 +193,7 @@ def test_the_token_goes_only_where_the_operator_said(styles, site):
     ],
 )
 def test_the_only_lora_of_a_repo_is_taken_at_one_commit(styles, site, files, chosen):
-    listed = {"sha": "c0ffee", "siblings": [{"rfilename": file} for file in files]}
-    site.pages["/api/models/a/b"] = (200, json.dumps(listed).encode())
+    list_files(site, "c0ffee", files)
     site.pages[f"/a/b/resolve/c0ffee/{chosen}"] = (200, PIXELS)
     [lora] = load(styles, "a/b")
     assert lora.sha256 == hashlib.sha256(PIXELS).hexdigest()
@@ -204,10 +207,8 @@ def test_the_only_lora_of_a_repo_is_taken_at_one_commit(styles, site, files, cho
             "repo of 3 .safetensors files; name",
         ),
         ({"siblings": [{"rfilename": "x.bin"}]}, "repo of 0 .safetensors files"),
-        ([], "repo of 0"),
-        ({"siblings": [7, {"rfilename": 7}]}, "repo of 0"),
-        ({"siblings": None}, "repo of 0"),
-        ({"siblings": 7}, "repo of 0"),
+        *(([], "repo of 0"), ({"siblings": [7, {"rfilename": 7}]}, "repo of 0")),
+        *(({"siblings": None}, "repo of 0"), ({"siblings": 7}, "repo of 0")),
     ],
 )
 def test_a_repo_without_one_lora_is_refused(styles, site, answer, said):
@@ -218,11 +219,10 @@ def test_a_repo_without_one_lora_is_refused(styles, site, answer, said):
 
 @pytest.mark.parametrize("revision", ["../../x", "a b", 7, None, "main?x"])
 def test_a_hub_that_lies_about_the_commit_leads_nowhere_else(styles, site, revision):
-    listed = {"sha": revision, "siblings": [{"rfilename": "x.safetensors"}]}
-    site.pages["/api/models/a/b"] = (200, json.dumps(listed).encode())
-    site.pages["/a/b/resolve/main/x.safetensors"] = (200, PIXELS)
+    list_files(site, revision, ["x.safetensors"])
+    site.pages[PAGE] = (200, PIXELS)
     load(styles, "a/b")
-    assert site.asked[-1][0] == "/a/b/resolve/main/x.safetensors"
+    assert site.asked[-1][0] == PAGE
 
 
 @pytest.mark.parametrize(
@@ -230,11 +230,11 @@ def test_a_hub_that_lies_about_the_commit_leads_nowhere_else(styles, site, revis
     [(404, InvalidRequest, "no file"), (401, InvalidRequest, "access"), (503, DownloadError, "later")],
 )
 def test_what_cannot_be_fetched_is_told_and_leaves_nothing(styles, site, settings, status, error, said):
-    site.pages["/a/b/resolve/main/x.safetensors"] = (status, b"")
+    site.pages[PAGE] = (status, b"")
     with pytest.raises(error, match=said):
         load(styles, "a/b/x.safetensors")
     assert cached(settings) == set()
-    site.pages["/a/b/resolve/main/x.safetensors"] = (200, PAPER)
+    site.pages[PAGE] = (200, PAPER)
     load(styles, "a/b/x.safetensors")
 
 
@@ -271,7 +271,7 @@ def test_disk_and_memory_have_limits_and_the_oldest_goes(site, settings, reader)
 
 
 def test_a_file_removed_from_the_cache_is_fetched_again(styles, site, settings):
-    site.pages["/a/b/resolve/main/x.safetensors"] = (200, PAPER)
+    site.pages[PAGE] = (200, PAPER)
     load(styles, "a/b/x.safetensors")
     for path in settings.style_cache.iterdir():
         path.unlink()
@@ -280,9 +280,9 @@ def test_a_file_removed_from_the_cache_is_fetched_again(styles, site, settings):
 
 
 def test_an_address_is_asked_again_when_what_it_gave_is_old(styles, site, monkeypatch):
-    site.pages["/a/b/resolve/main/x.safetensors"] = (200, PAPER)
+    site.pages[PAGE] = (200, PAPER)
     [before] = load(styles, "a/b/x.safetensors")
-    site.pages["/a/b/resolve/main/x.safetensors"] = (200, PIXELS)
+    site.pages[PAGE] = (200, PIXELS)
     [still] = load(styles, "a/b/x.safetensors")
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 3601)
@@ -295,11 +295,10 @@ def test_what_many_want_at_once_is_fetched_and_read_once(styles, site, reader):
         time.sleep(0.2)
         return PIXELS
 
-    site.pages["/a/b/resolve/main/x.safetensors"] = (200, slowly)
-    inputs = Inputs.create(MODELS["miniature"], prompt="a house", style="a/b/x.safetensors")
+    site.pages[PAGE] = (200, slowly)
 
     async def many():
-        return await asyncio.gather(*(styles.load(inputs.styles) for _ in range(6)))
+        return await asyncio.gather(*(styles.load(refs("a/b/x.safetensors")) for _ in range(6)))
 
     found = asyncio.run(many())
     assert len({id(lora) for [lora] in found}) == 1
@@ -336,7 +335,7 @@ def test_a_file_replaced_while_it_is_read_is_read_again(settings):
 
 
 def test_a_file_removed_before_it_is_read_is_fetched_again(settings, site):
-    site.pages["/a/b/resolve/main/x.safetensors"] = (200, PAPER)
+    site.pages[PAGE] = (200, PAPER)
     calls = []
 
     def reader(file, sha256):
@@ -356,22 +355,20 @@ def test_what_a_killed_server_was_fetching_is_removed(styles, settings, site):
     for path in (old, young):
         path.write_bytes(b"x")
     os.utime(old, (time.time() - 100, time.time() - 100))
-    site.pages["/a/b/resolve/main/x.safetensors"] = (200, PAPER)
+    site.pages[PAGE] = (200, PAPER)
     load(styles, "a/b/x.safetensors")
     assert not old.exists() and young.exists()
 
 
 def test_callers_who_have_left_start_no_fetches(settings, site, reader):
-    site.pages["/a/b/resolve/main/x.safetensors"] = (200, lambda: time.sleep(1) or PAPER)
+    site.pages[PAGE] = (200, lambda: time.sleep(1) or PAPER)
     styles = LoraResolver(replace(settings, deadline_s=0.4), reader)
-    inputs = Inputs.create(MODELS["miniature"], prompt="a house", style="a/b/x.safetensors")
-    own = Inputs.create(MODELS["miniature"], prompt="a house", style="paper-cut")
 
     async def many():
-        waiting = [asyncio.create_task(styles.load(inputs.styles)) for _ in range(12)]
+        waiting = [asyncio.create_task(styles.load(refs("a/b/x.safetensors"))) for _ in range(12)]
         await asyncio.sleep(0.1)
         began = time.monotonic()
-        await styles.load(own.styles)
+        await styles.load(refs("paper-cut"))
         assert time.monotonic() - began < 0.2, "a style of this server waits for nobody"
         return await asyncio.gather(*waiting, return_exceptions=True)
 
@@ -381,15 +378,13 @@ def test_callers_who_have_left_start_no_fetches(settings, site, reader):
 
 
 def test_the_time_that_a_request_has_spent_is_gone(settings, site, reader):
-    site.pages["/a/b/resolve/main/x.safetensors"] = (200, lambda: time.sleep(0.5) or PAPER)
-    inputs = Inputs.create(MODELS["miniature"], prompt="a house", style="a/b/x.safetensors")
+    site.pages[PAGE] = (200, lambda: time.sleep(0.5) or PAPER)
     with pytest.raises((DeadlineExceeded, DownloadError)):
-        asyncio.run(LoraResolver(settings, reader).load(inputs.styles, spent_s=4.9))
+        asyncio.run(LoraResolver(settings, reader).load(refs("a/b/x.safetensors"), spent_s=4.9))
 
 
 def test_a_repo_is_asked_for_its_files_once(styles, site):
-    listed = {"sha": "c0ffee", "siblings": [{"rfilename": "x.safetensors"}]}
-    site.pages["/api/models/a/b"] = (200, json.dumps(listed).encode())
+    list_files(site, "c0ffee", ["x.safetensors"])
     site.pages["/a/b/resolve/c0ffee/x.safetensors"] = (200, PIXELS)
     for _ in range(3):
         load(styles, "a/b")
@@ -415,7 +410,7 @@ def test_memory_of_addresses_is_bounded(settings, site, reader, monkeypatch):
 
 
 def test_a_style_that_does_not_arrive_ends_with_the_deadline(settings, site, reader):
-    site.pages["/a/b/resolve/main/x.safetensors"] = (200, lambda: time.sleep(2) or b"")
+    site.pages[PAGE] = (200, lambda: time.sleep(2) or b"")
     styles = LoraResolver(replace(settings, deadline_s=0.3), reader)
     began = time.monotonic()
     with pytest.raises((DeadlineExceeded, DownloadError)):

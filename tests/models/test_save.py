@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,50 +27,29 @@ from fewstep.models.upsampling import fold_upsamplers
 from fewstep.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-# A command as it is, but for the sizes and hashes that are pinned.
-COMMAND = """
-import importlib, json, sys
-from fewstep.models.sources import SOURCES, HubFile, HubRepo
-table, name, module, *arguments = sys.argv[1:]
-SOURCES[name] = tuple(
-    HubRepo(**{**row, "files": tuple(HubFile(**file) for file in row["files"])})
-    for row in json.loads(table)
-)
-sys.exit(importlib.import_module(f"fewstep.cli.{module}").main([name, *arguments]))
-"""
 
 
 class Shop:
     """A hub that has one model, and a machine that has none."""
 
-    def __init__(self, hub, name: str, home: Path, dtype: torch.dtype = torch.float16) -> None:
+    def __init__(self, hub, name, home, dtype=torch.float16):
         self.hub, self.name, self.spec = hub, name, MODELS[name]
         self.weights = home / "weights"
         self.original = make_folder(self.spec, home / "original", dtype)
         self.rows = put_on(hub, self.spec, self.original)
 
-    def start(self, module: str, *arguments: str) -> subprocess.Popen[str]:
-        table = json.dumps([asdict(row) for row in self.rows])
-        environ = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        environ |= {
-            "HF_ENDPOINT": self.hub.url,
-            "HOME": str(self.weights),
-            "FEWSTEP_WEIGHTS": str(self.weights),
-            "PYTHONPATH": str(ROOT),
-        }
-        return subprocess.Popen(
-            [sys.executable, "-c", COMMAND, table, self.name, module, *arguments],
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, module, *arguments):
+        variables = {"HOME": str(self.weights), "FEWSTEP_WEIGHTS": str(self.weights)}
+        return self.hub.start(self.rows, self.name, module, self.name, *arguments, **variables)
 
-    def run(self, module: str, *arguments: str) -> tuple[int, str]:
+    def run(self, module, *arguments):
         process = self.start(module, *arguments)
         err = process.communicate(timeout=100)[1]
         assert "Traceback" not in err, err
         return process.returncode, err
+
+    def install(self):
+        assert [self.run(command)[0] for command in ("download_weights", "save_weights")] == [0, 0]
 
     def generate(self, **inputs):
         pipeline = load_pipeline(self.spec, Settings(weights_root=self.weights))
@@ -88,8 +67,7 @@ def shop(tmp_path):
 def test_a_model_goes_from_the_hub_to_a_image(shop, name):
     model = shop(name)
 
-    assert model.run("download_weights")[0] == 0
-    assert model.run("save_weights")[0] == 0
+    model.install()
 
     assert model.generate().size == (64, 64)
     assert model.generate().tobytes() == model.generate().tobytes()
@@ -100,8 +78,7 @@ def test_a_model_goes_from_the_hub_to_a_image(shop, name):
 
 def test_the_folder_is_what_design_says(shop):
     model = shop("sdxl", dtype=torch.float32)
-    model.run("download_weights")
-    model.run("save_weights")
+    model.install()
     folder = model.weights / "sdxl"
 
     assert json.loads((folder / "vae" / "config.json").read_text())["force_upcast"] is False
@@ -166,8 +143,7 @@ def test_a_killed_save_leaves_nothing_that_looks_finished_and_the_next_completes
 
 def test_saving_anew_replaces_the_folder(shop):
     model = shop("sd15")
-    model.run("download_weights")
-    model.run("save_weights")
+    model.install()
     (model.weights / "sd15" / "unet" / "config.json").write_text("{}")
 
     assert model.run("save_weights")[0] == 0
@@ -178,8 +154,7 @@ def test_saving_anew_replaces_the_folder(shop):
 
 def test_a_byte_flipped_in_the_unet_is_found_at_setup_and_named(shop):
     model = shop("sd15")
-    model.run("download_weights")
-    model.run("save_weights")
+    model.install()
     unet = model.weights / "sd15" / "unet" / "diffusion_pytorch_model.safetensors"
     before = unet.stat()
     content = bytearray(unet.read_bytes())
@@ -188,9 +163,8 @@ def test_a_byte_flipped_in_the_unet_is_found_at_setup_and_named(shop):
     unet.write_bytes(content)
     os.utime(unet, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-    with pytest.raises(
-        WeightsError, match=r"weights/sd15/unet/diffusion_pytorch_model.safetensors is damaged"
-    ):
+    said = r"weights/sd15/unet/diffusion_pytorch_model.safetensors is damaged"
+    with pytest.raises(WeightsError, match=said):
         load_pipeline(model.spec, Settings(weights_root=model.weights))
 
 
@@ -223,13 +197,12 @@ def test_a_single_file_checkpoint_takes_the_place_of_the_networks(shop, name):
     model.generate()
     # Mended by the usual commands, it would silently be the base again.
     (model.weights / name / "vae" / "config.json").unlink()
-    with pytest.raises(
-        WeightsError, match=f"run: scripts/save-weights {name} --from-single-file fine_tune_v7.safetensors"
-    ):
+    said = f"run: scripts/save-weights {name} --from-single-file fine_tune_v7.safetensors"
+    with pytest.raises(WeightsError, match=said):
         load_pipeline(model.spec, Settings(weights_root=model.weights))
 
 
-def spoil(checkpoint: Path, kind: str) -> Path:
+def spoil(checkpoint, kind):
     """Make something of a checkpoint that it must not be taken for."""
     state, metadata = load_file(checkpoint), {}
     unet = "model.diffusion_model."
@@ -289,18 +262,20 @@ def test_a_model_that_no_checkpoint_can_be_is_refused_before_anything(shop, tmp_
     checkpoint.touch()
     arguments = [flag] if flag else ["--from-single-file", str(checkpoint)]
     for name in ("ssd-1b", "lcm-dreamshaper-v7"):
-        done = subprocess.run(
-            [sys.executable, "-m", f"fewstep.cli.{module}", name, *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-m", f"fewstep.cli.{module}", name, *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and "is not made from checkpoints; sdxl and sd15 are" in done.stderr
 
 
-def test_a_save_that_was_killed_between_its_two_renames_loses_nothing(tmp_path):
-    spec, weights = MODELS["sd15"], tmp_path / "weights"
-    files = as_downloaded(spec, make_folder(spec, tmp_path / "original"))
+@pytest.fixture
+def sd15(tmp_path):
+    """What `save_model` takes: the model, its files and the root of all weights."""
+    spec = MODELS["sd15"]
+    return spec, as_downloaded(spec, make_folder(spec, tmp_path / "original")), tmp_path / "weights"
+
+
+def test_a_save_that_was_killed_between_its_two_renames_loses_nothing(sd15, tmp_path):
+    spec, files, weights = sd15
     folder = save_model(spec, files, weights)
     folder.rename(weights / ".sd15.old")  # as a kill would leave it
 
@@ -311,9 +286,8 @@ def test_a_save_that_was_killed_between_its_two_renames_loses_nothing(tmp_path):
     assert not (weights / ".sd15.old").exists()
 
 
-def test_two_saves_at_once_take_turns(tmp_path):
-    spec, weights = MODELS["sd15"], tmp_path / "weights"
-    files = as_downloaded(spec, make_folder(spec, tmp_path / "original"))
+def test_two_saves_at_once_take_turns(sd15):
+    spec, files, weights = sd15
     with ThreadPoolExecutor(4) as threads:
         saved = [threads.submit(save_model, spec, files, weights) for _ in range(4)]
     assert {one.result() for one in saved} == {weights / "sd15"}
@@ -321,11 +295,9 @@ def test_two_saves_at_once_take_turns(tmp_path):
     assert sorted(path.name for path in weights.iterdir()) == [".lock", "sd15"]
 
 
-def test_linked_files_keep_their_mode(tmp_path):
-    spec = MODELS["sd15"]
-    original = make_folder(spec, tmp_path / "original")
-    unet = original / "unet" / "diffusion_pytorch_model.safetensors"
+def test_linked_files_keep_their_mode(sd15, tmp_path):
+    unet = tmp_path / "original" / "unet" / "diffusion_pytorch_model.safetensors"
     unet.chmod(0o664)
-    folder = save_model(spec, as_downloaded(spec, original), tmp_path / "weights")
+    folder = save_model(*sd15)
     assert unet.stat().st_mode & 0o777 == 0o664
     assert all(path.stat().st_mode & 0o044 for path in folder.rglob("*.json"))

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from fewstep.errors import SettingsError
-from fewstep.models.specs import MODELS, get_model, is_drawn
+from fewstep.models.specs import MODELS, get_model
 
 
 def test_models_are_found_by_their_own_name():
@@ -36,7 +36,6 @@ def test_remedies_name_the_model_and_no_machine_path():
         assert not any(word.startswith(("/", "~")) for word in spec.fix.split())
 
 
-def test_only_the_miniature_is_drawn_and_needs_no_safety_checker():
-    assert [name for name in [*MODELS, "weights/miniature", ""] if is_drawn(name)] == ["miniature"]
+def test_only_the_miniature_and_random_weights_need_no_safety_checker():
     assert [name for name, spec in MODELS.items() if not spec.needs_safety_checker] == ["miniature"]
     assert not get_model("sdxl-random").needs_safety_checker
