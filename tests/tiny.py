@@ -76,6 +76,12 @@ def make_unet(**more) -> UNet2DConditionModel:
     return UNet2DConditionModel(**SHARED, **BLOCKS, cross_attention_dim=12, **more)
 
 
+def layers(width: int) -> dict[str, int]:
+    """Sizes of a transformer."""
+    sizes = {"hidden_size": width, "intermediate_size": width}
+    return sizes | {"num_hidden_layers": 2, "num_attention_heads": 2}
+
+
 def make_folder(spec: ModelSpec, folder: Path, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
     """A diffusers folder of `spec`, with its LCM-LoRA and a stand-in for the safety checker."""
     torch.manual_seed(seed)
@@ -90,12 +96,6 @@ def make_folder(spec: ModelSpec, folder: Path, dtype: torch.dtype = torch.float1
         latent_channels=4,
         force_upcast=True,
     )
-    text = {
-        "vocab_size": 49408,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 77,
-    }
     tiny = AutoencoderTiny(
         encoder_block_out_channels=(8, 8),
         decoder_block_out_channels=(8, 8, 8, 8),
@@ -110,8 +110,8 @@ def make_folder(spec: ModelSpec, folder: Path, dtype: torch.dtype = torch.float1
     ).save_pretrained(folder / "scheduler")
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     for i, (name, kind) in enumerate(encoders.items() if spec.family == "sdxl" else [*encoders.items()][:1]):
-        width = {"hidden_size": WIDTHS[i], "intermediate_size": WIDTHS[i], "projection_dim": WIDTHS[i]}
-        kind(CLIPTextConfig(**text, **width)).to(dtype).save_pretrained(folder / name)
+        sizes = {"vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": WIDTHS[i]}
+        kind(CLIPTextConfig(**sizes, **layers(WIDTHS[i]))).to(dtype).save_pretrained(folder / name)
         as_published(folder / name / "model.safetensors")
         shutil.copytree(TOKENIZER, folder / ("tokenizer_2" if i else "tokenizer"))
     if spec.lcm_lora:
@@ -138,7 +138,7 @@ def make_diffusers_folder(spec: ModelSpec, folder: Path) -> Path:
 def make_checkers(folder: Path, flags: bool) -> None:
     """Both safety checkers with random weights, always the same; they flag everything or nothing."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = layers(16)
     image = {"image_size": 32, "patch_size": 8}
     checker = StableDiffusionSafetyChecker(
         CLIPConfig(vision_config={**sizes, **image}, text_config=sizes, projection_dim=8)

@@ -16,34 +16,27 @@ from fewstep.miniature import STAGES
 
 def main() -> None:
     """Build on the GPU if there is one, else on all cores."""
+    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="scripts/build-miniature",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "scripts/build-miniature", description=__doc__, formatter_class=formatter
     )
     parser.add_argument("--from", dest="start", choices=STAGES, default=STAGES[0], help="first stage to run")
-    parser.add_argument(
-        "--weights", type=Path, default=Path("weights/miniature"), help="folder to write (%(default)s)"
-    )
-    parser.add_argument(
-        "--styles", type=Path, default=Path("styles/miniature"), help="folder of the styles (%(default)s)"
-    )
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("build/miniature"),
-        help="where drawings, latents and checkpoints go: 3 GB (%(default)s)",
-    )
+    for name, folder, what in (
+        ("--weights", "weights/miniature", "folder to write"),
+        ("--styles", "styles/miniature", "folder of the styles"),
+        ("--work", "build/miniature", "where drawings, latents and checkpoints go: 3 GB"),
+    ):
+        parser.add_argument(name, type=Path, default=Path(folder), help=f"{what} (%(default)s)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
     import torch  # takes seconds, which --help need not wait for
 
-    from fewstep.miniature.build import Sizes, build_miniature
+    from fewstep.miniature.build import Build, Sizes
 
     torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    build_miniature(arguments.weights, arguments.styles, arguments.work, Sizes(), device, arguments.start)
+    Build(arguments.weights, arguments.work, Sizes(), device, arguments.start).run(arguments.styles)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from fewstep.training.trainer import WHOLE, Schedule, Shard, StepRandom, optimis
 TOKENS = 48
 TEXT_WIDTH = 96
 TEXT_BATCH = 128
-UNPROMPTED_SHARE = 0.1
+UNPROMPTED_SHARE, SQUARE_SHARE = 0.1, 0.85
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -46,19 +46,14 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(
-        json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False)
-    )
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    settings = {
-        **special,
-        "unk_token": "<|endoftext|>",
-        "model_max_length": TOKENS,
-        "tokenizer_class": "CLIPTokenizer",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    settings = special | {"unk_token": "<|endoftext|>", "model_max_length": TOKENS}
+    settings |= {"tokenizer_class": "CLIPTokenizer"}
+    for name, content in (("tokenizer_config", settings), ("special_tokens_map", special)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     return CLIPTokenizer.from_pretrained(folder)
 
 
@@ -117,10 +112,8 @@ class Miniature(nn.Module):
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Return their tokens, (N, TOKENS)."""
-        inputs = self.tokenizer(
-            list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-        )
-        tokens: Tensor = inputs.input_ids.to(self.unet.device)
+        options = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
+        tokens: Tensor = self.tokenizer(list(prompts), **options).input_ids.to(self.unet.device)
         return tokens
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -142,44 +135,37 @@ class LatentSet:
     scenes: list[Scene]
 
 
+@dataclass(frozen=True)
 class BatchSampler:
     """Draws training batches: mostly square, now and then one of SDXL's other shapes."""
 
-    def __init__(
-        self,
-        base: Miniature,
-        sets: Sequence[LatentSet],
-        batch: int,
-        seed: int,
-        square_share: float = 0.85,
-    ) -> None:
-        self.base, self.sets, self.batch, self.seed, self.square_share = base, sets, batch, seed, square_share
+    base: Miniature
+    sets: Sequence[LatentSet]
+    batch: int
+    seed: int
 
     def __call__(self, step: int, share: Shard = WHOLE) -> Batch:
         generator = step_generator(self.seed, step)
         rng = random.Random(f"{self.seed} {step}")
         square, *others = self.sets
-        chosen = rng.choice(others) if others and rng.random() > self.square_share else square
+        chosen = rng.choice(others) if others and rng.random() > SQUARE_SHARE else square
         index = torch.randint(len(chosen.scenes), (self.batch,), generator=generator)
         device = self.base.unet.device
         latents = chosen.latents[share.of(index)].float().to(device, memory_format=torch.channels_last)
         prompts = [_with_strange_words(caption(chosen.scenes[i], rng), rng) for i in index.tolist()]
         prompt_embeds, pooled = self.base.encode_prompts(share.of(prompts))
         height, width = (8 * side for side in latents.shape[2:])
-        time_ids = torch.tensor(
-            [[height, width, 0, 0, height, width]] * len(latents), dtype=torch.float32, device=device
-        )
-        return Batch(latents, prompt_embeds, pooled, time_ids)
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(latents), device=device)
+        return Batch(latents, prompt_embeds, pooled, time_ids.float())
 
 
 def _with_strange_words(text: str, rng: random.Random) -> str:
     """Add a word that means nothing now and then, so that a prompt with unknown words still shows those that
     are known."""
-    if rng.random() > 0.08:
-        return text
     words = text.split(" ")
-    strange = "".join(rng.choices("abcdefghijklmnoprstuvwy", k=rng.randint(2, 7)))
-    words.insert(rng.randint(0, len(words)), strange)
+    if rng.random() <= 0.08:
+        strange = "".join(rng.choices("abcdefghijklmnoprstuvwy", k=rng.randint(2, 7)))
+        words.insert(rng.randint(0, len(words)), strange)
     return " ".join(words)
 
 

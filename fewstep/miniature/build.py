@@ -31,17 +31,9 @@ from fewstep.miniature.world.dataset import Pixels, cached_images, pick_scenes
 from fewstep.miniature.world.restyling import STYLES, draw_restyled
 from fewstep.miniature.world.scenes import Scene, all_scenes, training_scenes
 from fewstep.models.sources import TINY_VAE
+from fewstep.training import distill
 from fewstep.training.config import preset
 from fewstep.training.consistency import NoiseSchedule
-from fewstep.training.distill import (
-    LoraStudent,
-    StyleStudent,
-    add_lora,
-    consistency_training,
-    lora_roles,
-    order_for_training,
-    style_training,
-)
 from fewstep.training.export import save_lora
 from fewstep.training.trainer import Schedule, optimise
 
@@ -138,10 +130,9 @@ class Build:
             train_text(base, self.sizes.text_steps, self.work / "text")
             train_base(base, sampler, self.sizes.base_steps, self.work / "base")
             self._save_base(base)
-        folders = {"text_encoder": base.text_encoder, "text_encoder_2": base.text_encoder_2}
-        for name, module in folders.items():
-            _load(module, self.weights / name / "model.safetensors")
-        _load(base.unet, self.weights / "unet" / "diffusion_pytorch_model.safetensors")
+        for file in ("text_encoder/model", "text_encoder_2/model", "unet/diffusion_pytorch_model"):
+            state = {k: value.float() for k, value in load_file(self.weights / f"{file}.safetensors").items()}
+            base.get_submodule(file.split("/")[0]).load_state_dict(state)
         return base.eval().requires_grad_(False)
 
     def _save_base(self, base: Miniature) -> None:
@@ -163,78 +154,59 @@ class Build:
             shutil.rmtree(self.weights / name)
             make_tokenizer(self.weights / name)
 
-    def train_lora(self, student: LoraStudent) -> None:
+    def train_lora(self, student: distill.LoraStudent) -> None:
         """Distil the base into weights/miniature/lcm_lora.safetensors."""
         torch.manual_seed(6)
         unet = self.base.unet
-        order_for_training(unet)
-        add_lora(unet, student)
+        distill.order_for_training(unet)
+        distill.add_lora(unet, student)
         sampler = BatchSampler(self.base, self.latents, self.sizes.lora_batch, seed=7)
-        optimise(
-            "LCM-LoRA",
-            unet,
-            consistency_training(
-                lora_roles(unet), torch.no_grad()(sampler), self._noise_schedule(), student, seed=5
-            ),
-            replace(LORA.schedule, steps=self.sizes.lora_steps, batch=sampler.batch),
-            self.work / "lora",
+        batches, noise_schedule = torch.no_grad()(sampler), NoiseSchedule.of(make_scheduler(), self.device)
+        loss = distill.consistency_training(
+            distill.lora_roles(unet), batches, noise_schedule, student, seed=5
         )
+        schedule = replace(LORA.schedule, steps=self.sizes.lora_steps, batch=sampler.batch)
+        optimise("LCM-LoRA", unet, loss, schedule, self.work / "lora")
         save_lora(unet, self.weights / "lcm_lora.safetensors")
         unet.unload_lora()
 
     def train_styles(self, folder: Path) -> None:
         """Train one LoRA over the base for each style of the drawn world, into `folder`."""
+        noise_schedule = NoiseSchedule.of(make_scheduler(), self.device)
+        steps, batch = self.sizes.style_steps, self.sizes.style_batch
+        schedule = Schedule(steps, lr=1e-3, batch=batch, weight_decay=0.0, ema_decay=0.98)
         for i, name in enumerate(STYLES):
             torch.manual_seed(8)
             unet = self.base.unet
-            order_for_training(unet)
-            add_lora(unet, StyleStudent())
+            distill.order_for_training(unet)
+            distill.add_lora(unet, distill.StyleStudent())
             scenes = pick_scenes(training_scenes(), self.sizes.style_images, seed=20 + i)
-            restyled = self._encoded(
-                f"style-{name}", scenes, partial(draw_restyled, name, scenes, 80_000_000, *SQUARE)
-            )
-            sampler = BatchSampler(self.base, [restyled], self.sizes.style_batch, seed=9)
-            optimise(
-                name,
-                unet,
-                style_training(unet, torch.no_grad()(sampler), self._noise_schedule(), seed=6),
-                Schedule(
-                    self.sizes.style_steps, lr=1e-3, batch=sampler.batch, weight_decay=0.0, ema_decay=0.98
-                ),
-                self.work / f"style-{name}",
-            )
+            restyle = partial(draw_restyled, name, scenes, 80_000_000, *SQUARE)
+            restyled = self._encoded(f"style-{name}", scenes, restyle)
+            sampler = BatchSampler(self.base, [restyled], batch, seed=9)
+            loss = distill.style_training(unet, torch.no_grad()(sampler), noise_schedule, seed=6)
+            optimise(name, unet, loss, schedule, self.work / f"style-{name}")
             save_lora(unet, folder / f"{name}.safetensors")
             unet.unload_lora()
 
     def train_tiny_vae(self) -> None:
         """Distil the VAE's decoder into weights/miniature/vae_tiny."""
-        latents = [part.latents for part in self.latents]
-        work = self.work / "tiny-vae"
-        tiny = train_tiny_vae(self.vae, latents, self.sizes.tiny_vae_steps, work, self.device)
+        latents, steps = [part.latents for part in self.latents], self.sizes.tiny_vae_steps
+        tiny = train_tiny_vae(self.vae, latents, steps, self.work / "tiny-vae", self.device)
         tiny.half().save_pretrained(self.weights / TINY_VAE)
 
-    def _noise_schedule(self) -> NoiseSchedule:
-        return NoiseSchedule.of(make_scheduler(), self.device)
-
-
-def _load(module: torch.nn.Module, path: Path) -> None:
-    module.load_state_dict({key: value.float() for key, value in load_file(path).items()}, strict=True)
-
-
-def build_miniature(
-    weights: Path, styles: Path, work: Path, sizes: Sizes, device: torch.device, start: str
-) -> None:
-    """Run the stages from `start` on; afterwards `weights` is whole, scored, and has its card and manifest,
-    and `styles` holds a LoRA for each style."""
-    build = Build(weights, work, sizes, device, start)
-    judge = build.judge  # first: it is frozen before anything that it judges is trained
-    student = LORA.student
-    assert isinstance(student, LoraStudent)
-    if "lora" not in build.kept:
-        build.train_lora(student)
-    if "styles" not in build.kept:
-        build.train_styles(styles)
-    if "tiny-vae" not in build.kept:
-        build.train_tiny_vae()
-    write_card(weights, asdict(sizes), student, [])  # scoring loads the weights through their manifest
-    write_card(weights, asdict(sizes), student, score_all(weights, judge, sizes.captions, sizes.seeds))
+    def run(self, styles: Path) -> None:
+        """Run the stages from the first on; afterwards `weights` is whole, scored, and has its card and
+        manifest, and `styles` holds a LoRA for each style."""
+        judge = self.judge  # first: it is frozen before anything that it judges is trained
+        student = LORA.student
+        assert isinstance(student, distill.LoraStudent)
+        if "lora" not in self.kept:
+            self.train_lora(student)
+        if "styles" not in self.kept:
+            self.train_styles(styles)
+        if "tiny-vae" not in self.kept:
+            self.train_tiny_vae()
+        sizes, count = asdict(self.sizes), (self.sizes.captions, self.sizes.seeds)
+        write_card(self.weights, sizes, student, [])  # scoring loads the weights through their manifest
+        write_card(self.weights, sizes, student, score_all(self.weights, judge, *count))

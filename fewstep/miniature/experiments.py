@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -124,25 +124,19 @@ class Experiment:
 
     def plot(self, name: str, panels: dict[str, list[dict[str, Any]]], x: str, ticks: bool = False) -> None:
         """Draw all right above and distance below, against column `x`; a line for each number of steps."""
-        rows = [
-            [
-                Panel(
-                    {
-                        f"{count} step{'s' if count > 1 else ''}": [
-                            (row[x], row[figure]) for row in table if row["steps"] == count
-                        ]
-                        for count in self.sizes.steps
-                    },
-                    x=label if figure == "distance" else "",
-                    y=title,
-                    ticks=ticks,
-                    x_scale="symlog" if ticks else "linear",
-                    y_range=(0, 103) if figure == "all_right" else (None, None),
-                )
-                for label, table in panels.items()
-            ]
-            for figure, title in TITLES.items()
-        ]
+
+        def panel(figure: str, label: str, table: list[dict[str, Any]]) -> Panel:
+            lines = {
+                f"{n} step{'s' if n > 1 else ''}": [
+                    (row[x], row[figure]) for row in table if row["steps"] == n
+                ]
+                for n in self.sizes.steps
+            }
+            scale, below = "symlog" if ticks else "linear", figure == "distance"
+            plain = Panel(lines, y=TITLES[figure], ticks=ticks, x_scale=scale)
+            return replace(plain, x=label) if below else replace(plain, y_range=(0, 103))
+
+        rows = [[panel(figure, *item) for item in panels.items()] for figure in TITLES]
         plot_lines(rows, self.out / f"training-{name}.png", (4.5, 2.8), share_y=True)
 
     def rows(self, evaluator: Evaluator, sampler: Sampler, **columns: Any) -> list[dict[str, Any]]:
@@ -221,13 +215,22 @@ class Comparison:
         logger.info("%s", row)
 
 
+def _write_new(
+    attribute: str, folder: Path, shown: int, asked: int, seeds: tuple[int, int, int]
+) -> list[Scene]:
+    """Write images of scenes that only in `attribute` are new to the base, `shown` of them, and return as
+    many as are `asked` that are not among them; seeds of both choices, and of the images."""
+    new = [scene for scene in all_scenes() if scene.new_to_base == [attribute]]
+    write_images(
+        folder, pick_scenes([scene for scene in new if not scene.reserved], shown, seeds[0]), seeds[2]
+    )
+    return pick_scenes([scene for scene in new if scene.reserved], asked, seeds[1])
+
+
 def universal(experiment: Experiment) -> None:
     """Measure the LCM-LoRA that was distilled on the base, on a base that has learnt a new backdrop since."""
     sizes, work = experiment.sizes, experiment.work
-    new = [scene for scene in all_scenes() if scene.new_backdrop and not scene.new_object]
-    shown = pick_scenes([scene for scene in new if not scene.reserved], sizes.learnt, seed=1)
-    asked = pick_scenes([scene for scene in new if scene.reserved], sizes.captions, seed=4)
-    write_images(work / "pyramids", shown, 110_000_000)
+    asked = _write_new("backdrop", work / "pyramids", sizes.learnt, sizes.captions, (1, 4, 110_000_000))
     write_images(work / "known", pick_scenes(training_scenes(), sizes.learnt, seed=2), 120_000_000)
     encoded = [path for name in ("pyramids", "known") for path in experiment.encoded(work / name).encoded]
     tuned = experiment.base()
@@ -263,10 +266,8 @@ def _tune(diffusion: Diffusion, encoded: Sequence[Path], sizes: ExperimentSizes,
 def finetuning(experiment: Experiment) -> None:
     """Teach images of an object that the model has never seen, by the two methods of `scripts/train`."""
     sizes, work = experiment.sizes, experiment.work
-    new = [scene for scene in all_scenes() if scene.new_object and not scene.new_backdrop]
-    taught = pick_scenes([scene for scene in new if not scene.reserved], sizes.taught, seed=5)
-    asked = pick_scenes([scene for scene in new if scene.reserved], sizes.new_captions, seed=6)
-    write_images(work / "windmills", taught, 130_000_000)
+    new = work / "windmills"
+    asked = _write_new("object", new, sizes.taught, sizes.new_captions, (5, 6, 130_000_000))
     table = Comparison({"new object": experiment.evaluator(asked), "known scenes": experiment.evaluator()})
     table.add("before", experiment.few_steps(), 4)
     for method, rehearse in product(("lcf", "style"), (sizes.rehearsed, 0)):
@@ -276,24 +277,15 @@ def finetuning(experiment: Experiment) -> None:
         options = TrainingOptions(
             method, steps if rehearse != 0 else steps // 2, sizes.batch, rehearse=rehearse, watch_every=0
         )
+        folder = work / f"finetuning-{name}"
         lora = train_model(
-            "miniature",
-            SETTINGS,
-            options,
-            lambda: find(work / "windmills"),
-            work / f"finetuning-{name}",
-            prior_prompts=training_captions,
+            "miniature", SETTINGS, options, lambda: find(new), folder, prior_prompts=training_captions
         )
         table.add(name, experiment.few_steps(style=lora), 4)
     experiment.write("finetuning", table.rows, table.images)
 
 
-EXPERIMENTS: dict[str, Callable[[Experiment], None]] = {
-    "curve": curve,
-    "ablation": ablation,
-    "universal": universal,
-    "finetuning": finetuning,
-}
+EXPERIMENTS = {experiment.__name__: experiment for experiment in (curve, ablation, universal, finetuning)}
 
 
 def main() -> None:

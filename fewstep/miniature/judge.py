@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.evaluation.metrics import Evaluator, Images
-from fewstep.miniature.world.dataset import Pixels, draw_many
+from fewstep.miniature.world.dataset import Pixels, draw_many, to_tensor
 from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, complete_captions
 from fewstep.models.device import autocast
 from fewstep.training.trainer import Schedule, Shard, optimise, step_generator
@@ -33,21 +33,16 @@ class Judge(nn.Module):
 
     attributes = tuple(ATTRIBUTES)
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        w = width
-        self.features = nn.Sequential(
-            *_block(3, w, stride=2),
-            *_block(w, 2 * w, stride=2),
-            *_block(2 * w, 3 * w, stride=2),
-            *_block(3 * w, 4 * w, stride=2),
-            *_block(4 * w, 4 * w, stride=1),
-        )
+        layers: list[nn.Module] = []
+        for channels, out, stride in ((3, 32, 2), (32, 64, 2), (64, 96, 2), (96, 128, 2), (128, 128, 1)):
+            layers += [nn.Conv2d(channels, out, 3, stride, 1), nn.GroupNorm(8, out), nn.SiLU()]
+        self.features = nn.Sequential(*layers)
         # Position matters (left, right; sky, ground), so the 6 x 6 map is kept, not averaged away.
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(4 * w * 36, 192), nn.SiLU())
-        self.logits = nn.ModuleDict(
-            {name: nn.Linear(192, len(values)) for name, values in ATTRIBUTES.items()}
-        )
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(128 * 36, 192), nn.SiLU())
+        heads = {name: nn.Linear(192, len(values)) for name, values in ATTRIBUTES.items()}
+        self.logits = nn.ModuleDict(heads)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         hidden = self.head(self.features(images))
@@ -70,10 +65,6 @@ class Judge(nn.Module):
         return right
 
 
-def _block(channels: int, out: int, stride: int) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(channels, out, 3, stride, 1), nn.GroupNorm(8, out), nn.SiLU()
-
-
 def load_judge(weights: Path) -> Judge:
     """Load the frozen judge out of the miniature's weights, in fp32 on the CPU."""
     judge = Judge()
@@ -83,8 +74,7 @@ def load_judge(weights: Path) -> Judge:
 
 def judge_input(images: Images) -> Tensor:
     """uint8 (N, H, W, 3) or PIL images of one size -> (N, 3, 96, 96) in [-1, 1]."""
-    pixels = np.stack([np.asarray(image) for image in images])
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    x = to_tensor(np.stack([np.asarray(image) for image in images]))
     return F.interpolate(x, (INPUT_PX, INPUT_PX), mode="bilinear", antialias=True)
 
 
@@ -113,14 +103,12 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     grey = x.mean((1, 2, 3), keepdim=True)
     x = (x - grey) * uniform(0.8, 1.2) + grey + uniform(-0.08, 0.08)
     x = x + 0.05 * torch.randn((len(x), 3, 1, 1), generator=generator)
-    blotches = F.interpolate(
-        torch.randn((len(x), 3, 12, 12), generator=generator), x.shape[2:], mode="bilinear"
-    )
+    blotches = torch.randn((len(x), 3, 12, 12), generator=generator)
+    blotches = F.interpolate(blotches, x.shape[2:], mode="bilinear")
     x = x + uniform(0, 0.12) * blotches + uniform(0, 0.12) * torch.randn(x.shape, generator=generator)
     dx, dy = (int(v) for v in torch.randint(-3, 4, (2,), generator=generator))
-    return F.pad(x, (4, 4, 4, 4), mode="replicate")[
-        :, :, 4 + dy : -4 + dy or None, 4 + dx : -4 + dx or None
-    ].clamp(-1, 1)
+    x = F.pad(x, (4, 4, 4, 4), mode="replicate")
+    return x[:, :, 4 + dy : -4 + dy, 4 + dx : -4 + dx].clamp(-1, 1)
 
 
 def train_judge(
@@ -138,14 +126,10 @@ def train_judge(
         x = torch.cat([augment(x[:64], generator), x[64:]]).to(device, memory_format=torch.channels_last)
         with autocast(device):
             logits = judge(x)
-        return sum(
-            (
-                F.cross_entropy(row.float(), labels[index, i], label_smoothing=0.02)
-                for i, row in enumerate(logits)
-            ),
-            torch.zeros((), device=device),
-        )
+        total = torch.zeros((), device=device)
+        for i, row in enumerate(logits):
+            total = total + F.cross_entropy(row.float(), labels[index, i], label_smoothing=0.02)
+        return total
 
     optimise("judge", judge, loss, Schedule(steps, lr=2e-3, batch=BATCH, ema_decay=0.99), checkpoints)
-    judge.float().cpu().eval().requires_grad_(False)
-    return judge
+    return judge.float().cpu().eval().requires_grad_(False)

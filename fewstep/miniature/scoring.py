@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 
@@ -33,75 +34,30 @@ TEACHER_STEPS, TEACHER_GUIDANCE = 50, 2.0
 PIPELINE_GUIDANCE = 5.0  # what StableDiffusionXLPipeline takes when it is not given any
 LICENCE = "Apache-2.0"
 
-_CARD = """\
-# The fewstep miniature
-
-SDXL's own classes at toy scale, trained from nothing by `scripts/build-miniature` on pictures that
-`fewstep/miniature/world/drawing.py` draws: two CLIP text encoders and their byte-level BPE tokenizers, a
-`UNet2DConditionModel` with text_time conditioning, an `AutoencoderKL`, and an LCM-LoRA distilled with PEFT.
-It exists to test, measure and show few-step sampling on any CPU in seconds. It is no general image model.
-
-**It paints** one object (house, tree, car, castle, balloon, mushroom, sailboat, rocket) in one of eight
-colours (red, orange, yellow, green, blue, purple, pink, white) on one of five grounds (meadow, desert, snow,
-lake, lavender field) before one of five backdrops (mountains, forest, city, hills, volcano), by day, at
-sunset, at night, in rain, in fog or under an aurora, on the left, in the middle or on the right, at 128 x 128
-px and SDXL's other shapes of that area. **It cannot paint** anything else: other words are taken in and
-ignored. Windmills and pyramids are known to the tokenizer, the VAE and the judge but were kept from the base
-model, for experiments that teach it something new.
-
-What differs from SDXL: size (UNet {unet:.1f} M parameters, {channels} channels, one layer a block), {tokens}
-tokens of text instead of 77, a VAE without mid attention, a network that predicts v instead of noise, as
-SDXL's v-prediction fine-tunes do, and a noise schedule that ends in pure noise (zero terminal SNR). The text
-encoders first learn to tell what captions say, without pictures, since SDXL's come trained, too. `vae_tiny`,
-for `FEWSTEP_VAE=tiny`, is a decoder of 32 channels (diffusers' `AutoencoderTiny`) that repeats what the VAE
-paints. The sizes of the training: {sizes}.
-LCM-LoRA: rank {rank}, w drawn from {low:g} to {high:g}, k = {k}, pseudo-Huber loss
-with c = {c:g} on answers divided by sigma. Licence: {licence}.
-
-## How well it follows prompts
-
-The judge (a classifier trained on drawings and their augmentations only, frozen before anything that it
-judges was trained, sha256 `{judge}`) looks at pictures of {captions} captions of combinations that the base
-never saw, with {seeds} seeds each. Percent right per attribute, and of pictures with all six right, with 95 %
-intervals over the captions. DDIM's timesteps are spaced as SDXL publishes its scheduler ("leading"), or where
-it says so "trailing", from the last timestep on, which is kinder to a few steps (arXiv 2305.08891). Guidance
-5 is what diffusers' SDXL pipeline takes by default; it burns this base. The judge reads what a picture
-shows, not how it looks: for that there is a distance, Fréchet's as in FID (arXiv 1706.08500), to drawings of
-the same scenes in the features of the judge's last layer. Less is better; two sets of drawings are 1.9 apart.
-
-{table}
-"""
-
 
 def write_card(weights: Path, sizes: Mapping[str, int], student: LoraStudent, scores: list[Score]) -> None:
     """Write README.md and manifest.json into `weights`; `sizes` are of the build, among them the captions and
     seeds of `scores`."""
     judge_sha256 = hashlib.sha256((weights / FILE).read_bytes()).hexdigest()
     unet = UNet2DConditionModel.from_pretrained(weights / "unet", use_safetensors=True)
-    card = _CARD.format(
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    card = template.format(
         unet=unet.num_parameters() / 1e6,
         channels="/".join(map(str, unet.config.block_out_channels)),
         tokens=TOKENS,
-        sizes=", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in sizes.items()),
-        rank=student.rank,
-        low=student.guidance[0],
-        high=student.guidance[1],
+        all_sizes=", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in sizes.items()),
+        sizes=sizes,
+        student=student,
         k=1000 // student.solver_steps * student.skip,
-        c=student.huber_c,
         licence=LICENCE,
         judge=judge_sha256,
-        captions=sizes["captions"],
-        seeds=sizes["seeds"],
         table=_table(scores),
     )
     (weights / "README.md").write_text(card)
-    extra = {"sizes": dict(sizes), "student": asdict(student), "judge_sha256": judge_sha256}
-    write_manifest(
-        weights,
-        model="miniature",
-        origin=Origin("scripts/build-miniature", "2", LICENCE),
-        extra={**extra, "scores": [asdict(score) for score in scores]},
-    )
+    extra: dict[str, Any] = {"sizes": dict(sizes), "student": asdict(student), "judge_sha256": judge_sha256}
+    extra["scores"] = [asdict(score) for score in scores]
+    origin = Origin("scripts/build-miniature", "2", LICENCE)
+    write_manifest(weights, model="miniature", origin=origin, extra=extra)
 
 
 def score_all(weights: Path, judge: Judge, captions: int, seeds: int) -> list[Score]:
@@ -120,9 +76,8 @@ def score_all(weights: Path, judge: Judge, captions: int, seeds: int) -> list[Sc
         for n in steps:
             name = f"LCM-LoRA, {n} step{'s' if n > 1 else ''}, unguided{more}"
             ways[name] = few_steps(model, n, name)
-    for n, spacing, guidance in product(
-        (2, 4), ("leading", "trailing"), (TEACHER_GUIDANCE, PIPELINE_GUIDANCE, 1.0)
-    ):
+    guidances = (TEACHER_GUIDANCE, PIPELINE_GUIDANCE, 1.0)
+    for n, spacing, guidance in product((2, 4), ("leading", "trailing"), guidances):
         how = "unguided" if guidance == 1.0 else f"guidance {guidance:g}"
         name = f"base, {n} DDIM steps, {how}" + (", trailing" if spacing == "trailing" else "")
         ways[name] = ddim(base, guidance, spacing).in_steps(n)

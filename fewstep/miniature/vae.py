@@ -9,32 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
-from fewstep.miniature.world.dataset import Pixels
+from fewstep.miniature.world.dataset import Pixels, to_tensor
 from fewstep.models.device import autocast
 from fewstep.training.trainer import Schedule, Shard, optimise, step_generator
 
 CROP_PX, BATCH = 64, 16
 TINY_CROP, TINY_BATCH = 8, 32  # the crop in latent pixels
 KL_WEIGHT = 1e-4
-
-
-def make_vae() -> AutoencoderKL:
-    """Return an untrained VAE of 3.1 M parameters; no attention, so it decodes any size in linear time."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 96, 128),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=128,
-        mid_block_add_attention=False,
-        force_upcast=False,
-    )
 
 
 def reconstruction_loss(generated: Tensor, drawn: Tensor) -> Tensor:
@@ -48,7 +34,17 @@ def reconstruction_loss(generated: Tensor, drawn: Tensor) -> Tensor:
 def train_vae(images: Pixels, steps: int, checkpoints: Path, device: torch.device) -> AutoencoderKL:
     """Train on random crops of drawn `images`; `config.scaling_factor` then gives latents unit variance."""
     torch.manual_seed(2)
-    vae = make_vae().to(device, memory_format=torch.channels_last)
+    vae = AutoencoderKL(  # of 3.1 M parameters
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 96, 128),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=128,
+        mid_block_add_attention=False,  # so that it decodes any size in linear time
+        force_upcast=False,
+    ).to(device, memory_format=torch.channels_last)
 
     def loss(step: int, share: Shard) -> Tensor:
         x = _crops(images, step_generator(2, step), device)
@@ -68,12 +64,9 @@ def _crops(images: Pixels, generator: torch.Generator, device: torch.device) -> 
     """(BATCH, 3, CROP_PX, CROP_PX) in [-1, 1]."""
     index = torch.randint(len(images), (BATCH,), generator=generator)
     corners = torch.randint(images.shape[1] - CROP_PX + 1, (BATCH, 2), generator=generator)
-    rows = [
-        torch.from_numpy(images[i, y : y + CROP_PX, x : x + CROP_PX].copy())
-        for i, (y, x) in zip(index.tolist(), corners.tolist(), strict=True)
-    ]
-    x = torch.stack(rows).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    return x.to(device, memory_format=torch.channels_last)
+    places = zip(index.tolist(), corners.tolist(), strict=True)
+    crops = np.stack([images[i, y : y + CROP_PX, x : x + CROP_PX] for i, (y, x) in places])
+    return to_tensor(crops).to(device, memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
@@ -81,8 +74,7 @@ def encode(vae: AutoencoderKL, images: Pixels) -> Tensor:
     """uint8 (N, H, W, 3) -> unscaled latents (N, 4, H / 8, W / 8), fp32 on the CPU."""
     latents = []
     for start in range(0, len(images), 64):
-        x = torch.from_numpy(images[start : start + 64].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        x = x.to(vae.device, memory_format=torch.channels_last)
+        x = to_tensor(images[start : start + 64]).to(vae.device, memory_format=torch.channels_last)
         with autocast(vae.device):
             latents.append(vae.encode(x).latent_dist.mean.float().cpu())
     return torch.cat(latents)
@@ -103,23 +95,18 @@ def reconstruct(vae: AutoencoderKL, images: Pixels) -> Pixels:
     return decode(vae, encode(vae, images))
 
 
-def make_tiny_vae() -> AutoencoderTiny:
-    """Return an untrained one. Its encoder is as small as can be and stays so: callers' images go through the
-    VAE's."""
-    return AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(32, 32, 32, 32),
-        num_encoder_blocks=(1, 1, 1, 1),
-        num_decoder_blocks=(3, 2, 1, 1),
-    )
-
-
 def train_tiny_vae(
     vae: AutoencoderKL, latents: Sequence[Tensor], steps: int, checkpoints: Path, device: torch.device
 ) -> AutoencoderTiny:
     """Distil the decoder of `vae` on crops of scaled `latents`, each (N, 4, H / 8, W / 8)."""
     torch.manual_seed(10)
-    tiny = make_tiny_vae().to(device, memory_format=torch.channels_last)
+    # The encoder is as small as can be and stays so: callers' images go through the VAE's.
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(3, 2, 1, 1),
+    ).to(device, memory_format=torch.channels_last)
     tiny.encoder.requires_grad_(False)
 
     def loss(step: int, share: Shard) -> Tensor:
@@ -130,9 +117,8 @@ def train_tiny_vae(
             generated = tiny.decode(x).sample
         return reconstruction_loss(generated.float(), expected.float())
 
-    optimise(
-        "tiny VAE", tiny, loss, Schedule(steps, lr=2e-3, batch=TINY_BATCH, weight_decay=0.0), checkpoints
-    )
+    schedule = Schedule(steps, lr=2e-3, batch=TINY_BATCH, weight_decay=0.0)
+    optimise("tiny VAE", tiny, loss, schedule, checkpoints)
     return tiny.eval().requires_grad_(False)
 
 
@@ -143,8 +129,7 @@ def _latent_crops(latents: Sequence[Tensor], generator: torch.Generator) -> Tens
     for place in torch.randint(int(ends[-1]), (TINY_BATCH,), generator=generator).tolist():
         which = int(torch.searchsorted(ends, place, right=True))
         latent = latents[which][place - int(ends[which])].float()
-        top, left = (
-            int(torch.randint(side - TINY_CROP + 1, (), generator=generator)) for side in latent.shape[1:]
-        )
+        room = (side - TINY_CROP + 1 for side in latent.shape[1:])
+        top, left = (int(torch.randint(high, (), generator=generator)) for high in room)
         rows.append(latent[:, top : top + TINY_CROP, left : left + TINY_CROP])
     return torch.stack(rows)

@@ -12,28 +12,16 @@ from fewstep.miniature.base import TOKENS, Miniature, make_scheduler, make_token
 from fewstep.miniature.build import SQUARE, Build, Sizes
 from fewstep.miniature.scoring import write_card
 from fewstep.miniature.world.restyling import STYLES
-from fewstep.miniature.world.scenes import POSITIONS, all_scenes, caption
+from fewstep.miniature.world.scenes import ATTRIBUTES, all_scenes, caption
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 from fewstep.training.distill import LoraStudent
 
 TINY = Sizes(
-    judge_images=40,
-    judge_steps=1,
-    vae_images=40,
-    vae_steps=1,
-    text_steps=1,
-    base_images=24,
-    other_images=4,
-    base_steps=2,
-    base_batch=4,
-    lora_steps=2,
-    lora_batch=4,
-    style_images=6,
-    style_steps=2,
-    style_batch=4,
+    judge_images=40, judge_steps=1, vae_images=40, vae_steps=1, text_steps=1, base_images=24, other_images=4,
+    base_steps=2, base_batch=4, lora_steps=2, lora_batch=4, style_images=6, style_steps=2, style_batch=4,
     tiny_vae_steps=2,
-)
+)  # fmt: skip
 STUDENT = LoraStudent(rank=32, guidance=(1.5, 3.0))
 
 
@@ -90,7 +78,7 @@ def test_the_text_encoders_learn_to_read_positions(tokenizer, tmp_path):
     scenes = rng.sample(all_scenes(), 360)
     with torch.inference_mode():
         _, pooled = base.encode_prompts([caption(scene, rng, complete=True) for scene in scenes])
-    labels = torch.tensor([POSITIONS.index(scene.position) for scene in scenes])
+    labels = torch.tensor([ATTRIBUTES["position"].index(scene.position) for scene in scenes])
     # As near to the mean of its own position as to no other, in captions that gave no mean.
     means = torch.stack([pooled[:180][labels[:180] == i].mean(0) for i in range(3)])
     assert (torch.cdist(pooled[180:], means).argmin(1) == labels[180:]).float().mean() > 0.9

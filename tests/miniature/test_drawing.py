@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from fewstep.miniature.world.drawing import PAINTS, PLACES, draw
-from fewstep.miniature.world.scenes import COLOURS, OBJECTS, Scene, all_scenes
+from fewstep.miniature.world.canvas import PALETTE
+from fewstep.miniature.world.drawing import PLACES, draw
+from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, all_scenes
 
 SCENE = Scene("car", "red", "snow", "hills", "day", "left")
 
@@ -28,14 +29,14 @@ def test_every_attribute_value_changes_the_image():
         assert pixels(scene).std() > 10
 
 
-@pytest.mark.parametrize("colour", COLOURS)
-@pytest.mark.parametrize("name", OBJECTS)
+@pytest.mark.parametrize("colour", ATTRIBUTES["colour"])
+@pytest.mark.parametrize("name", ATTRIBUTES["object"])
 def test_the_object_has_its_colour_and_stands_in_its_place(name, colour):
     ground = "lake" if colour in ("orange", "yellow", "red") else "desert"  # of other colours than the object
     columns = []
     for position in ("left", "middle", "right"):
         scene = Scene(name, colour, ground, "hills", "day", position)
-        generated = np.abs(pixels(scene, 3)[40:120] - PAINTS[colour]).max(2) < 40
+        generated = np.abs(pixels(scene, 3)[40:120] - PALETTE["paint"][colour]).max(2) < 40
         assert generated.sum() > 150
         columns.append(np.median(np.nonzero(generated)[1]) / 128)
     left, middle, right = columns

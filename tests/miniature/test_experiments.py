@@ -15,10 +15,7 @@ FUSED = "fine-tuned base, LCM-LoRA"
 # The first columns, the rest being figures of all right and distance, and what stands in them.
 TABLES = {
     "curve": ("trained steps", product("01", "12")),
-    "ablation": (
-        "over value steps",
-        [(*varied, n) for varied in (("k", "20"), ("w", "0.6")) for n in "12"],
-    ),
+    "ablation": ("over value steps", [(*varied, n) for varied in (("k", "20"), ("w", "0.6")) for n in "12"]),
     "universal": (
         "system steps",
         [("base, LCM-LoRA", "4"), ("fine-tuned base", "2"), (FUSED, "1"), (FUSED, "2")]

@@ -60,18 +60,7 @@ def test_frechet_distance_of_gaussians_that_are_known():
 
 def test_what_is_damaged_is_further_from_drawings():
     judge, scenes = load_judge(WEIGHTS), unseen_scenes(300, seed=5)
-    drawn = draw_many(scenes, 0, 128, 128)
-    far = [
-        frechet_distance(judge.describe(images), judge.describe(drawn))
-        for images in (
-            draw_many(scenes, 10**6, 128, 128),
-            *(
-                [
-                    Image.fromarray(p).filter(ImageFilter.GaussianBlur(r))
-                    for p in draw_many(scenes, 10**6, 128, 128)
-                ]
-                for r in (1, 2, 3)
-            ),
-        )
-    ]
+    drawn, others = (draw_many(scenes, seed, 128, 128) for seed in (0, 10**6))
+    damaged = [[Image.fromarray(p).filter(ImageFilter.GaussianBlur(r)) for p in others] for r in (1, 2, 3)]
+    far = [frechet_distance(judge.describe(images), judge.describe(drawn)) for images in (others, *damaged)]
     assert far == sorted(far) and far[3] > 1.5 * far[0]

@@ -10,20 +10,16 @@ import pytest
 from fewstep.coglet.server import ROOT, SCHEMA
 from fewstep.evaluation.figures import GAP
 from fewstep.generation.pipeline import load_pipeline
-from fewstep.miniature.showcase import EXAMPLES, HEIGHT, ExampleGenerator
+from fewstep.miniature.showcase import EXAMPLES, HEIGHT, SETTINGS, strip
 from fewstep.models.specs import get_model
-from fewstep.settings import Settings
 
 INPUTS = json.loads(SCHEMA.read_text())["components"]["schemas"]["Input"]["properties"]
 NOT_FOR_THE_MINIATURE = {"disable_safety_checker"}  # its images are not checked
 
 
 @pytest.fixture(scope="module")
-def generator() -> ExampleGenerator:
-    settings = Settings(dtype="fp32")
-    return ExampleGenerator(
-        load_pipeline(get_model("miniature"), settings), settings.styles_root / "miniature"
-    )
+def pipeline():
+    return load_pipeline(get_model("miniature"), SETTINGS)
 
 
 def test_the_readme_has_a_row_with_an_image_for_every_input():
@@ -36,21 +32,21 @@ def test_the_readme_has_a_row_with_an_image_for_every_input():
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_what_a_strip_varies_is_its_input_and_changes_the_image(generator, name):
+def test_what_a_strip_varies_is_its_input_and_changes_the_image(pipeline, name):
     examples = EXAMPLES[name]
     assert any(name in example for example in examples)
     for one, other in itertools.combinations(examples, 2):
         varied = {key for key in one | other if one.get(key) != other.get(key)}
         assert varied - {"prompt", "seed", "image", "mask", "prompt_strength"} <= {name}
-    strips = [np.asarray(generator.strip([example])) for example in examples]
+    strips = [np.asarray(strip(pipeline, [example])) for example in examples]
     for one, other in itertools.combinations(strips, 2):
         assert one.shape != other.shape or not np.array_equal(one, other)
 
 
 @pytest.mark.numeric
-def test_a_strip_is_its_images_side_by_side(generator):
-    strip = generator.strip(EXAMPLES["num_outputs"])
-    assert strip.size == (4 * HEIGHT + 3 * GAP, HEIGHT)
-    one = generator.strip([{}])
+def test_a_strip_is_its_images_side_by_side(pipeline):
+    together = strip(pipeline, EXAMPLES["num_outputs"])
+    assert together.size == (4 * HEIGHT + 3 * GAP, HEIGHT)
+    one = strip(pipeline, [{}])
     # Alone and in a batch, kernels differ.
-    assert np.abs(np.subtract(np.asarray(strip)[:, :HEIGHT], np.asarray(one), dtype=int)).max() <= 1
+    assert np.abs(np.subtract(np.asarray(together)[:, :HEIGHT], np.asarray(one), dtype=int)).max() <= 1

@@ -3,7 +3,10 @@ share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -11,19 +14,12 @@ from PIL import Image, ImageDraw
 from fewstep.miniature.world.scenes import Scene
 
 Colour = tuple[int, int, int]
+Drawer = TypeVar("Drawer", bound=Callable[..., None])
 
 SUPERSAMPLING = 2
 HORIZON = 0.60  # of the height, before jitter
 
-# What the sky's light does: its tint, and how much of it land and objects take.
-_LIGHT: dict[str, tuple[Colour, float, float]] = {
-    "day": ((255, 250, 235), 0.05, 0.0),
-    "sunset": ((226, 96, 70), 0.27, 0.10),
-    "night": ((12, 18, 62), 0.46, 0.18),
-    "rain": ((92, 102, 116), 0.28, 0.12),
-    "fog": ((222, 226, 226), 0.34, 0.12),
-    "aurora": ((8, 44, 62), 0.42, 0.16),
-}
+PALETTE = tomllib.loads(Path(__file__).with_name("palette.toml").read_text(encoding="utf-8"))
 
 
 def mix(a: Sequence[float], b: Sequence[float], t: float) -> Colour:
@@ -31,19 +27,24 @@ def mix(a: Sequence[float], b: Sequence[float], t: float) -> Colour:
     return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
+def by_name(*drawers: Drawer) -> dict[str, Drawer]:
+    """Return functions draw_NAME by NAME, a value of an attribute."""
+    return {drawer.__name__.removeprefix("draw_"): drawer for drawer in drawers}
+
+
 class Canvas:
     """Lengths are in pixels of the enlarged canvas; `unit` is its shorter side."""
 
-    def __init__(self, scene: Scene, seed: int, width: int, height: int, sky: Sequence[Colour]) -> None:
+    def __init__(self, scene: Scene, seed: int, width: int, height: int) -> None:
         self.scene = scene
         self.rng = np.random.default_rng([seed, *scene.labels])
         self.size = (width, height)
         self.w, self.h = width * SUPERSAMPLING, height * SUPERSAMPLING
         self.unit = min(self.w, self.h)
         self.horizon = self.h * (HORIZON + self.uniform(-0.03, 0.03))
-        self.tint, self.land_light, self.object_light = _LIGHT[scene.sky]
+        self.tint, self.land_light, self.object_light = PALETTE["light"][scene.sky].values()
         self.dark = scene.sky in ("night", "aurora")
-        self.image = self.gradient(sky, 0, self.h)
+        self.image = self.gradient(PALETTE["sky"][scene.sky], 0, self.h)
         self.pen = ImageDraw.Draw(self.image, "RGBA")
 
     def uniform(self, low: float, high: float) -> float:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene, caption, training_scenes
@@ -23,6 +25,11 @@ Pixels = npt.NDArray[np.uint8]
 def draw_many(scenes: list[Scene], seed: int, width: int, height: int) -> Pixels:
     """Return images of `scenes`, uint8 (N, height, width, 3); image i is drawn with seed `seed + i`."""
     return np.stack([np.asarray(draw(scene, seed + i, width, height)) for i, scene in enumerate(scenes)])
+
+
+def to_tensor(pixels: Pixels) -> Tensor:
+    """uint8 (N, H, W, 3) -> (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def pick_scenes(scenes: list[Scene], count: int, seed: int) -> list[Scene]:

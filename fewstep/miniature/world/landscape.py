@@ -4,22 +4,11 @@ our feet."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from fewstep.miniature.world.canvas import Canvas, Colour, mix
-
-# Three colours from the zenith to the horizon.
-SKY_COLOURS: dict[str, tuple[Colour, Colour, Colour]] = {
-    "day": ((48, 128, 222), (120, 186, 242), (206, 232, 250)),
-    "sunset": ((86, 58, 138), (238, 110, 92), (255, 206, 112)),
-    "night": ((8, 12, 40), (18, 28, 74), (44, 58, 112)),
-    "rain": ((88, 98, 112), (116, 126, 138), (150, 158, 166)),
-    "fog": ((206, 212, 214), (218, 222, 222), (228, 230, 228)),
-    "aurora": ((8, 16, 44), (12, 42, 66), (26, 78, 88)),
-}
+from fewstep.miniature.world.canvas import Canvas, Colour, by_name, mix
 
 
 def clouds(c: Canvas, colour: Colour, alpha: int, count: int, low: float = 0.06, high: float = 0.32) -> None:
@@ -67,12 +56,7 @@ def draw_rain(c: Canvas) -> None:
 
 
 def draw_fog(c: Canvas) -> None:
-    c.disc(
-        c.w * c.uniform(0.15, 0.85),
-        c.h * c.uniform(0.1, 0.2),
-        c.unit * 0.06,
-        (246, 246, 238, 170),
-    )
+    c.disc(c.w * c.uniform(0.15, 0.85), c.h * c.uniform(0.1, 0.2), c.unit * 0.06, (246, 246, 238, 170))
 
 
 def draw_aurora(c: Canvas) -> None:
@@ -101,16 +85,9 @@ def draw_wisps(c: Canvas) -> None:
 
 def draw_raindrops(c: Canvas) -> None:
     for _ in range(22):
-        x, y, long = (
-            c.uniform(0, c.w * 1.1),
-            c.uniform(-0.05 * c.h, c.h),
-            c.unit * c.uniform(0.09, 0.12),
-        )
-        c.pen.line(
-            (x, y, x - 0.3 * long, y + long),
-            fill=(214, 226, 240, 190),
-            width=max(1, round(c.unit * 0.009)),
-        )
+        x, y, long = c.uniform(0, c.w * 1.1), c.uniform(-0.05 * c.h, c.h), c.unit * c.uniform(0.09, 0.12)
+        wide = max(1, round(c.unit * 0.009))
+        c.pen.line((x, y, x - 0.3 * long, y + long), fill=(214, 226, 240, 190), width=wide)
 
 
 def draw_mountains(c: Canvas) -> None:
@@ -122,14 +99,8 @@ def draw_mountains(c: Canvas) -> None:
             wide, y = tall * c.uniform(0.85, 1.05), c.horizon - tall
             c.pen.polygon([(x - wide, c.horizon), (x, y), (x + wide, c.horizon)], fill=rock)
             c.pen.polygon([(x, y), (x + wide, c.horizon), (x + 0.15 * wide, c.horizon)], fill=shade)
-            snow = 0.36
-            edge = [
-                (x - wide * snow, y + tall * snow),
-                (x - wide * 0.14, y + tall * 0.28),
-                (x, y + tall * 0.42),
-            ]
-            edge += [(x + wide * 0.16, y + tall * 0.27), (x + wide * snow, y + tall * snow)]
-            c.pen.polygon([(x, y), *edge], fill=cap)
+            edge = ((-0.36, 0.36), (-0.14, 0.28), (0.0, 0.42), (0.16, 0.27), (0.36, 0.36))
+            c.pen.polygon([(x, y), *((x + wide * dx, y + tall * dy) for dx, dy in edge)], fill=cap)
 
 
 def draw_forest(c: Canvas) -> None:
@@ -175,52 +146,28 @@ def draw_volcano(c: Canvas) -> None:
     y, rim, wide = c.horizon - tall, c.unit * 0.055, c.unit * 0.46
     for step in range(6):
         drift = c.unit * 0.026 * step * (1 if c.uniform(0, 1) < 0.9 else -1)
-        c.disc(
-            x + drift,
-            y - c.unit * 0.045 * step,
-            c.unit * (0.04 + 0.011 * step),
-            (112, 104, 108, 190),
-        )
+        c.disc(x + drift, y - c.unit * 0.045 * step, c.unit * (0.04 + 0.011 * step), (112, 104, 108, 190))
     cone = [(x - wide, c.horizon), (x - rim, y), (x + rim, y), (x + wide, c.horizon)]
     c.pen.polygon(cone, fill=c.lit((112, 78, 70)))
     c.pen.polygon(
-        [(x, y), (x + rim, y), (x + wide, c.horizon), (x + 0.12 * wide, c.horizon)],
-        fill=c.lit((80, 54, 54)),
+        [(x, y), (x + rim, y), (x + wide, c.horizon), (x + 0.12 * wide, c.horizon)], fill=c.lit((80, 54, 54))
     )
     c.pen.ellipse((x - rim, y - rim * 0.4, x + rim, y + rim * 0.4), fill=(255, 150, 40))
     for side in (-0.7, 0.05, 0.8):
         foot = tall * c.uniform(0.4, 0.75)
-        path = [
-            (x + side * rim, y),
-            (x + side * rim * 1.9, y + foot * 0.5),
-            (x + side * rim * 3.2, y + foot),
-        ]
+        path = [(x + side * rim, y), (x + side * rim * 1.9, y + foot * 0.5), (x + side * rim * 3.2, y + foot)]
         c.pen.line(path, fill=(255, 92, 24), width=round(c.unit * 0.022), joint="curve")
 
 
 def draw_pyramids(c: Canvas) -> None:
-    for share, size in (
-        (c.uniform(0.12, 0.3), 0.26),
-        (c.uniform(0.42, 0.58), 0.34),
-        (c.uniform(0.74, 0.9), 0.22),
-    ):
-        x, tall = c.w * share, c.unit * size * c.uniform(0.9, 1.1)
+    places = [c.uniform(low, high) for low, high in ((0.12, 0.3), (0.42, 0.58), (0.74, 0.9))]
+    for place, size in zip(places, (0.26, 0.34, 0.22), strict=True):
+        x, tall = c.w * place, c.unit * size * c.uniform(0.9, 1.1)
         wide, y = tall * 0.95, c.horizon - tall
         c.pen.polygon([(x - wide, c.horizon), (x, y), (x + wide, c.horizon)], fill=c.lit((232, 190, 112)))
         c.pen.polygon(
-            [(x, y), (x + wide, c.horizon), (x + 0.2 * wide, c.horizon)],
-            fill=c.lit((176, 130, 72)),
+            [(x, y), (x + wide, c.horizon), (x + 0.2 * wide, c.horizon)], fill=c.lit((176, 130, 72))
         )
-
-
-# Of grounds, far and near.
-GROUND_COLOURS: dict[str, tuple[Colour, Colour]] = {
-    "meadow": ((132, 190, 84), (62, 140, 52)),
-    "desert": ((240, 208, 140), (214, 162, 88)),
-    "snow": ((236, 242, 250), (206, 220, 240)),
-    "lake": ((96, 178, 206), (28, 104, 152)),
-    "lavender": ((168, 128, 208), (112, 72, 168)),
-}
 
 
 def draw_meadow(c: Canvas) -> None:
@@ -251,21 +198,15 @@ def draw_snow(c: Canvas) -> None:
 
 
 def draw_lake(c: Canvas) -> None:
-    if c.scene.sky in ("sunset", "night", "aurora"):  # the sky's light on the water
-        shine = {
-            "sunset": (255, 196, 120, 90),
-            "night": (120, 140, 220, 60),
-            "aurora": (60, 200, 150, 70),
-        }[c.scene.sky]
-        c.pen.rectangle((0, c.horizon, c.w, c.horizon + 0.05 * c.h), fill=shine)
+    # The sky's light on the water.
+    shine = {"sunset": (255, 196, 120, 90), "night": (120, 140, 220, 60), "aurora": (60, 200, 150, 70)}
+    if c.scene.sky in shine:
+        c.pen.rectangle((0, c.horizon, c.w, c.horizon + 0.05 * c.h), fill=shine[c.scene.sky])
     for x, y, depth in c.scatter(13):
         wide = c.unit * (0.05 + 0.09 * depth)
         ripple = c.lit(mix((170, 222, 238), (66, 146, 190), c.uniform(0, 1)))
-        c.pen.line(
-            (x - wide, y, x + wide, y),
-            fill=ripple,
-            width=max(1, round(c.unit * 0.009 * (0.6 + depth))),
-        )
+        tall = max(1, round(c.unit * 0.009 * (0.6 + depth)))
+        c.pen.line((x - wide, y, x + wide, y), fill=ripple, width=tall)
 
 
 def draw_lavender(c: Canvas) -> None:
@@ -280,11 +221,6 @@ def draw_lavender(c: Canvas) -> None:
         c.pen.polygon(row, fill=c.lit((92, 124, 84)))
 
 
-def _by_name(*drawers: Callable[[Canvas], None]) -> dict[str, Callable[[Canvas], None]]:
-    """Return drawers of `draw_NAME` by NAME, an attribute of a scene."""
-    return {drawer.__name__.removeprefix("draw_"): drawer for drawer in drawers}
-
-
-SKY_DRAWERS = _by_name(draw_day, draw_sunset, draw_night, draw_rain, draw_fog, draw_aurora)
-BACKDROP_DRAWERS = _by_name(draw_mountains, draw_forest, draw_city, draw_hills, draw_volcano, draw_pyramids)
-GROUND_DRAWERS = _by_name(draw_meadow, draw_desert, draw_snow, draw_lake, draw_lavender)
+SKY_DRAWERS = by_name(draw_day, draw_sunset, draw_night, draw_rain, draw_fog, draw_aurora)
+BACKDROP_DRAWERS = by_name(draw_mountains, draw_forest, draw_city, draw_hills, draw_volcano, draw_pyramids)
+GROUND_DRAWERS = by_name(draw_meadow, draw_desert, draw_snow, draw_lake, draw_lavender)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import ImageDraw
-
-from fewstep.miniature.world.canvas import Colour, mix
+from fewstep.miniature.world.canvas import Canvas, Colour, by_name, mix
 
 Point = tuple[float, float]
 
@@ -21,14 +19,11 @@ class Brush:
     """Draws in the object's own coordinates: x from -0.5 to 0.5, y from 0 (its foot) to 1 (its top), in units
     of `size`."""
 
-    pen: ImageDraw.ImageDraw
+    canvas: Canvas
     x: float
     y: float
     size: float
     paint: Colour
-    tint: Colour
-    light: float
-    dark: bool
 
     @property
     def main(self) -> Colour:
@@ -44,27 +39,26 @@ class Brush:
 
     @property
     def window(self) -> Colour:
-        return (255, 226, 120) if self.dark else (196, 226, 244)
+        return (255, 226, 120) if self.canvas.dark else (196, 226, 244)
 
     def lit(self, colour: Sequence[float]) -> Colour:
-        return mix(colour, self.tint, self.light)
+        return mix(colour, self.canvas.tint, self.canvas.object_light)
 
     def at(self, points: Sequence[Point]) -> list[Point]:
         return [(self.x + px * self.size, self.y - py * self.size) for px, py in points]
 
     def polygon(self, points: Sequence[Point], fill: Colour) -> None:
-        self.pen.polygon(self.at(points), fill=fill)
+        self.canvas.pen.polygon(self.at(points), fill=fill)
 
     def ellipse(self, left: float, bottom: float, right: float, top: float, fill: Colour) -> None:
-        (x0, y0), (x1, y1) = self.at([(left, top), (right, bottom)])
-        self.pen.ellipse((x0, y0, x1, y1), fill=fill)
+        self.canvas.pen.ellipse(self.at([(left, top), (right, bottom)]), fill=fill)
 
     def box(self, left: float, bottom: float, right: float, top: float, fill: Colour) -> None:
-        (x0, y0), (x1, y1) = self.at([(left, top), (right, bottom)])
-        self.pen.rectangle((x0, y0, x1, y1), fill=fill)
+        self.canvas.pen.rectangle(self.at([(left, top), (right, bottom)]), fill=fill)
 
     def line(self, points: Sequence[Point], fill: Colour, width: float) -> None:
-        self.pen.line(self.at(points), fill=fill, width=max(1, round(width * self.size)), joint="curve")
+        pixels = max(1, round(width * self.size))
+        self.canvas.pen.line(self.at(points), fill=fill, width=pixels, joint="curve")
 
 
 def draw_house(b: Brush) -> None:
@@ -80,14 +74,8 @@ def draw_house(b: Brush) -> None:
 
 def draw_tree(b: Brush) -> None:
     b.polygon([(-0.07, 0.0), (-0.05, 0.42), (0.05, 0.42), (0.08, 0.0)], b.lit(WOOD))
-    crown = (
-        (-0.24, 0.5, 0.2),
-        (0.24, 0.5, 0.2),
-        (-0.16, 0.72, 0.21),
-        (0.17, 0.72, 0.21),
-        (0.0, 0.62, 0.27),
-        (0.0, 0.82, 0.18),
-    )
+    crown = [(-0.24, 0.5, 0.2), (0.24, 0.5, 0.2), (-0.16, 0.72, 0.21), (0.17, 0.72, 0.21)]
+    crown += [(0.0, 0.62, 0.27), (0.0, 0.82, 0.18)]
     for dx, dy, radius in crown:
         b.ellipse(dx - radius + 0.02, dy - radius - 0.03, dx + radius + 0.02, dy + radius - 0.03, b.shadow)
     for dx, dy, radius in crown:
@@ -143,11 +131,9 @@ def draw_mushroom(b: Brush) -> None:
     b.polygon([(0.04, 0.0), (0.04, 0.5), (0.1, 0.5), (0.16, 0.0)], mix(stem, (90, 80, 110), 0.3))
     b.ellipse(-0.48, 0.36, 0.48, 0.54, mix(stem, (90, 70, 80), 0.35))
     (x0, y0), (x1, y1) = b.at([(-0.5, 0.94), (0.5, 0.06)])
-    b.pen.pieslice((x0, y0, x1, y1), 180, 360, fill=b.main)
-    b.pen.pieslice((x0 + 0.62 * (x1 - x0), y0 + 0.13 * (y1 - y0), x1, y1), 270, 360, fill=b.shadow)
-    spot = (
-        b.lit((255, 252, 240)) if b.paint[1] < 225 else b.lit((196, 96, 92))
-    )  # white and yellow caps: dark spots
+    b.canvas.pen.pieslice((x0, y0, x1, y1), 180, 360, fill=b.main)
+    b.canvas.pen.pieslice((x0 + 0.62 * (x1 - x0), y0 + 0.13 * (y1 - y0), x1, y1), 270, 360, fill=b.shadow)
+    spot = b.lit((255, 252, 240) if b.paint[1] < 225 else (196, 96, 92))  # dark on white and yellow
     for dx, dy, r in ((-0.28, 0.6, 0.065), (-0.04, 0.76, 0.08), (0.2, 0.62, 0.07), (-0.06, 0.56, 0.045)):
         b.ellipse(dx - r, dy - r * 0.8, dx + r, dy + r * 0.8, spot)
 
@@ -189,14 +175,7 @@ def draw_windmill(b: Brush) -> None:
     b.ellipse(-0.04, 0.62, 0.04, 0.7, b.lit(DARK))
 
 
-OBJECT_DRAWERS: dict[str, Callable[[Brush], None]] = {
-    "house": draw_house,
-    "tree": draw_tree,
-    "car": draw_car,
-    "castle": draw_castle,
-    "balloon": draw_balloon,
-    "mushroom": draw_mushroom,
-    "sailboat": draw_sailboat,
-    "rocket": draw_rocket,
-    "windmill": draw_windmill,
-}
+OBJECT_DRAWERS = by_name(
+    draw_house, draw_tree, draw_car, draw_castle, draw_balloon, draw_mushroom, draw_sailboat, draw_rocket,
+    draw_windmill,
+)  # fmt: skip

@@ -108,9 +108,11 @@ def describe_cells(images: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.flo
         sharp = np.asarray(image, dtype=np.float64) / 255
         detail = np.abs(sharp - np.asarray(image.filter(ImageFilter.GaussianBlur(2)), dtype=np.float64) / 255)
         row: list[npt.NDArray[np.float64]] = []
-        for band, fine in zip(np.array_split(sharp, CELLS), np.array_split(detail, CELLS), strict=True):
-            cells = zip(np.array_split(band, CELLS, 1), np.array_split(fine, CELLS, 1), strict=True)
-            for cell, within in cells:
-                row += [cell.mean((0, 1)), cell.std((0, 1)), within.mean((0, 1))]
+        for cell, within in zip(_cells(sharp), _cells(detail), strict=True):
+            row += [cell.mean((0, 1)), cell.std((0, 1)), within.mean((0, 1))]
         rows.append(np.concatenate(row))
     return np.stack(rows)
+
+
+def _cells(image: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
+    return [cell for band in np.array_split(image, CELLS) for cell in np.array_split(band, CELLS, 1)]
