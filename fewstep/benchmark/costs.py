@@ -46,29 +46,18 @@ def measure_encoders(image: Image.Image, repeats: int) -> list[dict[str, Any]]:
         sizes[i] = len(file.getvalue())
         return 1000 * (time.perf_counter() - started)
 
-    times = in_turns({i: partial(encode_ms, i) for i in range(len(ENCODERS))}, repeats)
-    return [
-        {
-            "format": kind,
-            "options": " ".join(f"{name}={value}" for name, value in options.items()),
-            **spread("ms", times[i], 1),
-            "bytes": sizes[i],
-        }
-        for i, (kind, options) in enumerate(ENCODERS)
-    ]
+    times, rows = in_turns({i: partial(encode_ms, i) for i in range(len(ENCODERS))}, repeats), []
+    for i, (kind, options) in enumerate(ENCODERS):
+        settings = " ".join(f"{name}={value}" for name, value in options.items())
+        rows.append({"format": kind, "options": settings, **spread("ms", times[i], 1), "bytes": sizes[i]})
+    return rows
 
 
 def measure_starts(weights: Path, repeats: int) -> list[dict[str, Any]]:
     """Return a row for the shell's command, to its image; for a server, to READY; and for the imports."""
-    measured = {
-        "scripts/predict": predict_s,
-        "server to READY": lambda: ready_s(weights),
-        "imports": import_s,
-    }
-    return [
-        {"what": what, **spread("seconds", seconds, 2)}
-        for what, seconds in in_turns(measured, repeats).items()
-    ]
+    ready = partial(ready_s, weights)
+    taken = in_turns({"scripts/predict": predict_s, "server to READY": ready, "imports": import_s}, repeats)
+    return [{"what": what, **spread("seconds", seconds, 2)} for what, seconds in taken.items()]
 
 
 def predict_s() -> float:
@@ -92,8 +81,7 @@ def ready_s(weights: Path) -> float:
 
 
 def import_s() -> float:
-    """Measure what the model thread imports: torch, transformers, diffusers and our own, in a bare
-    interpreter."""
+    """Measure what the model thread imports, torch and diffusers among it, in a bare interpreter."""
     command = [sys.executable, "-P", "-c", "import fewstep.generation.pipeline"]
     started = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -26,9 +26,6 @@ from fewstep.settings import Settings
 
 K = TypeVar("K")
 BENCHMARKS = ROOT / "benchmarks"
-PARTS = ("text", "steps", "decode")
-# A full-size model on a small CPU generates for minutes.
-DEADLINE_S = 3600
 
 
 @contextmanager
@@ -43,8 +40,7 @@ def serving(environ: Mapping[str, str], root: Path = ROOT) -> Iterator[Server]:
 
 @contextmanager
 def serving_web() -> Iterator[tuple[int, int]]:
-    """Run scripts/web, as people start it, ready: its port and its process. Raises ServerFailed when it does
-    not come up."""
+    """Run scripts/web, as people start it: its port and its process. Raises ServerFailed without READY."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
@@ -101,7 +97,7 @@ def spread(name: str, values: Sequence[float], digits: int) -> dict[str, float]:
     return {key: round(value, digits) for key, value in figures.items()}
 
 
-def measure(model: str, environ: Mapping[str, str], **inputs: int) -> dict[str, Any]:
+def measure(model: str, **inputs: int) -> dict[str, Any]:
     """Start a server of `model`, let it generate once and weigh it; Linux only.
 
     Seconds are wall-clock: `setup_s` from the start of the process until predictions are served, which takes
@@ -111,7 +107,8 @@ def measure(model: str, environ: Mapping[str, str], **inputs: int) -> dict[str, 
     """
     from fewstep.models.device import device_and_dtype, name_of  # imports torch, which takes seconds
 
-    environ = {**environ, "FEWSTEP_MODEL": model, "FEWSTEP_DEADLINE_S": str(DEADLINE_S)}
+    # A full-size model on a small CPU generates for minutes.
+    environ = os.environ | {"FEWSTEP_MODEL": model, "FEWSTEP_DEADLINE_S": "3600"}
     dtype = name_of(device_and_dtype(Settings.from_env(environ))[1])
     machine, started = describe_machine(), time.perf_counter()
     with serving(environ) as server:
@@ -126,7 +123,7 @@ def measure(model: str, environ: Mapping[str, str], **inputs: int) -> dict[str, 
             **inputs,
             "setup_s": round(setup_s, 1),
             "painting_s": round(time.perf_counter() - started, 2),
-            **{f"{part}_s": round(metrics[f"{part}_ms"] / 1000, 2) for part in PARTS},
+            **{f"{part}_s": round(metrics[f"{part}_ms"] / 1000, 2) for part in ("text", "steps", "decode")},
             "setup_peak_gb": setup_peak,
             "painting_peak_gb": _peak_gb(server),
             "gpu_gb": _gpu("memory.used"),

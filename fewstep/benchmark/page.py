@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Iterator
-from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from typing import Any
 
-from fewstep.benchmark.measure import in_turns, serving_web
+from fewstep.benchmark.measure import serving_web
 from fewstep.errors import SettingsError
 
 KEY_MS = 120  # between keystrokes: a hundred words a minute
@@ -34,8 +32,8 @@ SHOWN = """prompt => {
 }"""
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
-    """Return a row of the milliseconds beyond generating, of every prompt typed `rounds` times.
+def measure(rounds: int) -> dict[str, Any]:
+    """Return the milliseconds beyond generating, of every prompt typed `rounds` times, as a row.
 
     Raises SettingsError without a Chromium, ServerFailed when scripts/web does not come up.
     """
@@ -52,24 +50,19 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         page.add_init_script(LAST_KEY)
         page.goto(address)
         page.wait_for_timeout(1000)
-        typed = {"fewstep": partial(_beyond_ms, page, cycle(PROMPTS))}
-        times = in_turns(typed, rounds * len(PROMPTS))["fewstep"]
+        prompts = islice(cycle(PROMPTS), 1 + rounds * len(PROMPTS))
+        times = [_beyond_ms(page, prompt) for prompt in prompts][1:]  # the first does not count
         browser.close()
-    figures = {
-        "median_ms": statistics.median(times),
-        "p95_ms": statistics.quantiles(times, n=20)[-1],
-        "least_ms": min(times),
-        "most_ms": max(times),
+    return {
+        "page": "fewstep",
+        "samples": len(times),
+        "median_ms": round(statistics.median(times), 1),
+        "p95_ms": round(statistics.quantiles(times, n=20)[-1], 1),
+        "least_ms": round(min(times), 1),
+        "most_ms": round(max(times), 1),
+        "first_paint_ms": round(statistics.median(first for first, _ in loads)),
+        "kb": loads[0][1],
     }
-    return [
-        {
-            "page": "fewstep",
-            "samples": len(times),
-            **{name: round(value, 1) for name, value in figures.items()},
-            "first_paint_ms": round(statistics.median(first for first, _ in loads)),
-            "kb": loads[0][1],
-        }
-    ]
 
 
 def _load(browser: Any, address: str) -> tuple[float, float]:
@@ -82,9 +75,8 @@ def _load(browser: Any, address: str) -> tuple[float, float]:
     return float(first), round(size / 1000, 1)
 
 
-def _beyond_ms(page: Any, prompts: Iterator[str]) -> float:
-    """Type the next prompt; the milliseconds from the last key to its image, beyond those of generating."""
-    prompt = next(prompts)
+def _beyond_ms(page: Any, prompt: str) -> float:
+    """Type a prompt; the milliseconds from the last key to its image, beyond those of generating."""
     page.fill("#prompt", "")
     page.wait_for_timeout(700)
     page.locator("#prompt").press_sequentially(prompt, delay=KEY_MS)

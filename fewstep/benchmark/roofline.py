@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
+import timeit
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,12 @@ TOKENS = 77
 
 def roofline(folder: Path, scenarios: Sequence[Scenario], dtype: str) -> list[dict[str, Any]]:
     """Return a row for each scenario, by the model in `folder`, SDXL's family."""
-    rate = matmul_rate(DTYPES[dtype])
-    return [
-        {
-            "system": "floor",  # as the committed tables have it
-            **vars(scenario),
-            "dtype": dtype,
-            "seconds": round(flops_of(folder, scenario) / rate, 4),
-        }
-        for scenario in scenarios
-    ]
+    rate, rows = matmul_rate(DTYPES[dtype]), []
+    for scenario in scenarios:
+        seconds = round(flops_of(folder, scenario) / rate, 4)
+        # "floor" as the committed tables have it
+        rows.append({"system": "floor", **vars(scenario), "dtype": dtype, "seconds": seconds})
+    return rows
 
 
 def flops_of(folder: Path, scenario: Scenario) -> float:
@@ -41,10 +37,8 @@ def flops_of(folder: Path, scenario: Scenario) -> float:
         config = unet.config
         latents = torch.empty(1, config.in_channels, side, side)
         states = torch.empty(1, TOKENS, config.cross_attention_dim)
-        pooled = torch.empty(
-            1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        )
-        added = {"text_embeds": pooled, "time_ids": torch.empty(1, 6)}
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
         with FlopCounterMode(display=False) as generated:
             unet(latents, torch.tensor(1), states, added_cond_kwargs=added)
         with FlopCounterMode(display=False) as decoded:
@@ -57,9 +51,6 @@ def matmul_rate(dtype: torch.dtype, side: int = 4096, repeats: int = 5) -> float
     """Return the FLOP/s of `side` x `side` matrices, the median of `repeats`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    seconds = []
-    for _ in range(1 + repeats):
-        started = time.perf_counter()
-        float((a @ b)[0, 0])  # waits for a GPU
-        seconds.append(time.perf_counter() - started)
+    # float() waits for a GPU.
+    seconds = timeit.repeat(lambda: float((a @ b)[0, 0]), number=1, repeat=1 + repeats)
     return 2 * side**3 / statistics.median(seconds[1:])

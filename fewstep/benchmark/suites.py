@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,6 +30,7 @@ HTTP = "fewstep-http"  # the container's server, from the request to the bytes o
 EXACT = "diffusers"  # the system that the others' images are compared with: plain diffusers in fp32
 ROOFLINE = "FLOPs at the rate of matmul"
 Sample: TypeAlias = dict[str, Any]
+Measured: TypeAlias = tuple[str, Scenario]  # a system and what it generates
 # The networks that stopwatches go round, by what the server calls the stage.
 PARTS = {"unet": "steps", "vae": "decode", "text": "text", "encode": "encode"}
 LABELS = {"unet": "UNet", "vae": "VAE", "text": "text encoders", "encode": "encoding", "other": "all else"}
@@ -47,12 +49,15 @@ class Suite:
     repeats: int
     captions: int = 0
 
-    def of(self, system: str) -> Suite:
-        """Return the suite with the scenarios for `system`: fewstep's OpenVINO is compiled for one size;
-        others are torch's."""
-        one_size = system.startswith("fewstep-openvino")
+    def of(self, system: str) -> Sequence[Scenario]:
+        """Return the scenarios for `system`: fewstep's OpenVINO is compiled for the first one's size."""
         size = self.scenarios[0].size
-        return replace(self, scenarios=tuple(s for s in self.scenarios if not one_size or s.size == size))
+        return [scenario for scenario in self.scenarios if scenario.size == size or not is_one_size(system)]
+
+
+def is_one_size(system: str) -> bool:
+    """Whether it is compiled for images of one size, whose others are torch's."""
+    return system.startswith("fewstep-openvino")
 
 
 JUDGED = Scenario(128)
@@ -92,14 +97,9 @@ def measure(name: str, weights: Path, rounds: int, report: Callable[[str], None]
     """Return a row for every system and scenario of a suite, and for the roofline."""
     suite = SUITES[name]
     samples, qualities = run(suite, weights, rounds, report)
-    rows: list[dict[str, Any]] = [
-        {
-            "suite": name,
-            "system": system,
-            **vars(scenario),
-            **summarised(taken),
-            **{"psnr": "", "right": "", **qualities.get((system, scenario), {})},
-        }
+    rows = [
+        {"suite": name, "system": system, **vars(scenario), **summarised(taken), "psnr": "", "right": ""}
+        | qualities.get((system, scenario), {})
         for (system, scenario), taken in samples.items()
     ]
     dtype = next(row["dtype"] for row in rows if row["system"] == "fewstep")
@@ -107,41 +107,37 @@ def measure(name: str, weights: Path, rounds: int, report: Callable[[str], None]
     return rows + [{"suite": name, **row} for row in bounds]
 
 
-Found: TypeAlias = dict[tuple[str, Scenario], list[Sample]]
-
-
 def run(
     suite: Suite, weights: Path, rounds: int, report: Callable[[str], None]
-) -> tuple[Found, dict[tuple[str, Scenario], dict[str, float]]]:
-    """Return every system's samples of every scenario, over all rounds, and what the first round's images are
-    worth."""
-    samples: Found = {}
+) -> tuple[dict[Measured, list[Sample]], dict[Measured, dict[str, float]]]:
+    """Return every system's samples of every scenario, and how good the images of the first round are."""
+    samples: dict[Measured, list[Sample]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds):
             for system in suite.systems:
                 report(f"round {i + 1} of {rounds}: {system}")
-                images = Path(folder, str(i), system)
-                captions = 0 if i else suite.captions
-                for scenario, sample in samples_of(system, suite.of(system), weights, images, captions):
-                    samples.setdefault((system, scenario), []).append(sample)
+                if system == HTTP:
+                    taken = _served(suite, weights)
+                else:
+                    images = Path(folder, str(i), system)
+                    taken = _in_process(system, suite, weights, images, 0 if i else suite.captions)
+                for scenario, sample in taken:
+                    samples[system, scenario].append(sample)
         return samples, _qualities(suite, weights, Path(folder, "0"))
 
 
-def samples_of(
+def _in_process(
     system: str, suite: Suite, weights: Path, images: Path, captions: int
 ) -> Iterator[tuple[Scenario, Sample]]:
     """Start `system` anew and time it; what it generates is left in `images`."""
-    if system == HTTP:
-        yield from _served(suite, weights)
-        return
-    texts = [json.dumps(asdict(scenario)) for scenario in suite.scenarios]
-    command = [sys.executable, "-P", "-m", "fewstep.benchmark.worker", system, suite.model, str(weights)]
-    command += [str(suite.repeats), str(captions), str(images), *texts]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    scenarios = suite.of(system)
+    command = [sys.executable, "-P", "-m", "fewstep.benchmark.worker", system, suite.model, weights]
+    command += [suite.repeats, captions, images, *(json.dumps(asdict(scenario)) for scenario in scenarios)]
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ServerFailed(f"{system} ended with status {done.returncode}; its message is above")
     for i, line in enumerate(done.stdout.splitlines()):
-        yield suite.scenarios[i // suite.repeats], json.loads(line)
+        yield scenarios[i // suite.repeats], json.loads(line)
 
 
 def _served(suite: Suite, weights: Path) -> Iterator[tuple[Scenario, Sample]]:
@@ -151,7 +147,7 @@ def _served(suite: Suite, weights: Path) -> Iterator[tuple[Scenario, Sample]]:
         for scenario in suite.scenarios:
             if scenario.batch > 4:  # more than one request may ask for
                 continue
-            for timed in (False, *(True,) * suite.repeats):
+            for timed in (False, *[True] * suite.repeats):
                 seed += 100
                 inputs = {**scenario.inputs, "num_outputs": scenario.batch}
                 inputs |= {"prompt": f"{PROMPT} {seed}", "seed": seed, **({} if timed else {"steps": 1})}
@@ -164,14 +160,12 @@ def _served(suite: Suite, weights: Path) -> Iterator[tuple[Scenario, Sample]]:
                     yield scenario, {"seconds": seconds, **parts}
 
 
-def _qualities(suite: Suite, weights: Path, images: Path) -> dict[tuple[str, Scenario], dict[str, float]]:
+def _qualities(suite: Suite, weights: Path, images: Path) -> dict[Measured, dict[str, float]]:
     """Judge the images of all but HTTP, whose files are compressed and come from the same pipeline."""
-    qualities: dict[tuple[str, Scenario], dict[str, float]] = {}
+    qualities: dict[Measured, dict[str, float]] = defaultdict(dict)
     for system in suite.systems:
-        if not (images / system).is_dir():
-            continue
-        for scenario in suite.of(system).scenarios:
-            row = qualities.setdefault((system, scenario), {})
+        for scenario in suite.of(system) if system != HTTP else ():
+            row = qualities[system, scenario]
             if system != EXACT and EXACT in suite.systems:
                 both = [_load(images / name, scenario.name) for name in (system, EXACT)]
                 row["psnr"] = round(psnr(*both), 1)
@@ -191,18 +185,15 @@ def _load(folder: Path, name: str) -> list[Image.Image]:
 
 def summarised(samples: Sequence[Sample]) -> dict[str, Any]:
     """Return medians with the spread of the whole, in seconds; `other` is what no part accounts for."""
-
-    def median(values: Sequence[float]) -> float:
-        return round(statistics.median(values), 4)
-
     first = samples[0]
-    parts = [part for part in PARTS if part in first]
+    figures = {part: [sample[part] for sample in samples] for part in PARTS if part in first}
+    figures["other"] = [sample["seconds"] - sum(sample[part] for part in figures) for sample in samples]
     return {
         "dtype": first.get("dtype", ""),
         "samples": len(samples),
         **spread("seconds", [sample["seconds"] for sample in samples], 4),
-        **{part: median([sample[part] for sample in samples]) if part in parts else "" for part in PARTS},
-        "other": median([sample["seconds"] - sum(sample[part] for part in parts) for sample in samples]),
+        **dict.fromkeys(PARTS, ""),
+        **{part: round(statistics.median(values), 4) for part, values in figures.items()},
         "peak_gb": round(max(sample["peak_gb"] for sample in samples), 2) if "peak_gb" in first else "",
     }
 
@@ -211,38 +202,31 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw a bar for each system, of the plain scenario: first size, unguided, in 4 steps if there are."""
     size = rows[0]["size"]
     steps = 4 if any(row["steps"] == 4 for row in rows) else rows[0]["steps"]
-    plain = (size, steps, 1.0, 1)
-    shown = [row for row in rows if (row["size"], row["steps"], row["guidance"], row["batch"]) == plain]
+    plain = vars(Scenario(size, steps))
+    shown = [row for row in rows if plain.items() <= row.items()]
     bars = {}
     for row in shown:
         name = f"{row['system'].removesuffix('-bf16')} {row['dtype']}".strip()
         bars[name] = {label: float(row.get(part) or 0) for part, label in LABELS.items()}
         if row["system"] == "floor":
             bars[name] = {ROOFLINE: row["seconds"]}
-    machine = f"{rows[0]['cpu']}, {rows[0]['cores']} cores"
-    x = f"seconds for one picture of {size} px in {steps} steps, {machine}"
+    x = f"seconds for one picture of {size} px in {steps} steps, {rows[0]['cpu']}, {rows[0]['cores']} cores"
     plot_bars(bars, [row["seconds"] for row in shown], x, path)
 
 
 def plot_costs(rows: Sequence[dict[str, Any]], path: Path, steps: int = 4) -> None:
     """Draw seconds against the image's size and against steps, unguided, with the line of the FLOPs."""
-    single = [
-        row
-        for row in rows
-        if row["batch"] == 1
-        and row["guidance"] <= 1
-        and not row["system"].startswith("fewstep-openvino")  # which is compiled for one of the sizes
-    ]
-    size = max(row["size"] for row in single)
-    panels = []
-    for x, key, power, shown in (
-        (f"pixels, {steps} steps", "size", 2, [row for row in single if row["steps"] == steps]),
-        (f"steps, {size} px", "steps", 1, [row for row in single if row["size"] == size]),
+    single = [row for row in rows if row["batch"] == 1 and row["guidance"] <= 1]
+    single = [row for row in single if not is_one_size(row["system"])]
+    size, panels = max(row["size"] for row in single), []
+    what = f"seconds a picture, {rows[0]['cpu']}, {rows[0]['cores']} cores"
+    for x, y, key, power, shown in (
+        (f"pixels, {steps} steps", what, "size", 2, [row for row in single if row["steps"] == steps]),
+        (f"steps, {size} px", "", "steps", 1, [row for row in single if row["size"] == size]),
     ):
-        lines: dict[str, list[tuple[float, float]]] = {}
+        lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for row in sorted(shown, key=lambda row: int(row[key])):
             name = ROOFLINE if row["system"] == "floor" else row["system"]
-            lines.setdefault(name, []).append((row[key] ** power, row["seconds"]))
-        panels.append(Panel(lines, x, y_range=(0, None), dashed=ROOFLINE))
-    y = f"seconds a picture, {rows[0]['cpu']}, {rows[0]['cores']} cores"
-    plot_lines([[replace(panels[0], y=y), panels[1]]], path, (4.5, 4), share_y=True, legend="right upper")
+            lines[name].append((row[key] ** power, row["seconds"]))
+        panels.append(Panel(lines, x, y, y_range=(0, None), dashed=ROOFLINE))
+    plot_lines([panels], path, (4.5, 4), share_y=True, legend="right upper")

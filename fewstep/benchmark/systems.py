@@ -8,10 +8,10 @@ from __future__ import annotations
 import gc
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -69,52 +69,31 @@ class System:
     timed: dict[str, list[tuple[Any, str]]]
 
 
-LoadSystem: TypeAlias = Callable[[str, Path, int], System]  # a model, where its weights are, a size in px
-
-
-def fewstep(
-    model: str, weights: Path, size: int, dtype: str = "auto", engine: str = "torch", vae: str = "full"
-) -> System:
-    """Load `Pipeline`, as the container runs it but for the encoding of files."""
+def fewstep(model: str, weights: Path, size: int, **options: Any) -> System:
+    """Load `Pipeline`, as the container runs it but for the encoding of files; `options` are of Settings."""
     settings = Settings(
-        model=model,
-        weights_root=weights,
-        dtype=dtype,
-        engine=engine,
-        vae=vae,
-        openvino_size=(size, size),
-        verify="size",
-        safety="off",
+        model=model, weights_root=weights, openvino_size=(size, size), verify="size", safety="off", **options
     )
     pipeline = load_pipeline(get_model(model), settings)
 
     def generate(scenario: Scenario, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         return pipeline.images(prompts, seeds, **scenario.inputs)
 
-    engines = {id(engine): engine for engine in (pipeline.engine, pipeline.eager)}.values()
-    timed = _networks(pipeline.diffusion)
+    system, engines = _system(pipeline.diffusion, pipeline.dtype), {pipeline.engine, pipeline.eager}
     for part, name in (("unet", "unet"), ("vae", "decode")):
-        timed[part] = [(engine, name) for engine in engines]
-    return System(name_of(pipeline.dtype), generate, timed)
-
-
-def _networks(diffusion: Any) -> dict[str, list[tuple[Any, str]]]:
-    return {
-        "unet": [(diffusion.unet, "forward")],
-        "vae": [(diffusion.vae.decoder, "forward")],
-        "text": [(diffusion.text_encoder, "forward"), (diffusion.text_encoder_2, "forward")],
-    }
+        system.timed[part] = [(engine, name) for engine in engines]
+    return replace(system, generate=generate)
 
 
 def diffusers(model: str, weights: Path, size: int, dtype: torch.dtype = torch.float32) -> System:
     """Load `StableDiffusionXLPipeline` with `load_lora_weights`, `fuse_lora` and `LCMScheduler`."""
-    return _system(_with_lcm_lora(model, weights, dtype), dtype)
+    return _system(_with_lcm_lora(weights / model, dtype), dtype)
 
 
 def reference(model: str, weights: Path, size: int) -> System:
     """Load what the few-step container does that is copied most: slices, tiles and an fp32 VAE against a lack
     of memory, channels_last, fused QKV, emptied caches and a PNG with every image."""
-    pipe = _with_lcm_lora(model, weights, torch.float32)
+    pipe = _with_lcm_lora(weights / model, torch.float32)
     pipe.enable_attention_slicing()
     pipe.vae.enable_slicing()
     pipe.vae.enable_tiling()
@@ -122,16 +101,18 @@ def reference(model: str, weights: Path, size: int) -> System:
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.fuse_qkv_projections()
 
+    system = _system(pipe, torch.float32)
+
     def generate(scenario: Scenario, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        images = _call(pipe, scenario, prompts, seeds)
+        images = system.generate(scenario, prompts, seeds)
         for image in images:
             image.save(io.BytesIO(), "png")
         return images
 
-    return System(name_of(torch.float32), generate, _networks(pipe))
+    return replace(system, generate=generate)
 
 
 def openvino(model: str, weights: Path, size: int) -> System:
@@ -140,12 +121,8 @@ def openvino(model: str, weights: Path, size: int) -> System:
     folder = weights / model
     settings = Settings(model=model, weights_root=weights, engine="openvino")
     place = converted(folder, settings, torch.device("cpu"), torch.bfloat16)  # with the LCM-LoRA fused
-    pipe: Any = StableDiffusionXLPipeline.from_pretrained(
-        folder, unet=None, dtype=torch.float32, use_safetensors=True, add_watermarker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    with torch.device("meta"):  # its configuration; there are no weights in it
+    pipe = _load(folder, torch.float32, unet=None)
+    with torch.device("meta"):  # for its configuration
         pipe.unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
     plain = place.parent / "plain"  # with the decoder as it is
     plain.mkdir(exist_ok=True)
@@ -169,34 +146,37 @@ def openvino(model: str, weights: Path, size: int) -> System:
     return _system(pipe, torch.bfloat16)
 
 
-def _with_lcm_lora(model: str, weights: Path, dtype: torch.dtype) -> Any:
-    folder = weights / model
-    pipe = StableDiffusionXLPipeline.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, add_watermarker=False
-    )
+def _load(folder: Path, dtype: torch.dtype, **parts: Any) -> Any:
+    options = {"use_safetensors": True, "local_files_only": True, "add_watermarker": False, **parts}
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, dtype=dtype, **options)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def _with_lcm_lora(folder: Path, dtype: torch.dtype) -> Any:
+    pipe = _load(folder, dtype)
     fuse_lora(pipe, folder / LCM_LORA)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _system(pipe: Any, dtype: torch.dtype) -> System:
-    return System(name_of(dtype), partial(_call, pipe), _networks(pipe))
+    def generate(scenario: Scenario, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        size = {"width": scenario.size, "height": scenario.size}
+        options = {"num_inference_steps": scenario.steps, "guidance_scale": scenario.guidance, **size}
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe(list(prompts), generator=generators, **options).images  # type: ignore[no-any-return]
+
+    timed = {
+        "unet": [(pipe.unet, "forward")],
+        "vae": [(pipe.vae.decoder, "forward")],
+        "text": [(pipe.text_encoder, "forward"), (pipe.text_encoder_2, "forward")],
+    }
+    return System(name_of(dtype), generate, timed)
 
 
-def _call(pipe: Any, scenario: Scenario, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-    images: list[Image.Image] = pipe(
-        list(prompts),
-        num_inference_steps=scenario.steps,
-        guidance_scale=scenario.guidance,
-        width=scenario.size,
-        height=scenario.size,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-    ).images
-    return images
-
-
-SYSTEMS: dict[str, LoadSystem] = {
+# Each loads a model, by where its weights are, for a size in px.
+SYSTEMS: dict[str, Callable[[str, Path, int], System]] = {
     "fewstep": fewstep,
     "fewstep-openvino": partial(fewstep, engine="openvino"),
     "fewstep-openvino-int8": partial(fewstep, engine="openvino-int8"),

@@ -42,8 +42,7 @@ def measure(clients: int, seconds: float, warm_up_s: float = WARM_UP_S) -> dict[
         session = Session(began + warm_up_s + seconds)
 
         async def main() -> None:
-            typing = [_type(port, i, session) for i in range(clients)]
-            await asyncio.gather(*typing, _weigh(pid, session))
+            await asyncio.gather(_weigh(pid, session), *(_type(port, i, session) for i in range(clients)))
 
         asyncio.run(main())
         took = time.monotonic() - began
@@ -76,9 +75,8 @@ async def _type(port: int, i: int, session: Session) -> None:
             watching = asyncio.create_task(_watch(socket, n + len(sentence), session))
             for end in range(1, len(sentence) + 1):
                 n += 1
-                inputs = {"prompt": sentence[:end], "seed": i}
-                message = {"type": "paint", "n": n, "quick": False, "request": inputs}
-                await socket.send(json.dumps(message))
+                request = {"prompt": sentence[:end], "seed": i}
+                await socket.send(json.dumps({"type": "paint", "n": n, "quick": False, "request": request}))
                 await asyncio.sleep(KEY_S)
             began = time.monotonic() - KEY_S
             await asyncio.wait_for(watching, 120)
@@ -88,14 +86,11 @@ async def _type(port: int, i: int, session: Session) -> None:
 async def _watch(socket: Any, last: int, session: Session) -> None:
     """Count what comes, until it is image `last`."""
     async for message in socket:
-        if isinstance(message, bytes):
-            continue
-        fields = json.loads(message)
+        fields = {"type": "image"} if isinstance(message, bytes) else json.loads(message)
         session.errors += fields["type"] == "failed"
-        if fields["type"] == "painted":
-            session.images += 1
-            if fields["n"] == last:
-                return
+        session.images += fields["type"] == "painted"
+        if fields["type"] == "painted" and fields["n"] == last:
+            return
 
 
 async def _weigh(pid: int, session: Session) -> None:

@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,8 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     system = SYSTEMS[name](model, Path(weights), scenarios[0].size)
     for scenario in scenarios:
         # The first of a size is slower.
-        first = Scenario(scenario.size, 1, scenario.guidance, scenario.batch)
-        system.generate(first, *prompts_and_seeds(scenario, 10**6))
+        system.generate(replace(scenario, steps=1), *prompts_and_seeds(scenario, 10**6))
         images = []
         for repeat in range(int(repeats)):
             # Another one for every image, and the same for every system.
@@ -45,9 +46,8 @@ def main(arguments: Sequence[str]) -> None:
                 started = time.perf_counter()
                 images += system.generate(scenario, prompts, seeds)
                 seconds = time.perf_counter() - started
-            peak_gb = memory_bytes(os.getpid(), "VmHWM") / 1e9
-            row = {"seconds": seconds, **spent, "dtype": system.dtype, "peak_gb": peak_gb}
-            print(json.dumps(row), flush=True)
+            weight = {"peak_gb": memory_bytes(os.getpid(), "VmHWM") / 1e9}
+            print(json.dumps({"seconds": seconds, **spent, "dtype": system.dtype, **weight}), flush=True)
         _save(images, Path(folder), scenario.name)
     if int(captions):
         _save(generate_captions(system, int(captions)), Path(folder), "caption")
@@ -75,22 +75,19 @@ def _save(images: Sequence[Image.Image], folder: Path, name: str) -> None:
 def stopwatches(system: System) -> Iterator[dict[str, float]]:
     """Count the seconds that are spent within each network; what is left is everybody's own overhead."""
     spent = dict.fromkeys(system.timed, 0.0)
-    with ExitStack() as stack:
-        for part, methods in system.timed.items():
-            for owner, name in methods:
-                stack.enter_context(patch.object(owner, name, _timed(getattr(owner, name), part, spent)))
-        yield spent
 
-
-def _timed(call: Callable[..., Any], part: str, spent: dict[str, float]) -> Callable[..., Any]:
-    def timed(*arguments: Any, **named: Any) -> Any:
+    def timed(part: str, call: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:
         started = time.perf_counter()
         try:
             return call(*arguments, **named)
         finally:
             spent[part] += time.perf_counter() - started
 
-    return timed
+    with ExitStack() as stack:
+        for part, methods in system.timed.items():
+            for owner, name in methods:
+                stack.enter_context(patch.object(owner, name, partial(timed, part, getattr(owner, name))))
+        yield spent
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ SUITES = ("miniature", "full", "full-1024", "throughput", "encoding", "startup",
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one suite: 1 when a system does not come up or does not paint; the reason is one sentence on
-    stderr."""
+    """1 when a system does not come up or does not paint; the reason is one sentence on stderr."""
     parser = argparse.ArgumentParser(
         prog="scripts/benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +40,7 @@ def _run(name: str, rounds: int) -> None:
         "throughput": lambda: throughput.measure(weights, rounds, say),
         "encoding": lambda: costs.measure_encoders(costs.large_image(weights), 5 * rounds),
         "startup": lambda: costs.measure_starts(weights, 3 * rounds),
-        "page": lambda: page.measure(4 * rounds),
+        "page": lambda: [page.measure(4 * rounds)],
         "visitors": lambda: [visitors.measure(clients=32, seconds=20.0 * rounds)],
     }
     suite = suites.SUITES.get(name)

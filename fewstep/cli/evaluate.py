@@ -25,21 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--captions", type=int, default=300, help="how many of the miniature's (%(default)s)")
     parser.add_argument("--clip", type=Path, help="a folder of a transformers CLIP model")
     parser.add_argument("--features", type=Path, help="a folder of a transformers vision model")
-    parser.add_argument(
-        "--guidance", type=float, help="of the base and the full LCM (2 for the miniature, 8)"
-    )
-    parser.add_argument(
-        "--lcm", type=Path, help="the unet folder of a full LCM, as scripts/distill writes it"
-    )
+    parser.add_argument("--guidance", type=float, help="of base and full LCM (2 for the miniature, else 8)")
+    parser.add_argument("--lcm", type=Path, help="the unet folder of a full LCM that scripts/distill wrote")
     parser.add_argument("--lora", type=Path, help="an LCM-LoRA (the model's own)")
     parser.add_argument("--model", default="miniature", help="a model or a diffusers folder (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--prompts", type=Path, help="a text file with one prompt a line")
     parser.add_argument("--real", type=Path, help="a folder of real pictures")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="(1 2 4 8 16 32)")
-    parser.add_argument(
-        "--teacher-steps", type=int, default=50, help="of DDIM, to compare with; 0: none (%(default)s)"
-    )
+    parser.add_argument("--teacher-steps", type=int, default=50, help="of DDIM; 0: none (%(default)s)")
     chosen = parser.parse_args(arguments)
     if min(chosen.steps) < 1:
         parser.error("--steps must be at least 1")
@@ -79,14 +73,14 @@ def _evaluate(chosen: argparse.Namespace) -> None:
         judge = load_judge(settings.weights_root / "miniature")
         evaluator = make_evaluator(judge, unseen_scenes(chosen.captions))
         prompts = evaluator.prompts
-        metrics.append(evaluator)
+        metrics.append(evaluator.measure)
     if chosen.features:
         real = sorted(path for path in chosen.real.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not real:
             raise DatasetError(f"there is no picture ({', '.join(SUFFIXES)}) below --real")
-        metrics.append(FeatureMeter(chosen.features, real))
+        metrics.append(FeatureMeter(chosen.features, real).measure)
     if chosen.clip:
-        metrics.append(ClipMeter(chosen.clip, prompts))
+        metrics.append(ClipMeter(chosen.clip, prompts).measure)
     lora = chosen.lora
     if lora is None and chosen.model in MODELS and MODELS[chosen.model].lcm_lora:
         lora = settings.weights_root / chosen.model / LCM_LORA
@@ -94,7 +88,7 @@ def _evaluate(chosen: argparse.Namespace) -> None:
     guidance = usual if chosen.guidance is None else chosen.guidance
     every = samplers(partial(load_base, chosen.model, settings, device), guidance, lora, chosen.lcm)
     about = f"{len(prompts)} prompts, guidance {guidance:g}."
-    say(compare(every, prompts, chosen.steps, metrics, chosen.out, about, chosen.teacher_steps))
+    say(compare(every, prompts, chosen.steps, chosen.teacher_steps, metrics, chosen.out, about))
 
 
 if __name__ == "__main__":

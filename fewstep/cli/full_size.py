@@ -5,22 +5,15 @@ With --measure, it is then served and paints once, and a row is added to benchma
 that is there already is not made again. The pictures are noise.
 """
 
-import argparse
-import os
 import sys
 from collections.abc import Sequence
 
-from fewstep.cli.run import say, status_of
-from fewstep.models.specs import MODELS
+from fewstep.cli.run import model_parser, say, status_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """1 when it cannot be made or does not paint; the reason is one sentence on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/full-size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    names = [name for name, spec in MODELS.items() if spec.sources]
-    parser.add_argument("name", nargs="?", choices=names, default="sdxl", help="the model (%(default)s)")
+    parser = model_parser("scripts/full-size", __doc__)
     parser.add_argument("--measure", action="store_true", help="paint once, and write down what it took")
     parser.add_argument("--size", type=int, default=512, help="of the picture, in px (%(default)s)")
     parser.add_argument("--steps", type=int, default=1, help="(%(default)s)")
@@ -29,7 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> None:
         make(chosen.name, again=not chosen.measure)
         if chosen.measure:
-            _measure(f"{chosen.name}-random", chosen.size, chosen.steps)
+            from fewstep.benchmark.measure import BENCHMARKS, line, measure
+            from fewstep.evaluation.tables import append_csv
+
+            inputs = {"width": chosen.size, "height": chosen.size, "steps": chosen.steps}
+            row = measure(f"{chosen.name}-random", **inputs)
+            append_csv(BENCHMARKS / "full-size.csv", row)
+            say(line(row))
 
     return status_of(work)
 
@@ -46,15 +45,6 @@ def make(name: str, again: bool) -> None:
         make_random(name, root)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
     say(f"weights/{folder.name} is ready, {size:.2f} GB")
-
-
-def _measure(model: str, size: int, steps: int) -> None:
-    from fewstep.benchmark.measure import BENCHMARKS, line, measure
-    from fewstep.evaluation.tables import append_csv
-
-    row = measure(model, os.environ, width=size, height=size, steps=steps)
-    append_csv(BENCHMARKS / "full-size.csv", row)
-    say(line(row))
 
 
 if __name__ == "__main__":

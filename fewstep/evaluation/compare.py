@@ -8,6 +8,7 @@ vision model whose features are compared with those of real images, and a CLIP m
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from diffusers import DPMSolverMultistepScheduler, LCMScheduler, UNet2DCondition
 from PIL import Image
 
 from fewstep.evaluation.figures import Panel, grid, plot_lines
-from fewstep.evaluation.generate import Sampler, ddim, lcm_lora
+from fewstep.evaluation.generate import Sampler, ddim, lcm_lora, spaced
 from fewstep.evaluation.metrics import Metric
 from fewstep.evaluation.tables import markdown, write_csv
 from fewstep.models.load import Diffusion
@@ -44,17 +45,14 @@ def samplers(
     """
     base = load()
     halve_if_large(base.unet)
-    config = base.scheduler.config
     for spacing in (None, "trailing"):
         yield ddim(base, guidance, spacing)
-        options: dict[str, Any] = {"timestep_spacing": spacing} if spacing else {}
-        solver = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++", **options)
-        name = "DPM-Solver++" + (f", {spacing}" if spacing else "")
-        yield Sampler(name, base, guidance, solver)
+        options = {"algorithm_type": "dpmsolver++"}
+        yield spaced("DPM-Solver++", DPMSolverMultistepScheduler, base, guidance, spacing, **options)
     if lcm:
         base.unet = UNet2DConditionModel.from_pretrained(lcm, use_safetensors=True).to(base.device)
         halve_if_large(base.unet)
-        yield Sampler("LCM", base, guidance, LCMScheduler.from_config(config))
+        yield Sampler("LCM", base, guidance, LCMScheduler.from_config(base.scheduler.config))
     if lora:
         del base  # its memory is needed
         fused = lcm_lora(load(), lora)
@@ -66,10 +64,10 @@ def compare(
     every: Iterator[Sampler],
     prompts: Sequence[str],
     steps: Sequence[int],
+    teacher_steps: int,
     metrics: Sequence[Metric],
     out: Path,
     about: str,
-    teacher_steps: int = 0,
 ) -> str:
     """Measure each sampler at each number of steps, and return the tables, as Markdown.
 
@@ -83,9 +81,9 @@ def compare(
         more = [teacher_steps] if sampler.name == TEACHER and teacher_steps not in (0, *steps) else []
         for count in (*steps, *more):
             generated = sampler.generate(prompts, count)
-            figures = {name: value for metric in metrics for name, value in metric.measure(generated).items()}
             rows.append({"sampler": sampler.name, "steps": count})
-            rows[-1] |= {name: round(value, 2) for name, value in figures.items()}
+            for metric in metrics:
+                rows[-1] |= {name: round(value, 2) for name, value in metric(generated).items()}
             logger.info("%s", rows[-1])
             write_csv(out / "scores.csv", rows)
             images += generated[:1] if count in steps else []
@@ -113,17 +111,12 @@ def table(rows: Sequence[dict[str, Any]], figure: str) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw every figure against the number of steps, a line for each sampler."""
-    names = dict.fromkeys(row["sampler"] for row in rows)
-    panels = [
-        Panel(
-            {name: [(row["steps"], row[figure]) for row in rows if row["sampler"] == name] for name in names},
-            x="steps",
-            title=title,
-            ticks=True,
-            x_scale="log",
-            y_scale="log" if figure.endswith("distance") else "linear",
-        )
-        for figure, title in TITLES.items()
-        if figure in rows[0]
-    ]
+    panels = []
+    for figure, title in TITLES.items():
+        if figure in rows[0]:
+            lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+            for row in rows:
+                lines[row["sampler"]].append((row["steps"], row[figure]))
+            scale = "log" if figure.endswith("distance") else "linear"
+            panels.append(Panel(lines, "steps", title=title, ticks=True, x_scale="log", y_scale=scale))
     plot_lines([panels], path)

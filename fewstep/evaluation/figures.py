@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,13 @@ def plot_lines(
     legend: str = "",
 ) -> None:
     """Draw panels, each of `size` inches; the legend is the first one's, within it or outside at `legend`."""
-    plt = _pyplot()
-    from matplotlib import ticker
+    from matplotlib import ticker  # an extra, which takes a second to import
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(
-        len(rows), len(rows[0]), figsize=(size[0] * len(rows[0]), size[1] * len(rows)),
-        sharey="row" if share_y else False, layout="constrained", squeeze=False,
-    )  # fmt: skip
-    for panel, axis in ((panel, axes[i][j]) for i, row in enumerate(rows) for j, panel in enumerate(row)):
+    shape = len(rows), len(rows[0])
+    figure: Any = Figure(figsize=(size[0] * shape[1], size[1] * shape[0]), layout="constrained")
+    axes = figure.subplots(*shape, sharey="row" if share_y else False, squeeze=False)
+    for panel, axis in zip(chain.from_iterable(rows), axes.flat, strict=True):
         for name, points in panel.lines.items():
             style = "k--" if name == panel.dashed else "o-"
             [line] = axis.plot(*zip(*points, strict=True), style, markersize=4, label=name)
@@ -89,14 +89,14 @@ def plot_lines(
     else:
         axes[0][0].legend(frameon=False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def plot_bars(bars: Mapping[str, Mapping[str, float]], totals: Sequence[float], x: str, path: Path) -> None:
     """Draw one stacked bar for each name, of its parts, with its total as a number."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(8, 0.6 * len(bars) + 1.4), layout="constrained")
-    left = [0.0] * len(bars)
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(8, 0.6 * len(bars) + 1.4), layout="constrained")
+    axes, left = figure.subplots(), [0.0] * len(bars)
     for part in dict.fromkeys(part for parts in bars.values() for part in parts):
         widths = [parts.get(part, 0.0) for parts in bars.values()]
         axes.barh(list(bars), widths, left=left, label=part)
@@ -109,14 +109,3 @@ def plot_bars(bars: Mapping[str, Mapping[str, float]], totals: Sequence[float], 
     axes.legend(loc="upper right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _pyplot() -> Any:
-    """Return pyplot, without a display; it takes a second to import and is an extra."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -34,17 +34,9 @@ class Sampler:
         self, prompts: Sequence[str], steps: int, seeds: Sequence[int] | None = None
     ) -> list[Image.Image]:
         """Generate one image of each of `prompts`, with the same seeds every time unless they are given."""
-        return list(
-            generate_images(
-                self.diffusion,
-                prompts,
-                range(SEED, SEED + len(prompts)) if seeds is None else seeds,
-                steps=steps,
-                guidance=self.guidance,
-                scheduler=self.scheduler,
-                progress=f"{self.name}, {steps}",
-            )
-        )
+        seeds = range(SEED, SEED + len(prompts)) if seeds is None else seeds
+        how: dict[str, Any] = {"steps": steps, "guidance": self.guidance, "scheduler": self.scheduler}
+        return list(generate_images(self.diffusion, prompts, seeds, **how, progress=f"{self.name}, {steps}"))
 
     def in_steps(self, steps: int) -> Generate:
         """Return `generate` with that many steps, of prompts and seeds."""
@@ -52,16 +44,22 @@ class Sampler:
 
 
 def ddim(diffusion: Diffusion, guidance: float, spacing: str | None = None) -> Sampler:
-    """Return the DDIM sampler of a base; guidance 1 is none.
+    """Return the DDIM sampler of a base; guidance 1 is none."""
+    options = {"clip_sample": False, "set_alpha_to_one": False}
+    return spaced("DDIM", DDIMScheduler, diffusion, guidance, spacing, **options)
+
+
+def spaced(
+    name: str, scheduler: Any, diffusion: Diffusion, guidance: float, spacing: str | None, **options: Any
+) -> Sampler:
+    """Return the sampler of a base with a class of schedulers.
 
     `spacing` is of the timesteps, the base's own if None: "leading", as SDXL is published, starts few steps
     far below the noise that they are given; "trailing" starts at the last timestep (arXiv 2305.08891).
     """
-    options: dict[str, Any] = {"timestep_spacing": spacing} if spacing else {}
-    scheduler = DDIMScheduler.from_config(
-        diffusion.scheduler.config, clip_sample=False, set_alpha_to_one=False, **options
-    )
-    return Sampler("DDIM" + (f", {spacing}" if spacing else ""), diffusion, guidance, scheduler)
+    if spacing:
+        name, options = f"{name}, {spacing}", {**options, "timestep_spacing": spacing}
+    return Sampler(name, diffusion, guidance, scheduler.from_config(diffusion.scheduler.config, **options))
 
 
 def lcm_lora(diffusion: Diffusion, lora: Path | None) -> Sampler:

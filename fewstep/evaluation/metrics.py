@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -19,12 +20,8 @@ from fewstep.images.codec import open_image
 
 BATCH = 25
 Images: TypeAlias = Sequence[Image.Image] | npt.NDArray[np.uint8]  # the array is (N, H, W, 3)
-
-
-class Metric(Protocol):
-    """Figures by their names, of one image of each prompt."""
-
-    def measure(self, images: Sequence[Image.Image]) -> dict[str, float]: ...
+# Figures by their names, of one image of each prompt.
+Metric: TypeAlias = Callable[[Sequence[Image.Image]], dict[str, float]]
 
 
 class AttributeJudge(Protocol):
@@ -110,7 +107,7 @@ class FeatureMeter:
     @torch.inference_mode()
     def _features(self, images: Iterable[Image.Image]) -> npt.NDArray[np.float64]:
         rows, remaining = [], iter(images)
-        while part := [image for image, _ in zip(remaining, range(BATCH), strict=False)]:
+        while part := list(islice(remaining, BATCH)):
             inputs = self._processor(images=part, return_tensors="pt")
             rows.append(self._model(**inputs).pooler_output)
         return torch.cat(rows).double().numpy()
@@ -129,16 +126,10 @@ class ClipMeter:
 
     @torch.inference_mode()
     def measure(self, images: Sequence[Image.Image]) -> dict[str, float]:
-        cosines = []
+        cosines, options = [], {"return_tensors": "pt", "padding": True, "truncation": True}
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
-            inputs = self._processor(
-                text=list(self._prompts[part]),
-                images=list(images[part]),
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
-            )
+            inputs = self._processor(text=list(self._prompts[part]), images=list(images[part]), **options)
             output = self._model(**inputs)
             cosines.append((output.text_embeds * output.image_embeds).sum(1))
         return {"clip_score": float(100 * torch.cat(cosines).clamp(min=0).mean())}

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
-from fewstep.benchmark.full_size import SDXL_UNET, VAE
+from fewstep.benchmark.full_size import UNETS, VAE
 from fewstep.benchmark.roofline import flops_of, matmul_rate
 from fewstep.benchmark.systems import SYSTEMS, Scenario, System, prompts_and_seeds
 from fewstep.benchmark.worker import main
@@ -16,17 +16,12 @@ from fewstep.evaluation.metrics import psnr
 from fewstep.settings import Settings
 
 WEIGHTS = Settings().weights_root
-
-
 SCENARIOS = [Scenario(128, 4), Scenario(128, 2, guidance=1.5), Scenario(128, 1, batch=2)]
 
 
 def generate_all(system: System) -> list[Image.Image]:
-    return [
-        image
-        for scenario in SCENARIOS
-        for image in system.generate(scenario, *prompts_and_seeds(scenario, 7))
-    ]
+    images = [system.generate(scenario, *prompts_and_seeds(scenario, 7)) for scenario in SCENARIOS]
+    return [image for batch in images for image in batch]
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +68,8 @@ def test_all_systems_generate_the_same_images(name, expected, request):
     if system.dtype == "fp32" and "int8" in name:
         # What the weights' rounding costs; and since some CPUs round the activations to 8 bits as well, by
         # as much at most, an error of up to twice that amplitude.
-        rounded = request.getfixturevalue("in_8_bits")
-        least = [
-            psnr([one], [image]) - 20 * math.log10(2) for one, image in zip(rounded, expected, strict=True)
-        ]
+        rounded = zip(request.getfixturevalue("in_8_bits"), expected, strict=True)
+        least = [psnr([one], [image]) - 20 * math.log10(2) for one, image in rounded]
     for one, image, bound in zip(images, expected, least, strict=True):
         assert psnr([one], [image]) > bound
 
@@ -103,7 +96,7 @@ def test_the_parts_of_an_image_are_less_than_the_whole(name, tmp_path, capsys):
 )
 def test_the_roofline_counts_what_sdxl_is_known_to_take(tmp_path, scenario, tera):
     with torch.device("meta"):
-        UNet2DConditionModel(**SDXL_UNET).save_config(tmp_path / "unet")
+        UNet2DConditionModel(**UNETS["sdxl"]).save_config(tmp_path / "unet")
         AutoencoderKL(**VAE).save_config(tmp_path / "vae")
     assert flops_of(tmp_path, scenario) / 1e12 == pytest.approx(tera, rel=0.01)
 

@@ -21,9 +21,8 @@ WEIGHTS = Settings().weights_root
 
 def test_nothing_is_lost_beyond_the_servers_slots_and_batched_images_are_the_lone_ones():
     with served("fewstep-fp32", WEIGHTS) as server:
-        load = put_load(
-            server, clients=12, numbers=range(24)
-        )  # four callers at a time are told to come again
+        # Four callers at a time are told to come again.
+        load = put_load(server, clients=12, numbers=range(24))
         assert (len(load.waited), load.lost) == (24, 0)
         assert load.seconds >= max(load.waited) and load.together > 4
         assert differences(server, 6)["most_apart"] <= 1
@@ -58,21 +57,17 @@ def test_a_server_that_does_not_start_is_told(tmp_path):
 def test_rows_are_medians_over_rounds_and_are_drawn(tmp_path):
     loads = {
         ("fewstep", clients): [
-            LoadResult(2.0, [0.5] * 4, 0, 1, 16 if clients == 8 else 0),
-            LoadResult(1.0, [0.1] * 8, 1, 1, 10 if clients == 8 else 0),
-            LoadResult(1.0, [0.1] * 4, 0, 4, 8 if clients == 8 else 0),
+            LoadResult(2.0, [0.5] * 4, 0, 1, rates[0]),
+            LoadResult(1.0, [0.1] * 8, 1, 1, rates[1]),
+            LoadResult(1.0, [0.1] * 4, 0, 4, rates[2]),
         ]
-        for clients in (1, 8)
+        for clients, rates in ((1, (0, 0, 0)), (8, (16, 10, 8)))
     }
     rows = rows_of(loads, {"fewstep": {"most_apart": 2}}, {8: 0.1, 1: 0.2})
-    assert [(row["system"], row["clients"]) for row in rows] == [
-        ("fewstep", 1),
-        ("fewstep", 8),
-        ("fewstep-generate", ""),
-        ("fewstep-lone-max-batch-8", 1),
-        ("fewstep-lone-max-batch-1", 1),
-    ]
     first, second, generate, lone, _ = rows
+    names = ["fewstep", "fewstep", "fewstep-generate", "fewstep-lone-max-batch-8", "fewstep-lone-max-batch-1"]
+    assert [row["system"] for row in rows] == names
+    assert [row["clients"] for row in rows] == [1, 8, "", 1, 1]
     assert (first["images_per_s"], first["least"], first["most"]) == (4, 2, 8)
     assert (first["requests"], first["lost"], first["wait_ms"], first["together"]) == (17, 1, 100, 2)
     assert "most_apart" not in first and second["most_apart"] == 2

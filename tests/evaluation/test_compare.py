@@ -141,10 +141,8 @@ def test_features_tell_like_sets_from_unlike_ones(tmp_path):
         real.append(tmp_path / f"{i}.png")
         drawing.save(real[-1])
     meter = FeatureMeter(tmp_path / "vit", real)
-    same, like, other = (
-        meter.measure(one)["feature_distance"]
-        for one in (drawings(40), drawings(80)[40:], drawings(40, "blue"))
-    )
+    sets = drawings(40), drawings(80)[40:], drawings(40, "blue")
+    same, like, other = (meter.measure(images)["feature_distance"] for images in sets)
     assert abs(same) < 1e-4 and same < like < other
 
 
@@ -158,17 +156,14 @@ def test_the_clip_score_is_a_hundred_cosines(tmp_path):
     vision = small | {"image_size": 32, "patch_size": 8}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
     model.save_pretrained(tmp_path)
-    processor = CLIPProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        tokenizer=tokenizer,
-    )
+    crop = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = CLIPProcessor(image_processor=crop, tokenizer=tokenizer)
     processor.save_pretrained(tmp_path)
     prompts, pictures = [f"a {i} house" for i in range(30)], drawings(30)
-    found = ClipMeter(tmp_path, prompts).measure(pictures)["clip_score"]
+    score = ClipMeter(tmp_path, prompts).measure(pictures)["clip_score"]
     expected = []
     with torch.inference_mode():
         for prompt, picture in zip(prompts, pictures, strict=True):
-            given = processor(text=[prompt], images=[picture], return_tensors="pt", padding=True)
-            one = model(**given)
+            one = model(**processor(text=[prompt], images=[picture], return_tensors="pt", padding=True))
             expected.append(max(0.0, float(torch.cosine_similarity(one.text_embeds, one.image_embeds))))
-    assert found == pytest.approx(100 * float(np.mean(expected)), abs=0.01)
+    assert score == pytest.approx(100 * float(np.mean(expected)), abs=0.01)

@@ -16,10 +16,8 @@ def rows_of(path):
 def test_every_row_names_the_commit_and_old_rows_keep_theirs(tmp_path):
     path = tmp_path / "new" / "x.csv"
     write_csv(path, [{"a": 1}, {"a": 2, "b": 3}])
-    assert rows_of(path) == [
-        {"commit": commit(), "a": "1", "b": ""},
-        {"commit": commit(), "a": "2", "b": "3"},
-    ]
+    stamp = {"commit": commit()}
+    assert rows_of(path) == [{**stamp, "a": "1", "b": ""}, {**stamp, "a": "2", "b": "3"}]
     path.write_text("a\n0\n")  # of before there were commits
     append_csv(path, {"a": 1, "c": 2})
     assert rows_of(path) == [{"commit": "", "a": "0", "c": ""}, {"commit": commit(), "a": "1", "c": "2"}]
