@@ -75,7 +75,7 @@ def test_the_tree_that_a_build_copies_starts_and_generates(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
     )
 
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ def run_script(name, *arguments, cwd, **variables):
         text=True,
     )
     try:
-        out, err = running.communicate(timeout=100)
+        out, err = running.communicate(timeout=280)
     except subprocess.TimeoutExpired:
         running.terminate()  # not kill: the script is to end its server
         running.wait(30)

@@ -84,7 +84,7 @@ def test_the_command_writes_table_plot_and_grid(lcm, tmp_path):
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "FEWSTEP_VERIFY": "size"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     with (tmp_path / "scores.csv").open() as file:

@@ -44,7 +44,7 @@ class Shop:
 
     def run(self, module, *arguments):
         process = self.start(module, *arguments)
-        err = process.communicate(timeout=100)[1]
+        err = process.communicate(timeout=280)[1]
         assert "Traceback" not in err, err
         return process.returncode, err
 

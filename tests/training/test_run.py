@@ -41,7 +41,7 @@ def command(name: str, *arguments: object, processes: int = 1, status: int = 0, 
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     run = [sys.executable, "-P", *launch, "-m", f"fewstep.cli.{name}", *map(str, arguments)]
     environ = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "FEWSTEP_VERIFY": "size", **environ}
-    done = subprocess.run(run, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(run, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280)
     assert done.returncode == status, done.stderr[-2000:]
     return done.stderr
 
