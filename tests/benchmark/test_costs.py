@@ -9,6 +9,8 @@ from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene
 from fewstep.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 
 def test_rows_are_of_all_settings_and_those_in_use_are_among_them():
     image = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)

@@ -10,6 +10,8 @@ from fewstep.benchmark.systems import Scenario
 from fewstep.coglet.server import ServerFailed
 from fewstep.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.numeric
 def test_a_run_measures_every_system_and_draws_it(tmp_path):

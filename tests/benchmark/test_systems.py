@@ -15,6 +15,8 @@ from fewstep.benchmark.worker import main
 from fewstep.evaluation.metrics import psnr
 from fewstep.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = Settings().weights_root
 SCENARIOS = [Scenario(128, 4), Scenario(128, 2, guidance=1.5), Scenario(128, 1, batch=2)]
 

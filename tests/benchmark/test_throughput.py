@@ -16,6 +16,8 @@ from fewstep.benchmark.throughput import (
 from fewstep.coglet.server import ServerFailed
 from fewstep.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = Settings().weights_root
 
 

@@ -1,6 +1,10 @@
 """Many clients, few and for seconds: what they saw is counted, on scripts/web as it is started."""
 
+import pytest
+
 from fewstep.benchmark import visitors
+
+pytestmark = pytest.mark.slow
 
 
 def test_clients_who_type_get_their_images(monkeypatch):

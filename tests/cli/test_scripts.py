@@ -119,6 +119,7 @@ def test_help_needs_no_environment(name, tmp_path):
 LISTING_PYTHON = """#!/usr/bin/env bash
 case "$*" in *get_cpu_capability*) echo "$CAPABILITY"; exit ;; esac
 shift 3  # of the extras, -m and pytest
+[ "$1" != -n ] || shift 5  # of how many side by side
 echo "${ATEN_CPU_CAPABILITY:-}/${ONEDNN_MAX_CPU_ISA:-}: $*" >> "$(dirname "$0")/ran"
 exit "$(case "$*" in *numeric*) echo "$SECOND" ;; *) echo "$FIRST" ;; esac)"
 """
@@ -128,6 +129,7 @@ exit "$(case "$*" in *numeric*) echo "$SECOND" ;; *) echo "$FIRST" ;; esac)"
     ("arguments", "capability", "ends", "ran", "status"),
     [
         (("a.py", "-k", "x y"), "AVX512", (3, 0), ["/: a.py -k x y"], 3),
+        ((), "AVX512", (0, 0), ["/: -m not slow"], 0),
         (("--all",), "AVX512", (0, 0), ["/: ", "avx2/AVX2: -m numeric"], 0),
         (("--all", "a.py"), "AVX512", (0, 5), ["/: a.py", "avx2/AVX2: -m numeric a.py"], 0),
         (("--all",), "AVX512", (0, 1), ["/: ", "avx2/AVX2: -m numeric"], 1),

@@ -456,6 +456,7 @@ def test_after_all_this_the_server_is_healthy(generator):
     assert "Traceback" not in generator.log.read_text(errors="replace")
 
 
+@pytest.mark.slow
 def test_a_restart_generates_the_same_bytes_and_the_end_leaves_no_files(reference, tmp_path):
     with start(tmp_path) as server:
         server.wait_ready()
@@ -490,6 +491,7 @@ def flip_byte(weights: Path, largest: Path) -> str:
     return f"weights/miniature/{largest.relative_to(weights)} is damaged"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [remove_folder, remove_file, flip_byte])
 def test_damaged_weights_stop_the_start_with_one_sentence(damage, tmp_path):
     weights = tmp_path / "weights" / "miniature"

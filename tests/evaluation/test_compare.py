@@ -76,6 +76,7 @@ def test_every_sampler_is_another_and_the_first_two_agree_in_many_steps(lcm):
     assert np.abs(many["DDIM"] - many["DPM-Solver++"]).mean() < 5
 
 
+@pytest.mark.slow
 def test_the_command_writes_table_plot_and_grid(lcm, tmp_path):
     done = subprocess.run(
         [sys.executable, "-P", "-m", "fewstep.cli.evaluate", "--out", tmp_path, "--lcm", lcm]

@@ -13,6 +13,8 @@ from fewstep.models.specs import get_model
 from fewstep.request import Inputs
 from fewstep.settings import Settings, Shape
 
+pytestmark = pytest.mark.slow
+
 MINIATURE = get_model("miniature")
 LISTED = (Shape(96, 96), Shape(96, 64, batch=2), Shape(64, 64, guided=True))
 

@@ -102,6 +102,7 @@ def test_a_reloaded_model_generates_the_same_pixels(pipeline):
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.numeric), 8])
 def test_at_one_batch_size_slot_and_mates_change_nothing(pipeline, size):
     expected = generate(pipeline, *batch_of(size, 0, wish()))[0][0]
@@ -230,6 +231,7 @@ def photo() -> Image.Image:
 STRENGTHS = (0.05, 0.3, 0.8, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.numeric), 4, 8])
 def test_the_distance_from_an_image_grows_with_strength(pipeline, steps):
     scenes = unseen_scenes(12, seed=3)

@@ -33,6 +33,7 @@ def tiny():
     return load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size", vae="tiny"))
 
 
+@pytest.mark.slow
 def test_the_judge_reads_its_images_as_well(full, tiny):
     scenes = unseen_scenes(48)
     images = [few_steps(pipeline, 4)(complete_captions(scenes), range(48)) for pipeline in (full, tiny)]

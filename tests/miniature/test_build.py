@@ -17,6 +17,8 @@ from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 from fewstep.training.distill import LoraStudent
 
+pytestmark = pytest.mark.slow
+
 TINY = Sizes(
     judge_images=40, judge_steps=1, vae_images=40, vae_steps=1, text_steps=1, base_images=24, other_images=4,
     base_steps=2, base_batch=4, lora_steps=2, lora_batch=4, style_images=6, style_steps=2, style_batch=4,

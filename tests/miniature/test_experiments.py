@@ -7,6 +7,8 @@ import pytest
 
 from fewstep.miniature.experiments import EXPERIMENTS, Experiment, ExperimentSizes
 
+pytestmark = pytest.mark.slow
+
 TINY = ExperimentSizes(
     captions=2, new_captions=2, world=20, learnt=3, taught=4, rehearsed=2, steps=(1, 2), teacher_steps=2,
     curve=(0, 1), ablation_steps=1, k=(20,), w=(0.6,), learnt_steps=1, taught_steps=2, batch=2,

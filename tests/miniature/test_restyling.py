@@ -9,6 +9,8 @@ from fewstep.miniature.world.restyling import STYLES, StyleMeter, draw_restyled
 from fewstep.miniature.world.scenes import ATTRIBUTES, unseen_scenes
 from fewstep.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = Settings().weights_root / "miniature"
 SCENES = unseen_scenes(300, seed=9)
 

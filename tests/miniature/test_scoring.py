@@ -17,6 +17,8 @@ from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 from fewstep.training.networks import load_base
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Settings().weights_root / "miniature"
 SCENES = unseen_scenes(120)
 

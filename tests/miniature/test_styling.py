@@ -13,6 +13,8 @@ from fewstep.miniature.world.scenes import unseen_scenes
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Settings().styles_root / "miniature"
 CAPTIONS = 30
 

@@ -63,7 +63,9 @@ def shop(tmp_path):
         yield lambda name, **options: Shop(hub, name, tmp_path, **options)
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "sdxl" else pytest.mark.slow) for name in REAL]
+)
 def test_a_model_goes_from_the_hub_to_a_image(shop, name):
     model = shop(name)
 
@@ -107,6 +109,7 @@ def test_the_folder_is_what_design_says(shop):
     assert manifest["lcm_lora.safetensors"].source == "latent-consistency/lcm-lora-sdxl"
 
 
+@pytest.mark.slow
 def test_nothing_is_saved_of_an_incomplete_or_damaged_download(shop):
     model = shop("sd15")
     status, err = model.run("save_weights")
@@ -123,6 +126,7 @@ def test_nothing_is_saved_of_an_incomplete_or_damaged_download(shop):
     assert not (model.weights / "sd15").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_nothing_that_looks_finished_and_the_next_completes(shop):
     model = shop("sd15")
     model.run("download_weights")
@@ -141,6 +145,7 @@ def test_a_killed_save_leaves_nothing_that_looks_finished_and_the_next_completes
     model.generate()
 
 
+@pytest.mark.slow
 def test_saving_anew_replaces_the_folder(shop):
     model = shop("sd15")
     model.install()
@@ -152,6 +157,7 @@ def test_saving_anew_replaces_the_folder(shop):
     assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", ".lock", "sd15"]
 
 
+@pytest.mark.slow
 def test_a_byte_flipped_in_the_unet_is_found_at_setup_and_named(shop):
     model = shop("sd15")
     model.install()
@@ -173,6 +179,7 @@ def plain(state):
     return {key.removeprefix("text_model."): value for key, value in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdxl", "sd15"])
 def test_a_single_file_checkpoint_takes_the_place_of_the_networks(shop, name):
     model = shop(name)

@@ -118,6 +118,7 @@ def test_a_trained_lora_is_a_style_of_the_server(distilled, tmp_path):
     assert np.abs(pixels(one) - pixels(other)).mean() > 1
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_where_it_stopped(distilled, world):
     arguments = ("--data", world, "--out", distilled, *HOW)
     written = load_file(distilled / "pytorch_lora_weights.safetensors")
@@ -128,6 +129,7 @@ def test_the_same_command_goes_on_where_it_stopped(distilled, world):
     assert "[training] the checkpoints are of a run with steps 3 instead of 4" in other
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_step_of_one_from_the_same_fresh_lora(world, tmp_path):
     """The gradients of the miniature's UNet differ by what bf16 rounds; further steps of AdamW would magnify
     that where a gradient is nearly nothing."""
@@ -150,6 +152,7 @@ def test_other_images_in_the_same_folder_are_another_run(distilled, tmp_path):
     assert "[training] the checkpoints are of a run with pictures " in other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl", "sd15"])
 def test_a_full_lcm_of_any_diffusers_folder_generates_in_diffusers(family, world, tmp_path):
     teacher = make_diffusers_folder(get_model(family), tmp_path / "teacher")
@@ -169,6 +172,7 @@ def test_a_full_lcm_of_any_diffusers_folder_generates_in_diffusers(family, world
     assert np.abs(pixels(row) - pixels(other)).max() > 0, "it is told w"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lcf", "style"])
 def test_images_are_taught_by_the_command(method, world, tmp_path):
     arguments = (world, "--out", tmp_path, "--steps", 2, "--batch-size", 2, "--method", method)
@@ -184,6 +188,7 @@ def test_images_are_taught_by_the_command(method, world, tmp_path):
 NO_FOLDER = "[settings] the folder of the model is no diffusers folder"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -261,6 +266,7 @@ def test_without_rehearsal_every_step_is_for_the_new_images(world, tmp_path, mon
     assert not (tmp_path / "rehearsal").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_with_rehearsal_ends_where_it_would_have(world, tmp_path, monkeypatch):
     plan = TrainingOptions("lcf", steps=4, batch_size=2, rank=4, rehearse=2, watch_every=2).plan("miniature")
     plan = replace(plan, schedule=replace(plan.schedule, checkpoint_every=2))

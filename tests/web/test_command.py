@@ -34,6 +34,7 @@ def children(pid):
     return {int(one) for text in lists for one in text.split()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_opens_at_once_says_when_it_is_ready_and_ends_with_all_that_it_started(tmp_path, number):
     port = free_port()
@@ -62,6 +63,7 @@ def test_it_opens_at_once_says_when_it_is_ready_and_ends_with_all_that_it_starte
     assert not list(tmp_path.glob("fewstep-outputs-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["web", "serve"])
 def test_its_sigkill_ends_all_that_it_started_and_the_next_start_removes_its_files(tmp_path, script):
     port = str(free_port())
@@ -82,6 +84,7 @@ def test_its_sigkill_ends_all_that_it_started_and_the_next_start_removes_its_fil
             assert made.exists()
 
 
+@pytest.mark.slow
 def test_without_inodes_for_a_moment_it_generates_again_and_is_not_ready_meanwhile(tmp_path):
     """coglet then loses its slots for good, and goes on calling itself well."""
     COGLET_ROOT.mkdir(parents=True, exist_ok=True)
@@ -135,6 +138,7 @@ def test_without_inodes_for_a_moment_it_generates_again_and_is_not_ready_meanwhi
     assert len(errors) <= 4  # those that were sent into it, one after the other, as often as one is
 
 
+@pytest.mark.slow
 def test_when_it_is_to_end_under_load_everybody_gets_an_image_or_is_told(tmp_path):
     port = free_port()
     process = start("--port", str(port), FEWSTEP_WEB_DATA=str(tmp_path), TMPDIR=str(tmp_path))

@@ -35,6 +35,7 @@ def ask(fake_web, key="right", **fields):
     return httpx2.post(url, json={"prompt": "a", **fields}, headers=headers, trust_env=False)
 
 
+@pytest.mark.slow
 def test_the_official_client_generates(web):
     client = openai.OpenAI(base_url=f"{web.url}/v1", api_key="any", max_retries=0)
     seeded = {"prompt": PROMPT, "extra_body": {"seed": 3}}

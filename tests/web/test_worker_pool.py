@@ -18,6 +18,8 @@ from fewstep.coglet.server import OUTPUTS, Server
 from fewstep.web import worker_pool
 from fewstep.web.worker_pool import WITHHELD, LocalWorkers, RemoteWorker, visible_gpus
 
+pytestmark = pytest.mark.slow
+
 SLACK_S = 15
 
 

@@ -87,6 +87,7 @@ export function paint(request, quick, given) {
   clearTimeout(retrying);
   n += 1;
   current = { n, quick, request, given, sent: performance.now(), answered: false };
+  document.documentElement.dataset.askedN = n;
   asked.set(n, current);
   asked.delete(n - REMEMBERED);
   if (isOpen()) send({ type: "paint", n, quick, request });
