@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from itsdangerous import BadSignature, URLSafeSerializer
@@ -30,6 +30,7 @@ COOKIE = "fewstep_visitor"
 YEAR_S = 365 * 24 * 60 * 60
 GOING_AWAY = 1001
 GRACE_S = 25.0  # for what is being generated when the server is to end
+CLOSING_S = 2.0  # and then for pages to hear that it ends
 QUEUE_LIMIT = 64  # requests that wait in all,
 PER_CLIENT = 4  # and of one client
 
@@ -55,6 +56,7 @@ class AppState:
         self.recent = RecentImages()
         self.sessions: set[LiveSession] = set()
         self._signer = URLSafeSerializer(cookie_key(settings.web_data), salt="visitor")
+        self.ended = False
         self._was_ready = self.queue.ready
         self._telling: set[asyncio.Future[Any]] = set()
 
@@ -110,9 +112,15 @@ class AppState:
 
     async def end(self, grace_s: float) -> None:
         """Take no more requests, finish what is being generated, and let the pages go, which come again."""
+        if self.ended:  # by the server, before the app's own lifespan ends
+            return
+        self.ended = True
         await self.queue.close(grace_s)
-        closing = (session.close(GOING_AWAY) for session in tuple(self.sessions))
-        await asyncio.gather(*closing, return_exceptions=True)
+        closing = asyncio.gather(
+            *(session.close(GOING_AWAY) for session in self.sessions), return_exceptions=True
+        )
+        with suppress(TimeoutError):  # a page that is gone already answers no closing handshake
+            await asyncio.wait_for(closing, CLOSING_S)
 
 
 def app_state(connection: HTTPConnection) -> AppState:
