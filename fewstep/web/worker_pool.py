@@ -11,7 +11,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -92,11 +92,10 @@ class WatchedWorker(Worker):
 
     async def next_poll(self) -> None:
         """Return when it is to be asked again: in a while, or soon when it is in doubt."""
-        try:
-            await asyncio.wait_for(self.doubted.wait(), POLL_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(POLL_S):  # wait_for may lose a cancellation that comes with the event
+                await self.doubted.wait()
             await asyncio.sleep(SETTLE_S)
-        except TimeoutError:
-            pass
 
 
 @dataclass(eq=False, kw_only=True)
