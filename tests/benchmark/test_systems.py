@@ -13,6 +13,8 @@ from fewstep.benchmark.roofline import flops_of, matmul_rate
 from fewstep.benchmark.systems import SYSTEMS, Scenario, System, prompts_and_seeds
 from fewstep.benchmark.worker import main
 from fewstep.evaluation.metrics import psnr
+from fewstep.generation.pipeline import load_pipeline
+from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -39,14 +41,14 @@ def expected() -> list[Image.Image]:
 def in_8_bits() -> list[Image.Image]:
     """What torch makes with the weights that OpenVINO has in 8 bits: those of all linear layers of the UNet,
     each a whole number of steps of a 127th of the largest of its row."""
-    system = SYSTEMS["fewstep-fp32"]("miniature", WEIGHTS, 128)
-    [unet] = system.networks["unet"]
+    pipeline = load_pipeline(get_model("miniature"), Settings(dtype="fp32", verify="size"))
     with torch.no_grad():
-        for layer in unet.modules():
+        for layer in pipeline.diffusion.unet.modules():
             if isinstance(layer, torch.nn.Linear):
                 step = layer.weight.abs().amax(1, keepdim=True) / 127
                 layer.weight.copy_((layer.weight / step).round() * step)
-    return generate_all(system)
+    images = [pipeline.images(*prompts_and_seeds(one, 7), **one.inputs) for one in SCENARIOS]
+    return [image for batch in images for image in batch]
 
 
 # Without those of 8 and 16 bits, which OpenVINO asks of oneDNN on any CPU that can, even held to AVX2.
