@@ -21,7 +21,7 @@ from fewstep.benchmark.measure import only, predict, serving, spread
 from fewstep.benchmark.roofline import roofline
 from fewstep.benchmark.systems import PROMPT, Scenario
 from fewstep.coglet.server import ServerFailed
-from fewstep.evaluation.figures import Panel, plot_bars, plot_lines
+from fewstep.evaluation.figures import plot_bars
 from fewstep.evaluation.metrics import psnr
 from fewstep.miniature.judge import load_judge
 from fewstep.miniature.world.scenes import unseen_scenes
@@ -50,14 +50,10 @@ class Suite:
     captions: int = 0
 
     def of(self, system: str) -> Sequence[Scenario]:
-        """Return the scenarios for `system`: fewstep's OpenVINO is compiled for the first one's size."""
-        size = self.scenarios[0].size
-        return [scenario for scenario in self.scenarios if scenario.size == size or not is_one_size(system)]
-
-
-def is_one_size(system: str) -> bool:
-    """Whether it is compiled for images of one size, whose others are torch's."""
-    return system.startswith("fewstep-openvino")
+        """Return the scenarios for `system`: fewstep's OpenVINO is compiled for the first one's size, and
+        takes torch for the others."""
+        size, one_size = self.scenarios[0].size, system.startswith("fewstep-openvino")
+        return [scenario for scenario in self.scenarios if scenario.size == size or not one_size]
 
 
 JUDGED = Scenario(128)
@@ -212,21 +208,3 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             bars[name] = {ROOFLINE: row["seconds"]}
     x = f"seconds for one picture of {size} px in {steps} steps, {rows[0]['cpu']}, {rows[0]['cores']} cores"
     plot_bars(bars, [row["seconds"] for row in shown], x, path)
-
-
-def plot_costs(rows: Sequence[dict[str, Any]], path: Path, steps: int = 4) -> None:
-    """Draw seconds against the image's size and against steps, unguided, with the line of the FLOPs."""
-    single = [row for row in rows if row["batch"] == 1 and row["guidance"] <= 1]
-    single = [row for row in single if not is_one_size(row["system"])]
-    size, panels = max(row["size"] for row in single), []
-    what = f"seconds a picture, {rows[0]['cpu']}, {rows[0]['cores']} cores"
-    for x, y, key, power, shown in (
-        (f"pixels, {steps} steps", what, "size", 2, [row for row in single if row["steps"] == steps]),
-        (f"steps, {size} px", "", "steps", 1, [row for row in single if row["size"] == size]),
-    ):
-        lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for row in sorted(shown, key=lambda row: int(row[key])):
-            name = ROOFLINE if row["system"] == "floor" else row["system"]
-            lines[name].append((row[key] ** power, row["seconds"]))
-        panels.append(Panel(lines, x, y, y_range=(0, None), dashed=ROOFLINE))
-    plot_lines([panels], path, (4.5, 4), share_y=True, legend="right upper")

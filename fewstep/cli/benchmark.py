@@ -1,9 +1,9 @@
 """Compare fewstep with what else there is, in one run: scripts/benchmark miniature
 
 `full` and `full-1024` are SDXL's real shapes with random weights, which scripts/full-size makes first.
-`throughput` asks servers of the miniature, of 1 to 16 callers at a time; `encoding` writes files; `startup`
-starts the miniature's server; `page` types in a browser, `visitors` are 32 who type at once. What was found
-is written to benchmarks/SUITE.csv, drawn beside it where that helps, and printed.
+`throughput` asks servers of the miniature, of 1 to 16 callers at a time; `startup` starts the miniature's
+server; `page` types in a browser, `visitors` are 32 who type at once. What was found is written to
+benchmarks/SUITE.csv, drawn beside it where that helps, and printed.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 
 from fewstep.cli.run import say, status_of
 
-SUITES = ("miniature", "full", "full-1024", "throughput", "encoding", "startup", "page", "visitors")
+SUITES = ("miniature", "full", "full-1024", "throughput", "startup", "page", "visitors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, rounds: int) -> None:
     # They import torch and matplotlib, which takes seconds.
-    from fewstep.benchmark import costs, page, suites, throughput, visitors
+    from fewstep.benchmark import page, startup, suites, throughput, visitors
     from fewstep.benchmark.measure import BENCHMARKS, describe_machine, line
     from fewstep.cli.full_size import make
     from fewstep.evaluation.tables import write_csv
@@ -38,8 +38,7 @@ def _run(name: str, rounds: int) -> None:
     weights = Settings.from_env().weights_root
     measured: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "throughput": lambda: throughput.measure(weights, rounds, say),
-        "encoding": lambda: costs.measure_encoders(costs.large_image(weights), 5 * rounds),
-        "startup": lambda: costs.measure_starts(weights, 3 * rounds),
+        "startup": lambda: startup.measure(weights, 3 * rounds),
         "page": lambda: [page.measure(4 * rounds)],
         "visitors": lambda: [visitors.measure(clients=32, seconds=20.0 * rounds)],
     }
@@ -56,8 +55,6 @@ def _run(name: str, rounds: int) -> None:
         throughput.plot(rows, BENCHMARKS / f"{name}.png")
     if suite:
         suites.plot(rows, BENCHMARKS / f"{name}.png")
-    if suite and len({scenario.size for scenario in suite.scenarios}) > 1:
-        suites.plot_costs(rows, BENCHMARKS / f"{name}-costs.png")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What a file costs, in milliseconds and bytes of an image of 1024 px, and a start, in seconds."""
+"""What a start takes, in seconds: of the shell's command, of a server, and of the imports in both."""
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
@@ -12,48 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from fewstep.benchmark.measure import in_turns, only, serving, spread
-from fewstep.benchmark.systems import PROMPT, fewstep
-from fewstep.benchmark.worker import generate_captions
+from fewstep.benchmark.systems import PROMPT
 from fewstep.coglet.server import ROOT, ServerFailed
-from fewstep.evaluation.figures import grid
-
-SIDE = 1024
-ENCODERS: tuple[tuple[str, dict[str, Any]], ...] = (
-    *(("webp", {"quality": 90, "method": method}) for method in range(7)),
-    *(("jpeg", {"quality": 90, "subsampling": kept}) for kept in ("4:4:4", "4:2:0")),
-    ("jpeg", {"quality": 90, "subsampling": "4:4:4", "optimize": True}),
-    *(("png", {"compress_level": level}) for level in (0, 1, 2, 3, 6, 9)),
-)
 
 
-def large_image(weights: Path) -> Image.Image:
-    """Generate an image of 1024 px, tiled from the miniature's."""
-    system, columns = fewstep("miniature", weights, 128), SIDE // 128
-    return grid(generate_captions(system, columns**2), columns, gap=0)
-
-
-def measure_encoders(image: Image.Image, repeats: int) -> list[dict[str, Any]]:
-    """Return a row for each of ENCODERS: the format and the settings of its encoder."""
-    sizes = [0] * len(ENCODERS)
-
-    def encode_ms(i: int) -> float:
-        file, (kind, options) = io.BytesIO(), ENCODERS[i]
-        started = time.perf_counter()
-        image.save(file, kind, **options)
-        sizes[i] = len(file.getvalue())
-        return 1000 * (time.perf_counter() - started)
-
-    times, rows = in_turns({i: partial(encode_ms, i) for i in range(len(ENCODERS))}, repeats), []
-    for i, (kind, options) in enumerate(ENCODERS):
-        settings = " ".join(f"{name}={value}" for name, value in options.items())
-        rows.append({"format": kind, "options": settings, **spread("ms", times[i], 1), "bytes": sizes[i]})
-    return rows
-
-
-def measure_starts(weights: Path, repeats: int) -> list[dict[str, Any]]:
+def measure(weights: Path, repeats: int) -> list[dict[str, Any]]:
     """Return a row for the shell's command, to its image; for a server, to READY; and for the imports."""
     ready = partial(ready_s, weights)
     taken = in_turns({"scripts/predict": predict_s, "server to READY": ready, "imports": import_s}, repeats)
