@@ -13,7 +13,6 @@ from fewstep.benchmark.throughput import (
     rows_of,
     served,
 )
-from fewstep.coglet.server import ServerFailed
 from fewstep.settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -21,20 +20,24 @@ pytestmark = pytest.mark.slow
 WEIGHTS = Settings().weights_root
 
 
-def test_nothing_is_lost_beyond_the_servers_slots_and_batched_images_are_the_lone_ones():
+@pytest.fixture(scope="module")
+def server():
     with served("fewstep-fp32", WEIGHTS) as server:
-        # Four callers at a time are told to come again.
-        load = put_load(server, clients=12, numbers=range(24))
-        assert (len(load.waited), load.lost) == (24, 0)
-        assert load.seconds >= max(load.waited) and load.together > 4
-        assert differences(server, 6)["most_apart"] <= 1
+        yield server
 
 
-def test_loads_take_turns_with_generate(monkeypatch):
+def test_nothing_is_lost_beyond_the_servers_slots_and_batched_images_are_the_lone_ones(server):
+    # Four callers at a time are told to come again.
+    load = put_load(server, clients=12, numbers=range(24))
+    assert (len(load.waited), load.lost) == (24, 0)
+    assert load.seconds >= max(load.waited) and load.together > 4
+    assert differences(server, 6)["most_apart"] <= 1
+
+
+def test_loads_take_turns_with_generate(server, monkeypatch):
     monkeypatch.setattr("fewstep.benchmark.throughput.TURNS", 2)
     numbers = count()
-    with served("fewstep", WEIGHTS) as server:
-        turns = list(beside_generate("fewstep", server, WEIGHTS, numbers, requests=8))
+    turns = list(beside_generate("fewstep-fp32", server, WEIGHTS, numbers, requests=8))
     assert [(len(load.waited), load.lost, load.alone > 0) for load in turns] == [(8, 0, True)] * 2
     assert next(numbers) == 16  # each with prompts that no cache has seen
 
@@ -45,15 +48,9 @@ def test_plain_diffusers_is_served_by_the_same_server():
     assert (len(load.waited), load.lost) == (6, 0)
 
 
-def test_what_fails_is_counted_as_lost(monkeypatch):
-    with served("fewstep-fp32", WEIGHTS) as server:
-        monkeypatch.setattr("fewstep.benchmark.throughput.PROMPT", "(" + "x " * 3000)
-        assert put_load(server, clients=2, numbers=range(3)).lost == 3
-
-
-def test_a_server_that_does_not_start_is_told(tmp_path):
-    with pytest.raises(ServerFailed), served("fewstep", tmp_path):
-        pass
+def test_what_fails_is_counted_as_lost(server, monkeypatch):
+    monkeypatch.setattr("fewstep.benchmark.throughput.PROMPT", "(" + "x " * 3000)
+    assert put_load(server, clients=2, numbers=range(3)).lost == 3
 
 
 def test_rows_are_medians_over_rounds_and_are_drawn(tmp_path):
