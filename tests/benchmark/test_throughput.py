@@ -43,7 +43,7 @@ def test_loads_take_turns_with_generate(server, monkeypatch):
 
 
 def test_plain_diffusers_is_served_by_the_same_server():
-    with served("diffusers-bf16", WEIGHTS) as server:
+    with served("diffusers", WEIGHTS) as server:
         load = put_load(server, clients=3, numbers=range(6))
     assert (len(load.waited), load.lost) == (6, 0)
 
