@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Manifest:
 
     model: str
     files: tuple[ManifestFile, ...]
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any]
 
     @property
     def revision(self) -> str:

@@ -45,7 +45,7 @@ def save_model(
     """
     weights_root.mkdir(parents=True, exist_ok=True)
     folder, part = weights_root / spec.name, weights_root / f".{spec.name}.part"
-    old = folder.with_name(f".{folder.name}.old")
+    old = weights_root / f".{spec.name}.old"
     with locked(weights_root):
         if old.exists() and not folder.exists():  # a save was killed between the two renames below
             old.rename(folder)
@@ -116,10 +116,9 @@ def _save_in_fp16(source: Path, target: Path) -> None:
         for name in file.keys():
             tensor = file.get_tensor(name)
             tensors[name] = tensor.half() if tensor.dtype in wide else tensor
-            if not torch.isfinite(tensors[name]).all():
-                raise WeightsError(
-                    f"{target.parent.name}/{source.name} does not fit in fp16, first in {name}"
-                )
+            if not tensors[name].isfinite().all():
+                shown = f"{target.parent.name}/{source.name}"
+                raise WeightsError(f"{shown} does not fit in fp16, first in {name}")
     save_file(tensors, target, metadata={"format": "pt"})
     target.chmod(READABLE)
 
