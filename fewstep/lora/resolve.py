@@ -182,12 +182,8 @@ class LoraResolver:
         own_hub = "" if settings.hf_endpoint == HUB else settings.hf_endpoint
         if not settings.style_hosts and not own_hub:
             raise InvalidRequest("it cannot be fetched, since this server fetches none; name one of its own")
-        return Allowed(
-            hosts=settings.style_hosts,
-            max_bytes=min(MAX_BYTES, settings.style_disk_bytes),
-            total_s=until - time.monotonic(),
-            trusted_origin=own_hub,
-        )
+        most, left = min(MAX_BYTES, settings.style_disk_bytes), until - time.monotonic()
+        return Allowed(settings.style_hosts, max_bytes=most, total_s=left, trusted_origin=own_hub)
 
     def _make_room_on_disk(self, newest: Path) -> None:
         """Remove what was used longest ago, and what a server that was killed was just fetching."""
