@@ -4,7 +4,10 @@ Large files are redirected to a second origin, as the real hub does, with Range 
 """
 
 import hashlib
+import importlib
+import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -12,12 +15,15 @@ import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import patch
 
-from fewstep.models.sources import HubFile, HubRepo
+from huggingface_hub import constants
+
+from fewstep.models.sources import SOURCES, HubFile, HubRepo
 
 REVISION = "c0ffee" * 6 + "c0ff"
 LARGE = 1000  # bytes; from here on a file is in large-file storage
@@ -31,7 +37,7 @@ SOURCES[name] = tuple(
     HubRepo(**{**row, "files": tuple(HubFile(**file) for file in row["files"])})
     for row in json.loads(table)
 )
-sys.exit(importlib.import_module(f"fewstep.cli.{module}").main(arguments))
+sys.exit(importlib.import_module(f"fewstep.cli.{module}").main([name, *arguments]))
 """
 
 
@@ -59,13 +65,13 @@ class Hub:
     url: str = ""
     storage_url: str = ""
 
-    def repo(self, name: str, pinned: bool = True, licence: str = "MIT") -> HubRepo:
+    def repo(self, name: str, pinned: bool = True) -> HubRepo:
         """The table's row for one of the hub's repos; nothing moves on the way into the weights folder."""
         rows = []
         for path, content in self.files[name].items():
             pins = (len(content), hashlib.sha256(content).hexdigest()) if pinned else (None, None)
             rows.append(HubFile(path, path, *pins))
-        return HubRepo(name, REVISION, licence, tuple(rows))
+        return HubRepo(name, REVISION, "MIT", tuple(rows))
 
     def start(self, rows, name, module, *arguments, code=COMMAND, **variables) -> subprocess.Popen[str]:
         """Start a command about the model `name`, whose repos are `rows`, as if this were the only hub."""
@@ -76,12 +82,40 @@ class Hub:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, env=environ, text=True, **pipes)
 
+    def run(self, rows, name, module, *arguments, apart=False, **variables) -> tuple[int, str]:
+        """The status of such a command, and what it wrote to stderr.
+
+        Unless it is to be `apart`, it runs in this process, without the client's waits between its tries.
+        """
+        if apart:
+            process = self.start(rows, name, module, *arguments, **variables)
+            out, err = process.communicate(timeout=280)
+            assert out == "" and "Traceback" not in err, err
+            return process.returncode, err
+        address = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        cache = f"{variables['HOME']}/hub"
+        stdout, stderr, level = io.StringIO(), io.StringIO(), logging.root.level
+        with (
+            patch.dict(os.environ, {"HF_HOME": "", "HF_TOKEN": ""} | variables),
+            patch.dict(SOURCES, {name: tuple(rows)}),
+            patch.multiple(
+                constants, ENDPOINT=self.url, HUGGINGFACE_CO_URL_TEMPLATE=address, HF_HUB_CACHE=cache
+            ),
+            patch.object(logging.root, "handlers", []),
+            patch("fewstep.cli.run.end_as_by_ctrl_c"),
+            patch("time.sleep"),
+            redirect_stdout(stdout),
+            redirect_stderr(stderr),
+        ):
+            status = importlib.import_module(f"fewstep.cli.{module}").main([name, *arguments])
+        logging.root.setLevel(level)
+        assert stdout.getvalue() == "" and "Traceback" not in stderr.getvalue(), stderr.getvalue()
+        return status, stderr.getvalue()
+
     def gets(self, path: str) -> list[Seen]:
         """The requests that carried the content of `path`, or were to."""
-        large = [one for one in self.seen if one.at_storage and one.path.endswith(path)]
-        return [one for one in large if one.method == "GET"] or [
-            one for one in self.seen if one.method == "GET" and one.path.endswith(path)
-        ]
+        gets = [one for one in self.seen if one.method == "GET" and one.path.endswith(path)]
+        return [one for one in gets if one.at_storage] or gets
 
 
 @contextmanager
@@ -193,19 +227,14 @@ class _Handler(BaseHTTPRequestHandler):
             content = content[: len(content) // 2]
         if fault == "flip":
             content = content[:-1] + bytes([content[-1] ^ 1])
-        body = content[start:]
-        status, extra = 200, {}
         if start:
-            status, extra = 206, {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        half = len(content) // 2
-        cut = {"cut": 0 if start >= half else half - start, "cut once": half - start, "stall": half - start}
-        if isinstance(fault, str) and fault in cut and not (fault == "cut once" and start):
-            self._answer(status, body, headers | extra, send=max(0, cut[fault]))
-            if fault == "stall":
-                self.hub.stalled.wait(60)
-            self.close_connection = True
-            return
-        self._answer(status, body, headers | extra)
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        is_cut = fault in ("cut", "stall") or (fault == "cut once" and not start)
+        send = max(0, len(content) // 2 - start) if is_cut else None
+        self._answer(206 if start else 200, content[start:], headers, send)
+        if fault == "stall":
+            self.hub.stalled.wait(60)
+        self.close_connection |= is_cut
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str], send: int | None = None) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):
