@@ -72,7 +72,6 @@ class Outputs:
         """Make the root, and remove what servers left that have ended: in it, and of coglet's folders.
 
         Files of other names stay, and so does all that is another living server's.
-
         Raises SettingsError when the root cannot be written.
         """
         try:

@@ -9,7 +9,6 @@ What was fetched is kept on disk and what was read in memory, both by content, b
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import re
@@ -30,6 +29,7 @@ from cachetools import LRUCache, TTLCache, cachedmethod
 from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest, LoraError
 from fewstep.lora.fetch import Allowed, fetch, fetch_json
 from fewstep.lora.types import MAX_BYTES, SUFFIX, Lora, LoraRef, LoraSource
+from fewstep.models.manifest import sha256_of
 from fewstep.settings import HUB, Settings
 
 logger = logging.getLogger(__name__)
@@ -120,15 +120,13 @@ class LoraResolver:
 
     @cachedmethod(attrgetter("_answers"), condition=attrgetter("_turn"))
     def _hash(self, path: Path, stamp: tuple[int, ...]) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
 
     def _on_hub(self, name: str, source: LoraSource, until: float) -> _StyleFile:
         settings, repo = self._settings, source.place
         token = settings.hf_token if repo in settings.style_repos else None
-        revision, file = "main", source.file
-        if not file:
-            revision, file = self._only_file(repo, name, token, until)
+        at_main = ("main", source.file)
+        revision, file = at_main if source.file else self._only_file(repo, name, token, until)
         address = f"{settings.hf_endpoint}/{repo}/resolve/{revision}/{quote(file)}"
         return self._fetched(name, address, token, until)
 
@@ -143,8 +141,7 @@ class LoraResolver:
         entries = listed if isinstance(listed, list) else []
         names = [entry.get("rfilename") for entry in entries if isinstance(entry, dict)]
         loras = [file for file in names if isinstance(file, str) and file.endswith(SUFFIX)]
-        if USUAL_FILE in loras:
-            loras = [USUAL_FILE]
+        loras = [USUAL_FILE] if USUAL_FILE in loras else loras
         if len(loras) != 1:
             raise InvalidRequest(
                 f"{name} is a repo of {len(loras)} {SUFFIX} files; name one, as owner/repo/file{SUFFIX}"

@@ -30,6 +30,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not in __all__
 
 from fewstep.errors import DownloadError
+from fewstep.models.manifest import sha256_of
 from fewstep.models.sources import HubFile, HubRepo
 
 logger = logging.getLogger(__name__)
@@ -51,10 +52,9 @@ class Expected:
         """Whether the file at `path` has these very bytes."""
         if path.stat().st_size != self.size:
             return False
-        with path.open("rb") as file:
-            if self.algorithm == "sha256":
-                return hashlib.file_digest(file, "sha256").hexdigest() == self.digest
-            content = file.read()
+        if self.algorithm == "sha256":
+            return sha256_of(path) == self.digest
+        content = path.read_bytes()
         return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest() == self.digest
 
 

@@ -163,13 +163,15 @@ def _parse(text: bytes, folder: Path) -> Manifest:
     return Manifest(content["model"], files, content["extra"])
 
 
-def _hash_all(folder: Path, paths: list[str]) -> list[str]:
-    def sha256(path: str) -> str:
-        with (folder / path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path) -> str:
+    """Return the hash of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
+
+def _hash_all(folder: Path, paths: list[str]) -> list[str]:
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        return list(threads.map(sha256, paths))
+        return list(threads.map(sha256_of, [folder / path for path in paths]))
 
 
 def _paths_below(folder: Path) -> list[str]:

@@ -6,7 +6,6 @@ takes its place only when everything is written: an interrupted save never looks
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import shutil
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from fewstep.errors import WeightsError
 from fewstep.models.hub import Download, link_or_copy, locked
 from fewstep.models.load import PIPELINES
-from fewstep.models.manifest import Origin, write_manifest
+from fewstep.models.manifest import Origin, sha256_of, write_manifest
 from fewstep.models.single_file import check_checkpoint, save_component
 from fewstep.models.sources import LCM_LORA
 from fewstep.models.specs import ModelSpec
@@ -76,9 +75,7 @@ def save_model(
 def _save_checkpoint(spec: ModelSpec, checkpoint: Path, part: Path) -> dict[str, Origin]:
     """Write its networks into `part`; return the origin of each file, by its place there."""
     check_checkpoint(spec, checkpoint, part / "unet")
-    with checkpoint.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    origin = Origin(checkpoint.name, f"sha256 {sha256}", "its maker's")
+    origin = Origin(checkpoint.name, f"sha256 {sha256_of(checkpoint)}", "its maker's")
     origins = {}
     for component in spec.in_checkpoint:
         save_component(spec, checkpoint, component, part)

@@ -187,9 +187,7 @@ def test_an_input_opens_as_a_image_of_its_own(tmp_path, input_format):
 
 @pytest.mark.parametrize("input_format", INPUT_FORMATS)
 def test_a_photo_held_sideways_comes_out_upright(tmp_path, input_format):
-    path = saved(tmp_path, corners(), input_format, exif=exif(6), quality=95)
-
-    image = opened(path)
+    image = opened(saved(tmp_path, corners(), input_format, exif=exif(6), quality=95))
 
     assert image.size == (32, 64)
     assert all(map(near, corners_of(image), (BLUE, RED, YELLOW, GREEN)))
@@ -234,9 +232,8 @@ def test_exif_that_says_nothing_leaves_the_image_as_it_is(tmp_path, odd):
 def test_nothing_but_the_pixels_is_kept(tmp_path):
     texts = PngImagePlugin.PngInfo()
     texts.add_text("parameters", "a secret prompt")
-    path = saved(tmp_path, corners(), exif=exif(6), pnginfo=texts, dpi=(300, 300))
 
-    image = opened(path)
+    image = opened(saved(tmp_path, corners(), exif=exif(6), pnginfo=texts, dpi=(300, 300)))
 
     assert image.info.keys() == {"sha256"} and dict(image.getexif()) == {}
 
@@ -362,9 +359,9 @@ def test_a_profile_that_is_broken_or_of_other_channels_is_ignored(tmp_path, mode
 
 
 def test_a_mask_is_taken_by_its_numbers_whatever_its_profile(tmp_path):
-    path = saved(tmp_path, corners(), icc_profile=SWAPPED)
+    mask = opened(saved(tmp_path, corners(), icc_profile=SWAPPED), open_mask)
 
-    assert opened(path, open_mask).tobytes() == corners().convert("L").tobytes()
+    assert mask.tobytes() == corners().convert("L").tobytes()
 
 
 def test_a_mask_is_white_where_to_repaint(tmp_path):

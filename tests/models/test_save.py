@@ -201,28 +201,22 @@ def test_a_single_file_checkpoint_takes_the_place_of_the_networks(shop, publishe
 
 def spoil(checkpoint, kind):
     """Make something of a checkpoint that it must not be taken for."""
-    state, metadata = load_file(checkpoint), {}
-    unet = "model.diffusion_model."
-    if kind == "inpainting":
-        first = state[f"{unet}input_blocks.0.0.weight"]
-        state[f"{unet}input_blocks.0.0.weight"] = torch.cat([first, first, first[:, :1]], 1)
-    elif kind == "v-prediction":
-        state["v_pred"] = torch.zeros(0)
-    elif kind == "v-prediction by its card":
-        metadata = {"modelspec.prediction_type": "v"}
-    elif kind == "more layers":
-        state[f"{unet}middle_block.3.weight"] = torch.zeros(4)
-    elif kind == "no text encoder":
-        state = {key: value for key, value in state.items() if not key.startswith("cond_stage_model")}
-    elif kind == "half a text encoder":
-        state = {key: value for key, value in state.items() if "layers.1.mlp" not in key}
-    elif kind == "too large for fp16":
-        state[f"{unet}out.2.weight"] = torch.full_like(state[f"{unet}out.2.weight"].float(), 1e6)
-    elif kind == "web page":
+    if kind == "web page":
         checkpoint.write_text("<html>")
         return checkpoint
-    elif kind == "pickle":
+    if kind == "pickle":
         return checkpoint.rename(checkpoint.with_suffix(".ckpt"))
+    state, unet = load_file(checkpoint), "model.diffusion_model."
+    first, last = state[f"{unet}input_blocks.0.0.weight"], state[f"{unet}out.2.weight"]
+    changed = {
+        "inpainting": {f"{unet}input_blocks.0.0.weight": torch.cat([first, first, first[:, :1]], 1)},
+        "v-prediction": {"v_pred": torch.zeros(0)},
+        "more layers": {f"{unet}middle_block.3.weight": torch.zeros(4)},
+        "too large for fp16": {f"{unet}out.2.weight": torch.full_like(last.float(), 1e6)},
+    }
+    lost = {"no text encoder": "cond_stage_model", "half a text encoder": "layers.1.mlp"}.get(kind, "nothing")
+    state = {key: value for key, value in (state | changed.get(kind, {})).items() if lost not in key}
+    metadata = {"modelspec.prediction_type": "v"} if kind == "v-prediction by its card" else {}
     save_file(state, checkpoint, metadata=metadata)
     return checkpoint
 
