@@ -28,11 +28,6 @@ from fewstep.models.specs import ModelSpec
 
 # safetensors writes files that only their owner may read; what is linked keeps the mode that it has.
 READABLE = 0o644
-_CLIP = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
-_ENCODERS = {
-    "sdxl": {**_CLIP, "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"},
-    "sd": _CLIP,
-}
 
 
 def save_model(
@@ -126,8 +121,12 @@ def _model_index(spec: ModelSpec) -> dict[str, Any]:
         "scheduler": ["diffusers", "LCMScheduler"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        **{part: ["transformers", name] for part, name in _ENCODERS[spec.family].items()},
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
     }
-    is_sdxl = spec.family == "sdxl"
-    switch = {"force_zeros_for_empty_prompt": True} if is_sdxl else {"requires_safety_checker": False}
+    switch = {"requires_safety_checker": False}
+    if spec.family == "sdxl":
+        parts["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        parts["tokenizer_2"] = parts["tokenizer"]
+        switch = {"force_zeros_for_empty_prompt": True}
     return {"_class_name": PIPELINES[spec.family].__name__, **switch, **dict(sorted(parts.items()))}
