@@ -38,11 +38,10 @@ def _download(spec: ModelSpec, for_single_file: bool) -> None:
     files = download(repos, downloads_folder(Settings.from_env().weights_root))
     pinned = sum(file.file.sha256 is not None for file in files)
     size = sum(file.expected.size for file in files) / 1e9
-    then = " --from-single-file PATH" if for_single_file else ""
+    then = f"scripts/save-weights {spec.name}" + (" --from-single-file PATH" if for_single_file else "")
     say(
         f"{spec.name}: {len(files)} files, {size:.2f} GB, all verified: {pinned} against hashes that fewstep "
-        f"pins, {len(files) - pinned} against what the hub states; "
-        f"next: scripts/save-weights {spec.name}{then}"
+        f"pins, {len(files) - pinned} against what the hub states; next: {then}"
     )
 
 

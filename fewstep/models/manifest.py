@@ -94,11 +94,20 @@ def read_manifest(folder: Path, *, fix: str) -> Manifest:
     if not folder.is_dir():
         raise WeightsError(f"weights/{folder.name} is missing; run: {fix}")
     try:
-        manifest = _parse((folder / MANIFEST).read_bytes(), folder)
+        content = json.loads((folder / MANIFEST).read_bytes())
+        files = tuple(ManifestFile(**file) for file in content["files"])
+        manifest = Manifest(content["model"], files, content["extra"])
+        # No path may be listed twice or lead out of the folder.
+        sound = isinstance(manifest.extra, dict) and len(files) == len({file.path for file in files}) > 0
+        for file in files:
+            sound &= isinstance(file.size, int) and isinstance(file.sha256, str) and len(file.sha256) == 64
+            sound &= file.path != "" and (folder / file.path).resolve().is_relative_to(folder.resolve())
     except FileNotFoundError:
         raise _damaged(folder, MANIFEST, "is missing", fix) from None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        raise _damaged(folder, MANIFEST, "is not a sound manifest", fix) from None
+        sound = False
+    if not sound:
+        raise _damaged(folder, MANIFEST, "is not a sound manifest", fix)
     if manifest.model != folder.name:
         raise _damaged(folder, MANIFEST, "is the manifest of another model", fix)
     return manifest
@@ -149,18 +158,6 @@ def check_hashes(folder: Path, manifest: Manifest, *, fix: str) -> None:
 
 def _damaged(folder: Path, path: str, what: str, fix: str) -> WeightsError:
     return WeightsError(f"weights/{folder.name}/{path} {what}; run: {fix}")
-
-
-def _parse(text: bytes, folder: Path) -> Manifest:
-    content = json.loads(text)
-    files = tuple(ManifestFile(**file) for file in content["files"])
-    sound = isinstance(content["extra"], dict) and len(files) == len({file.path for file in files}) > 0
-    for file in files:
-        sound &= isinstance(file.size, int) and isinstance(file.sha256, str) and len(file.sha256) == 64
-        sound &= file.path != "" and (folder / file.path).resolve().is_relative_to(folder.resolve())
-    if not sound:
-        raise ValueError("a field has the wrong type, or a path is listed twice or leads out of the folder")
-    return Manifest(content["model"], files, content["extra"])
 
 
 def sha256_of(path: Path) -> str:
