@@ -1,10 +1,13 @@
 """A model hub of our own, for huggingface_hub's client: the endpoints that it calls, and every way to fail.
 
-Large files are redirected to a second origin, as the real hub does, with Range and ETag.
+Large files are redirected to a second origin, as the real hub does.
 """
 
 import hashlib
+import importlib
+import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -12,12 +15,15 @@ import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import patch
 
-from fewstep.models.sources import HubFile, HubRepo
+from huggingface_hub import constants
+
+from fewstep.models.sources import SOURCES, HubFile, HubRepo
 
 REVISION = "c0ffee" * 6 + "c0ff"
 LARGE = 1000  # bytes; from here on a file is in large-file storage
@@ -31,7 +37,7 @@ SOURCES[name] = tuple(
     HubRepo(**{**row, "files": tuple(HubFile(**file) for file in row["files"])})
     for row in json.loads(table)
 )
-sys.exit(importlib.import_module(f"fewstep.cli.{module}").main(arguments))
+sys.exit(importlib.import_module(f"fewstep.cli.{module}").main([name, *arguments]))
 """
 
 
@@ -39,7 +45,6 @@ sys.exit(importlib.import_module(f"fewstep.cli.{module}").main(arguments))
 class Seen:
     """One request that the hub answered."""
 
-    method: str
     path: str
     start: int  # of the range asked for
     authorization: str | None
@@ -59,13 +64,13 @@ class Hub:
     url: str = ""
     storage_url: str = ""
 
-    def repo(self, name: str, pinned: bool = True, licence: str = "MIT") -> HubRepo:
+    def repo(self, name: str, pinned: bool = True) -> HubRepo:
         """The table's row for one of the hub's repos; nothing moves on the way into the weights folder."""
         rows = []
         for path, content in self.files[name].items():
             pins = (len(content), hashlib.sha256(content).hexdigest()) if pinned else (None, None)
             rows.append(HubFile(path, path, *pins))
-        return HubRepo(name, REVISION, licence, tuple(rows))
+        return HubRepo(name, REVISION, "MIT", tuple(rows))
 
     def start(self, rows, name, module, *arguments, code=COMMAND, **variables) -> subprocess.Popen[str]:
         """Start a command about the model `name`, whose repos are `rows`, as if this were the only hub."""
@@ -76,12 +81,40 @@ class Hub:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, env=environ, text=True, **pipes)
 
+    def run(self, rows, name, module, *arguments, apart=False, **variables) -> tuple[int, str]:
+        """The status of such a command, and what it wrote to stderr.
+
+        Unless it is to be `apart`, it runs in this process, without the client's waits between its tries.
+        """
+        if apart:
+            process = self.start(rows, name, module, *arguments, **variables)
+            out, err = process.communicate(timeout=280)
+            assert out == "" and "Traceback" not in err, err
+            return process.returncode, err
+        address = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        cache = f"{variables['HOME']}/hub"
+        stdout, stderr, level = io.StringIO(), io.StringIO(), logging.root.level
+        with (
+            patch.dict(os.environ, {"HF_HOME": "", "HF_TOKEN": ""} | variables),
+            patch.dict(SOURCES, {name: tuple(rows)}),
+            patch.multiple(
+                constants, ENDPOINT=self.url, HUGGINGFACE_CO_URL_TEMPLATE=address, HF_HUB_CACHE=cache
+            ),
+            patch.object(logging.root, "handlers", []),
+            patch("fewstep.cli.run.end_as_by_ctrl_c"),
+            patch("time.sleep"),
+            redirect_stdout(stdout),
+            redirect_stderr(stderr),
+        ):
+            status = importlib.import_module(f"fewstep.cli.{module}").main([name, *arguments])
+        logging.root.setLevel(level)
+        assert stdout.getvalue() == "" and "Traceback" not in stderr.getvalue(), stderr.getvalue()
+        return status, stderr.getvalue()
+
     def gets(self, path: str) -> list[Seen]:
         """The requests that carried the content of `path`, or were to."""
-        large = [one for one in self.seen if one.at_storage and one.path.endswith(path)]
-        return [one for one in large if one.method == "GET"] or [
-            one for one in self.seen if one.method == "GET" and one.path.endswith(path)
-        ]
+        gets = [one for one in self.seen if one.path.endswith(path)]
+        return [one for one in gets if one.at_storage] or gets
 
 
 @contextmanager
@@ -126,9 +159,6 @@ class _Handler(BaseHTTPRequestHandler):
         rows = [_row(path, self.hub.files[name][path]) for path in wanted if path in self.hub.files[name]]
         self._answer(200, json.dumps(rows).encode(), {"Content-Type": "application/json"})
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
     def do_GET(self) -> None:
         pattern = r"/(.+?)/(?:resolve|blob)/(\w+)/([^?]+)"
         match = re.fullmatch(pattern, urllib.parse.unquote(self.path))
@@ -140,29 +170,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self._refused(name, revision, path):
             return
         content = self.hub.files[name][path]
-        sha256 = hashlib.sha256(content).hexdigest()
         if len(content) >= LARGE and not self.at_storage:
-            headers = {
-                "Location": f"{self.hub.storage_url}/{name}/blob/{revision}/{path}",
-                "X-Repo-Commit": revision,
-                "X-Linked-Size": str(len(content)),
-                "X-Linked-Etag": f'"{sha256}"',
-            }
-            self._answer(302, b"", headers)
-            return
-        self._send(content, path, {"X-Repo-Commit": revision, "ETag": f'"{sha256}"'})
+            self._answer(302, b"", {"Location": f"{self.hub.storage_url}/{name}/blob/{revision}/{path}"})
+        else:
+            self._send(content, path)
 
     def _note(self) -> None:
-        start = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        self.hub.seen.append(
-            Seen(
-                self.command,
-                urllib.parse.unquote(self.path),
-                int(start[1]) if start else 0,
-                self.headers.get("Authorization"),
-                self.at_storage,
-            )
-        )
+        asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start, token = int(asked[1]) if asked else 0, self.headers.get("Authorization")
+        self.hub.seen.append(Seen(urllib.parse.unquote(self.path), start, token, self.at_storage))
 
     def _refused(self, name: str, revision: str, path: str) -> bool:
         fault = self.hub.faults.get(path)
@@ -173,17 +189,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "restricted"})
         elif isinstance(fault, int):
             self._answer(fault, b"", {"Retry-After": "0"} if fault == 429 else {})
-        elif name not in self.hub.files:
-            self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        elif revision not in self.hub.revisions:
-            self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        elif path != "paths-info" and path not in self.hub.files[name]:
+        elif revision not in self.hub.revisions or path not in {"paths-info", *self.hub.files.get(name, ())}:
             self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         else:
             return False
         return True
 
-    def _send(self, content: bytes, path: str, headers: dict[str, str]) -> None:
+    def _send(self, content: bytes, path: str) -> None:
         fault = self.hub.faults.get(path)
         start = self.hub.seen[-1].start if "Range" in self.headers else 0
         if fault == "html":
@@ -193,19 +205,13 @@ class _Handler(BaseHTTPRequestHandler):
             content = content[: len(content) // 2]
         if fault == "flip":
             content = content[:-1] + bytes([content[-1] ^ 1])
-        body = content[start:]
-        status, extra = 200, {}
-        if start:
-            status, extra = 206, {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        half = len(content) // 2
-        cut = {"cut": 0 if start >= half else half - start, "cut once": half - start, "stall": half - start}
-        if isinstance(fault, str) and fault in cut and not (fault == "cut once" and start):
-            self._answer(status, body, headers | extra, send=max(0, cut[fault]))
-            if fault == "stall":
-                self.hub.stalled.wait(60)
-            self.close_connection = True
-            return
-        self._answer(status, body, headers | extra)
+        headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        is_cut = fault in ("cut", "stall") or (fault == "cut once" and not start)
+        send = max(0, len(content) // 2 - start) if is_cut else None
+        self._answer(206 if start else 200, content[start:], headers, send)
+        if fault == "stall":
+            self.hub.stalled.wait(60)
+        self.close_connection |= is_cut
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str], send: int | None = None) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):
@@ -213,9 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body[:send])
-                self.wfile.flush()
+            self.wfile.write(body[:send])
+            self.wfile.flush()
 
 
 def _row(path: str, content: bytes) -> dict[str, object]:

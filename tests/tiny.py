@@ -198,10 +198,8 @@ def put_on(hub: Hub, spec: ModelSpec, folder: Path) -> list[HubRepo]:
 
 def as_downloaded(spec: ModelSpec, folder: Path) -> list[Download]:
     """The files of `folder` as if they had just come from the repos of `spec`."""
-    expected = Expected(0, "", "", pinned=False)
-    return [
-        Download(repo, file, folder / file.place, expected) for repo in spec.sources for file in repo.files
-    ]
+    pairs = [(repo, file) for repo in spec.sources for file in repo.files]
+    return [Download(repo, file, folder / file.place, Expected(0, "", "")) for repo, file in pairs]
 
 
 REAL = [name for name, spec in MODELS.items() if spec.sources]

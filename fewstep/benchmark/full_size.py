@@ -49,7 +49,7 @@ def make_random(name: str, weights_root: Path) -> Path:
             made = replace(repo, name="fewstep", revision="random", licence="none")
             for file in repo.files:
                 if (path := folder / file.place).exists():  # all but the safety checker
-                    files.append(Download(made, file, path, Expected(0, "", "", pinned=False)))
+                    files.append(Download(made, file, path, Expected(0, "", "")))
         return save_model(spec, files, weights_root)
     finally:
         shutil.rmtree(folder)

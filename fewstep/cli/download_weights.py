@@ -16,11 +16,8 @@ from fewstep.models.specs import MODELS, ModelSpec
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 1 when something could not be had; the reason is one sentence on stderr."""
     parser = model_parser("scripts/download-weights", __doc__)
-    parser.add_argument(
-        "--for-single-file",
-        action="store_true",
-        help="without the networks that a checkpoint of yours brings",
-    )
+    without = "without the networks that a checkpoint of yours brings"
+    parser.add_argument("--for-single-file", action="store_true", help=without)
     chosen = parser.parse_args(arguments)
     spec = MODELS[chosen.name]
     if chosen.for_single_file and not spec.in_checkpoint:
@@ -39,13 +36,12 @@ def _download(spec: ModelSpec, for_single_file: bool) -> None:
     for repo, licence, link in dict.fromkeys((repo.name, repo.licence, repo.link) for repo in repos):
         say(f"{repo}: {licence}, see {link}; to download it is to accept that")
     files = download(repos, downloads_folder(Settings.from_env().weights_root))
-    pinned = sum(file.expected.pinned for file in files)
+    pinned = sum(file.file.sha256 is not None for file in files)
     size = sum(file.expected.size for file in files) / 1e9
-    then = " --from-single-file PATH" if for_single_file else ""
+    then = f"scripts/save-weights {spec.name}" + (" --from-single-file PATH" if for_single_file else "")
     say(
         f"{spec.name}: {len(files)} files, {size:.2f} GB, all verified: {pinned} against hashes that fewstep "
-        f"pins, {len(files) - pinned} against what the hub states; "
-        f"next: scripts/save-weights {spec.name}{then}"
+        f"pins, {len(files) - pinned} against what the hub states; next: {then}"
     )
 
 

@@ -38,7 +38,7 @@ from fewstep.lora.merge import WeightMerger
 from fewstep.lora.types import Lora
 from fewstep.models.device import device_and_dtype
 from fewstep.models.load import Diffusion, load_merged, load_tiny_vae
-from fewstep.models.manifest import verify_weights
+from fewstep.models.manifest import check_folder
 from fewstep.models.specs import ModelSpec
 from fewstep.request import SCHEDULE_STEPS, Inputs, Request
 from fewstep.settings import OPENVINO, Settings, Shape
@@ -64,7 +64,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     folder = settings.weights_root / spec.name
     device, dtype = device_and_dtype(settings)
     size = _usual_size(spec, settings)
-    manifest = verify_weights(folder, fix=spec.fix, mode="size")
+    manifest = check_folder(folder, fix=spec.fix)
     # First, while nothing else takes memory.
     place = converted(folder, settings, device, dtype) if settings.engine in OPENVINO else None
     diffusion, adapters = load_merged(spec, settings, manifest, device, dtype)

@@ -115,16 +115,13 @@ def _opened(path: Path, name: str, flatten: Callable[[Image.Image], Image.Image]
     try:
         with _decoder(content) as file:
             wide, high = file.size
+            rule = ""
             if min(file.size) < INPUT_MIN_SIDE:
-                raise InvalidRequest(
-                    f"{name} is {wide}x{high} px; each side needs {INPUT_MIN_SIDE} px or more, so send a "
-                    "larger one"
-                )
-            if wide * high > INPUT_MAX_PIXELS:
-                raise InvalidRequest(
-                    f"{name} is {wide}x{high} px; at most {INPUT_MAX_PIXELS} px in all are allowed, so scale "
-                    "it down"
-                )
+                rule = f"each side needs {INPUT_MIN_SIDE} px or more, so send a larger one"
+            elif wide * high > INPUT_MAX_PIXELS:
+                rule = f"at most {INPUT_MAX_PIXELS} px in all are allowed, so scale it down"
+            if rule:
+                raise InvalidRequest(f"{name} is {wide}x{high} px; {rule}")
             file.load()
             image = flatten(file)
             image.info = {"sha256": hashlib.sha256(content).hexdigest()}

@@ -112,8 +112,6 @@ def _check(recipe: Recipe) -> None:
     numbers = [recipe[name] for name in ("steps", "guidance", "seed", "width", "height", "lcm_scale")]
     numbers += [style["style_scale"] for style in recipe["styles"]]
     numbers += [recipe[name] for name in ("clip_skip", "prompt_strength") if name in recipe]
-    sound = all(isinstance(text, str) for text in texts) and all(
-        isinstance(number, int | float) and not isinstance(number, bool) for number in numbers
-    )
+    sound = {*map(type, texts)} == {str} and {*map(type, numbers)} <= {int, float}
     if not sound or recipe["model"].removesuffix(RANDOM) not in MODELS:
         raise ValueError("a field has the wrong type")

@@ -64,9 +64,7 @@ class Outputs:
     def __init__(self, root: Path, coglet_root: Path | None) -> None:
         self._root = root
         self._coglet_root = coglet_root
-        # Each in order of age, so that what is old stands first.
-        self._files: deque[Path] = deque()
-        self._folders: deque[Path] = deque()
+        self._kept: deque[Path] = deque()  # files and folders, in order of age
         self._running: set[Path] = set()
         self._lock: int | None = None
 
@@ -74,7 +72,6 @@ class Outputs:
         """Make the root, and remove what servers left that have ended: in it, and of coglet's folders.
 
         Files of other names stay, and so does all that is another living server's.
-
         Raises SettingsError when the root cannot be written.
         """
         try:
@@ -108,9 +105,10 @@ class Outputs:
         """Write a file `<uuid>-<i>.<suffix>` an item; Cog uploads by base name, so none may come twice."""
         name = uuid.uuid4()
         paths = [self._root / f"{name}-{i}.{suffix}" for i in range(len(encoded))]
-        self._files.extend(paths)  # before they exist: a caller who leaves while they are written leaks none
         for path, content in zip(paths, encoded, strict=True):
-            path.write_bytes(content)
+            with path.open("xb") as file:
+                self._kept.append(path)  # before it is written, so that a full disk leaks none
+                file.write(content)
         return paths
 
     @contextmanager
@@ -127,30 +125,25 @@ class Outputs:
         finally:
             if folder:
                 self._running.discard(folder)
-                self._folders.append(folder)
+                self._kept.append(folder)
             self._remove(before=time.time() - KEEP_S)
 
     def remove_all(self) -> None:
         """Remove all, at the end of the server, when everything has been read."""
-        self._folders.extend(self._running)
+        self._kept.extend(self._running)
         self._remove(before=float("inf"))
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def _remove(self, before: float) -> None:
-        for kept in (self._files, self._folders):
-            while kept and _is_gone_or_older(kept[0], before):
-                path = kept.popleft()
-                with suppress(OSError):  # not ours to remove: that must not fail a prediction
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _is_gone_or_older(path: Path, before: float) -> bool:
-    try:
-        return path.lstat().st_mtime < before
-    except OSError:
-        return True
+        while self._kept:
+            path = self._kept[0]
+            with suppress(OSError):  # gone already, or not ours to remove: that must not fail a prediction
+                if path.lstat().st_mtime >= before:
+                    return
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self._kept.popleft()
 
 
 def _prediction_id() -> str:

@@ -174,7 +174,7 @@ def _pieces(url: str, allowed: Allowed, token: str | None) -> Generator[bytes, N
 
     hop = first = _checked(url, allowed, "the address")
     for _ in range(MAX_REDIRECTS + 1):
-        with _failures_explained(hop), _response(hop, left, token) as response:
+        with _response(hop, left, token) as response:
             if response.status not in (301, 302, 303, 307, 308):
                 yield from _body(response, hop, allowed)
                 return
@@ -215,10 +215,9 @@ def _split(url: str) -> _Hop | None:
         return None
     if not parts.hostname or "@" in parts.netloc:
         return None
-    if port is None:
-        port = 443 if parts.scheme == "https" else 80
+    usual = 443 if parts.scheme == "https" else 80
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return _Hop(parts.scheme, parts.hostname.removesuffix("."), port, path)
+    return _Hop(parts.scheme, parts.hostname.removesuffix("."), usual if port is None else port, path)
 
 
 def _is_public(text: str) -> bool:
@@ -233,20 +232,29 @@ def _is_public(text: str) -> bool:
 
 @contextmanager
 def _response(hop: _Hop, left: Callable[[], float], token: str | None) -> Iterator[httpcore2.Response]:
-    """Ask for the file; the response has its headers read and its body not."""
+    """Ask for the file; the response has its headers read and its body not.
+
+    What the network and the parsers raise, while it is read too, becomes one sentence.
+    """
     host = f"[{hop.host}]" if ":" in hop.host else hop.host
     headers: dict[bytes | str, bytes | str] = {"User-Agent": "fewstep", "Accept": "*/*"}
     headers |= {"Accept-Encoding": "identity", "Connection": "close"}
     headers["Host"] = host if hop.port == 443 else f"{host}:{hop.port}"
     if token:
         headers["Authorization"] = f"Bearer {token}"
-    url = httpcore2.URL(scheme=hop.scheme, host=hop.host, port=hop.port, target=hop.path)
-    tls = ssl.create_default_context() if hop.scheme == "https" else None
-    with (
-        httpcore2.HTTPConnection(url.origin, tls, network_backend=_Network(hop, left)) as connection,
-        connection.stream("GET", url, headers=headers) as response,
-    ):
-        yield response
+    try:
+        url = httpcore2.URL(scheme=hop.scheme, host=hop.host, port=hop.port, target=hop.path)
+        tls = ssl.create_default_context() if hop.scheme == "https" else None
+        with (
+            httpcore2.HTTPConnection(url.origin, tls, network_backend=_Network(hop, left)) as connection,
+            connection.stream("GET", url, headers=headers) as response,
+        ):
+            yield response
+    except _BROKEN as error:
+        logger.debug("a fetch failed", exc_info=error)
+        reason = error.__cause__ or error
+        what = next(words for kind, words in _FAILURES if isinstance(reason, kind))
+        raise DownloadError(f"{hop.shown} {what}; try again later") from None
 
 
 def _body(response: httpcore2.Response, hop: _Hop, allowed: Allowed) -> Iterator[bytes]:
@@ -285,15 +293,3 @@ def _check_status(status: int, hop: _Hop) -> None:
         raise DownloadError(f"{hop.shown} cannot answer now (HTTP {status}); try again later")
     if status != 200:
         raise InvalidRequest(f"the address gives no file but HTTP {status}; name one that a plain GET gives")
-
-
-@contextmanager
-def _failures_explained(hop: _Hop) -> Iterator[None]:
-    """Turn what the network and the parsers raise into one sentence."""
-    try:
-        yield
-    except _BROKEN as error:
-        logger.debug("a fetch failed", exc_info=error)
-        reason = error.__cause__ or error
-        what = next(words for kind, words in _FAILURES if isinstance(reason, kind))
-        raise DownloadError(f"{hop.shown} {what}; try again later") from None

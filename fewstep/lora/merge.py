@@ -32,7 +32,6 @@ NETWORKS = {"sdxl": ("unet", "text_encoder", "text_encoder_2"), "sd": ("unet", "
 MAX_HEADER_BYTES = 4 * 10**6
 # Of all that a LoRA adds, compared with the weights that it changes; what is of any use adds a fraction.
 MAX_SHARE = 1.0
-
 # A higher rank than a layer is wide says nothing more, and takes memory by its square.
 ANY_RANK = 1024
 

@@ -9,7 +9,6 @@ What was fetched is kept on disk and what was read in memory, both by content, b
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import re
@@ -20,15 +19,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
-from weakref import WeakValueDictionary
 
-from cachetools import LRUCache, TTLCache
+from cachetools import LRUCache, TTLCache, cachedmethod
 
 from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest, LoraError
 from fewstep.lora.fetch import Allowed, fetch, fetch_json
 from fewstep.lora.types import MAX_BYTES, SUFFIX, Lora, LoraRef, LoraSource
+from fewstep.models.manifest import sha256_of
 from fewstep.settings import HUB, Settings
 
 logger = logging.getLogger(__name__)
@@ -62,11 +63,8 @@ class LoraResolver:
         self._read = read
         # Fetching has threads of its own: slow sites must not keep the styles of this server waiting.
         self._near, self._far = ThreadPoolExecutor(4, "styles"), ThreadPoolExecutor(8, "fetched-styles")
-        self._lock = threading.Lock()  # guards all that follow
-        self._at_work: WeakValueDictionary[object, threading.Lock] = WeakValueDictionary()
-        self._answers: TTLCache[object, tuple[str, ...]] = TTLCache(
-            MAX_ANSWERS, FRESH_S, timer=lambda: time.monotonic()
-        )
+        self._turn = threading.Condition()  # guards what follows, and lets one caller do what others wait for
+        self._answers: TTLCache[object, Any] = TTLCache(MAX_ANSWERS, FRESH_S)
         memory = max(1, settings.style_memory_bytes)
         # One that is larger than all memory for them is still kept, alone.
         self._in_memory: LRUCache[str, Lora] = LRUCache(memory, getsizeof=lambda lora: min(lora.size, memory))
@@ -88,35 +86,26 @@ class LoraResolver:
             raise DeadlineExceeded(LATE) from None
 
     def _load(self, name: str, source: LoraSource, until: float) -> Lora:
-        for _ in range(3):
-            with self._alone(source, until):
+        for _ in range(4):
+            with suppress(FileNotFoundError):  # removed or replaced meanwhile
                 if source.kind == "folder":
                     file = self._in_folder(name, source)
                 elif source.kind == "hub":
                     file = self._on_hub(name, source, until)
                 else:
                     file = self._fetched(name, source.place, None, until)
-            with self._alone(file.sha256, until):
-                with self._lock:
-                    lora = self._in_memory.get(file.sha256)
-                lora = lora or self._read_checked(name, file)
-            if lora is not None:
-                return lora
+                return self._read_checked(name, file)
         raise DownloadError(f"{name} changes again and again while it is read; send the request later")
 
-    def _read_checked(self, name: str, file: _StyleFile) -> Lora | None:
-        """Read the file into memory; None if it was removed or replaced meanwhile."""
+    @cachedmethod(attrgetter("_in_memory"), lambda _, name, file: file.sha256, condition=attrgetter("_turn"))
+    def _read_checked(self, name: str, file: _StyleFile) -> Lora:
         try:
             lora = self._read(file.path, file.sha256)
-            if _stamp(file.path)[: len(file.stamp)] != file.stamp:
-                return None
-        except FileNotFoundError:
-            return None
         except LoraError as error:
             logger.info("%s was refused: it %s", name, error.sentence)
             raise InvalidRequest(f"{name} {error.reason}; give another LoRA") from None
-        with self._lock:
-            self._in_memory[lora.sha256] = lora
+        if _stamp(file.path)[: len(file.stamp)] != file.stamp:
+            raise FileNotFoundError
         return lora
 
     def _in_folder(self, name: str, source: LoraSource) -> _StyleFile:
@@ -127,43 +116,62 @@ class LoraResolver:
             listed = f"choose one of {', '.join(names[:30])}" if names else "it has none"
             raise InvalidRequest(f"{name} is none of this server's styles; {listed}")
         stamp = _stamp(path)
-        known = self._recall((path, stamp))
-        if known is None:
-            with path.open("rb") as file:
-                known = (hashlib.file_digest(file, "sha256").hexdigest(),)
-            self._remember((path, stamp), known)
-        return _StyleFile(path, known[0], stamp)
+        return _StyleFile(path, self._hash(path, stamp), stamp)
+
+    @cachedmethod(attrgetter("_answers"), condition=attrgetter("_turn"))
+    def _hash(self, path: Path, stamp: tuple[int, ...]) -> str:
+        return sha256_of(path)
 
     def _on_hub(self, name: str, source: LoraSource, until: float) -> _StyleFile:
         settings, repo = self._settings, source.place
         token = settings.hf_token if repo in settings.style_repos else None
-        revision, file = ("main", source.file) if source.file else (self._recall(repo) or ("", ""))
-        if not file:
-            with _named(name):
-                url = f"{settings.hf_endpoint}/api/models/{repo}"
-                answer = fetch_json(url, self._allowed(until), token)
-            revision, file = _only_file(name, answer)
-            self._remember(repo, (revision, file))
+        at_main = ("main", source.file)
+        revision, file = at_main if source.file else self._only_file(repo, name, token, until)
         address = f"{settings.hf_endpoint}/{repo}/resolve/{revision}/{quote(file)}"
         return self._fetched(name, address, token, until)
 
+    @cachedmethod(attrgetter("_answers"), lambda _, repo, *__: repo, condition=attrgetter("_turn"))
+    def _only_file(self, repo: str, name: str, token: str | None, until: float) -> tuple[str, str]:
+        """Return the commit and the one LoRA of a repo, as the hub answers."""
+        with _named(name):
+            url = f"{self._settings.hf_endpoint}/api/models/{repo}"
+            answer = fetch_json(url, self._allowed(until), token)
+        about = answer if isinstance(answer, dict) else {}
+        listed = about.get("siblings")
+        entries = listed if isinstance(listed, list) else []
+        names = [entry.get("rfilename") for entry in entries if isinstance(entry, dict)]
+        loras = [file for file in names if isinstance(file, str) and file.endswith(SUFFIX)]
+        loras = [USUAL_FILE] if USUAL_FILE in loras else loras
+        if len(loras) != 1:
+            raise InvalidRequest(
+                f"{name} is a repo of {len(loras)} {SUFFIX} files; name one, as owner/repo/file{SUFFIX}"
+            )
+        commit = str(about.get("sha"))
+        return commit if COMMIT.fullmatch(commit) else "main", loras[0]
+
     def _fetched(self, name: str, address: str, token: str | None, until: float) -> _StyleFile:
-        cache, known = self._settings.style_cache, self._recall(address)
-        if known:
-            path = cache / f"{known[0]}{SUFFIX}"
-            with suppress(FileNotFoundError):
-                os.utime(path)  # by its age it is chosen for removal
-                return _StyleFile(path, known[0], _stamp(path)[:2])
+        sha256 = self._fetch(address, name, token, until)
+        path = self._settings.style_cache / f"{sha256}{SUFFIX}"
+        try:
+            os.utime(path)  # by its age it is chosen for removal
+        except FileNotFoundError:
+            with self._turn:
+                self._answers.pop(address, None)
+            raise
+        return _StyleFile(path, sha256, _stamp(path)[:2])
+
+    @cachedmethod(attrgetter("_answers"), lambda _, address, *__: address, condition=attrgetter("_turn"))
+    def _fetch(self, address: str, name: str, token: str | None, until: float) -> str:
+        """Fetch a file into the cache on disk, and return its hash."""
         if until - time.monotonic() < LEAST_S:
             raise DeadlineExceeded(LATE)
+        cache = self._settings.style_cache
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         arrived = cache / f".{uuid.uuid4()}{SUFFIX}"
         with _named(name):
             sha256 = fetch(address, arrived, self._allowed(until), token)
-        path = arrived.rename(cache / f"{sha256}{SUFFIX}")
-        self._remember(address, (sha256,))
-        self._make_room_on_disk(path)
-        return _StyleFile(path, sha256, _stamp(path)[:2])
+        self._make_room_on_disk(newest=arrived.rename(cache / f"{sha256}{SUFFIX}"))
+        return sha256
 
     def _allowed(self, until: float) -> Allowed:
         settings = self._settings
@@ -171,16 +179,12 @@ class LoraResolver:
         own_hub = "" if settings.hf_endpoint == HUB else settings.hf_endpoint
         if not settings.style_hosts and not own_hub:
             raise InvalidRequest("it cannot be fetched, since this server fetches none; name one of its own")
-        return Allowed(
-            hosts=settings.style_hosts,
-            max_bytes=min(MAX_BYTES, settings.style_disk_bytes),
-            total_s=until - time.monotonic(),
-            trusted_origin=own_hub,
-        )
+        most, left = min(MAX_BYTES, settings.style_disk_bytes), until - time.monotonic()
+        return Allowed(settings.style_hosts, max_bytes=most, total_s=left, trusted_origin=own_hub)
 
     def _make_room_on_disk(self, newest: Path) -> None:
         """Remove what was used longest ago, and what a server that was killed was just fetching."""
-        with self._lock:
+        with self._turn:
             stats = {}
             for path in self._settings.style_cache.iterdir():
                 with suppress(FileNotFoundError):  # another server may share the folder
@@ -194,48 +198,11 @@ class LoraResolver:
                     path.unlink(missing_ok=True)
                     total -= stat.st_size
 
-    def _recall(self, question: object) -> tuple[str, ...] | None:
-        with self._lock:
-            return self._answers.get(question)
-
-    def _remember(self, question: object, answer: tuple[str, ...]) -> None:
-        with self._lock:
-            self._answers[question] = answer
-
-    @contextmanager
-    def _alone(self, key: object, until: float) -> Iterator[None]:
-        """Keep others out, so that what two callers want at once is fetched or read once."""
-        with self._lock:
-            lock = self._at_work.setdefault(key, threading.Lock())
-        if not lock.acquire(timeout=max(0.0, until - time.monotonic())):
-            raise DeadlineExceeded(LATE)
-        try:
-            yield
-        finally:
-            lock.release()
-
 
 def _stamp(path: Path) -> tuple[int, ...]:
     """Return what differs for every state of the file: size and time of writing may be the same by design."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
-def _only_file(name: str, answer: object) -> tuple[str, str]:
-    """Return the commit and the one LoRA of a repo, from the hub's answer about it."""
-    repo = answer if isinstance(answer, dict) else {}
-    listed = repo.get("siblings")
-    entries = listed if isinstance(listed, list) else []
-    names = [entry.get("rfilename") for entry in entries if isinstance(entry, dict)]
-    loras = [file for file in names if isinstance(file, str) and file.endswith(SUFFIX)]
-    if USUAL_FILE in loras:
-        loras = [USUAL_FILE]
-    if len(loras) != 1:
-        raise InvalidRequest(
-            f"{name} is a repo of {len(loras)} {SUFFIX} files; name one, as owner/repo/file{SUFFIX}"
-        )
-    commit = str(repo.get("sha"))
-    return commit if COMMIT.fullmatch(commit) else "main", loras[0]
 
 
 @contextmanager

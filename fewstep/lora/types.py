@@ -87,17 +87,14 @@ class Mix:
 
 def parse_source(name: str, text: str) -> LoraSource:
     """Return what `text`, given as the input `name`, means. Raises InvalidRequest if it means nothing."""
-    if "://" in text:
-        if text.lower().startswith("https://"):
-            return LoraSource("url", text)
-    elif NAME.fullmatch(text):
-        if text.strip("."):
+    if text.lower().startswith("https://"):
+        return LoraSource("url", text)
+    if all(part.strip(". ") for part in text.split("/")):
+        if NAME.fullmatch(text):
             return LoraSource("folder", text)
-    elif match := HUB_ID.fullmatch(text):
-        parts = text.split("/")
-        file = match["file"] or ""
-        if all(part.strip(". ") for part in parts) and (not file or file.endswith(SUFFIX)):
-            return LoraSource("hub", match["repo"], file)
+        match = HUB_ID.fullmatch(text)
+        if match and (not match["file"] or text.endswith(SUFFIX)):
+            return LoraSource("hub", match["repo"], match["file"] or "")
     raise InvalidRequest(
         f"{name} names no LoRA; give the name of a style of this server, a hub id as owner/repo or "
         f"owner/repo/file{SUFFIX}, or an https address of a {SUFFIX} file"

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not in __all__
 
 from fewstep.errors import DownloadError
+from fewstep.models.manifest import sha256_of
 from fewstep.models.sources import HubFile, HubRepo
 
 logger = logging.getLogger(__name__)
@@ -46,16 +47,14 @@ class Expected:
     size: int  # bytes
     digest: str
     algorithm: str  # "sha256", or "git" for the blob id of a file too small for the hub's large-file storage
-    pinned: bool
 
     def fits(self, path: Path) -> bool:
         """Whether the file at `path` has these very bytes."""
         if path.stat().st_size != self.size:
             return False
-        with path.open("rb") as file:
-            if self.algorithm == "sha256":
-                return hashlib.file_digest(file, "sha256").hexdigest() == self.digest
-            content = file.read()
+        if self.algorithm == "sha256":
+            return sha256_of(path) == self.digest
+        content = path.read_bytes()
         return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest() == self.digest
 
 
@@ -79,10 +78,10 @@ class Download:
         return self.path.with_name(f"{self.path.name}.part")
 
 
-def downloads_folder(weights_root: Path, environ: Mapping[str, str] | None = None) -> Path:
+def downloads_folder(weights_root: Path) -> Path:
     """Return `$HF_HOME/fewstep` if HF_HOME is set, else a folder beside the weights: a container's own cache
     would be gone before its weights are saved."""
-    home = (os.environ if environ is None else environ).get("HF_HOME", "")
+    home = os.environ.get("HF_HOME", "")
     return Path(home).expanduser().absolute() / "fewstep" if home else weights_root / ".downloads"
 
 
@@ -116,12 +115,12 @@ def downloaded(repos: Sequence[HubRepo], folder: Path, fix: str) -> list[Downloa
         home = folder / repo.name / repo.revision
         known = _known(repo, home)
         for file in repo.files:
-            path = home / file.path
-            if file.path not in known or not path.is_file():
+            path, expected = home / file.path, known.get(file.path)
+            if expected is None or not path.is_file():
                 raise DownloadError(f"{repo.name}/{file.path} has not been downloaded; run: {fix}")
-            if not known[file.path].fits(path):
+            if not expected.fits(path):
                 raise DownloadError(f"{repo.name}/{file.path} is damaged on this disk; run: {fix}")
-            files.append(Download(repo, file, path, known[file.path]))
+            files.append(Download(repo, file, path, expected))
     return files
 
 
@@ -141,8 +140,7 @@ def locked(folder: Path) -> Iterator[None]:
 def _wanted(repo: HubRepo, folder: Path) -> list[Download]:
     home = folder / repo.name / repo.revision
     known = _known(repo, home)
-    unknown = [file.path for file in repo.files if file.path not in known]
-    if unknown:
+    if unknown := [file for file in repo.files if file.path not in known]:
         known |= _ask_hub(repo, unknown)
         home.mkdir(parents=True, exist_ok=True)
         part = home / f"{STATED}.part"
@@ -154,33 +152,33 @@ def _wanted(repo: HubRepo, folder: Path) -> list[Download]:
 
 def _known(repo: HubRepo, home: Path) -> dict[str, Expected]:
     """Return what is pinned of the repo's files, and what the hub stated earlier of the others."""
-    stated = {}
-    with suppress(OSError, ValueError, TypeError, AttributeError):
+    known = {}
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         rows = json.loads((home / STATED).read_text(encoding="utf-8"))
-        stated = {path: Expected(**row) for path, row in rows.items()}
+        known = {path: Expected(row["size"], row["digest"], row["algorithm"]) for path, row in rows.items()}
     for file in repo.files:
         if file.size is not None and file.sha256 is not None:
-            stated[file.path] = Expected(file.size, file.sha256, "sha256", pinned=True)
-    return stated
+            known[file.path] = Expected(file.size, file.sha256, "sha256")
+        elif file.sha256 is not None and file.path in known and known[file.path].digest != file.sha256:
+            del known[file.path]  # stated before it was pinned
+    return known
 
 
-def _ask_hub(repo: HubRepo, paths: list[str]) -> dict[str, Expected]:
+def _ask_hub(repo: HubRepo, files: list[HubFile]) -> dict[str, Expected]:
     with _failures_explained(repo, "the list of its files"):
-        listed = HfApi().get_paths_info(repo.name, paths, revision=repo.revision)
+        listed = HfApi().get_paths_info(repo.name, [file.path for file in files], revision=repo.revision)
     infos = {info.path: info for info in listed if isinstance(info, RepoFile)}
-    pins = {file.path: file.sha256 for file in repo.files}
     stated = {}
-    for path in paths:
-        if path not in infos:
-            raise DownloadError(_not_there(repo, path))
-        info, pin = infos[path], pins[path]
+    for path, pin in ((file.path, file.sha256) for file in files):
+        if (info := infos.get(path)) is None:
+            raise DownloadError(_http_sentence(repo, path, 404))
         digest, algorithm = (info.lfs.sha256, "sha256") if info.lfs else (info.blob_id, "git")
         if pin is not None and pin != digest:
             raise DownloadError(
                 f"{repo.name}/{path} is not the file that fewstep knows: the hub states {algorithm} "
                 f"{digest[:12]}..., where sha256 {pin[:12]}... is pinned; do not use it, and report this"
             )
-        stated[path] = Expected(info.size, digest, algorithm, pinned=pin is not None)
+        stated[path] = Expected(info.size, digest, algorithm)
     return stated
 
 
@@ -259,45 +257,40 @@ def _failures_explained(repo: HubRepo, what: str) -> Iterator[None]:
     """Turn what the client, the network and the disk raise into one sentence."""
     try:
         yield
+        return
     except HfHubHTTPError as error:
-        raise DownloadError(_http_sentence(repo, what, error.response)) from None
+        retry_after = error.response.headers.get("Retry-After", "")
+        sentence = _http_sentence(repo, what, error.response.status_code, retry_after)
     except httpx2.HTTPError as error:
         logger.debug("%s", error, exc_info=True)
         sentence = f"the connection to the hub broke at {repo.name}, {what} ({type(error).__name__}); {AGAIN}"
-        raise DownloadError(sentence) from None
     except json.JSONDecodeError:
-        raise DownloadError(
-            f"what answers for {repo.name}, {what}, is not the hub; see that HF_ENDPOINT and the "
-            "proxy lead there"
-        ) from None
+        sentence = (
+            f"what answers for {repo.name}, {what}, is not the hub; see that HF_ENDPOINT and the proxy lead "
+            "there"
+        )
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            sentence = f"the disk is full at {repo.name}, {what}; free some space and {AGAIN}"
-            raise DownloadError(sentence) from None
-        raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sentence = f"the disk is full at {repo.name}, {what}; free some space and {AGAIN}"
+    raise DownloadError(sentence)
 
 
-def _http_sentence(repo: HubRepo, what: str, response: httpx2.Response) -> str:
-    status = response.status_code
+def _http_sentence(repo: HubRepo, what: str, status: int, retry_after: str = "") -> str:
     if status in (401, 403):
         return (
             f"the hub does not give {repo.name} to this account (HTTP {status}); accept its licence at "
             f"{repo.link} and set HF_TOKEN to a token that may read it"
         )
     if status == 404:
-        return _not_there(repo, what)
+        return (
+            f"{repo.name} at revision {repo.revision[:8]} does not hold {what} (HTTP 404); see that "
+            "HF_ENDPOINT leads to the hub or a full mirror of it"
+        )
     if status == 429:
-        wait = response.headers.get("Retry-After", "")
-        when = f"in {wait} s" if wait.isdecimal() else "in some minutes"
+        when = f"in {retry_after} s" if retry_after.isdecimal() else "in some minutes"
         return f"the hub has had enough of this address for now (HTTP 429); {AGAIN} {when}"
     return f"the hub answered HTTP {status} for {repo.name}, {what}; {AGAIN}"
-
-
-def _not_there(repo: HubRepo, what: str) -> str:
-    return (
-        f"{repo.name} at revision {repo.revision[:8]} does not hold {what} (HTTP 404); see that HF_ENDPOINT "
-        "leads to the hub or a full mirror of it"
-    )
 
 
 def _size(path: Path) -> int:

@@ -77,14 +77,10 @@ def _load_verified(
     """Hash every file while it is loaded: both read the disk, and together no longer than either alone."""
 
     def load() -> Diffusion:
-        return PIPELINES[spec.family].from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map=device.type,
-            use_safetensors=True,
-            local_files_only=True,
-            **({"add_watermarker": False} if spec.family == "sdxl" else {"safety_checker": None}),
-        )
+        only = {"use_safetensors": True, "local_files_only": True}
+        plain = {"add_watermarker": False} if spec.family == "sdxl" else {"safety_checker": None}
+        kind = PIPELINES[spec.family]
+        return kind.from_pretrained(folder, dtype=dtype, device_map=device.type, **only, **plain)
 
     if verify == "size":
         logger.warning("FEWSTEP_VERIFY is size: a damaged file of the right length will not be noticed")

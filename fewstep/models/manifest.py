@@ -12,9 +12,9 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fewstep.errors import WeightsError
 
@@ -52,7 +52,7 @@ class Manifest:
 
     model: str
     files: tuple[ManifestFile, ...]
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any]
 
     @property
     def revision(self) -> str:
@@ -78,15 +78,10 @@ def write_manifest(
     `origins` by path say where a file came from; those that it does not name are from `origin`. The manifest
     appears whole or not at all. `extra` must be JSON.
     """
-    paths = sorted(path for path in _paths_below(folder) if path not in _UNLISTED)
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.split("/"))]
-    hashes = _hash_all([folder / path for path in paths])
-    files = tuple(
-        ManifestFile(
-            path, (folder / path).stat().st_size, sha256, **asdict((origins or {}).get(path, origin))
-        )
-        for path, sha256 in zip(paths, hashes, strict=True)
-    )
+    paths = [path for path in _paths_below(folder) if path not in _UNLISTED and "/." not in f"/{path}"]
+    sizes = [(folder / path).stat().st_size for path in paths]
+    facts = zip(paths, sizes, _hash_all(folder, paths), strict=True)
+    files = tuple(ManifestFile(*fact, **asdict((origins or {}).get(fact[0], origin))) for fact in facts)
     manifest = Manifest(model, files, dict(extra or {}))
     unfinished = folder / f".{MANIFEST}.part"
     unfinished.write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -99,54 +94,60 @@ def read_manifest(folder: Path, *, fix: str) -> Manifest:
     if not folder.is_dir():
         raise WeightsError(f"weights/{folder.name} is missing; run: {fix}")
     try:
-        manifest = _parse((folder / MANIFEST).read_bytes(), folder)
+        content = json.loads((folder / MANIFEST).read_bytes())
+        files = tuple(ManifestFile(**file) for file in content["files"])
+        manifest = Manifest(content["model"], files, content["extra"])
+        # No path may be listed twice or lead out of the folder.
+        sound = isinstance(manifest.extra, dict) and len(files) == len({file.path for file in files}) > 0
+        for file in files:
+            sound &= isinstance(file.size, int) and isinstance(file.sha256, str) and len(file.sha256) == 64
+            sound &= file.path != "" and (folder / file.path).resolve().is_relative_to(folder.resolve())
     except FileNotFoundError:
         raise _damaged(folder, MANIFEST, "is missing", fix) from None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        raise _damaged(folder, MANIFEST, "is not a sound manifest", fix) from None
+        sound = False
+    if not sound:
+        raise _damaged(folder, MANIFEST, "is not a sound manifest", fix)
     if manifest.model != folder.name:
         raise _damaged(folder, MANIFEST, "is the manifest of another model", fix)
     return manifest
 
 
-def verify_weights(folder: Path, *, fix: str, mode: Literal["sha256", "size"] = "sha256") -> Manifest:
-    """Check that `folder` holds what its manifest lists, and no weights besides.
+def check_folder(folder: Path, *, fix: str) -> Manifest:
+    """Return the manifest of `folder`, which holds what that lists, by its sizes, and no weights besides.
 
-    "sha256" reads every byte, in threads; "size" looks only at sizes. Raises WeightsError that names the
-    first bad file, relative to the weights folder, and the command `fix` that mends it.
+    Raises WeightsError that names the first bad file, relative to the weights folder, and the command `fix`
+    that mends it. `check_hashes` takes longer, and finds bytes that have changed.
     """
     manifest = read_manifest(folder, fix=fix)
     fix = manifest.fix(fix)
     check_sizes(folder, manifest, fix=fix)
     # A weights file that nobody listed might be loaded in place of one that was checked.
     listed = {file.path for file in manifest.files}
-    for path in sorted(_paths_below(folder)):
+    for path in _paths_below(folder):
         if path.lower().endswith(_PICKLED):
             raise _damaged(folder, path, "is a pickle, which is never loaded; remove it, then", fix)
         if path.endswith(".safetensors") and path not in listed:
             raise _damaged(folder, path, "is not in the manifest; remove it, then", fix)
-    if mode == "sha256":
-        check_hashes(folder, manifest, fix=fix)
     return manifest
 
 
 def check_sizes(folder: Path, manifest: Manifest, *, fix: str) -> None:
-    """Raise WeightsError, as `verify_weights` does, for a file that is missing or of another size."""
+    """Raise WeightsError, as `check_folder` does, for a file that is missing or of another size."""
     for file in manifest.files:
         path = folder / file.path
         if not path.is_file():
             raise _damaged(folder, file.path, "is missing", manifest.fix(fix))
-        size = path.stat().st_size
-        if size != file.size:
+        if (size := path.stat().st_size) != file.size:
             what = f"has {size} bytes where {file.size} are expected"
             raise _damaged(folder, file.path, what, manifest.fix(fix))
 
 
 def check_hashes(folder: Path, manifest: Manifest, *, fix: str) -> None:
-    """Read every byte of what `manifest` lists, in threads. Raises WeightsError as `verify_weights` does."""
+    """Read every byte of what `manifest` lists, in threads. Raises WeightsError as `check_folder` does."""
     fix = manifest.fix(fix)
     try:
-        hashes = _hash_all([folder / file.path for file in manifest.files])
+        hashes = _hash_all(folder, [file.path for file in manifest.files])
     except OSError:
         raise WeightsError(f"weights/{folder.name} holds a file that cannot be read; run: {fix}") from None
     for file, sha256 in zip(manifest.files, hashes, strict=True):
@@ -159,32 +160,16 @@ def _damaged(folder: Path, path: str, what: str, fix: str) -> WeightsError:
     return WeightsError(f"weights/{folder.name}/{path} {what}; run: {fix}")
 
 
-def _parse(text: bytes, folder: Path) -> Manifest:
-    content = json.loads(text)
-    files = tuple(ManifestFile(**file) for file in content["files"])
-    manifest = Manifest(content["model"], files, content["extra"])
-    paths = [file.path for file in files]
-    sound = (
-        isinstance(manifest.extra, dict)
-        and len(paths) == len(set(paths)) > 0
-        and all(paths)
-        and all(isinstance(file.size, int) for file in files)
-        and all(isinstance(file.sha256, str) and len(file.sha256) == 64 for file in files)
-        and all((folder / path).resolve().is_relative_to(folder.resolve()) for path in paths)
-    )
-    if not sound:
-        raise ValueError("a field has the wrong type, or a path is listed twice or leads out of the folder")
-    return manifest
+def sha256_of(path: Path) -> str:
+    """Return the hash of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hash_all(paths: list[Path]) -> list[str]:
-    def sha256(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
+def _hash_all(folder: Path, paths: list[str]) -> list[str]:
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        return list(threads.map(sha256, paths))
+        return list(threads.map(sha256_of, [folder / path for path in paths]))
 
 
 def _paths_below(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -6,7 +6,6 @@ takes its place only when everything is written: an interrupted save never looks
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import shutil
@@ -22,18 +21,13 @@ from safetensors.torch import save_file
 from fewstep.errors import WeightsError
 from fewstep.models.hub import Download, link_or_copy, locked
 from fewstep.models.load import PIPELINES
-from fewstep.models.manifest import Origin, write_manifest
+from fewstep.models.manifest import Origin, sha256_of, write_manifest
 from fewstep.models.single_file import check_checkpoint, save_component
 from fewstep.models.sources import LCM_LORA
 from fewstep.models.specs import ModelSpec
 
 # safetensors writes files that only their owner may read; what is linked keeps the mode that it has.
 READABLE = 0o644
-_CLIP = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
-_ENCODERS = {
-    "sdxl": {**_CLIP, "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"},
-    "sd": _CLIP,
-}
 
 
 def save_model(
@@ -45,7 +39,7 @@ def save_model(
     """
     weights_root.mkdir(parents=True, exist_ok=True)
     folder, part = weights_root / spec.name, weights_root / f".{spec.name}.part"
-    old = folder.with_name(f".{folder.name}.old")
+    old = weights_root / f".{spec.name}.old"
     with locked(weights_root):
         if old.exists() and not folder.exists():  # a save was killed between the two renames below
             old.rename(folder)
@@ -76,9 +70,7 @@ def save_model(
 def _save_checkpoint(spec: ModelSpec, checkpoint: Path, part: Path) -> dict[str, Origin]:
     """Write its networks into `part`; return the origin of each file, by its place there."""
     check_checkpoint(spec, checkpoint, part / "unet")
-    with checkpoint.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    origin = Origin(checkpoint.name, f"sha256 {sha256}", "its maker's")
+    origin = Origin(checkpoint.name, f"sha256 {sha256_of(checkpoint)}", "its maker's")
     origins = {}
     for component in spec.in_checkpoint:
         save_component(spec, checkpoint, component, part)
@@ -116,10 +108,9 @@ def _save_in_fp16(source: Path, target: Path) -> None:
         for name in file.keys():
             tensor = file.get_tensor(name)
             tensors[name] = tensor.half() if tensor.dtype in wide else tensor
-            if not torch.isfinite(tensors[name]).all():
-                raise WeightsError(
-                    f"{target.parent.name}/{source.name} does not fit in fp16, first in {name}"
-                )
+            if not tensors[name].isfinite().all():
+                shown = f"{target.parent.name}/{source.name}"
+                raise WeightsError(f"{shown} does not fit in fp16, first in {name}")
     save_file(tensors, target, metadata={"format": "pt"})
     target.chmod(READABLE)
 
@@ -130,8 +121,12 @@ def _model_index(spec: ModelSpec) -> dict[str, Any]:
         "scheduler": ["diffusers", "LCMScheduler"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        **{part: ["transformers", name] for part, name in _ENCODERS[spec.family].items()},
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
     }
-    is_sdxl = spec.family == "sdxl"
-    switch = {"force_zeros_for_empty_prompt": True} if is_sdxl else {"requires_safety_checker": False}
+    switch = {"requires_safety_checker": False}
+    if spec.family == "sdxl":
+        parts["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        parts["tokenizer_2"] = parts["tokenizer"]
+        switch = {"force_zeros_for_empty_prompt": True}
     return {"_class_name": PIPELINES[spec.family].__name__, **switch, **dict(sorted(parts.items()))}

@@ -60,8 +60,9 @@ def check_checkpoint(spec: ModelSpec, checkpoint: Path, unet_config: Path) -> No
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(unet_config))
     if channels != unet.config.in_channels:
-        what = f"has {channels} input channels, as inpainting and editing models do"
-        raise _refused(spec, checkpoint, what)
+        raise _refused(
+            spec, checkpoint, f"has {channels} input channels, as inpainting and editing models do"
+        )
     count, expected = sum(key.startswith(prefixes["unet"]) for key in keys), len(unet.state_dict())
     if count != expected:  # the names differ, but each tensor has its own
         raise _refused(spec, checkpoint, f"has a UNet of {count} tensors where {expected} are expected")
@@ -71,14 +72,10 @@ def save_component(spec: ModelSpec, checkpoint: Path, component: str, folder: Pa
     """Write one network of `checkpoint` into the diffusers folder `folder`, in fp16. Raises WeightsError."""
     pipeline = PIPELINES[spec.family]
     index = pipeline.load_config(folder)
-    others = [name for name, kind in index.items() if isinstance(kind, list) and name != component]
+    others = {name: None for name, kind in index.items() if isinstance(kind, list) and name != component}
     try:
         loaded: Any = pipeline.from_single_file(
-            str(checkpoint),
-            config=str(folder),
-            torch_dtype=torch.float16,
-            local_files_only=True,
-            **dict.fromkeys(others),
+            str(checkpoint), config=str(folder), torch_dtype=torch.float16, local_files_only=True, **others
         )
         network = getattr(loaded, component)
         broken = [name for name, value in network.state_dict().items() if not value.isfinite().all()]

@@ -1,5 +1,6 @@
 """The models that fewstep can serve, with the facts about each that specs.toml lists."""
 
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,14 +41,10 @@ class ModelSpec:
     @property
     def sources_beside_checkpoint(self) -> tuple[HubRepo, ...]:
         """What is fetched when the networks come from a single-file checkpoint."""
-        networks = tuple(f"{part}/" for part in self.in_checkpoint)
-
-        def is_brought(place: str) -> bool:
-            return place.startswith(networks) and place.endswith(".safetensors")
-
-        kept = [[file for file in repo.files if not is_brought(file.place)] for repo in self.sources]
+        brought = re.compile(rf"({'|'.join(self.in_checkpoint)})/.*\.safetensors")
+        kept = [tuple(file for file in repo.files if not brought.match(file.place)) for repo in self.sources]
         pairs = zip(self.sources, kept, strict=True)
-        return tuple(replace(repo, files=tuple(files)) for repo, files in pairs if files)
+        return tuple(replace(repo, files=files) for repo, files in pairs if files)
 
 
 def _spec(name: str, in_checkpoint: Sequence[str] = (), fix: str = "", **facts: Any) -> ModelSpec:

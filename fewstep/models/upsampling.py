@@ -41,15 +41,12 @@ class FoldedUpsample(nn.Module):
         return doubled[..., 1:-1, 1:-1]
 
 
-def fold_upsamplers(module: nn.Module) -> int:
-    """Put a `FoldedUpsample` in the place of every upsampling in `module` that is one; their number."""
-    folded = 0
+def fold_upsamplers(module: nn.Module) -> None:
+    """Put a `FoldedUpsample` in the place of every upsampling in `module` that it can stand for."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, Upsample2D) and _is_foldable(child):
                 setattr(parent, name, FoldedUpsample(child))
-                folded += 1
-    return folded
 
 
 def _is_foldable(upsample: Upsample2D) -> bool:

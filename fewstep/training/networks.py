@@ -13,7 +13,7 @@ from fewstep.errors import SettingsError
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.models.device import fast_dtype
 from fewstep.models.load import PIPELINES, Diffusion
-from fewstep.models.manifest import check_hashes, verify_weights
+from fewstep.models.manifest import check_folder, check_hashes
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
@@ -31,7 +31,7 @@ def load_base(name: str, settings: Settings, device: torch.device) -> Diffusion:
     folder = Path(name)
     if not folder.is_dir():
         spec, folder = get_model(name), settings.weights_root / name
-        manifest = verify_weights(folder, fix=spec.fix, mode="size")
+        manifest = check_folder(folder, fix=spec.fix)
         if settings.verify != "size":
             check_hashes(folder, manifest, fix=spec.fix)
     families = {kind.__name__: family for family, kind in PIPELINES.items()}

@@ -106,7 +106,7 @@ def test_a_batch_that_never_comes_is_refused(pipeline):
 
 
 def test_a_size_that_cannot_be_generated_is_refused_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr("fewstep.generation.pipeline.verify_weights", None)
+    monkeypatch.setattr("fewstep.generation.pipeline.check_folder", None)
     for settings, named in (
         ({"engine": "compiled", "compiled": (Shape(64, 64), Shape(2048, 2048))}, "FEWSTEP_COMPILED"),
         ({"engine": "openvino", "openvino_size": (32, 32)}, "FEWSTEP_OPENVINO_SIZE"),

@@ -7,6 +7,7 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -46,18 +47,22 @@ def mean_error(image, other):
     return np.abs(np.asarray(image, np.float64) - np.asarray(other.convert("RGB"), np.float64)).mean()
 
 
-def test_the_formats_are_those_of_a_request():
-    assert tuple(MIME_TYPES) == FORMATS
-
-
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_a_file_is_of_its_format_and_shows_the_image(picture, output_format):
-    result = decoded(encode_image(picture, output_format, 90))
+    data = encode_image(picture, output_format, 90)
 
+    assert data == encode_image(picture.copy(), output_format, 90)
+    result = decoded(data)
     assert result.format == PILLOWS_NAMES[output_format]
     assert Image.MIME[result.format] == MIME_TYPES[output_format]
     assert (result.size, result.mode) == (picture.size, "RGB")
     assert mean_error(picture, result) < 4
+
+
+def test_there_are_no_other_formats_than_a_requests(picture):
+    assert tuple(MIME_TYPES) == FORMATS
+    with pytest.raises(ValueError, match="webp, jpg, png"):
+        encode_image(picture, "bmp", 90)
 
 
 def test_png_keeps_every_pixel_at_any_quality(picture):
@@ -84,16 +89,6 @@ def test_a_jpg_of_high_quality_keeps_colour_at_full_resolution():
     assert mean_error(picture, decoded(encode_image(picture, "jpg", 89))) > 20
 
 
-@pytest.mark.parametrize("output_format", FORMATS)
-def test_the_same_image_gives_the_same_bytes(picture, output_format):
-    assert encode_image(picture, output_format, 90) == encode_image(picture.copy(), output_format, 90)
-
-
-def test_an_unknown_format_is_an_error(picture):
-    with pytest.raises(ValueError, match="webp, jpg, png"):
-        encode_image(picture, "bmp", 90)
-
-
 RED, GREEN, BLUE, YELLOW = (220, 30, 30), (30, 200, 40), (30, 40, 220), (230, 220, 30)
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
@@ -113,16 +108,20 @@ def corners_of(image):
     return [image.getpixel(at) for at in ((3, 3), (x, 3), (3, y), (x, y))]
 
 
-def saved(folder, image, output_format="PNG", **options):
-    path = folder / "input"
-    image.save(path, output_format, **options)
-    return path
+def data_of(output_format="PNG", image=None, **options):
+    file = io.BytesIO()
+    (image or corners()).save(file, output_format, **options)
+    return file.getvalue()
 
 
 def written(folder, data):
     path = folder / "input"
     path.write_bytes(data)
     return path
+
+
+def saved(folder, image, output_format="PNG", **options):
+    return written(folder, data_of(output_format, image, **options))
 
 
 def chunk(kind, data=b""):
@@ -188,9 +187,7 @@ def test_an_input_opens_as_a_image_of_its_own(tmp_path, input_format):
 
 @pytest.mark.parametrize("input_format", INPUT_FORMATS)
 def test_a_photo_held_sideways_comes_out_upright(tmp_path, input_format):
-    path = saved(tmp_path, corners(), input_format, exif=exif(6), quality=95)
-
-    image = opened(path)
+    image = opened(saved(tmp_path, corners(), input_format, exif=exif(6), quality=95))
 
     assert image.size == (32, 64)
     assert all(map(near, corners_of(image), (BLUE, RED, YELLOW, GREEN)))
@@ -235,16 +232,10 @@ def test_exif_that_says_nothing_leaves_the_image_as_it_is(tmp_path, odd):
 def test_nothing_but_the_pixels_is_kept(tmp_path):
     texts = PngImagePlugin.PngInfo()
     texts.add_text("parameters", "a secret prompt")
-    path = saved(tmp_path, corners(), exif=exif(6), pnginfo=texts, dpi=(300, 300))
 
-    image = opened(path)
+    image = opened(saved(tmp_path, corners(), exif=exif(6), pnginfo=texts, dpi=(300, 300)))
 
     assert image.info.keys() == {"sha256"} and dict(image.getexif()) == {}
-
-
-def grey_16(*values, before=b""):
-    rows = (b"\0" + struct.pack(">H", value) * 8 for value in values)
-    return png(8, len(values), 16, 0, b"".join(rows), before=before)
 
 
 @pytest.mark.parametrize(
@@ -286,19 +277,16 @@ def test_a_palette_may_have_transparent_colours(tmp_path, alpha, on_white, on_bl
     assert opened(path, open_mask).getpixel((4, 4)) == on_black
 
 
-def test_grey_of_16_bits_is_scaled_not_clipped(tmp_path):
+def test_of_16_bits_the_upper_8_are_kept_and_none_is_clipped(tmp_path):
     values = (0, 255, 257, 8192, 32768, 49152, 65535, 65535)
-    path = written(tmp_path, grey_16(*values))
-
+    grey = b"".join(b"\0" + struct.pack(">H", value) * 8 for value in values)
+    path = written(tmp_path, png(8, 8, 16, 0, grey))
     for open_it in (open_image, open_mask):
         image = opened(path, open_it).convert("L")
         assert [image.getpixel((4, y)) for y in range(8)] == [value // 256 for value in values]
 
-
-def test_colour_of_16_bits_keeps_its_upper_8(tmp_path):
-    rows = (b"\0" + struct.pack(">HHH", 0x1234, 0x80FF, 0xFF00) * 8) * 8
-
-    assert opened(written(tmp_path, png(8, 8, 16, 2, rows))).getpixel((4, 4)) == (0x12, 0x80, 0xFF)
+    colour = (b"\0" + struct.pack(">HHH", 0x1234, 0x80FF, 0xFF00) * 8) * 8
+    assert opened(written(tmp_path, png(8, 8, 16, 2, colour))).getpixel((4, 4)) == (0x12, 0x80, 0xFF)
 
 
 @pytest.mark.parametrize(
@@ -341,21 +329,16 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 SWAPPED = SRGB.replace(b"rXYZ", b"????").replace(b"bXYZ", b"rXYZ").replace(b"????", b"bXYZ")
 
 
-@pytest.mark.parametrize("input_format", INPUT_FORMATS)
-def test_colours_of_another_profile_become_those_of_srgb(tmp_path, input_format):
-    path = saved(tmp_path, corners(), input_format, quality=95, icc_profile=SWAPPED)
+@pytest.mark.parametrize(
+    ("mode", "input_format"), [*(("RGB", each) for each in INPUT_FORMATS), ("P", "PNG"), ("RGBA", "PNG")]
+)
+def test_colours_of_another_profile_become_those_of_srgb(tmp_path, mode, input_format):
+    image = corners().convert(mode, palette=Image.Palette.ADAPTIVE)
 
-    image = opened(path)
+    image = opened(saved(tmp_path, image, input_format, quality=95, icc_profile=SWAPPED))
 
     assert all(map(near, corners_of(image), (RED[::-1], GREEN[::-1], BLUE[::-1], YELLOW[::-1])))
     assert "icc_profile" not in image.info
-
-
-@pytest.mark.parametrize("mode", ["P", "RGBA"])
-def test_a_profile_counts_in_any_mode_of_colour(tmp_path, mode):
-    path = saved(tmp_path, Image.new("RGB", (32, 32), (255, 0, 0)).convert(mode), icc_profile=SWAPPED)
-
-    assert near(opened(path).getpixel((9, 9)), (0, 0, 255), 1)
 
 
 @pytest.mark.parametrize(
@@ -376,25 +359,9 @@ def test_a_profile_that_is_broken_or_of_other_channels_is_ignored(tmp_path, mode
 
 
 def test_a_mask_is_taken_by_its_numbers_whatever_its_profile(tmp_path):
-    path = saved(tmp_path, corners(), icc_profile=SWAPPED)
+    mask = opened(saved(tmp_path, corners(), icc_profile=SWAPPED), open_mask)
 
-    assert opened(path, open_mask).tobytes() == corners().convert("L").tobytes()
-
-
-@pytest.mark.parametrize("input_format", ["WEBP", "PNG"])
-def test_an_animation_is_its_first_frame(tmp_path, input_format):
-    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, GREEN, BLUE)]
-    path = saved(tmp_path, frames[0], input_format, save_all=True, append_images=frames[1:], lossless=True)
-
-    assert opened(path).getpixel((8, 8)) == RED
-
-
-def test_a_phones_jpeg_of_several_images_is_its_first(tmp_path):
-    path = saved(tmp_path, corners(), "MPO", save_all=True, append_images=[Image.new("RGB", (64, 32))])
-    with Image.open(path) as file:
-        assert file.format == "MPO"
-
-    assert all(map(near, corners_of(opened(path)), (RED, GREEN, BLUE, YELLOW)))
+    assert mask.tobytes() == corners().convert("L").tobytes()
 
 
 def test_a_mask_is_white_where_to_repaint(tmp_path):
@@ -451,24 +418,18 @@ def input_sizes():
 
 
 @pytest.mark.parametrize("native_size", [64, 96, 128, 512, 768, 1024])
-def test_same_shape_stays_within_its_bounds(native_size):
+def test_same_shape_stays_within_its_bounds_and_keeps_the_aspect_at_the_native_area(native_size):
     for size in input_sizes():
         wide, high = same_shape(size, native_size)
 
         assert (wide % 8, high % 8) == (0, 0)
         assert 9 * wide <= 21 * high and 9 * high <= 21 * wide, size
-        assert 0.75 < wide * high / native_size**2 <= 1.1, size
         assert same_shape(size[::-1], native_size) == (high, wide)
-
-
-@pytest.mark.parametrize("native_size", [128, 512, 768, 1024])
-def test_same_shape_keeps_the_aspect_at_the_native_area(native_size):
-    for size in input_sizes():
-        wide, high = same_shape(size, native_size)
-
-        aspect = min(max(size[0] / size[1], 9 / 21), 21 / 9)
-        assert wide / high == pytest.approx(aspect, rel=0.05), size
-        assert wide * high / native_size**2 == pytest.approx(1, abs=0.12 if native_size == 128 else 0.03)
+        aspect, area = min(max(size[0] / size[1], 9 / 21), 21 / 9), wide * high / native_size**2
+        assert 0.75 < area <= 1.1, size
+        if native_size > 96:  # where eights are fine enough
+            assert wide / high == pytest.approx(aspect, rel=0.05), size
+            assert area == pytest.approx(1, abs=0.12 if native_size == 128 else 0.03)
 
 
 def test_same_shape_at_sizes_that_people_send():
@@ -478,12 +439,6 @@ def test_same_shape_at_sizes_that_people_send():
     assert same_shape((4032, 3024), 1024) == (1184, 888)
     assert same_shape((1080, 1920), 1024) == (768, 1368)
     assert same_shape((5000, 100), 1024) == (1568, 672)
-
-
-def file_of(output_format, **options):
-    file = io.BytesIO()
-    corners().save(file, output_format, **options)
-    return file.getvalue()
 
 
 def halves(data):
@@ -499,30 +454,36 @@ STORED = (
     png(64, 32, 8, 2, b"")[:33] + chunk(b"IDAT", zlib.compress(bytes((1 + 64 * 3) * 32), 0)) + chunk(b"IEND")
 )
 
+# A progressive JPEG before, between and after the starts of its scans.
+SCANS = re.split(rb"(?=\xff\xda)", data_of("JPEG", progressive=True))
+
 HOSTILE = {
     "empty": b"",
     "one byte": b"\x89",
     "noise": bytes(range(256)) * 40,
     "html": b"<!DOCTYPE html><html><body>404 not found</body></html>",
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"></svg>',
-    **{kind: file_of(kind) for kind in ("PDF", "GIF", "TIFF", "EPS", "BMP")},
+    **{kind: data_of(kind) for kind in ("PDF", "GIF", "TIFF", "EPS", "BMP")},
     "heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
     "fits": b"SIMPLE  =                    T".ljust(2880),
-    "cut jpeg": halves(file_of("JPEG")),
-    "cut progressive jpeg": halves(file_of("JPEG", progressive=True)),
-    "cut png": halves(file_of("PNG")),
-    "cut webp": halves(file_of("WEBP")),
-    "only a jpeg's signature": file_of("JPEG")[:3],
-    "only a png's signature": file_of("PNG")[:8],
-    "only a webp's signature": file_of("WEBP")[:16],
-    "png without its last chunk": file_of("PNG")[:-12],
+    "cut jpeg": halves(data_of("JPEG")),
+    "cut progressive jpeg": halves(data_of("JPEG", progressive=True)),
+    "cut png": halves(data_of("PNG")),
+    "cut webp": halves(data_of("WEBP")),
+    "only a jpeg's signature": data_of("JPEG")[:3],
+    "only a png's signature": data_of("PNG")[:8],
+    "only a webp's signature": data_of("WEBP")[:16],
+    "png without its last chunk": data_of("PNG")[:-12],
     "png with a broken header": with_flipped_byte(STORED, 20),
     "png with broken pixels": with_flipped_byte(STORED, 500),
     "png of no known depth": png(64, 32, 3, 0, bytes(5000)),
     "png without pixels": png(64, 32, 8, 2, b""),
     "png of no width": png(0, 32, 8, 2, bytes(193 * 32)),
-    "webp with broken pixels": with_flipped_byte(file_of("WEBP", lossless=True), 21),
-    "jpeg of twelve bits": file_of("JPEG").replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"),
+    "webp with broken pixels": with_flipped_byte(data_of("WEBP", lossless=True), 21),
+    "jpeg of twelve bits": data_of("JPEG").replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"),
+    "flood of empty segments": b"\xff\xd8" + b"\xff\xe5\0\2" * 300_000 + data_of("JPEG")[2:],
+    "flood of scans": SCANS[0] + SCANS[1] * 1001 + b"".join(SCANS[1:]),
+    "flood of empty chunks": STORED[:33] + chunk(b"IDAT") * 100_000 + STORED[33:],
 }
 
 
@@ -531,7 +492,7 @@ HOSTILE = {
 def test_what_is_no_whole_image_of_an_allowed_format_is_refused(tmp_path, kind, open_it):
     sentence = refusal(written(tmp_path, HOSTILE[kind]), open_it)
 
-    assert all(name in sentence for name in INPUT_FORMATS)
+    assert "does not open" in sentence and all(name in sentence for name in INPUT_FORMATS)
 
 
 def test_what_is_no_file_is_refused(tmp_path):
@@ -569,44 +530,30 @@ def test_a_size_is_judged_by_the_header_alone(tmp_path, wide, high, sentence):
     assert sentence in refusal(written(tmp_path, without_pixels))
 
 
-# A progressive JPEG before, between and after the starts of its scans.
-SCANS = re.split(rb"(?=\xff\xda)", file_of("JPEG", progressive=True))
-
-
-def test_a_jpeg_may_repeat_a_scan(tmp_path):
-    assert opened(written(tmp_path, SCANS[0] + SCANS[1] * 50 + b"".join(SCANS[1:]))).size == (64, 32)
-
-
 @pytest.mark.parametrize("side", [(8, 8), (8, 2000)])
 def test_small_and_thin_images_open(tmp_path, side):
     assert opened(saved(tmp_path, corners(*side))).size == side
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"\xff\xd8" + b"\xff\xe5\0\2" * 300_000 + file_of("JPEG")[2:],
-        SCANS[0] + SCANS[1] * 1001 + b"".join(SCANS[1:]),
-        STORED[:33] + chunk(b"IDAT") * 100_000 + STORED[33:],
-    ],
-    ids=["segments", "scans", "chunks"],
-)
-def test_a_flood_of_empty_parts_is_refused(tmp_path, data):
-    assert "does not open" in refusal(written(tmp_path, data))
+EXTRAS = chunk(b"zTXt", b"broken\0\x09?") + chunk(b"prVt", bytes(9)) + chunk(b"eXIf", bytes(200_000))
+ANOTHER = {"save_all": True, "append_images": [Image.new("RGB", (64, 32))]}
+HARMLESS = {
+    "animated webp": data_of("WEBP", **ANOTHER, lossless=True),
+    "animated png": data_of("PNG", **ANOTHER),
+    "phone's jpeg of several images": data_of("MPO", **ANOTHER),
+    "phone's jpeg with a film": data_of("JPEG") + b"".join(os.urandom(250) + b"\xff\xda" for _ in range(900)),
+    "jpeg that repeats a scan": SCANS[0] + SCANS[1] * 50 + b"".join(SCANS[1:]),
+    "png with texts and unknown parts": EXTRAS.join((data_of()[:33], data_of()[33:-12], data_of()[-12:])),
+}
 
 
-def test_a_film_behind_a_photo_does_no_harm(tmp_path):
-    film = b"".join(os.urandom(250) + b"\xff\xda" for _ in range(900))
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_what_more_there_is_in_a_file_does_no_harm_to_its_first_image(tmp_path, kind):
+    assert decoded(HARMLESS["phone's jpeg of several images"]).format == "MPO"
 
-    assert opened(written(tmp_path, file_of("JPEG") + film)).size == (64, 32)
+    image = opened(written(tmp_path, HARMLESS[kind]))
 
-
-def test_texts_and_unknown_parts_of_a_png_do_no_harm(tmp_path):
-    extras = chunk(b"zTXt", b"broken\0\x09?") + chunk(b"prVt", bytes(9)) + chunk(b"eXIf", bytes(200_000))
-
-    image = opened(written(tmp_path, STORED[:33] + extras + STORED[33:-12] + extras + STORED[-12:]))
-
-    assert image.getextrema() == ((0, 0), (0, 0), (0, 0))
+    assert image.size == (64, 32) and all(map(near, corners_of(image), (RED, GREEN, BLUE, YELLOW)))
 
 
 @pytest.mark.parametrize(
@@ -617,20 +564,14 @@ def test_texts_and_unknown_parts_of_a_png_do_no_harm(tmp_path):
     ],
 )
 def test_whatever_pillow_raises_is_a_refusal(tmp_path, monkeypatch, error, words):
-    def fail(self):
-        raise error("in " + str(tmp_path))
-
-    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", Mock(side_effect=error("in " + str(tmp_path))))
 
     assert words in refusal(saved(tmp_path, corners(), "JPEG"))
 
 
 @pytest.mark.parametrize("leaving", [KeyboardInterrupt, SystemExit])
 def test_being_stopped_is_no_refusal(tmp_path, monkeypatch, leaving):
-    def fail(self):
-        raise leaving
-
-    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", Mock(side_effect=leaving))
 
     with pytest.raises(leaving):
         open_image(saved(tmp_path, corners(), "JPEG"), "image")

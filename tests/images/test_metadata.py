@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import fewstep
 from fewstep.errors import InvalidRequest
@@ -105,24 +106,18 @@ def without(**changes):
         *(without(clip_skip="1"), without(prompt_strength=None)),
     ],
 )
-def test_a_image_without_a_sound_recipe_is_refused(tmp_path, content):
+def test_a_image_without_a_sound_recipe_is_refused(content):
+    texts = PngInfo()
+    texts.add_itxt("fewstep", content)
     with pytest.raises(InvalidRequest, match="holds no recipe"):
-        read_recipe(stored_text(content))
-    for output_format in FORMATS:
-        plain = io.BytesIO(encode_image(Image.new("RGB", (16, 16)), output_format, 90))
-        with pytest.raises(InvalidRequest, match="holds no recipe"):
-            read_recipe(plain)
+        read_recipe(io.BytesIO(encode_image(Image.new("RGB", (16, 16)), "png", 90, pnginfo=texts)))
+
+
+def test_a_file_without_any_is_refused(tmp_path):
     whole = stored(recipe(), "png").getvalue()
-    for damaged in (b"not a picture", whole[:60], whole[:-30]):
-        with pytest.raises(InvalidRequest, match="holds no recipe"):
-            read_recipe(io.BytesIO(damaged))
+    plain = [encode_image(Image.new("RGB", (16, 16)), output_format, 90) for output_format in FORMATS]
     (tmp_path / "x.png").write_bytes(b"not a picture")
-    with pytest.raises(InvalidRequest, match="holds no recipe"):
-        read_recipe(tmp_path / "x.png")
-
-
-def stored_text(content):
-    options = save_options(recipe(), "png")["pnginfo"]
-    options.chunks = []
-    options.add_itxt("fewstep", content)
-    return io.BytesIO(encode_image(Image.new("RGB", (16, 16)), "png", 90, pnginfo=options))
+    damaged = map(io.BytesIO, (*plain, b"not a picture", whole[:60], whole[:-30]))
+    for file in (*damaged, tmp_path / "x.png"):
+        with pytest.raises(InvalidRequest, match="holds no recipe"):
+            read_recipe(file)

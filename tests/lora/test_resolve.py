@@ -14,12 +14,16 @@ import pytest
 
 from fewstep.errors import DeadlineExceeded, DownloadError, InvalidRequest, LoraError
 from fewstep.lora.resolve import LoraResolver
-from fewstep.lora.types import parse_source
+from fewstep.lora.types import LoraSource, parse_source
 from fewstep.models.specs import MODELS
 from fewstep.request import Inputs
 from fewstep.settings import Settings
 
 PAPER, PIXELS = b"paper" * 200, b"pixels" * 200
+
+
+def hash_of(content):
+    return hashlib.sha256(content).hexdigest()
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Reader:
 
     def __call__(self, path, sha256):
         content = path.read_bytes()
-        assert hashlib.sha256(content).hexdigest() == sha256
+        assert hash_of(content) == sha256
         self.reads[content] += 1
         if content.startswith(b"bad"):
             raise LoraError("has 2 of 3 modules that do not fit this model", ", first QQQ_cancelled")
@@ -71,9 +75,16 @@ def site():
 
 
 @pytest.fixture
-def settings(tmp_path, site):
-    (tmp_path / "styles" / "miniature").mkdir(parents=True)
-    (tmp_path / "styles" / "miniature" / "paper-cut.safetensors").write_bytes(PAPER)
+def folder(tmp_path):
+    """This server's styles of the model."""
+    folder = tmp_path / "styles" / "miniature"
+    folder.mkdir(parents=True)
+    (folder / "paper-cut.safetensors").write_bytes(PAPER)
+    return folder
+
+
+@pytest.fixture
+def settings(folder, tmp_path, site):
     hub = {"hf_endpoint": site.origin, "hf_token": "hf_secret", "style_repos": ("me/private",)}
     return Settings(styles_root=tmp_path / "styles", style_cache=tmp_path / "cache", deadline_s=5, **hub)
 
@@ -110,19 +121,17 @@ def cached(settings):
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "place", "file"),
+    ("kind", "place", "file"),
     [
-        ("paper-cut", "folder", "paper-cut", ""),
-        ("paper_cut.v1.2", "folder", "paper_cut.v1.2", ""),
-        ("owner/repo", "hub", "owner/repo", ""),
-        ("owner/repo/a.safetensors", "hub", "owner/repo", "a.safetensors"),
-        ("owner/repo/sub folder/a.safetensors", "hub", "owner/repo", "sub folder/a.safetensors"),
-        ("https://civitai.com/api/download/models/1", "url", "https://civitai.com/api/download/models/1", ""),
+        *(("folder", "paper-cut", ""), ("folder", "paper_cut.v1.2", ""), ("hub", "owner/repo", "")),
+        ("hub", "owner/repo", "a.safetensors"),
+        ("hub", "owner/repo", "sub folder/a.safetensors"),
+        ("url", "https://civitai.com/api/download/models/1", ""),
     ],
 )
-def test_what_a_source_means(text, kind, place, file):
-    found = parse_source("style", text)
-    assert (found.kind, found.place, found.file) == (kind, place, file)
+def test_what_a_source_means(kind, place, file):
+    text = f"{place}/{file}" if file else place
+    assert parse_source("style", text) == LoraSource(kind, place, file)
 
 
 @pytest.mark.parametrize(
@@ -140,27 +149,30 @@ def test_what_names_nothing_is_refused_before_any_work(text):
 
 def test_a_style_of_the_folder_is_found_with_and_without_its_suffix(styles):
     [one], [other] = load(styles, "paper-cut"), load(styles, "paper-cut.safetensors")
-    assert one is other and one.sha256 == hashlib.sha256(PAPER).hexdigest()
+    assert one is other and one.sha256 == hash_of(PAPER)
 
 
-def test_a_style_that_is_not_there_is_refused_with_those_that_are(styles):
-    said = "style is none of this server's styles; choose one of paper-cut"
-    with pytest.raises(InvalidRequest, match=said):
+def test_a_style_that_is_not_there_is_refused_and_no_link_leads_out_of_the_folder(styles, folder, tmp_path):
+    said = "style is none of this server's styles; choose one of"
+    with pytest.raises(InvalidRequest, match=f"{said} paper-cut"):
         load(styles, "paper-cat")
-
-
-def test_a_link_out_of_the_folder_is_not_followed(styles, settings, tmp_path):
     (tmp_path / "secret.safetensors").write_bytes(PIXELS)
-    (settings.styles_root / "miniature" / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
-    with pytest.raises(InvalidRequest, match="none of this server's styles"):
+    (folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    with pytest.raises(InvalidRequest, match=said):
         load(styles, "link")
 
 
-def test_a_file_that_was_replaced_is_read_anew(styles, settings, reader):
-    [before] = load(styles, "paper-cut")
-    (settings.styles_root / "miniature" / "paper-cut.safetensors").write_bytes(PIXELS)
+def test_a_file_that_was_replaced_is_read_anew_even_at_equal_size_and_time(styles, folder, reader):
+    path, other = folder / "paper-cut.safetensors", folder / "paper-cut.new"
+    load(styles, "paper-cut")
+    path.write_bytes(PIXELS)
+    load(styles, "paper-cut")
+    other.write_bytes(PIXELS[::-1])
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
     [after] = load(styles, "paper-cut")
-    assert before.sha256 != after.sha256 and reader.reads == {PAPER: 1, PIXELS: 1}
+    assert after.sha256 == hash_of(PIXELS[::-1])
+    assert reader.reads == {PAPER: 1, PIXELS: 1, PIXELS[::-1]: 1}
 
 
 def test_one_content_under_two_names_is_read_once(styles, settings, site, reader):
@@ -174,7 +186,7 @@ def test_a_hub_file_is_fetched_once_without_the_operators_token(styles, site, se
     site.pages[path] = (200, PIXELS)
     for _ in range(3):
         [lora] = load(styles, "owner/repo/sub folder/x.safetensors")
-    assert lora.sha256 == hashlib.sha256(PIXELS).hexdigest()
+    assert lora.sha256 == hash_of(PIXELS)
     assert site.asked == [(path, None)] and cached(settings) == {PIXELS}
 
 
@@ -192,20 +204,19 @@ def test_the_token_goes_only_where_the_operator_said(styles, site):
         (["a.safetensors", "pytorch_lora_weights.safetensors"], "pytorch_lora_weights.safetensors"),
     ],
 )
-def test_the_only_lora_of_a_repo_is_taken_at_one_commit(styles, site, files, chosen):
+def test_a_repo_is_asked_once_for_its_only_lora_which_is_taken_at_one_commit(styles, site, files, chosen):
     list_files(site, "c0ffee", files)
     site.pages[f"/a/b/resolve/c0ffee/{chosen}"] = (200, PIXELS)
-    [lora] = load(styles, "a/b")
-    assert lora.sha256 == hashlib.sha256(PIXELS).hexdigest()
+    for _ in range(3):
+        [lora] = load(styles, "a/b")
+    assert lora.sha256 == hash_of(PIXELS)
+    assert [path for path, _ in site.asked] == ["/api/models/a/b", f"/a/b/resolve/c0ffee/{chosen}"]
 
 
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (
-            {"siblings": [{"rfilename": f"{i}.safetensors"} for i in range(3)]},
-            "repo of 3 .safetensors files; name",
-        ),
+        ({"siblings": [{"rfilename": f"{i}.safetensors"} for i in "123"]}, "of 3 .safetensors files; name"),
         ({"siblings": [{"rfilename": "x.bin"}]}, "repo of 0 .safetensors files"),
         *(([], "repo of 0"), ({"siblings": [7, {"rfilename": 7}]}, "repo of 0")),
         *(({"siblings": None}, "repo of 0"), ({"siblings": 7}, "repo of 0")),
@@ -245,8 +256,8 @@ def test_an_address_that_is_not_listed_is_never_asked(styles, site):
     assert site.asked == []
 
 
-def test_a_lora_that_does_not_fit_is_refused_without_its_own_words(styles, settings):
-    (settings.styles_root / "miniature" / "bad.safetensors").write_bytes(b"bad")
+def test_a_lora_that_does_not_fit_is_refused_without_its_own_words(styles, folder):
+    (folder / "bad.safetensors").write_bytes(b"bad")
     with pytest.raises(InvalidRequest) as caught:
         load(styles, "paper-cut", "bad")
     assert str(caught.value) == (
@@ -279,13 +290,13 @@ def test_a_file_removed_from_the_cache_is_fetched_again(styles, site, settings):
     assert len(site.asked) == 2
 
 
-def test_an_address_is_asked_again_when_what_it_gave_is_old(styles, site, monkeypatch):
+def test_an_address_is_asked_again_when_what_it_gave_is_old(styles, site):
     site.pages[PAGE] = (200, PAPER)
     [before] = load(styles, "a/b/x.safetensors")
     site.pages[PAGE] = (200, PIXELS)
+    styles._answers.expire(time.monotonic() + 3590)
     [still] = load(styles, "a/b/x.safetensors")
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + 3601)
+    styles._answers.expire(time.monotonic() + 3601)
     [after] = load(styles, "a/b/x.safetensors")
     assert before is still and before.sha256 != after.sha256
 
@@ -303,23 +314,10 @@ def test_what_many_want_at_once_is_fetched_and_read_once(styles, site, reader):
     found = asyncio.run(many())
     assert len({id(lora) for [lora] in found}) == 1
     assert len(site.asked) == 1 and reader.reads == {PIXELS: 1}
-    assert styles._at_work == {}
 
 
-def test_a_file_replaced_by_one_of_equal_size_and_time_is_read_anew(styles, settings):
-    path = settings.styles_root / "miniature" / "paper-cut.safetensors"
-    [before] = load(styles, "paper-cut")
-    other = path.with_suffix(".new")
-    other.write_bytes(PAPER[::-1])
-    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
-    other.replace(path)
-    [after] = load(styles, "paper-cut")
-    assert after.sha256 == hashlib.sha256(PAPER[::-1]).hexdigest() != before.sha256
-
-
-def test_a_file_replaced_while_it_is_read_is_read_again(settings):
-    path = settings.styles_root / "miniature" / "paper-cut.safetensors"
-    read = []
+def test_a_file_replaced_while_it_is_read_is_read_again(settings, folder):
+    path, read = folder / "paper-cut.safetensors", []
 
     def reader(file, sha256):
         if not read:  # between hashing and reading
@@ -330,7 +328,7 @@ def test_a_file_replaced_while_it_is_read_is_read_again(settings):
 
     styles = LoraResolver(settings, reader)
     [lora] = load(styles, "paper-cut")
-    assert lora.sha256 == hashlib.sha256(PIXELS).hexdigest() and read == [PIXELS, PIXELS]
+    assert lora.sha256 == hash_of(PIXELS) and read == [PIXELS, PIXELS]
     assert list(styles._in_memory) == [lora.sha256]
 
 
@@ -377,26 +375,20 @@ def test_callers_who_have_left_start_no_fetches(settings, site, reader):
     assert len(site.asked) == 1
 
 
-def test_the_time_that_a_request_has_spent_is_gone(settings, site, reader):
-    site.pages[PAGE] = (200, lambda: time.sleep(0.5) or PAPER)
+@pytest.mark.parametrize(("deadline_s", "spent_s"), [(0.3, 0.0), (5, 4.7)])
+def test_a_style_that_does_not_arrive_ends_with_the_deadline(settings, site, reader, deadline_s, spent_s):
+    site.pages[PAGE] = (200, lambda: time.sleep(2) or PAPER)
+    styles = LoraResolver(replace(settings, deadline_s=deadline_s), reader)
+    began = time.monotonic()
     with pytest.raises((DeadlineExceeded, DownloadError)):
-        asyncio.run(LoraResolver(settings, reader).load(refs("a/b/x.safetensors"), spent_s=4.9))
-
-
-def test_a_repo_is_asked_for_its_files_once(styles, site):
-    list_files(site, "c0ffee", ["x.safetensors"])
-    site.pages["/a/b/resolve/c0ffee/x.safetensors"] = (200, PIXELS)
-    for _ in range(3):
-        load(styles, "a/b")
-    assert [path for path, _ in site.asked] == ["/api/models/a/b", "/a/b/resolve/c0ffee/x.safetensors"]
+        asyncio.run(styles.load(refs("a/b/x.safetensors"), spent_s))
+    assert time.monotonic() - began < 1.5
 
 
 def test_where_nothing_is_fetched_that_is_said(settings, reader):
     own = replace(settings, style_hosts=(), hf_endpoint="https://huggingface.co")
     for name in ("a/b", "a/b/x.safetensors", "https://huggingface.co/x.safetensors"):
-        with pytest.raises(
-            InvalidRequest, match="style: it cannot be fetched, since this server fetches none"
-        ):
+        with pytest.raises(InvalidRequest, match="style: it cannot be fetched, since this server fetches"):
             load(LoraResolver(own, reader), name)
 
 
@@ -407,12 +399,3 @@ def test_memory_of_addresses_is_bounded(settings, site, reader, monkeypatch):
         site.pages[f"/a/b{i}/resolve/main/x.safetensors"] = (200, PAPER)
         load(styles, f"a/b{i}/x.safetensors")
     assert len(styles._answers) == 3
-
-
-def test_a_style_that_does_not_arrive_ends_with_the_deadline(settings, site, reader):
-    site.pages[PAGE] = (200, lambda: time.sleep(2) or b"")
-    styles = LoraResolver(replace(settings, deadline_s=0.3), reader)
-    began = time.monotonic()
-    with pytest.raises((DeadlineExceeded, DownloadError)):
-        load(styles, "a/b/x.safetensors")
-    assert time.monotonic() - began < 1.5

@@ -3,12 +3,10 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from ldm import save_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny import REAL, as_downloaded, make_folder, put_on
 
+from fewstep.cli import download_weights, save_weights
 from fewstep.errors import WeightsError
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.models.manifest import read_manifest
@@ -26,41 +25,40 @@ from fewstep.models.specs import MODELS
 from fewstep.models.upsampling import fold_upsamplers
 from fewstep.settings import Settings
 
-ROOT = Path(__file__).resolve().parents[2]
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """What makes the folder of a model as its authors have it, once; nobody may change its files."""
+    return cache(lambda name, **more: make_folder(MODELS[name], tmp_path_factory.mktemp("published"), **more))
 
 
 class Shop:
     """A hub that has one model, and a machine that has none."""
 
-    def __init__(self, hub, name, home, dtype=torch.float16):
-        self.hub, self.name, self.spec = hub, name, MODELS[name]
-        self.weights = home / "weights"
-        self.original = make_folder(self.spec, home / "original", dtype)
-        self.rows = put_on(hub, self.spec, self.original)
-
-    def start(self, module, *arguments):
-        variables = {"HOME": str(self.weights), "FEWSTEP_WEIGHTS": str(self.weights)}
-        return self.hub.start(self.rows, self.name, module, self.name, *arguments, **variables)
+    def __init__(self, hub, name, weights, original):
+        self.hub, self.name, self.spec, self.weights = hub, name, MODELS[name], weights
+        self.rows = put_on(hub, self.spec, original)
+        self.variables = {"HOME": str(weights), "FEWSTEP_WEIGHTS": str(weights)}
 
     def run(self, module, *arguments):
-        process = self.start(module, *arguments)
-        err = process.communicate(timeout=280)[1]
-        assert "Traceback" not in err, err
-        return process.returncode, err
+        return self.hub.run(self.rows, self.name, module, *arguments, **self.variables)
 
     def install(self):
         assert [self.run(command)[0] for command in ("download_weights", "save_weights")] == [0, 0]
 
+    def load(self, **settings):
+        return load_pipeline(self.spec, Settings(weights_root=self.weights, **settings))
+
     def generate(self, **inputs):
-        pipeline = load_pipeline(self.spec, Settings(weights_root=self.weights))
-        [image] = pipeline.images(["a red house"], [1], aspect_ratio="custom", width=64, height=64, **inputs)
+        size = {"aspect_ratio": "custom", "width": 64, "height": 64}
+        [image] = self.load().images(["a red house"], [1], **size, **inputs)
         return image
 
 
 @pytest.fixture
-def shop(tmp_path):
+def shop(tmp_path, published):
     with running_hub({}) as hub:
-        yield lambda name, **options: Shop(hub, name, tmp_path, **options)
+        yield lambda name, **more: Shop(hub, name, tmp_path / "weights", published(name, **more))
 
 
 @pytest.mark.parametrize(
@@ -71,15 +69,16 @@ def test_a_model_goes_from_the_hub_to_a_image(shop, name):
 
     model.install()
 
-    assert model.generate().size == (64, 64)
-    assert model.generate().tobytes() == model.generate().tobytes()
+    image = model.generate()
+    assert image.size == (64, 64)
+    assert model.generate().tobytes() == image.tobytes()
     guided = 3.0 if model.spec.embedded_guidance else 2.0
-    assert model.generate(guidance=guided).tobytes() != model.generate().tobytes()
+    assert model.generate(guidance=guided).tobytes() != image.tobytes()
     assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", ".lock", name]
 
 
-def test_the_folder_is_what_design_says(shop):
-    model = shop("sdxl", dtype=torch.float32)
+def test_the_folder_is_what_design_says(shop, published):
+    model, original = shop("sdxl", dtype=torch.float32), published("sdxl", dtype=torch.float32)
     model.install()
     folder = model.weights / "sdxl"
 
@@ -88,12 +87,12 @@ def test_the_folder_is_what_design_says(shop):
     assert (scheduler["_class_name"], scheduler["beta_end"]) == ("LCMScheduler", 0.012)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         (file,) = (folder / part).glob("*.safetensors")
-        found, original = load_file(file), load_file(model.original / part / file.name)
+        found, whole = load_file(file), load_file(original / part / file.name)
         assert {value.dtype for value in found.values()} == {torch.float16}
-        assert all(torch.equal(found[key], original[key].half()) for key in original)
-    loaded = load_pipeline(model.spec, Settings(weights_root=model.weights, dtype="fp32")).diffusion
+        assert all(torch.equal(found[key], whole[key].half()) for key in whole)
+    loaded = model.load(dtype="fp32").diffusion
     saved = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
-    assert fold_upsamplers(saved) > 0
+    fold_upsamplers(saved)
     expected = {"vae": saved.state_dict()}
     for part in ("text_encoder", "text_encoder_2"):
         (file,) = (folder / part).glob("*.safetensors")
@@ -115,10 +114,7 @@ def test_nothing_is_saved_of_an_incomplete_or_damaged_download(shop):
     status, err = model.run("save_weights")
     assert status == 1 and "has not been downloaded; run: scripts/download-weights sd15" in err
     model.run("download_weights")
-    unet = next(model.weights.rglob("unet/*.fp16.safetensors"))
-    content = bytearray(unet.read_bytes())
-    content[5000] ^= 1
-    unet.write_bytes(content)
+    flip(next(model.weights.rglob("unet/*.fp16.safetensors")), 5000)
 
     status, err = model.run("save_weights")
 
@@ -126,11 +122,20 @@ def test_nothing_is_saved_of_an_incomplete_or_damaged_download(shop):
     assert not (model.weights / "sd15").exists()
 
 
+def flip(file, at):
+    """Change a byte, and neither the file's times nor what it may be a link to."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 @pytest.mark.slow
 def test_a_killed_save_leaves_nothing_that_looks_finished_and_the_next_completes(shop):
     model = shop("sd15")
     model.run("download_weights")
-    process = model.start("save_weights")
+    process = model.hub.start(model.rows, "sd15", "save_weights", **model.variables)
     part = model.weights / ".sd15.part"
     while not part.exists():
         time.sleep(0.001)
@@ -138,7 +143,7 @@ def test_a_killed_save_leaves_nothing_that_looks_finished_and_the_next_completes
     process.communicate()
     assert not (model.weights / "sd15").exists()
     with pytest.raises(WeightsError, match=r"weights/sd15 is missing; run: scripts/download-weights sd15"):
-        load_pipeline(model.spec, Settings(weights_root=model.weights))
+        model.load()
 
     assert model.run("save_weights")[0] == 0
     assert not part.exists()
@@ -146,32 +151,18 @@ def test_a_killed_save_leaves_nothing_that_looks_finished_and_the_next_completes
 
 
 @pytest.mark.slow
-def test_saving_anew_replaces_the_folder(shop):
+def test_a_byte_flipped_in_the_unet_is_found_at_setup_and_saving_anew_mends_it(shop):
     model = shop("sd15")
     model.install()
-    (model.weights / "sd15" / "unet" / "config.json").write_text("{}")
+    flip(model.weights / "sd15" / "unet" / "diffusion_pytorch_model.safetensors", -10)
+    said = r"weights/sd15/unet/diffusion_pytorch_model.safetensors is damaged"
+    with pytest.raises(WeightsError, match=said):
+        model.load()
 
     assert model.run("save_weights")[0] == 0
 
     model.generate()
     assert sorted(path.name for path in model.weights.iterdir()) == [".downloads", ".lock", "sd15"]
-
-
-@pytest.mark.slow
-def test_a_byte_flipped_in_the_unet_is_found_at_setup_and_named(shop):
-    model = shop("sd15")
-    model.install()
-    unet = model.weights / "sd15" / "unet" / "diffusion_pytorch_model.safetensors"
-    before = unet.stat()
-    content = bytearray(unet.read_bytes())
-    content[-10] ^= 1
-    unet.unlink()  # it may be a link to the download
-    unet.write_bytes(content)
-    os.utime(unet, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-    said = r"weights/sd15/unet/diffusion_pytorch_model.safetensors is damaged"
-    with pytest.raises(WeightsError, match=said):
-        load_pipeline(model.spec, Settings(weights_root=model.weights))
 
 
 def plain(state):
@@ -181,10 +172,9 @@ def plain(state):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdxl", "sd15"])
-def test_a_single_file_checkpoint_takes_the_place_of_the_networks(shop, name):
-    model = shop(name)
-    fine_tune = make_folder(model.spec, model.weights.parent / "fine-tune", seed=5)
-    checkpoint = save_checkpoint(fine_tune, model.weights.parent / "fine_tune_v7.safetensors")
+def test_a_single_file_checkpoint_takes_the_place_of_the_networks(shop, published, tmp_path, name):
+    model, fine_tune = shop(name), published(name, seed=5)
+    checkpoint = save_checkpoint(fine_tune, tmp_path / "fine_tune_v7.safetensors")
     assert model.run("download_weights", "--for-single-file")[0] == 0
     assert not list(model.weights.rglob("unet/*.safetensors"))
 
@@ -206,33 +196,27 @@ def test_a_single_file_checkpoint_takes_the_place_of_the_networks(shop, name):
     (model.weights / name / "vae" / "config.json").unlink()
     said = f"run: scripts/save-weights {name} --from-single-file fine_tune_v7.safetensors"
     with pytest.raises(WeightsError, match=said):
-        load_pipeline(model.spec, Settings(weights_root=model.weights))
+        model.load()
 
 
 def spoil(checkpoint, kind):
     """Make something of a checkpoint that it must not be taken for."""
-    state, metadata = load_file(checkpoint), {}
-    unet = "model.diffusion_model."
-    if kind == "inpainting":
-        first = state[f"{unet}input_blocks.0.0.weight"]
-        state[f"{unet}input_blocks.0.0.weight"] = torch.cat([first, first, first[:, :1]], 1)
-    elif kind == "v-prediction":
-        state["v_pred"] = torch.zeros(0)
-    elif kind == "v-prediction by its card":
-        metadata = {"modelspec.prediction_type": "v"}
-    elif kind == "more layers":
-        state[f"{unet}middle_block.3.weight"] = torch.zeros(4)
-    elif kind == "no text encoder":
-        state = {key: value for key, value in state.items() if not key.startswith("cond_stage_model")}
-    elif kind == "half a text encoder":
-        state = {key: value for key, value in state.items() if "layers.1.mlp" not in key}
-    elif kind == "too large for fp16":
-        state[f"{unet}out.2.weight"] = torch.full_like(state[f"{unet}out.2.weight"].float(), 1e6)
-    elif kind == "web page":
+    if kind == "web page":
         checkpoint.write_text("<html>")
         return checkpoint
-    elif kind == "pickle":
+    if kind == "pickle":
         return checkpoint.rename(checkpoint.with_suffix(".ckpt"))
+    state, unet = load_file(checkpoint), "model.diffusion_model."
+    first, last = state[f"{unet}input_blocks.0.0.weight"], state[f"{unet}out.2.weight"]
+    changed = {
+        "inpainting": {f"{unet}input_blocks.0.0.weight": torch.cat([first, first, first[:, :1]], 1)},
+        "v-prediction": {"v_pred": torch.zeros(0)},
+        "more layers": {f"{unet}middle_block.3.weight": torch.zeros(4)},
+        "too large for fp16": {f"{unet}out.2.weight": torch.full_like(last.float(), 1e6)},
+    }
+    lost = {"no text encoder": "cond_stage_model", "half a text encoder": "layers.1.mlp"}.get(kind, "nothing")
+    state = {key: value for key, value in (state | changed.get(kind, {})).items() if lost not in key}
+    metadata = {"modelspec.prediction_type": "v"} if kind == "v-prediction by its card" else {}
     save_file(state, checkpoint, metadata=metadata)
     return checkpoint
 
@@ -251,34 +235,34 @@ def spoil(checkpoint, kind):
         ("pickle", "must be a .safetensors file"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_what_is_asked_for_is_refused(tmp_path, kind, said):
-    spec = MODELS["sd15"]
-    original = make_folder(spec, tmp_path / "original")
-    checkpoint = spoil(save_checkpoint(original, tmp_path / "fine_tune.safetensors"), kind)
+def test_a_checkpoint_that_cannot_be_what_is_asked_for_is_refused(sd15, published, tmp_path, kind, said):
+    checkpoint = spoil(save_checkpoint(published("sd15"), tmp_path / "fine_tune.safetensors"), kind)
 
     with pytest.raises(WeightsError) as caught:
-        save_model(spec, as_downloaded(spec, original), tmp_path / "weights", checkpoint)
+        save_model(*sd15, checkpoint)
 
     assert said in str(caught.value) and str(tmp_path) not in str(caught.value)
     assert not (tmp_path / "weights" / "sd15").exists()
 
 
-@pytest.mark.parametrize("module, flag", [("download_weights", "--for-single-file"), ("save_weights", None)])
-def test_a_model_that_no_checkpoint_can_be_is_refused_before_anything(shop, tmp_path, module, flag):
+@pytest.mark.parametrize("name", ["ssd-1b", "lcm-dreamshaper-v7"])
+def test_a_model_that_no_checkpoint_can_be_is_refused_before_anything(name, tmp_path, capsys):
     checkpoint = tmp_path / "sdxl.safetensors"
     checkpoint.touch()
-    arguments = [flag] if flag else ["--from-single-file", str(checkpoint)]
-    for name in ("ssd-1b", "lcm-dreamshaper-v7"):
-        command = [sys.executable, "-m", f"fewstep.cli.{module}", name, *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and "is not made from checkpoints; sdxl and sd15 are" in done.stderr
+    for command, flags in (
+        (download_weights, ["--for-single-file"]),
+        (save_weights, ["--from-single-file", str(checkpoint)]),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command.main([name, *flags])
+        assert "is not made from checkpoints; sdxl and sd15 are" in capsys.readouterr().err
 
 
 @pytest.fixture
-def sd15(tmp_path):
+def sd15(published, tmp_path):
     """What `save_model` takes: the model, its files and the root of all weights."""
     spec = MODELS["sd15"]
-    return spec, as_downloaded(spec, make_folder(spec, tmp_path / "original")), tmp_path / "weights"
+    return spec, as_downloaded(spec, published("sd15")), tmp_path / "weights"
 
 
 def test_a_save_that_was_killed_between_its_two_renames_loses_nothing(sd15, tmp_path):
@@ -302,8 +286,8 @@ def test_two_saves_at_once_take_turns(sd15):
     assert sorted(path.name for path in weights.iterdir()) == [".lock", "sd15"]
 
 
-def test_linked_files_keep_their_mode(sd15, tmp_path):
-    unet = tmp_path / "original" / "unet" / "diffusion_pytorch_model.safetensors"
+def test_linked_files_keep_their_mode(sd15, published):
+    unet = published("sd15") / "unet" / "diffusion_pytorch_model.safetensors"
     unet.chmod(0o664)
     folder = save_model(*sd15)
     assert unet.stat().st_mode & 0o777 == 0o664

@@ -19,21 +19,13 @@ def test_unknown_model_lists_the_known_ones_and_not_what_was_given():
 
 
 @pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS)
-def test_a_model_may_generate_at_least_its_native_size(spec):
+def test_the_facts_about_a_model_go_together(spec):
     assert spec.max_pixels >= spec.native_size**2
     assert math.isqrt(spec.max_pixels) % 8 == 0
-
-
-@pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS)
-def test_lcm_lora_models_default_to_guidance_off(spec):
     assert not (spec.lcm_lora and spec.embedded_guidance)
     assert spec.default_guidance == (8.0 if spec.embedded_guidance else 1.0)
-
-
-def test_remedies_name_the_model_and_no_machine_path():
-    for spec in MODELS.values():
-        assert spec.name in spec.fix
-        assert not any(word.startswith(("/", "~")) for word in spec.fix.split())
+    assert spec.name in spec.fix
+    assert not any(word.startswith(("/", "~")) for word in spec.fix.split())
 
 
 def test_only_the_miniature_and_random_weights_need_no_safety_checker():

@@ -58,7 +58,7 @@ def test_another_size_than_the_double_is_refused():
 )
 def test_what_is_another_operation_stays(other):
     module = torch.nn.Sequential(other)
-    assert fold_upsamplers(module) == 0
+    fold_upsamplers(module)
     assert module[0] is other
 
 

@@ -30,10 +30,10 @@ from fewstep.models.load import Diffusion, load_merged
 from fewstep.models.manifest import (
     MANIFEST,
     Origin,
+    check_folder,
     check_hashes,
     check_sizes,
     read_manifest,
-    verify_weights,
     write_manifest,
 )
 from fewstep.models.specs import get_model
@@ -264,7 +264,7 @@ def main(arguments: Sequence[str]) -> None:
     """Load a model and convert it: MODEL WEIGHTS ENGINE HINT."""
     model, weights, engine, hint = arguments
     spec, settings = get_model(model), Settings(model=model, weights_root=Path(weights))
-    manifest = verify_weights(settings.weights_root / model, fix=spec.fix, mode="size")
+    manifest = check_folder(settings.weights_root / model, fix=spec.fix)
     diffusion, _ = load_merged(spec, settings, manifest, torch.device("cpu"), _DTYPES[hint])
     inputs = examples(diffusion, 8, 8)
     networks = {"unet": _UNet(diffusion.unet), "vae": Decoder(diffusion.vae)}
