@@ -174,7 +174,7 @@ def read_shards(shards: str, caption: str | None = None) -> Iterator[Captioned]:
 
 
 def _caption_of(sample: Mapping[str, bytes]) -> str | None:
-    texts = [sample.get("txt", b"")[:MAX_CAPTION_BYTES].decode(errors="replace")]
+    texts: list[object] = [sample.get("txt", b"")[:MAX_CAPTION_BYTES].decode(errors="replace")]
     with suppress(ValueError):
         fields = json.loads(sample.get("json", b"{}"))
         texts += [fields.get(key) for key in ("caption", "text")] if isinstance(fields, dict) else []
