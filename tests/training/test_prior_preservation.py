@@ -93,7 +93,8 @@ def test_a_full_lcm_keeps_what_it_says_at_every_w(unet, monkeypatch):
 @pytest.mark.numeric
 def test_shares_of_a_step_add_up_to_the_whole(unet):
     add_lora(unet, STUDENT)
-    change_lora(unet)
+    with torch.no_grad():
+        next(one for name, one in unet.named_parameters() if "lora_B" in name).normal_()
 
     def part(step: int, share: Shard) -> Batch:
         return Batch(share.of(KNOWN.latents), share.of(KNOWN.prompt_embeds))

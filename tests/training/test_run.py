@@ -102,6 +102,7 @@ def test_plain_diffusers_and_the_server_generate_with_it_alike(distilled, pipeli
         SETTINGS.weights_root / "miniature", dtype=torch.float32, add_watermarker=False
     )
     plain.scheduler = LCMScheduler.from_config(plain.scheduler.config)
+    images = []
     for name, style in zip(FILES, styles, strict=True):
         monkeypatch.setattr(pipeline.adapters, "lcm_lora", style)
         [ours] = pipeline.images([PROMPT], [SEED])
@@ -112,6 +113,8 @@ def test_plain_diffusers_and_the_server_generate_with_it_alike(distilled, pipeli
         assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
         assert differ(ours, before), "it is not the LCM-LoRA that was there"
         assert differ(ours, without), "it says something of its own"
+        images.append(pixels(ours))
+    assert np.array_equal(*images), "both files say the same"
 
 
 def test_the_same_command_goes_on_where_it_stopped_and_another_does_not(
