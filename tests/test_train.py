@@ -55,9 +55,11 @@ def pictures(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("method", ["lcf", "style"])
-def test_a_zip_of_images_becomes_an_adapter(server, pictures, tmp_path, method) -> None:
+def test_a_zip_of_images_becomes_an_adapter_and_nothing_else_is_left(
+    server, pictures, tmp_path, method
+) -> None:
     inputs = {"images": pictures, "method": method, "steps": 2, "batch_size": 2, "rank": 4, "seed": 1}
-    inputs["rehearse"] = 2
+    inputs["rehearse"], before = 2, set(server.folder.iterdir())
     status, answer = server.post("/trainings", {"input": inputs})
     assert status == 200 and answer["status"] == "succeeded", answer.get("error")
     url = answer["output"]["weights"]
@@ -67,6 +69,9 @@ def test_a_zip_of_images_becomes_an_adapter(server, pictures, tmp_path, method) 
         told = json.loads(file.metadata()["fewstep"])
         assert (told["method"], told["rehearse"]) == (method, 2)
         assert sum(name.endswith("lora_A.weight") for name in file.keys()) > 50
+    [folder] = set(server.folder.iterdir()) - before
+    assert folder.name.startswith("fewstep-training-")
+    assert [path.name for path in folder.iterdir()] == ["pytorch_lora_weights.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -81,24 +86,13 @@ def test_a_zip_of_images_becomes_an_adapter(server, pictures, tmp_path, method) 
     ],
 )
 def test_what_cannot_be_trained_on_is_told_in_one_sentence(server, images, more, told) -> None:
+    before = set(server.folder.iterdir())
     status, answer = server.post("/trainings", {"input": {"images": images, "steps": 1, **more}})
     assert status == 200 and answer["status"] == "failed"
     assert code_and_sentence(answer["error"]).startswith(told)
+    assert set(server.folder.iterdir()) == before
 
 
 def test_what_the_schema_can_refuse_is_422(server, pictures) -> None:
     for wrong in ({}, {"images": pictures, "steps": 0}, {"images": "file:///etc/passwd"}):
         assert server.post("/trainings", {"input": wrong})[0] == 422
-
-
-def test_nothing_but_results_is_left(server, pictures) -> None:
-    small = {"steps": 1, "batch_size": 2, "rank": 4, "rehearse": 0}
-    before = set(server.folder.iterdir())
-    status, answer = server.post("/trainings", {"input": {"images": pictures, **small}})
-    assert (status, answer["status"]) == (200, "succeeded")
-    status, answer = server.post("/trainings", {"input": {"images": as_zip({}), "steps": 1}})
-    assert (status, answer["status"]) == (200, "failed")
-    assert len(set(server.folder.iterdir()) - before) == 1
-    ours = [path for path in server.folder.iterdir() if not path.name.startswith("fewstep-outputs")]
-    assert ours and all(path.name.startswith("fewstep-training-") for path in ours)
-    assert {file.name for path in ours for file in path.iterdir()} == {"pytorch_lora_weights.safetensors"}

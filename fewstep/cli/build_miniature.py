@@ -16,10 +16,8 @@ from fewstep.miniature import STAGES
 
 def main() -> None:
     """Build on the GPU if there is one, else on all cores."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "scripts/build-miniature", description=__doc__, formatter_class=formatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("scripts/build-miniature", description=__doc__, formatter_class=layout)
     parser.add_argument("--from", dest="start", choices=STAGES, default=STAGES[0], help="first stage to run")
     for name, folder, what in (
         ("--weights", "weights/miniature", "folder to write"),

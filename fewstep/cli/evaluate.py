@@ -14,14 +14,11 @@ from pathlib import Path
 
 from fewstep.cli.run import say, status_of
 
-STEPS = (1, 2, 4, 8, 16, 32)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """1 when a model or the settings fail; the reason is one sentence on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="scripts/evaluate", description=__doc__, formatter_class=layout)
     parser.add_argument("--captions", type=int, default=300, help="how many of the miniature's (%(default)s)")
     parser.add_argument("--clip", type=Path, help="a folder of a transformers CLIP model")
     parser.add_argument("--features", type=Path, help="a folder of a transformers vision model")
@@ -32,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--prompts", type=Path, help="a text file with one prompt a line")
     parser.add_argument("--real", type=Path, help="a folder of real pictures")
-    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="(1 2 4 8 16 32)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="(1 2 4 8 16 32)")
     parser.add_argument("--teacher-steps", type=int, default=50, help="of DDIM; 0: none (%(default)s)")
     chosen = parser.parse_args(arguments)
     if min(chosen.steps) < 1:

@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     of_rehearse = "pictures of its own that the model is not to forget; 0: none"
     parser.add_argument("--rehearse", type=int, help=of_rehearse)
     chosen = parse(parser, arguments)
+    if (chosen.rehearse or 0) < 0:
+        parser.error("--rehearse must be at least 0")
     if not chosen.pictures.exists():
         parser.error("there is nothing at the path of the pictures")
     return status_of(lambda: _train(chosen))
@@ -66,8 +68,6 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
         value = getattr(chosen, name, None)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
-    if (getattr(chosen, "rehearse", None) or 0) < 0:
-        parser.error("--rehearse must be at least 0")
     return chosen
 
 
@@ -75,8 +75,8 @@ def options_of(chosen: argparse.Namespace) -> "TrainingOptions":
     """Return what was chosen on the command line; an option that the command has not is the preset's."""
     from fewstep.training.config import TrainingOptions
 
-    names = [field.name for field in fields(TrainingOptions) if hasattr(chosen, field.name)]
-    return TrainingOptions(**{name: getattr(chosen, name) for name in names})
+    names = {field.name for field in fields(TrainingOptions)}
+    return TrainingOptions(**{name: value for name, value in vars(chosen).items() if name in names})
 
 
 def prior_prompts(model: str) -> Callable[[int], Sequence[str]]:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 class Checkpoints:
     """Saves a run to `folder` and resumes it from there; the newest `kept` checkpoints stay.
 
-    `config` is JSON; a run of another one is not resumed.
+    `config` is JSON; a run of another one is not resumed. `best` is the lowest validation loss so far.
     """
 
     folder: Path
@@ -54,22 +54,19 @@ class Checkpoints:
     config: str
     kept: int
     scaler: torch.amp.GradScaler | None
-    best: float | None = field(default=None, init=False)
+    best: float | None = None
 
     def latest(self) -> str:
         """Return a clause that says which checkpoint there is to go on from."""
-        saved = self._saved()
-        if not saved:
-            return "there is no checkpoint"
-        return f"the last checkpoint is of step {int(saved[-1].stem.removeprefix('step-'))}"
+        steps = [int(path.stem.removeprefix("step-")) for path in self._saved()]
+        return f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint"
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`. Raises TrainingError when that fails; earlier checkpoints stay."""
         tensors: dict[str, Tensor] = {}
         for i, (parameter, average) in enumerate(zip(self.parameters, self.ema, strict=True)):
             tensors[f"{i}.value"], tensors[f"{i}.ema"] = parameter.detach(), average
-            # A parameter that no gradient reached (SDXL never uses its first encoder's last layer) has no
-            # state.
+            # What no gradient reached (SDXL never uses its first encoder's last layer) has no state.
             state = self.optimizer.state.get(parameter, {})
             tensors |= {f"{i}.{name}": state[name] for name in MOMENTS if name in state}
         scaler = self.scaler.state_dict() if self.scaler else None
@@ -81,13 +78,6 @@ class Checkpoints:
         for old in self._saved()[: -self.kept]:
             old.unlink()
 
-    def is_best(self, loss: float) -> bool:
-        """Return whether no validation loss was lower so far; remembered with the next checkpoint."""
-        if self.best is not None and not loss < self.best:
-            return False
-        self.best = loss
-        return True
-
     def resume(self) -> int:
         """Take up the newest sound checkpoint and return its step; 0 without one.
 
@@ -95,12 +85,9 @@ class Checkpoints:
         """
         for path in reversed(self._saved()):
             try:
-                step = self._load(path)
+                return self._load(path)
             except SafetensorError:  # a machine that lost its power while it wrote
                 logger.warning("%s is damaged; the one before it is taken", path.name)
-                continue
-            logger.info("%s: resuming at step %d", self.folder.name, step)
-            return step
         return 0
 
     def _load(self, path: Path) -> int:
@@ -108,10 +95,10 @@ class Checkpoints:
             run = json.loads(file.metadata()["run"])
             if run["config"] != self.config:
                 old, new = json.loads(run["config"]), json.loads(self.config)
-                changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-                listed = ", ".join(f"{name} {old.get(name)} instead of {new.get(name)}" for name in changed)
+                both = [(name, old.get(name), new.get(name)) for name in sorted({*old, *new})]
+                changed = ", ".join(f"{name} {a} instead of {b}" for name, a, b in both if a != b)
                 hint = "name another folder or remove them"
-                raise TrainingError(f"the checkpoints are of a run with {listed}; {hint}")
+                raise TrainingError(f"the checkpoints are of a run with {changed}; {hint}")
             names = set(file.keys())
             for i, (parameter, average) in enumerate(zip(self.parameters, self.ema, strict=True)):
                 parameter.copy_(file.get_tensor(f"{i}.value"))
@@ -125,6 +112,7 @@ class Checkpoints:
         self.best = run["best"]
         if self.scaler and run["scaler"]:
             self.scaler.load_state_dict(run["scaler"])
+        logger.info("%s: resuming at step %d", self.folder.name, run["step"])
         return int(run["step"])
 
     def _saved(self) -> list[Path]:

@@ -36,6 +36,25 @@ class NoiseSchedule:
         product = torch.where(t < 0, clean, self.alphas_cumprod[t.clamp(min=0)])
         return spread(product.sqrt(), like), spread((1.0 - product).sqrt(), like)
 
+    def mix(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return z_t = alpha(t) x_0 + sigma(t) noise; of estimates of both, the DDIM solver's step to t, over
+        a skip of any length (LCM, equation 13)."""
+        alpha, sigma = self.signal_and_noise(t, noise)
+        return alpha * x_0 + sigma * noise
+
+    def estimates(self, output: Tensor, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x_0 and the noise in z_t, from what the network says of it (LCM, appendix "Different
+        Parameterizations"). Raises ValueError for an unknown prediction type."""
+        alpha, sigma = self.signal_and_noise(t, z_t)
+        if self.prediction_type == "epsilon":
+            return (z_t - sigma * output) / alpha, output
+        if self.prediction_type == "v_prediction":
+            return alpha * z_t - sigma * output, alpha * output + sigma * z_t
+        if self.prediction_type == "sample":
+            return output, (z_t - alpha * output) / sigma
+        allowed = "epsilon, v_prediction or sample"
+        raise ValueError(f"prediction_type is {self.prediction_type!r}; it must be {allowed}")
+
 
 def spread(coefficient: Tensor, like: Tensor) -> Tensor:
     """Return a coefficient (N,) as (N, 1, 1, 1), ready to multiply `like`."""
@@ -48,33 +67,6 @@ def boundary_scalings(t: Tensor) -> tuple[Tensor, Tensor]:
     scaled = t * TIMESTEP_SCALING
     variance = scaled**2 + SIGMA_DATA**2
     return SIGMA_DATA**2 / variance, scaled / variance**0.5
-
-
-def predicted_original(
-    output: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
-) -> Tensor:
-    """Return x_0 from what the network says of z_t = alpha x_0 + sigma noise (LCM, appendix "Different
-    Parameterizations")."""
-    if prediction_type == "epsilon":
-        return (z_t - sigma * output) / alpha
-    if prediction_type == "v_prediction":
-        return alpha * z_t - sigma * output
-    if prediction_type == "sample":
-        return output
-    raise ValueError(f"prediction_type is {prediction_type!r}; it must be epsilon, v_prediction or sample")
-
-
-def predicted_noise(
-    output: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
-) -> Tensor:
-    """Return the noise in z_t, from what the network says of it."""
-    if prediction_type == "epsilon":
-        return output
-    if prediction_type == "v_prediction":
-        return alpha * output + sigma * z_t
-    if prediction_type == "sample":
-        return (z_t - alpha * output) / sigma
-    raise ValueError(f"prediction_type is {prediction_type!r}; it must be epsilon, v_prediction or sample")
 
 
 def guided_estimate(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
@@ -91,18 +83,9 @@ def guidance_embedding(w: Tensor, width: int) -> Tensor:
 
 def solver_timesteps(train_timesteps: int, solver_steps: int) -> Tensor:
     """Return the `solver_steps` timesteps between which the teacher's ODE is solved, ascending: k - 1,
-    2k - 1, ..., N - 1.
-
-    They are those from which `diffusers.LCMScheduler` picks its own when it samples.
-    """
+    2k - 1, ..., N - 1; those from which `diffusers.LCMScheduler` picks its own when it samples."""
     k = train_timesteps // solver_steps
     return torch.arange(1, solver_steps + 1) * k - 1
-
-
-def ddim_step(x_0: Tensor, noise: Tensor, alpha_prev: Tensor, sigma_prev: Tensor) -> Tensor:
-    """Return the DDIM solver's estimate of z at the earlier timestep, over a skip of any length (LCM,
-    equation 13)."""
-    return alpha_prev * x_0 + sigma_prev * noise
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:

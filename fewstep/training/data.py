@@ -14,15 +14,14 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+
+from PIL.Image import Image
 
 from fewstep.errors import DatasetError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,6 @@ MAX_BYTES = 2_000_000_000  # of all that is in it
 MAX_CAPTION_BYTES = 20_000
 MAX_METADATA_BYTES = 20_000_000
 UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -66,12 +64,11 @@ def unpack(archive: Path, folder: Path) -> None:
                 target = folder / place
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with opened.open(entry) as source, target.open("xb") as file:
-                    while content := source.read(_CHUNK):
+                    while content := source.read(1 << 20):
                         left -= len(content)
                         if left < 0:
-                            raise DatasetError(
-                                f"the zip holds more than {MAX_BYTES / 1e9:g} GB; send fewer pictures"
-                            )
+                            limit = f"{MAX_BYTES / 1e9:g} GB"
+                            raise DatasetError(f"the zip holds more than {limit}; send fewer pictures")
                         file.write(content)
     except (*UNREADABLE, OSError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -84,32 +81,26 @@ def find(folder: Path, caption: str | None = None) -> list[Captioned]:
 
     Raises DatasetError when there is no image, a caption is missing or `metadata.jsonl` is not one.
     """
-    listed = _listed(folder)
-    images, bare = [], []
+    listed, images = _listed(folder), []
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
         place = path.relative_to(folder)
         if any(part.startswith((".", "__MACOSX")) for part in place.parts):  # what a Mac leaves in zips
             continue
         beside = path.with_suffix(".txt")
         text = listed.get(place.as_posix()) or (_text(beside) if beside.is_file() else "") or caption
-        if text:
-            images.append(Captioned(path, text, place.as_posix()))
-        else:
-            bare.append(place)
-    if not images and not bare:
+        images.append(Captioned(path, text or "", place.as_posix()))
+    if not images:
         raise DatasetError(f"there is no picture ({', '.join(SUFFIXES)})")
-    if bare:
-        logger.error("without a caption: %s", ", ".join(map(str, bare[:10])))
+    if bare := [image.name for image in images if not image.caption]:
+        logger.error("without a caption: %s", ", ".join(bare[:10]))
         raise DatasetError(
-            f"{len(bare)} of {len(images) + len(bare)} pictures have no caption; give each a line in "
+            f"{len(bare)} of {len(images)} pictures have no caption; give each a line in "
             f"{METADATA} or a text file of its name, or give one caption for all"
         )
     return images
 
 
-def write_captioned(
-    folder: Path, captions: Sequence[str], images: Callable[[], Iterable[Image.Image]]
-) -> None:
+def write_captioned(folder: Path, captions: Sequence[str], images: Callable[[], Iterable[Image]]) -> None:
     """Write images and their captions as `find` reads them, `metadata.jsonl` last; once: where it lists those
     captions already, `images` is not called."""
     listed = folder / METADATA
@@ -133,12 +124,11 @@ def _listed(folder: Path) -> dict[str, str]:
                 continue
             try:
                 row = json.loads(line)
-                name, text = row["file_name"], row["text"]
-                captions[(path.parent / name).relative_to(folder).as_posix()] = text.strip()
+                place = (path.parent / row["file_name"]).relative_to(folder)
+                captions[place.as_posix()] = row["text"].strip()
             except (ValueError, TypeError, KeyError, AttributeError):
-                raise DatasetError(
-                    f'line {number} of {METADATA} is not like {{"file_name": "a.jpg", "text": "..."}}'
-                ) from None
+                like = '{"file_name": "a.jpg", "text": "..."}'
+                raise DatasetError(f"line {number} of {METADATA} is not like {like}") from None
     return captions
 
 
@@ -184,12 +174,8 @@ def read_shards(shards: str, caption: str | None = None) -> Iterator[Captioned]:
 
 
 def _caption_of(sample: Mapping[str, bytes]) -> str | None:
-    written = sample.get("txt", b"")[:MAX_CAPTION_BYTES].decode(errors="replace").strip()
-    if written:
-        return written
-    try:
+    texts: list[object] = [sample.get("txt", b"")[:MAX_CAPTION_BYTES].decode(errors="replace")]
+    with suppress(ValueError):
         fields = json.loads(sample.get("json", b"{}"))
-    except ValueError:
-        return None
-    texts = [fields.get(key) for key in ("caption", "text")] if isinstance(fields, dict) else []
+        texts += [fields.get(key) for key in ("caption", "text")] if isinstance(fields, dict) else []
     return next((text.strip() for text in texts if isinstance(text, str) and text.strip()), None)

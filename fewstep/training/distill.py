@@ -26,17 +26,13 @@ from fewstep.models.device import autocast
 from fewstep.training import consistency as cm
 from fewstep.training.trainer import Loss, Shard, StepRandom
 
-# The modules of the published LCM-LoRAs: all attention and feed-forward layers, and the convolutions of every
-# block.
-LORA_TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-)
 # The attention of the published style LoRAs, and half of the convolutions, which carry texture.
 STYLE_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"),
     *("conv1", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
 )
+# The modules of the published LCM-LoRAs: feed-forward layers besides, and the convolutions of every block.
+LORA_TARGETS = (*STYLE_TARGETS, "ff.net.0.proj", "ff.net.2", "conv2", "time_emb_proj")
 # What a full LCM has and its teacher has not.
 GUIDANCE_LAYER = "time_embedding.cond_proj.weight"
 SHORT = 32  # latents a side
@@ -134,19 +130,14 @@ def add_lora(unet: UNet2DConditionModel, student: LoraStudent | StyleStudent) ->
 
 
 def lora_roles(unet: UNet2DConditionModel, teacher: bool = True) -> Roles:
-    """Return roles all of one network: with what `add_lora` gave it, student and target, without, teacher.
-
-    Without `teacher`, a network that generates in few steps already learns from itself and from images.
-    """
+    """Return roles all of one network: with what `add_lora` gave it, student and target, without, teacher."""
     own = partial(predict, unet)
     return Roles(own, own, partial(predict_without_lora, unet) if teacher else None)
 
 
 def make_full_student(teacher: UNet2DConditionModel, student: FullStudent) -> UNet2DConditionModel:
-    """Return a trainable copy of `teacher` in fp32 that takes w, and at first does not heed it.
-
-    Raises ValueError for a teacher that takes w itself.
-    """
+    """Return a trainable copy of `teacher` in fp32 that takes w, and at first does not heed it. Raises
+    ValueError for a teacher that takes w itself."""
     if teacher.config.time_cond_proj_dim:
         raise ValueError("the teacher is a full LCM already")
     unet: UNet2DConditionModel = UNet2DConditionModel.from_config(
@@ -200,8 +191,7 @@ def add_noise(
     latents = batch.latents
     t = (draws.stratified(len(latents)) * len(noise_schedule.alphas_cumprod)).long().to(latents.device)
     noise = draws.normal(*latents.shape).to(latents.device)
-    alpha, sigma = noise_schedule.signal_and_noise(t, noise)
-    return t, alpha * latents + sigma * noise, noise
+    return t, noise_schedule.mix(latents, noise, t), noise
 
 
 def consistency_loss(
@@ -210,14 +200,11 @@ def consistency_loss(
     """Return the loss of one step of Algorithm 1: the distance between the student at t_{n+k} and the target
     at t_n."""
     device, count = batch.latents.device, len(batch.latents)
-    kind = noise_schedule.prediction_type
-
-    def original(output: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        return cm.predicted_original(output, z, *noise_schedule.signal_and_noise(t, z), kind)
 
     def consistency_function(network: Answer, z: Tensor, t: Tensor) -> Tensor:
         c_skip, c_out = (cm.spread(c, z) for c in cm.boundary_scalings(t))
-        return c_skip * z + c_out * original(network(z, t, batch, w), z, t)
+        x_0, _ = noise_schedule.estimates(network(z, t, batch, w), z, t)
+        return c_skip * z + c_out * x_0
 
     # 1. Draw n, the noise and w.
     timesteps = cm.solver_timesteps(len(noise_schedule.alphas_cumprod), how.solver_steps)
@@ -226,12 +213,10 @@ def consistency_loss(
     before = timesteps[(index - how.skip).clamp(min=0)]
     t = torch.where(index >= how.skip, before, -torch.ones_like(index)).to(device)  # t_n; -1 is clean data
     noise = draws.normal(*batch.latents.shape).to(device)
-    low, high = how.guidance
-    w = (draws.uniform(count) * (high - low) + low).to(device)
+    w = draws.uniform(count, *how.guidance).to(device)
 
     # 2. z_{t_{n+k}}, the noisy latent.
-    alpha, sigma = noise_schedule.signal_and_noise(t_next, noise)
-    z_next = alpha * batch.latents + sigma * noise
+    z_next = noise_schedule.mix(batch.latents, noise, t_next)
 
     # 3. The student's answer at t_{n+k}.
     prediction = consistency_function(roles.student, z_next, t_next)
@@ -243,15 +228,15 @@ def consistency_loss(
             conditional = roles.teacher(z_next, t_next, batch, w)
             unconditional = roles.teacher(z_next, t_next, batch.without_prompt(), w)
             output = cm.guided_estimate(conditional, unconditional, w)
-            x_0 = original(output, z_next, t_next)
-            eps = cm.predicted_noise(output, z_next, alpha, sigma, kind)
+            x_0, eps = noise_schedule.estimates(output, z_next, t_next)
 
         # 5. One DDIM step back to t_n, and the target's answer there.
-        z = cm.ddim_step(x_0, eps, *noise_schedule.signal_and_noise(t, noise))
+        z = noise_schedule.mix(x_0, eps, t)
         target = consistency_function(roles.target, z, t.clamp(min=0))
         target = torch.where(cm.spread(t < 0, z).bool(), z, target)  # the boundary condition: f(z, 0) = z
 
     # 6. Both must say the same.
+    _, sigma = noise_schedule.signal_and_noise(t_next, noise)
     weight = 1 / sigma if how.inverse_sigma else torch.ones_like(sigma)
     return cm.pseudo_huber(weight * prediction, weight * target, how.huber_c)
 

@@ -59,13 +59,10 @@ def save_lora(
     take. Raises TrainingError when it cannot be written.
     """
     layers = get_peft_model_state_dict(unet)
-    tensors: dict[str, Tensor] = {f"unet.{name}": value.half() for name, value in layers.items()}
-    header = {"format": "pt"}
-    config = unet.peft_config["default"]
+    tensors: dict[str, Tensor] = {f"unet.{name}": value for name, value in layers.items()}
+    config, header = unet.peft_config["default"], {"format": "pt"}
     if kohya:
-        # alpha comes as a whole number, which kohya's scripts write in the dtype of the rest.
-        converted = convert_state_dict_to_kohya(tensors)
-        tensors = {name: value.half() for name, value in converted.items()}
+        tensors = convert_state_dict_to_kohya(tensors)
         header |= {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r)}
         header["ss_network_alpha"] = str(config.lora_alpha)
     else:
@@ -73,7 +70,8 @@ def save_lora(
         header["lora_adapter_metadata"] = json.dumps(adapter, sort_keys=True, default=sorted)
     if metadata is not None:
         header[METADATA_KEY] = json.dumps(metadata, sort_keys=True)
-    write_tensors(path, tensors, header)
+    # kohya's alphas, too, which come as whole numbers: its scripts write them in the dtype of the rest.
+    write_tensors(path, {name: value.half() for name, value in tensors.items()}, header)
 
 
 def write_card(folder: Path, metadata: Mapping[str, object], guidance: float) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -42,10 +42,10 @@ class Encoder:
         self._sizes = list(named_sizes_of(side or native_size(diffusion)).values())
         self.captions: list[str] = []  # of what was encoded last
         # Whoever trains another model into the same folder must not meet these latents.
-        vae, names = diffusion.vae, ("text_encoder", "text_encoder_2")
-        parts = [vae.encoder, vae.quant_conv, *(getattr(diffusion, name, None) for name in names)]
+        vae, other = diffusion.vae, getattr(diffusion, "text_encoder_2", None)
+        parts = [part for part in (vae.encoder, vae.quant_conv, diffusion.text_encoder, other) if part]
         digest = hashlib.sha256()  # of the weights' bytes, which are the same on every device
-        for parameter in torch.nn.ModuleList(part for part in parts if part is not None).parameters():
+        for parameter in torch.nn.ModuleList(parts).parameters():
             digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self._model = digest.hexdigest()
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,10 +96,9 @@ class Encoder:
         # SDXL takes the size of the original, what was cut off, and the size that is left.
         scale = max(width / image.width, height / image.height)
         left, top = round((image.width * scale - width) / 2), round((image.height * scale - height) / 2)
-        # SD's prompt has no second part.
-        prompt = zip(("prompt_embeds", "pooled"), self._prompt(captioned.caption), strict=False)
-        example = {"latents": latents, **dict(prompt)}
-        tensors = {name: value[0].half() for name, value in example.items()}
+        names, prompt = ("latents", "prompt_embeds", "pooled"), self._prompt(captioned.caption)
+        parts = zip(names, (latents, *prompt), strict=False)  # SD's prompt has no second part
+        tensors = {name: value[0].half() for name, value in parts}
         if "pooled" in tensors:
             tensors["time_ids"] = torch.tensor([image.height, image.width, top, left, height, width]).float()
         write_tensors(path, tensors, {})
@@ -133,16 +132,14 @@ class Batches:
     def __call__(self, step: int, share: Shard = WHOLE) -> Batch:
         epoch, place = divmod(step, self.per_epoch)
         rows = [load_file(self.encoded[i]) for i in share.of(self._epoch(epoch)[place])]
-        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        moved = {name: value.float().to(self.device) for name, value in stacked.items()}
-        return Batch(**moved, empty=self.empty)
+        parts = {name: torch.stack([row[name] for row in rows]).float().to(self.device) for name in rows[0]}
+        return Batch(**parts, empty=self.empty)
 
     def _plan(self, epoch: int) -> list[list[int]]:
         generator = step_generator(self.seed, epoch)
-        batches = [batch for group in self._groups for batch in self._chunks(group, generator)]
+        batches = []
+        for group in self._groups:
+            order = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
+            for start in range(0, len(order), self.size):
+                batches.append([order[i % len(order)] for i in range(start, start + self.size)])
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-    def _chunks(self, group: Sequence[int], generator: torch.Generator) -> Iterator[list[int]]:
-        order = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
-        for start in range(0, len(order), self.size):
-            yield [order[i % len(order)] for i in range(start, start + self.size)]

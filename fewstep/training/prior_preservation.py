@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+import tomllib
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -28,28 +29,16 @@ from fewstep.training.trainer import Loss, Shard, StepRandom
 
 logger = logging.getLogger(__name__)
 
+PROMPTS = Path(__file__).with_name("prior_prompts.toml")
 FEW_STEPS = 4
 FULL_LCM_GUIDANCE = 8.0  # what LCM_Dreamshaper_v7 is published with
-
-# Far apart rather than many: what lies between is kept with them.
-_MEDIA = ("a photo of", "an oil painting of", "a watercolour of", "a pencil drawing of", "a film still of")
-_SUBJECTS = (
-    *("a woman", "an old man", "two children", "a crowd", "a knight", "a robot", "a dancer", "a face"),
-    *("a dog", "a cat", "a horse", "a bird", "a fish", "an insect", "a dragon", "an elephant"),
-    *("a house", "a castle", "a bridge", "a tower", "a car", "a ship", "a train", "a bicycle"),
-    *("a tree", "flowers", "a bowl of fruit", "a cake", "a teapot", "a chair", "a guitar", "an open book"),
-)
-_PLACES = (
-    *("in a kitchen", "in a library", "in a city street", "in a desert", "in a forest", "under water"),
-    *("on a beach", "on a mountain", "on a wooden table", "in the snow", "in the rain", "at night"),
-    *("at sunset", "in fog", "in a garden", "before a plain wall"),
-)
 
 
 def varied_prompts(count: int) -> list[str]:
     """Return `count` prompts of many kinds, always the same, for a model of photographs and paintings."""
     rng = random.Random(17)
-    every = [" ".join(words) for words in product(_MEDIA, _SUBJECTS, _PLACES)]
+    words = tomllib.loads(PROMPTS.read_text(encoding="utf-8"))
+    every = [" ".join(each) for each in product(words["media"], words["subjects"], words["places"])]
     return [text for _ in range(0, count, len(every)) for text in rng.sample(every, len(every))][:count]
 
 
@@ -80,12 +69,11 @@ def prior_loss(
 
     A full LCM takes a w drawn uniformly from `guidance`.
     """
-    low, high = guidance
 
     def loss(step: int, share: Shard) -> Tensor:
         batch, draws = next_batch(step, share), StepRandom(seed, step, share)
         t, z_t, _ = add_noise(batch, noise_schedule, draws)
-        w = (draws.uniform(len(t)) * (high - low) + low).to(t.device)
+        w = draws.uniform(len(t), *guidance).to(t.device)
         with torch.no_grad():
             before = predict_without_lora(unet, z_t, t, batch, w)
         return F.mse_loss(predict(unet, z_t, t, batch, w), before)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from diffusers.training_utils import cast_training_params
 from PIL import Image
 from torch import Tensor
 
-from fewstep.errors import SettingsError, TrainingError
+from fewstep.errors import SettingsError
 from fewstep.generation.reference import generate_images
 from fewstep.models.device import device_and_dtype
 from fewstep.models.load import Diffusion
@@ -39,7 +40,7 @@ from fewstep.training.export import DIFFUSERS_FILE, save_network, write_card
 from fewstep.training.latents import Batches, Encoder
 from fewstep.training.networks import halve_if_large, load_base, load_few_step
 from fewstep.training.prior_preservation import FEW_STEPS, varied_prompts
-from fewstep.training.trainer import WHOLE, Loss, Validation, check_shares, optimise
+from fewstep.training.trainer import WHOLE, Loss, Validation, check_same, check_shares, optimise
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +68,10 @@ class Data:
 
     def split(self) -> tuple[Sequence[Path], Sequence[Path]]:
         """Return those for training and those for validation, here and there one of the whole."""
-        apart = max(1, len(self.encoded) // HELD_OUT)
-        held_out = list(self.encoded[::apart][:HELD_OUT])
-        apart_from = held_out if len(self.encoded) >= ENOUGH_TO_HOLD_OUT else ()
-        return [path for path in self.encoded if path not in apart_from], held_out
+        held_out = self.encoded[:: max(1, len(self.encoded) // HELD_OUT)][:HELD_OUT]
+        if len(self.encoded) < ENOUGH_TO_HOLD_OUT:
+            return self.encoded, held_out
+        return [path for path in self.encoded if path not in held_out], held_out
 
 
 def train_model(
@@ -134,10 +135,7 @@ def train(
     noise_schedule = NoiseSchedule.of(diffusion.scheduler, unet.device)
     network, average, loss_of = prepare(unet, plan, noise_schedule)
     encoded, held_out = data.split()
-
-    def batches(files: Sequence[Path], size: int) -> Batches:
-        return Batches(files, size, plan.seed, unet.device, data.empty)
-
+    batches = partial(Batches, seed=plan.seed, device=unet.device, empty=data.empty)
     loss = loss_of(batches(encoded, plan.schedule.batch), plan.seed)
     if data.prior:
         own_images, guidance = batches(data.prior, plan.schedule.batch), plan.student.guidance
@@ -146,7 +144,9 @@ def train(
     validation_batches = batches(held_out, min(VALIDATION_BATCH, len(held_out)))
     validation_loss = loss_of(validation_batches, VALIDATION_SEED)
     metadata = {"model": model, **plan.metadata()}
-    images = _check_same([*encoded, *data.prior], accelerator)
+    # Each file's name is a hash of what was encoded; a download may have failed in one process.
+    images = hashlib.sha256(" ".join(path.name for path in [*encoded, *data.prior]).encode()).hexdigest()
+    check_same(int(images[:15], 16), "pictures; run it again", accelerator)
     result = average or network  # with a LoRA, the trainer leaves the average in its place
     few_steps, scale = plan.method != "style", 1.0
     if result.config.time_cond_proj_dim:  # a full LCM takes the middle of its range of w
@@ -162,32 +162,14 @@ def train(
     def save_best(step: int) -> None:
         save_network(result, folder / "best", {**metadata, "step": step})
 
-    optimise(
-        plan.method,
-        network,
-        loss,
-        plan.schedule,
-        folder / "checkpoints",
-        average,
-        accelerator=accelerator,
-        config={**metadata, "pictures": images, "fp16": accelerator.mixed_precision == "fp16"},
-        validation=Validation(plan.watch_every, evaluate, save_best) if plan.watch_every else None,
-    )
+    config = {**metadata, "pictures": images, "fp16": accelerator.mixed_precision == "fp16"}
+    validation = Validation(plan.watch_every, evaluate, save_best) if plan.watch_every else None
+    checkpoints = folder / "checkpoints"
+    optimise(plan.method, network, loss, plan.schedule, checkpoints, average, accelerator, config, validation)
     if accelerator.is_main_process:
         save_network(result, folder, {**metadata, "step": plan.schedule.steps})
         write_card(folder, metadata, scale)
     accelerator.wait_for_everyone()
-
-
-def _check_same(files: Sequence[Path], accelerator: Accelerator) -> str:
-    """Return a hash of the encoded images. Raises TrainingError when a process sees other ones, as after a
-    download that failed there."""
-    # A file's name is a hash of what was encoded.
-    images = hashlib.sha256(" ".join(path.name for path in files).encode()).hexdigest()
-    own = torch.tensor([int(images[:15], 16)], device=accelerator.device)
-    if (accelerator.gather(own) != own).any():
-        raise TrainingError("the processes see different pictures; run it again")
-    return images
 
 
 def prepare(
@@ -198,21 +180,19 @@ def prepare(
     student, network, average = plan.student, unet, None
     if isinstance(student, distill.FullStudent):
         network = distill.make_full_student(unet, student)  # in fp32, before the teacher is rounded
-    halve_if_large(unet)
-    if isinstance(student, distill.FullStudent):
+        halve_if_large(unet)
         average = copy.deepcopy(network).requires_grad_(False)
+        roles = distill.Roles(*(partial(distill.predict, part) for part in (network, average, unet)))
     else:
+        halve_if_large(unet)
         distill.add_lora(unet, student)
         cast_training_params(unet)
+        roles = distill.lora_roles(unet, teacher=plan.method == "lora")
     for part in filter(None, (unet, network, average)):
         distill.order_for_training(part)
     network.train()
     if plan.gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    if average:
-        roles = distill.Roles(*(partial(distill.predict, part) for part in (network, average, unet)))
-    else:
-        roles = distill.lora_roles(unet, teacher=plan.method == "lora")
 
     def loss_of(batches: distill.NextBatch, seed: int) -> Loss:
         if isinstance(student, distill.StyleStudent):
@@ -227,16 +207,12 @@ def generate_samples(
 ) -> Image.Image:
     """Return a row of images, of each of `prompts` with the seed of its place, by `unet` with what else
     `diffusion` has."""
-    images = generate_images(
-        diffusion,
-        prompts,
-        range(len(prompts)),
-        steps=FEW_STEPS if few_steps else BASE_STEPS,
-        guidance=guidance if few_steps else BASE_GUIDANCE,
-        scheduler=LCMScheduler.from_config(diffusion.scheduler.config) if few_steps else None,
-        batch=1,  # a training leaves little memory
-        unet=unet,
-    )
+    how: dict[str, Any] = {"steps": BASE_STEPS, "guidance": BASE_GUIDANCE}
+    if few_steps:
+        scheduler = LCMScheduler.from_config(diffusion.scheduler.config)
+        how = {"steps": FEW_STEPS, "guidance": guidance, "scheduler": scheduler}
+    # One at a time: a training leaves little memory.
+    images = generate_images(diffusion, prompts, range(len(prompts)), **how, batch=1, unet=unet)
     return Image.fromarray(np.hstack([np.asarray(image) for image in images]))
 
 

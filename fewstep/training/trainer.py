@@ -76,17 +76,17 @@ class StepRandom:
     """
 
     def __init__(self, seed: int, step: int, share: Shard = WHOLE) -> None:
-        self._generator = step_generator(seed, step)
-        self._share = share
+        self._generator, self._share = step_generator(seed, step), share
 
     def normal(self, *shape: int) -> Tensor:
         """Return noise of `shape`, whose first dimension is this share's images."""
         first, *rest = shape
         return self._share.of(torch.randn(first * self._share.count, *rest, generator=self._generator))
 
-    def uniform(self, count: int) -> Tensor:
-        """Return (count,) in [0, 1)."""
-        return self._share.of(torch.rand(count * self._share.count, generator=self._generator))
+    def uniform(self, count: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Return (count,) in [low, high)."""
+        drawn = torch.rand(count * self._share.count, generator=self._generator)
+        return self._share.of(drawn) * (high - low) + low
 
     def below(self, high: int, count: int) -> Tensor:
         """Return (count,) whole numbers in [0, high)."""
@@ -137,7 +137,6 @@ def optimise(
     schedule: Schedule,
     checkpoints: Path,
     average: nn.Module | None = None,
-    *,
     accelerator: Accelerator | None = None,
     config: Mapping[str, object] | None = None,
     validation: Validation | None = None,
@@ -161,9 +160,7 @@ def optimise(
     run, kept = json.dumps(config or {}, sort_keys=True, default=str), schedule.checkpoints_kept
     saved = Checkpoints(checkpoints, parameters, ema, optimizer, run, kept, accelerator.scaler)
     start = saved.resume()
-    starts = accelerator.gather(torch.tensor([start], device=accelerator.device))
-    if (starts != start).any():
-        raise TrainingError("the processes see different checkpoints; name a folder that all of them share")
+    check_same(start, "checkpoints; name a folder that all of them share", accelerator)
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
     logger.info("%s: %d steps of %d on %s", name, schedule.steps, schedule.batch, processes)
     step_loss, prepared = accelerator.prepare(_StepLoss(module, loss), optimizer)
@@ -171,10 +168,7 @@ def optimise(
     progress = tqdm(steps, name, schedule.steps, initial=start, mininterval=5.0, disable=not main)
     began, running = time.monotonic(), None
     for step in progress:
-        value = _step(accelerator, step_loss, prepared, parameters, schedule, step)
-        if value is None:
-            hint = f"{saved.latest()}, a lower learning rate may help"
-            raise TrainingError(f"the loss of step {step + 1} is not a number; {hint}")
+        value = _step(accelerator, step_loss, prepared, saved, schedule, step)
         # A short memory at first: the EMA of a young model must not hold its random start.
         decay = min(schedule.ema_decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1.0 - decay)
@@ -186,8 +180,9 @@ def optimise(
         last = step + 1 == schedule.steps
         if validation and main and (last or (step + 1) % validation.every == 0):
             with nullcontext() if average else _averaged(parameters, ema):
-                figures["validation_loss"] = validation.evaluate(step + 1)
-                if saved.is_best(figures["validation_loss"]):
+                found = figures["validation_loss"] = validation.evaluate(step + 1)
+                if saved.best is None or found < saved.best:
+                    saved.best = found
                     validation.save_best(step + 1)
         accelerator.log(figures, step=step + 1)
         if main and (last or (step + 1) % schedule.checkpoint_every == 0):
@@ -200,21 +195,27 @@ def check_shares(schedule: Schedule, accelerator: Accelerator) -> None:
     """Raises TrainingError for a batch that cannot be shared evenly."""
     parts = accelerator.num_processes * schedule.accumulate
     if schedule.batch % parts and parts > 1:
-        raise TrainingError(
-            f"a batch of {schedule.batch} cannot be shared evenly by {parts}; choose a multiple of that"
-        )
+        hint = "choose a multiple of that"
+        raise TrainingError(f"a batch of {schedule.batch} cannot be shared evenly by {parts}; {hint}")
+
+
+def check_same(number: int, what: str, accelerator: Accelerator) -> None:
+    """Raises TrainingError, which says what is different, where a process has another `number`."""
+    own = torch.tensor([number], device=accelerator.device)
+    if (accelerator.gather(own) != own).any():
+        raise TrainingError(f"the processes see different {what}")
 
 
 def _step(
     accelerator: Accelerator,
     step_loss: nn.Module,
     optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
+    saved: Checkpoints,
     schedule: Schedule,
     step: int,
-) -> float | None:
-    """Do one step with the gradients of all its parts; return the mean loss over all processes, or None and
-    leave the parameters where the loss is no number."""
+) -> float:
+    """Do one step with the gradients of all its parts, and return the mean loss over all processes. Raises
+    TrainingError and leaves the parameters where the loss is no number."""
     for group in optimizer.param_groups:
         group["lr"] = schedule.lr_at(step)
     total, parts = torch.zeros((), device=accelerator.device), schedule.accumulate
@@ -226,10 +227,11 @@ def _step(
             accelerator.backward(value)
         total += value.detach()
     mean: Tensor = accelerator.reduce(total, "mean")
-    norm = accelerator.clip_grad_norm_(parameters, schedule.max_grad_norm)
+    norm = accelerator.clip_grad_norm_(saved.parameters, schedule.max_grad_norm)
     # fp16 leaves out a step whose gradients overflow, and lowers its scale.
     if not mean.isfinite() or not (accelerator.scaler or norm.isfinite()):
-        return None
+        hint = f"{saved.latest()}, a lower learning rate may help"
+        raise TrainingError(f"the loss of step {step + 1} is not a number; {hint}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return mean.item()

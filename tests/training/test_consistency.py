@@ -11,17 +11,13 @@ pytestmark = pytest.mark.numeric
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def coefficients(t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    alphas_cumprod = LCMScheduler(**BETAS).alphas_cumprod
-    alpha, sigma = cm.NoiseSchedule(alphas_cumprod, "epsilon").signal_and_noise(t, t.float())
-    return cm.spread(alpha, like), cm.spread(sigma, like)
+def schedule(prediction_type: str) -> cm.NoiseSchedule:
+    scheduler = LCMScheduler(**BETAS, prediction_type=prediction_type)
+    return cm.NoiseSchedule.of(scheduler, torch.device("cpu"))
 
 
-def test_boundary_condition_leaves_clean_data_as_it_is():
+def test_boundary_scalings_are_the_schedulers_and_leave_clean_data_as_it_is():
     assert cm.boundary_scalings(torch.tensor([0.0])) == (1.0, 0.0)
-
-
-def test_boundary_scalings_are_the_schedulers():
     scheduler = LCMScheduler(**BETAS)
     for t in (19, 259, 999):
         expected = scheduler.get_scalings_for_boundary_condition_discrete(torch.tensor(float(t)))
@@ -32,12 +28,12 @@ def test_boundary_scalings_are_the_schedulers():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_every_parameterization_gives_back_what_was_mixed(prediction_type):
     x_0, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    alpha, sigma = coefficients(torch.tensor([19, 499, 999]), x_0)
+    t, of_network = torch.tensor([19, 499, 999]), schedule(prediction_type)
+    alpha, sigma = of_network.signal_and_noise(t, x_0)
     z_t = alpha * x_0 + sigma * noise
+    assert torch.equal(of_network.mix(x_0, noise, t), z_t)
     truth = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x_0, "sample": x_0}[prediction_type]
-
-    assert torch.allclose(cm.predicted_original(truth, z_t, alpha, sigma, prediction_type), x_0)
-    assert torch.allclose(cm.predicted_noise(truth, z_t, alpha, sigma, prediction_type), noise)
+    assert all(map(torch.allclose, of_network.estimates(truth, z_t, t), (x_0, noise)))
 
 
 @pytest.mark.parametrize("width", [8, 256])
@@ -48,24 +44,18 @@ def test_w_is_embedded_as_diffusers_pipelines_do(width):
     torch.testing.assert_close(embedded, embed(None, w, width), rtol=0, atol=2e-3)  # of angles up to 13,000
 
 
-@pytest.mark.parametrize("predicted", [cm.predicted_original, cm.predicted_noise])
-def test_unknown_parameterization_is_refused(predicted):
+def test_unknown_parameterization_is_refused():
     with pytest.raises(ValueError, match="must be epsilon, v_prediction or sample"):
-        predicted(*[torch.ones(1)] * 4, "flow")
+        cm.NoiseSchedule(torch.ones(1), "flow").estimates(*torch.ones(2, 1), torch.tensor([0]))
 
 
-def test_guided_estimate_is_classifier_free_guidance_at_one_plus_w():
+def test_guided_estimate_is_classifier_free_guidance_at_one_plus_each_images_own_w():
     conditional, unconditional = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    guided = cm.guided_estimate(conditional, unconditional, torch.full((3,), 2.0))
-    assert torch.allclose(guided, unconditional + 3.0 * (conditional - unconditional), atol=1e-6)
-    assert torch.equal(cm.guided_estimate(conditional, unconditional, torch.zeros(3)), conditional)
-
-
-def test_each_image_has_its_own_w():
-    conditional, unconditional = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    both = cm.guided_estimate(conditional, unconditional, torch.tensor([0.5, 3.0]))
-    alone = cm.guided_estimate(conditional[1:], unconditional[1:], torch.tensor([3.0]))
-    assert torch.equal(both[1:], alone)
+    guided = cm.guided_estimate(conditional, unconditional, torch.tensor([2.0, 0.0, 0.5]))
+    for i, scale in enumerate((3.0, 1.0, 1.5)):
+        expected = unconditional[i] + scale * (conditional[i] - unconditional[i])
+        assert torch.allclose(guided[i], expected, atol=1e-6)
+    assert torch.equal(guided[1], conditional[1])
 
 
 def test_solver_timesteps_are_those_that_the_lcm_scheduler_samples_from():
@@ -84,16 +74,13 @@ def test_ddim_step_is_the_ddim_schedulers():
     z, v = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     t = scheduler.timesteps[10]
     expected = scheduler.step(v, t, z).prev_sample
-    alpha, sigma = coefficients(t[None], z)
-    alpha_prev, sigma_prev = coefficients(t[None] - 20, z)
-    x_0 = cm.predicted_original(v, z, alpha, sigma, "v_prediction")
-    noise = cm.predicted_noise(v, z, alpha, sigma, "v_prediction")
-    assert torch.allclose(cm.ddim_step(x_0, noise, alpha_prev, sigma_prev), expected, atol=1e-5)
+    of_network = schedule("v_prediction")
+    back = of_network.mix(*of_network.estimates(v, z, t[None]), t[None] - 20)
+    assert torch.allclose(back, expected, atol=1e-5)
 
 
 def test_before_the_first_timestep_lies_clean_data():
-    schedule = cm.NoiseSchedule.of(LCMScheduler(**BETAS), torch.device("cpu"))
-    alpha, sigma = schedule.signal_and_noise(torch.tensor([-1, 0]), torch.zeros(2))
+    alpha, sigma = schedule("epsilon").signal_and_noise(torch.tensor([-1, 0]), torch.zeros(2))
     assert (alpha[0], sigma[0]) == (1.0, 0.0)
     assert alpha[1] < 1.0 and sigma[1] > 0.0
 

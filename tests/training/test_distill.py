@@ -85,6 +85,9 @@ def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(unet, batch):
     assert trained and all("lora_" in name for name in trained)
     convolutions = [name for name in trained if "conv1" in name or "samplers" in name]
     assert convolutions, "the published LCM-LoRAs change convolutions too"
+    with torch.no_grad():
+        next(parameter for name, parameter in unet.named_parameters() if "lora_B" in name).add_(0.1)
+    assert not torch.equal(predict(unet, batch.latents, T, batch), before), "after the loss it is on again"
 
 
 def test_a_network_runs_in_the_callers_autocast_or_else_in_what_is_fast_here(unet, batch, monkeypatch):
@@ -98,19 +101,20 @@ def test_a_network_runs_in_the_callers_autocast_or_else_in_what_is_fast_here(une
     assert seen == [torch.float32, torch.float16, torch.bfloat16, torch.float16]
 
 
-def test_the_student_learns_and_the_teacher_stays_as_it_is(unet, batch, tmp_path, same_draws):
-    teacher = predict(unet, batch.latents, T, batch)
+@pytest.mark.parametrize("teacher", [True, False])
+def test_the_student_learns_and_the_teacher_stays_as_it_is(unet, batch, tmp_path, same_draws, teacher):
+    frozen = {name: value.clone() for name, value in unet.state_dict().items()}
     add_lora(unet, STUDENT)
-    before = loss_of(unet, batch).item()
+    roles = lora_roles(unet, teacher)
+    before = consistency_loss(roles, batch, NOISE, STUDENT, StepRandom(0, 0)).item()
 
     schedule = Schedule(25, lr=1e-2, warmup=5, ema_decay=0.5)
-    loss = consistency_training(lora_roles(unet), lambda step, share: batch, NOISE, STUDENT, seed=5)
+    loss = consistency_training(roles, lambda step, share: batch, NOISE, STUDENT, seed=5)
     optimise("LCM-LoRA", unet, loss, schedule, tmp_path)
 
-    after = loss_of(unet, batch).item()
-    unet.disable_adapters()
-    assert torch.equal(predict(unet, batch.latents, T, batch), teacher)
-    assert after < 0.7 * before
+    assert consistency_loss(roles, batch, NOISE, STUDENT, StepRandom(0, 0)).item() < 0.7 * before
+    unet.unload_lora()
+    assert all(torch.equal(value, frozen[name]) for name, value in unet.state_dict().items())
 
 
 def test_only_the_students_answer_is_differentiated(batch):
@@ -124,63 +128,50 @@ def test_only_the_students_answer_is_differentiated(batch):
     assert asked == [("student", True), ("teacher", False), ("teacher", False), ("target", False)]
 
 
-def test_the_target_is_given_the_teachers_guided_ddim_step(batch):
-    """Steps 4 and 5 of Algorithm 1 by hand, for a teacher that predicts x_0."""
+@pytest.mark.parametrize("taught", [True, False])
+def test_the_target_is_given_the_ddim_step_of_the_teachers_guided_estimate_or_of_the_image(batch, taught):
+    """Steps 4 and 5 of Algorithm 1 by hand, for networks that predict x_0."""
     conditional, unconditional = torch.full_like(batch.latents, 2.0), torch.full_like(batch.latents, -1.0)
     seen = []
 
-    def teacher(z, t, shown, w):
-        seen.append((z, t, w))
-        return conditional if shown.prompt_embeds.any() else unconditional
-
-    def target(z, t, shown, w):
+    def answer(z, t, shown, w):
         seen.append((z, t, w))
         return torch.zeros_like(z)
+
+    def teacher(z, t, shown, w):
+        return conditional if shown.prompt_embeds.any() else unconditional
 
     noise = NoiseSchedule(NOISE.alphas_cumprod, "sample")
     student = LoraStudent(guidance=(2.0, 4.0), skip=5)
     for seed in range(6):  # some go back to clean data
         seen.clear()
-        roles = Roles(lambda z, t, shown, w: torch.zeros_like(z), target, teacher)
+        roles = Roles(answer, answer, teacher if taught else None)
         consistency_loss(roles, batch, noise, student, StepRandom(seed, 0))
-        (z_next, t_next, w), _, (z, t, _) = seen
+        (z_next, t_next, w), (z, t, _) = seen
         assert 2.0 <= w.min() and w.max() <= 4.0
-        x_0 = conditional + w.reshape(-1, 1, 1, 1) * (conditional - unconditional)
+        assert torch.equal(t, (t_next - 100).clamp(min=0))
+        guided = conditional + w.reshape(-1, 1, 1, 1) * (conditional - unconditional)
+        x_0 = guided if taught else batch.latents
         alpha, sigma = noise.signal_and_noise(t_next, z_next)
         eps = (z_next - alpha * x_0) / sigma
         alpha, sigma = noise.signal_and_noise(torch.where(t_next >= 100, t_next - 100, -1), z_next)
         torch.testing.assert_close(z, alpha * x_0 + sigma * eps, rtol=1e-4, atol=1e-4)
 
 
-def test_after_the_loss_the_adapters_are_on_again(unet, batch):
+@pytest.mark.parametrize(("skip", "solver_steps"), [(1, 50), (5, 50), (50, 50), (1, 1)])
+def test_one_consistency_step_goes_back_over_skip_solver_steps(unet, batch, asked, skip, solver_steps):
+    """At most to clean data: there, the target is the solver's own estimate, not another pass of the network
+    at a noisy timestep."""
     add_lora(unet, STUDENT)
-    loss_of(unet, batch)
-    t = torch.full((4,), 499)
-    before = predict(unet, batch.latents, t, batch)
-    with torch.no_grad():
-        next(parameter for name, parameter in unet.named_parameters() if "lora_B" in name).add_(0.1)
-    assert not torch.equal(predict(unet, batch.latents, t, batch), before)
-
-
-def test_the_first_solver_step_ends_at_clean_data(unet, batch, asked):
-    """At n = 0 the target is the solver's own estimate, not another pass of the network at a noisy
-    timestep."""
-    add_lora(unet, STUDENT)
-    loss_of(unet, batch, LoraStudent(rank=4, solver_steps=1))
-    student, conditional, unconditional, target = asked
-    assert student.tolist() == conditional.tolist() == unconditional.tolist() == [999] * 4
-    assert target.tolist() == [0] * 4
-    assert solver_timesteps(1000, 1).tolist() == [999]
-
-
-@pytest.mark.parametrize("skip", [1, 5, 50])
-def test_one_consistency_step_goes_back_over_skip_solver_steps(unet, batch, asked, skip):
-    add_lora(unet, STUDENT)
+    student = LoraStudent(rank=4, skip=skip, solver_steps=solver_steps)
     for seed in range(5):
-        loss_of(unet, batch, LoraStudent(rank=4, skip=skip), seed=seed)
-    noisy, target = torch.cat(asked[::4]), torch.cat(asked[3::4])
-    assert noisy.unique().numel() > 10
-    assert torch.equal(target, (noisy - 20 * skip).clamp(min=0))  # 0 stands for clean data, as above
+        loss_of(unet, batch, student, seed=seed)
+    noisy, conditional, unconditional, target = (torch.cat(asked[i::4]) for i in range(4))
+    assert noisy.unique().numel() > solver_steps // 5
+    assert torch.equal(noisy, conditional) and torch.equal(noisy, unconditional)
+    assert set(noisy.tolist()) <= set(solver_timesteps(1000, solver_steps).tolist())
+    back = (noisy - 1000 // solver_steps * skip).clamp(min=0)
+    assert torch.equal(target, back)  # 0 stands for clean data, as above
 
 
 def test_inverse_sigma_weighs_an_image_by_its_noise(unet, batch):
@@ -191,16 +182,12 @@ def test_inverse_sigma_weighs_an_image_by_its_noise(unet, batch):
     assert torch.isclose(weighted, 2 * plain, rtol=1e-4)
 
 
-def test_no_prompt_is_sdxls_zeroed_embedding(batch):
+def test_no_prompt_is_sdxls_zeroed_embedding_or_the_encoded_empty_one(batch):
     empty = batch.without_prompt()
     assert not empty.prompt_embeds.any() and not empty.pooled.any()
     assert torch.equal(empty.time_ids, batch.time_ids)
-
-
-def test_no_prompt_is_the_encoded_empty_one_where_there_is_one(batch):
-    plain = Batch(batch.latents, batch.prompt_embeds, empty=(torch.ones(5, 12),))
-    assert torch.equal(plain.without_prompt().prompt_embeds, torch.ones(4, 5, 12))
-    assert plain.without_prompt().pooled is None
+    plain = Batch(batch.latents, batch.prompt_embeds, empty=(torch.ones(5, 12),)).without_prompt()
+    assert torch.equal(plain.prompt_embeds, torch.ones(4, 5, 12)) and plain.pooled is None
     both = replace(batch, empty=(torch.ones(5, 12), torch.full((8,), 2.0))).without_prompt()
     assert torch.equal(both.prompt_embeds, torch.ones(4, 5, 12))
     assert torch.equal(both.pooled, torch.full((4, 8), 2.0))
@@ -238,88 +225,46 @@ def test_a_network_of_convolutions_resumes_exactly(batch, unet, tmp_path, method
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
-def test_a_fresh_full_student_is_its_teacher_whatever_w_is(unet, batch):
+def test_a_fresh_full_student_is_its_teacher_whatever_w_is_and_teaches_no_other(unet, batch):
     student = make_full_student(unet, FULL)
     expected = predict(unet, batch.latents, T, batch)
     for w in (torch.zeros(4), torch.full((4,), 9.0)):
         assert torch.equal(predict(student, batch.latents, T, batch, w), expected)
-
-
-def test_a_teacher_that_is_told_w_itself_is_refused(unet):
     with pytest.raises(ValueError, match="a full LCM already"):
-        make_full_student(make_full_student(unet, FULL), FULL)
+        make_full_student(student, FULL)
 
 
-def distil_full(unet, batch, schedule, folder):
-    student, target, loss_of = prepare(unet.requires_grad_(False), Plan("full", FULL, schedule), NOISE)
-    loss = loss_of(lambda step, share: batch, 7)
-    optimise("LCM", student, loss, schedule, folder, target)
-    return target
-
-
-def test_a_full_student_learns_w_and_its_teacher_stays(unet, batch, tmp_path, same_draws, monkeypatch):
+def test_a_full_student_learns_w_from_its_average_and_its_teacher_stays(
+    unet, batch, tmp_path, same_draws, monkeypatch
+):
     before = {name: value.clone() for name, value in unet.state_dict().items()}
-    losses: list[float] = []
+    losses, weights = [], []
     loss = distill.consistency_loss
-    monkeypatch.setattr(
-        distill, "consistency_loss", lambda *a: (found := loss(*a), losses.append(found.item()))[0]
-    )
-    schedule = Schedule(40, lr=3e-3, warmup=5, ema_decay=0.5)
-    lcm = distil_full(unet, batch, schedule, tmp_path)
 
+    def watched(roles, *rest):
+        networks = (roles.student.args[0], roles.target.args[0])
+        weights.append([next(one.parameters()).detach().clone() for one in networks])
+        losses.append(loss(roles, *rest))
+        return losses[-1]
+
+    monkeypatch.setattr(distill, "consistency_loss", watched)
+    schedule = Schedule(40, lr=3e-3, warmup=5, ema_decay=0.5)
+
+    def distilled():
+        student, target, loss_of = prepare(unet.requires_grad_(False), Plan("full", FULL, schedule), NOISE)
+        minimised = loss_of(lambda step, share: batch, 7)
+        optimise("LCM", student, minimised, schedule, tmp_path, target)
+        return target
+
+    lcm = distilled()
     assert losses[-1] < 0.7 * losses[0]
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     little, much = (predict(lcm, batch.latents, T, batch, torch.full((4,), w)) for w in (2.0, 4.0))
     assert not torch.allclose(little, much, atol=1e-3)
-    again = distil_full(unet, batch, schedule, tmp_path)
+    expected = weights[0][1]
+    for step, (own, average) in enumerate(weights):
+        expected = expected.lerp(own, 1 - min(0.5, step / (step + 9))) if step else expected
+        torch.testing.assert_close(average, expected)
+    assert not torch.equal(*weights[-1])
+    again = distilled()  # from the checkpoint
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in lcm.state_dict().items())
-
-
-def test_a_full_students_target_is_its_average_and_not_itself(unet, batch, tmp_path, monkeypatch):
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    loss = distill.consistency_loss
-
-    def watched(roles, *rest):
-        weights = [roles.student.args[0], roles.target.args[0]]
-        seen.append(tuple(next(one.parameters()).detach().clone() for one in weights))
-        return loss(roles, *rest)
-
-    monkeypatch.setattr(distill, "consistency_loss", watched)
-    distil_full(unet, batch, Schedule(4, lr=1e-2, warmup=1, ema_decay=0.5), tmp_path)
-    target = seen[0][1]
-    for step, (own, average) in enumerate(seen):
-        if step:
-            decay = min(0.5, step / (step + 9))
-            target = target.lerp(own, 1 - decay)
-        torch.testing.assert_close(average, target)
-    assert not torch.equal(*seen[-1])
-
-
-def test_without_a_teacher_the_target_is_given_the_same_image_with_the_same_noise(batch):
-    seen = []
-
-    def answer(z, t, batch, w):
-        seen.append((z, t))
-        return torch.zeros_like(z)
-
-    consistency_loss(Roles(answer, answer), batch, NOISE, LoraStudent(skip=5), StepRandom(3, 0))
-
-    (noisy, t_next), (less, t) = seen
-    alpha, sigma = NOISE.signal_and_noise(t_next, noisy)
-    noise = (noisy - alpha * batch.latents) / sigma
-    alpha, sigma = NOISE.signal_and_noise(t, noisy)
-    later = t > 0  # 0 stands for clean data
-    assert later.any() and torch.equal(t, (t_next - 100).clamp(min=0))
-    torch.testing.assert_close(less[later], (alpha * batch.latents + sigma * noise)[later])
-
-
-def test_fine_tuning_trains_the_lora_alone_and_lowers_its_loss(unet, batch, tmp_path, same_draws):
-    before = {name: value.clone() for name, value in unet.state_dict().items()}
-    add_lora(unet, STUDENT)
-    roles = lora_roles(unet, teacher=False)
-    first = consistency_loss(roles, batch, NOISE, STUDENT, StepRandom(0, 0)).item()
-    loss = consistency_training(roles, lambda step, share: batch, NOISE, STUDENT, seed=11)
-    optimise("fine-tuning", unet, loss, Schedule(25, lr=1e-2, warmup=5, ema_decay=0.5), tmp_path)
-    assert consistency_loss(roles, batch, NOISE, STUDENT, StepRandom(0, 0)).item() < 0.7 * first
-    unet.unload_lora()
-    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())

@@ -59,25 +59,19 @@ def change_lora(unet: UNet2DConditionModel) -> None:
 
 
 @pytest.mark.numeric
-def test_a_fresh_lora_keeps_everything_and_a_changed_one_is_differentiated_alone(unet):
+def test_what_is_kept_is_the_answer_without_the_lora_which_is_differentiated_alone(unet):
+    shown = (KNOWN.latents, torch.full((4,), 500), KNOWN)
+    expected = predict(unet, *shown)
     add_lora(unet, STUDENT)
-    assert keeping(unet)(0, WHOLE).item() == 0.0
+    assert keeping(unet)(0, WHOLE).item() == 0.0, "a fresh one keeps everything"
     change_lora(unet)
+    assert torch.equal(predict_without_lora(unet, *shown), expected)
+    assert not torch.equal(predict(unet, *shown), expected)
     loss = keeping(unet)(0, WHOLE)
     loss.backward()
     assert loss.item() > 0
     touched = [name for name, one in unet.named_parameters() if one.grad is not None and one.grad.any()]
     assert touched and all("lora_" in name for name in touched)
-
-
-@pytest.mark.numeric
-def test_what_is_kept_is_the_answer_of_the_network_without_its_lora(unet):
-    expected = predict(unet, KNOWN.latents, torch.full((4,), 500), KNOWN)
-    add_lora(unet, STUDENT)
-    change_lora(unet)
-    found = predict_without_lora(unet, KNOWN.latents, torch.full((4,), 500), KNOWN)
-    assert torch.equal(found, expected)
-    assert not torch.equal(predict(unet, KNOWN.latents, torch.full((4,), 500), KNOWN), expected)
 
 
 def test_a_full_lcm_keeps_what_it_says_at_every_w(unet, monkeypatch):

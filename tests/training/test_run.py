@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from tiny import make_diffusers_folder
 
 from fewstep.errors import DatasetError, SettingsError
-from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.pipeline import Pipeline, load_pipeline
 from fewstep.generation.reference import native_size
+from fewstep.lora.types import Mix
 from fewstep.miniature.world.dataset import training_captions, write_world
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
@@ -34,17 +35,15 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(verify="size", dtype="fp32")
 PROMPT, SEED = "a red house in a meadow with mountains at sunset", 5
+FILES = ("pytorch_lora_weights.safetensors", "kohya.safetensors")
 HOW = ("--batch-size", 4, "--rank", 8, "--learning-rate", 0.005)
 
 
-def command(name: str, *arguments: object, processes: int = 1, status: int = 0, **environ: str) -> str:
-    """Run it to that exit status, and return what it says."""
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    run = [sys.executable, "-P", *launch, "-m", f"fewstep.cli.{name}", *map(str, arguments)]
-    environ = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "FEWSTEP_VERIFY": "size", **environ}
-    done = subprocess.run(run, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280)
-    assert done.returncode == status, done.stderr[-2000:]
-    return done.stderr
+def command(name: str, *arguments: object, status: int = 0) -> None:
+    """Run it to that exit status, in this process, which has imported torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSTEP_VERIFY", "size")
+        assert importlib.import_module(f"fewstep.cli.{name}").main([*map(str, arguments)]) == status
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +61,22 @@ def distilled(world, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return load_pipeline(SPEC, SETTINGS)
+
+
 def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
+def differ(one: Image.Image, other: Image.Image) -> bool:
+    return np.abs(pixels(one) - pixels(other)).mean() > 1
+
+
 def test_a_run_leaves_what_a_user_needs(distilled):
     names = {path.relative_to(distilled).as_posix() for path in distilled.rglob("*") if path.is_file()}
-    expected = {"README.md", "kohya.safetensors", "pytorch_lora_weights.safetensors"}
-    expected |= {"best/pytorch_lora_weights.safetensors", "checkpoints/step-000003.safetensors"}
+    expected = {"README.md", *FILES, f"best/{FILES[0]}", "checkpoints/step-000003.safetensors"}
     assert expected | {"samples/step-000003.webp"} <= names
     assert any(name.startswith("fewstep/events") for name in names), "TensorBoard's"
     assert len(list((distilled / "encoded").iterdir())) == 6
@@ -77,80 +84,74 @@ def test_a_run_leaves_what_a_user_needs(distilled):
         assert row.size == (4 * 128, 128)
     card = (distilled / "README.md").read_text()
     assert "samples/step-000003.webp" in card and "| rank | 8 |" in card and "base_model: miniature" in card
+    made = {"method": "lora", "model": "miniature", "step": 3, "rank": 8, "steps": 3, "batch": 4}
+    for name in FILES:
+        with safe_open(distilled / name, framework="pt") as file:
+            metadata = json.loads(file.metadata()["fewstep"])
+        assert metadata | made | {"guidance": [0.8, 1.6]} == metadata
 
 
-@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "kohya.safetensors"])
-def test_the_file_tells_how_it_was_made(distilled, name):
-    with safe_open(distilled / name, framework="pt") as file:
-        told = json.loads(file.metadata()["fewstep"])
-    assert told["method"] == "lora" and told["model"] == "miniature" and told["step"] == 3
-    assert (told["rank"], told["steps"], told["batch"], told["guidance"]) == (8, 3, 4, [0.8, 1.6])
-
-
-@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "kohya.safetensors"])
-def test_plain_diffusers_generates_with_it_what_fewstep_generates(distilled, name):
-    pipeline = load_pipeline(SPEC, SETTINGS)
+def test_plain_diffusers_and_the_server_generate_with_it_alike(distilled, pipeline, monkeypatch):
     [before] = pipeline.images([PROMPT], [SEED])
-    pipeline.adapters.lcm_lora = pipeline.adapters.read(distilled / name, "0" * 64)
-    [ours] = pipeline.images([PROMPT], [SEED])
-
+    styles = [pipeline.adapters.read(distilled / name, name[0] * 64) for name in FILES]
+    [styled] = pipeline.images([PROMPT], [SEED], loras=[styles[0]], style="x")
+    assert differ(styled, before)
+    monkeypatch.setattr(pipeline.adapters, "lcm_lora", None)
+    [without] = pipeline.images([PROMPT], [SEED])
     plain = StableDiffusionXLPipeline.from_pretrained(
         SETTINGS.weights_root / "miniature", dtype=torch.float32, add_watermarker=False
     )
-    plain.load_lora_weights(distilled, weight_name=name)
-    plain.fuse_lora()
     plain.scheduler = LCMScheduler.from_config(plain.scheduler.config)
-    seeded = torch.Generator().manual_seed(SEED)
-    [theirs] = plain(PROMPT, num_inference_steps=4, guidance_scale=1.0, generator=seeded).images
-
-    assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
-    assert np.abs(pixels(ours) - pixels(before)).mean() > 1, "it is not the LCM-LoRA that was there"
-    pipeline.adapters.lcm_lora = None
-    [without] = pipeline.images([PROMPT], [SEED])
-    assert np.abs(pixels(ours) - pixels(without)).mean() > 1, "it says something of its own"
-
-
-def test_a_trained_lora_is_a_style_of_the_server(distilled, tmp_path):
-    pipeline = load_pipeline(SPEC, SETTINGS)
-    path = distilled / "pytorch_lora_weights.safetensors"
-    style = pipeline.adapters.read(path, "0" * 64)
-    [one] = pipeline.images([PROMPT], [SEED])
-    [other] = pipeline.images([PROMPT], [SEED], loras=[style], style="x")
-    assert np.abs(pixels(one) - pixels(other)).mean() > 1
+    images = []
+    for name, style in zip(FILES, styles, strict=True):
+        monkeypatch.setattr(pipeline.adapters, "lcm_lora", style)
+        [ours] = pipeline.images([PROMPT], [SEED])
+        plain.load_lora_weights(distilled, weight_name=name)
+        seeded = torch.Generator().manual_seed(SEED)
+        [theirs] = plain(PROMPT, num_inference_steps=4, guidance_scale=1.0, generator=seeded).images
+        plain.unload_lora_weights()
+        assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
+        assert differ(ours, before), "it is not the LCM-LoRA that was there"
+        assert differ(ours, without), "it says something of its own"
+        images.append(pixels(ours))
+    assert np.array_equal(*images), "both files say the same"
 
 
-@pytest.mark.slow
-def test_the_same_command_goes_on_where_it_stopped(distilled, world):
-    arguments = ("--data", world, "--out", distilled, *HOW)
-    written = load_file(distilled / "pytorch_lora_weights.safetensors")
-    assert "resuming at step 3" in command("distill", *arguments, "--steps", 3)
-    rewritten = load_file(distilled / "pytorch_lora_weights.safetensors")
+def test_the_same_command_goes_on_where_it_stopped_and_another_does_not(
+    distilled, world, tmp_path, caplog, capsys
+):
+    arguments = ("--out", distilled, *HOW)
+    written = load_file(distilled / FILES[0])
+    with caplog.at_level("INFO"):
+        command("distill", *arguments, "--data", world, "--steps", 3)
+    assert "resuming at step 3" in caplog.text
+    rewritten = load_file(distilled / FILES[0])
     assert all(torch.equal(value, rewritten[name]) for name, value in written.items())
-    other = command("distill", *arguments, "--steps", 4, status=1)
-    assert "[training] the checkpoints are of a run with steps 3 instead of 4" in other
+    write_world(tmp_path, 5)
+    for data, steps, what in ((world, 4, "steps 3 instead of 4"), (tmp_path, 3, "pictures ")):
+        command("distill", *arguments, "--data", data, "--steps", steps, status=1)
+        assert f"[training] the checkpoints are of a run with {what}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_step_of_one_from_the_same_fresh_lora(world, tmp_path):
     """The gradients of the miniature's UNet differ by what bf16 rounds; further steps of AdamW would magnify
     that where a gradient is nearly nothing."""
+    arguments = ("--data", world, *HOW, "--steps", 1, "--watch-every", 0, "--out")
+    command("distill", *arguments, tmp_path / "1")
+    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    run = [*launch, "-m", "fewstep.cli.distill", *map(str, arguments), tmp_path / "2"]
+    environ = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "FEWSTEP_VERIFY": "size"}
+    environ |= {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(run, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "on 2 processes" in done.stderr, done.stderr[-2000:]
     moments = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        arguments = ("--data", world, "--out", out, *HOW, "--steps", 1, "--watch-every", 0)
-        said = command("distill", *arguments, processes=processes, ACCELERATE_USE_CPU="true")
-        assert f"on {processes} process" in said
-        found = load_file(out / "checkpoints" / "step-000001.safetensors")
+    for folder in "12":
+        found = load_file(tmp_path / folder / "checkpoints" / "step-000001.safetensors")
         names = sorted(name for name in found if name.endswith(".exp_avg"))
         moments.append(torch.cat([found[name].flatten() for name in names]))
     one, two = moments
     assert (one - two).norm() < 0.05 * one.norm()  # measured: 0.002 to 0.011
-
-
-def test_other_images_in_the_same_folder_are_another_run(distilled, tmp_path):
-    write_world(tmp_path, 5)
-    other = command("distill", "--data", tmp_path, "--out", distilled, *HOW, "--steps", 3, status=1)
-    assert "[training] the checkpoints are of a run with pictures " in other
 
 
 @pytest.mark.slow
@@ -171,19 +172,6 @@ def test_a_full_lcm_of_any_diffusers_folder_generates_in_diffusers(family, world
     side = native_size(diffusion)
     assert row.size == (2 * side, side)
     assert np.abs(pixels(row) - pixels(other)).max() > 0, "it is told w"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["lcf", "style"])
-def test_images_are_taught_by_the_command(method, world, tmp_path):
-    arguments = (world, "--out", tmp_path, "--steps", 2, "--batch-size", 2, "--method", method)
-    command("train", *arguments, "--rank", 4, "--rehearse", 3)
-    assert len(list(tmp_path.glob("rehearsal/*/*.png"))) == 3
-    assert len(list((tmp_path / "encoded").iterdir())) == 6 + 3
-    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["fewstep"])["method"] == method
-    pipeline = load_pipeline(SPEC, SETTINGS)
-    assert pipeline.adapters.read(tmp_path / "pytorch_lora_weights.safetensors", "0" * 64).modules
 
 
 NO_FOLDER = "[settings] the folder of the model is no diffusers folder"
@@ -207,9 +195,7 @@ def test_what_cannot_be_trained_on_is_told_in_one_sentence(world, tmp_path, caps
     Image.new("RGB", (64, 64)).save(places["BARE"] / "a.png")
     places["TEXT"].write_text("no zip")
     name, *rest = arguments.split()
-    more = ("--out", tmp_path / "out", "--steps", 1)
-    main = importlib.import_module(f"fewstep.cli.{name}").main  # in this process, which has imported torch
-    assert main([*map(str, (*(places.get(one, one) for one in rest), *more))]) == 1
+    command(name, *(places.get(one, one) for one in rest), "--out", tmp_path / "out", "--steps", 1, status=1)
     assert capsys.readouterr().err.splitlines()[-1].startswith(told)
 
 
@@ -232,16 +218,9 @@ def fine_tune(options: TrainingOptions, images: Path, folder: Path, model: str =
     return train_model(model, SETTINGS, options, lambda: find(images), folder, **more)
 
 
-@pytest.fixture(scope="module")
-def generated() -> np.ndarray:
-    """What the container generates of the first prompt that is rehearsed."""
-    [image] = load_pipeline(SPEC, SETTINGS).images(training_captions(2)[:1], [0])
-    return pixels(image)
-
-
 @pytest.mark.parametrize("method", [pytest.param("lcf", marks=pytest.mark.numeric), "style"])
 def test_every_other_step_rehearses_what_the_few_step_model_generates(
-    method, world, generated, tmp_path, monkeypatch
+    method, world, pipeline, tmp_path, monkeypatch
 ):
     kept = []
     real = prior_preservation.prior_loss
@@ -251,13 +230,17 @@ def test_every_other_step_rehearses_what_the_few_step_model_generates(
         return lambda step, share: (kept.append(step), loss(step, share))[1]
 
     monkeypatch.setattr(prior_preservation, "prior_loss", watched)
-    options = TrainingOptions(method, steps=5, batch_size=2, rank=4, rehearse=2, watch_every=0)
-    fine_tune(options, world, tmp_path)
+    arguments = (world, "--out", tmp_path, "--method", method, "--steps", 5, "--batch-size", 2, "--rank", 4)
+    command("train", *arguments, "--rehearse", 2, "--watch-every", 0)
     assert kept == [0, 1]
     first, second = sorted(tmp_path.glob("rehearsal/*/*.png"))
+    [generated] = pipeline.images(training_captions(2)[:1], [0])
     with Image.open(first) as image:
-        assert np.abs(pixels(image) - generated).mean() < 1  # bf16
+        assert np.abs(pixels(image) - pixels(generated)).mean() < 1  # bf16
     assert len(list((tmp_path / "encoded").iterdir())) == 6 + 2
+    with safe_open(tmp_path / FILES[0], framework="pt") as file:
+        assert json.loads(file.metadata()["fewstep"])["method"] == method
+    assert pipeline.adapters.read(tmp_path / FILES[0], "0" * 64).modules
 
 
 def test_without_rehearsal_every_step_is_for_the_new_images(world, tmp_path, monkeypatch):
@@ -285,9 +268,10 @@ def test_an_interrupted_run_with_rehearsal_ends_where_it_would_have(world, tmp_p
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
-def test_lcf_begins_with_the_model_that_generates_in_few_steps():
+def test_lcf_begins_with_the_model_that_generates_in_few_steps(pipeline):
     few, base = load_few_step("miniature", SETTINGS, CPU).unet, load_base("miniature", SETTINGS, CPU).unet
-    served = load_pipeline(SPEC, SETTINGS).diffusion.unet.state_dict()
+    pipeline.adapters.apply(Mix())
+    served = pipeline.diffusion.unet.state_dict()
     assert all(torch.equal(value, served[name]) for name, value in few.state_dict().items())
     name = "mid_block.attentions.0.proj_in.weight"
     assert not torch.allclose(few.state_dict()[name], base.state_dict()[name])

@@ -77,20 +77,15 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, stop)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_finished_run_is_not_run_again(tmp_path):
-    first, second = module(), module()
-    train(first, tmp_path)
-    assert train(second, tmp_path) == []
-    assert same(first, second)
-
-
-def test_what_is_left_is_the_average_not_the_last_step(tmp_path):
-    network = module()
+def test_a_finished_run_leaves_its_average_and_is_not_run_again(tmp_path):
+    network, again = module(), module()
     train(network, tmp_path)
     saved = load_file(tmp_path / "step-000030.safetensors")
     for i, parameter in enumerate(network.parameters()):
         assert torch.equal(parameter, saved[f"{i}.ema"])
         assert not torch.equal(parameter, saved[f"{i}.value"])
+    assert train(again, tmp_path) == []
+    assert same(network, again)
 
 
 def test_a_frozen_or_unused_parameter_keeps_its_value(tmp_path):
