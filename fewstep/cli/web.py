@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from fewstep.cli.run import say, status_of
-from fewstep.coglet.server import require_free
+from fewstep.coglet.server import ServerFailed, require_free
 from fewstep.errors import SettingsError
 
 TICK_S = 0.25
@@ -51,13 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--cog-url must begin with http:// or https://")
     if chosen.workers is not None and not 0 < chosen.workers <= 64:
         parser.error("--workers must be from 1 to 64")
-    outcome = [0]
 
     def work() -> None:
         with suppress(KeyboardInterrupt):  # which is how it ends
-            outcome[0] = asyncio.run(_serve(chosen, os.environ))
+            asyncio.run(_serve(chosen, os.environ))
 
-    return status_of(work) or outcome[0]
+    return status_of(work)
 
 
 def with_model(environ: Mapping[str, str], *, elsewhere: bool) -> dict[str, str]:
@@ -74,15 +73,14 @@ def environs_of(workers: int | None, environ: Mapping[str, str]) -> list[dict[st
     from fewstep.web.worker_pool import visible_gpus
 
     gpus = visible_gpus(environ)
+    count = workers or len(gpus) or 1
     if gpus:
-        count = workers or len(gpus)
         return [{**environ, "CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(count)]
-    count = workers or 1
     share = {} if count == 1 else {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count))}
     return [{**share, **environ}] * count
 
 
-async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> int:
+async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> None:
     from fewstep.models.specs import get_model
     from fewstep.settings import Settings
     from fewstep.web.app import WebServer, create_app
@@ -110,8 +108,8 @@ async def _serve(chosen: argparse.Namespace, environ: Mapping[str, str]) -> int:
         await server.serve()
     finally:
         announcing.cancel()
-    [outcome] = await asyncio.gather(announcing, return_exceptions=True)
-    return outcome if isinstance(outcome, int) else 0
+    with suppress(asyncio.CancelledError):
+        await announcing  # which says why, if nothing can start
 
 
 def _worker_pool(chosen: argparse.Namespace, environ: Mapping[str, str], settings: Any) -> Any:
@@ -124,38 +122,35 @@ def _worker_pool(chosen: argparse.Namespace, environ: Mapping[str, str], setting
         if not settings.replicate_token:
             raise SettingsError("--replicate needs a token; set REPLICATE_API_TOKEN to it")
         return ReplicateWorker(chosen.replicate, settings.replicate_token)
-    return LocalWorkers(
-        environs_of(chosen.workers, environ), timeout_s, log=settings.web_data / "painters.log"
-    )
+    environs = environs_of(chosen.workers, environ)
+    return LocalWorkers(environs, timeout_s, settings.web_data / "painters.log")
 
 
-async def _announce(chosen: argparse.Namespace, model: str, pool: Any, app: Any, server: Any) -> int:
-    """Say how far the start is; 1 when it cannot be, after which the server ends."""
+async def _announce(chosen: argparse.Namespace, model: str, pool: Any, app: Any, server: Any) -> None:
+    """Say how far the start is. Ends the server, and raises ServerFailed, when nothing can start."""
     began = time.monotonic()
-    terminal = sys.stderr.isatty()
+    anew = "\r\x1b[K" if sys.stderr.isatty() else ""  # begins a terminal's line once more
     address = f"http://{chosen.host if chosen.host != '0.0.0.0' else '127.0.0.1'}:{chosen.port}"
     said = False
     while not server.started or not app.state.app_state.queue.ready:
         if server.should_exit:
-            return 0
+            return
         if pool.failure:
-            say(("\r" if said else "") + pool.failure)
+            sys.stderr.write(anew)
             server.should_exit = True
-            return 1
+            raise ServerFailed(pool.failure)
         if server.started:
             line = f"{address} is open; {model} is starting ({time.monotonic() - began:.0f} s)"
-            if terminal:
-                sys.stderr.write(f"\r{line} ")
+            if anew:
+                sys.stderr.write(anew + line)
                 sys.stderr.flush()
             elif not said:
                 say(line)
             said = True
         await asyncio.sleep(TICK_S if server.started else 0.02)
-    say(("\r" if terminal and said else "") + f"ready: {address}; Ctrl-C ends it" + " " * 24 * terminal)
-    if terminal and not chosen.no_open:
+    say(f"{anew}ready: {address}; Ctrl-C ends it")
+    if anew and not chosen.no_open:
         await asyncio.to_thread(webbrowser.open, address)  # which one in a terminal blocks
-    await asyncio.Event().wait()
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import re
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ class ModelSpec:
     lcm_lora: bool = True  # an LCM-LoRA is fused into the UNet at setup
     max_clip_skip: int = 4  # of the text encoders' layers; their images grow vague long before this
     in_checkpoint: tuple[str, ...] = ()  # the networks that a single-file checkpoint brings, if any
+    examples: tuple[str, ...]  # prompts that the page offers to begin with
     licence: str
     fix: str  # the command that mends missing or damaged weights
 
@@ -47,13 +47,15 @@ class ModelSpec:
         return tuple(replace(repo, files=files) for repo, files in pairs if files)
 
 
-def _spec(name: str, in_checkpoint: Sequence[str] = (), fix: str = "", **facts: Any) -> ModelSpec:
-    fix = fix or f"scripts/download-weights {name} && scripts/save-weights {name}"
-    return ModelSpec(name=name, in_checkpoint=tuple(in_checkpoint), fix=fix, **facts)
+def _spec(name: str, **facts: Any) -> ModelSpec:
+    fix = f"scripts/download-weights {name} && scripts/save-weights {name}"
+    facts = {key: tuple(fact) if isinstance(fact, list) else fact for key, fact in facts.items()}
+    return ModelSpec(**{"name": name, "fix": fix, **facts})
 
 
 _TABLE = tomllib.loads(Path(__file__).with_name("specs.toml").read_text(encoding="utf-8"))
-MODELS = {name: _spec(name, **facts) for name, facts in _TABLE.items()}
+_ANY = _TABLE.pop("any")
+MODELS = {name: _spec(name, **(_ANY | facts)) for name, facts in _TABLE.items()}
 RANDOM = "-random"  # sdxl-random: the real shapes with random weights, see scripts/full-size
 
 

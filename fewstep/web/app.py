@@ -1,13 +1,12 @@
 """The ASGI app: the page, its API, its WebSocket, and what operators look at; and uvicorn, set up for it."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import logging
 import secrets
 import socket
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -20,19 +19,9 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
+from fewstep import request as limits
 from fewstep.errors import FewstepError, InternalError, NotFound, TooMany
 from fewstep.models.specs import ModelSpec
-from fewstep.request import (
-    GUIDANCE,
-    LCM_LORA_MAX_GUIDANCE,
-    NUM_OUTPUTS,
-    PROMPT_MAX_CHARS,
-    SEED_MAX,
-    STEPS,
-    STRENGTH,
-    STYLE_SCALE,
-    named_sizes_of,
-)
 from fewstep.settings import Settings
 from fewstep.web.app_state import GRACE_S, AppState, app_state
 from fewstep.web.auth import HEADERS, LOOPBACK, Guard
@@ -53,22 +42,6 @@ MAX_SESSIONS = (256, 16)  # in all, and of one client
 MAX_ENHANCED = 4
 MAX_MESSAGE = 16 * 10**6  # bytes, of a WebSocket
 MAX_CONNECTIONS = 1024
-EXAMPLES = {
-    "miniature": (
-        "a red house in the snow at night",
-        "a blue sailboat on a lake at sunset",
-        "a pink balloon over a lavender field in the fog",
-        "a white castle in the desert by day, with a city behind it",
-        "a green tree in a meadow with mountains under an aurora",
-    ),
-    "": (
-        "a lighthouse on a cliff in a storm, oil painting",
-        "portrait of an old fisherman, soft window light, 85mm photograph",
-        "a tiny greenhouse full of ferns inside a glass bottle",
-        "isometric cutaway of a cosy bookshop at night",
-        "a fox asleep in autumn leaves, watercolour",
-    ),
-}
 
 
 def create_app(
@@ -124,7 +97,7 @@ class WebServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish and turn away; called once, at the end of serve()."""
-        await self._state.end(GRACE_S)
+        await self._state.end()
         await super().shutdown(sockets)
 
 
@@ -137,6 +110,7 @@ async def _page(request: Request) -> Response:
 async def _config(request: Request) -> Response:
     state = app_state(request)
     spec = state.spec
+    most_guidance = limits.LCM_LORA_MAX_GUIDANCE if spec.lcm_lora else limits.GUIDANCE[1]
     return JSONResponse(
         {
             "model": spec.name,
@@ -144,25 +118,25 @@ async def _config(request: Request) -> Response:
             "max_pixels": spec.max_pixels,
             "sizes": [
                 {"name": name, "width": width, "height": height}
-                for name, (width, height) in named_sizes_of(spec.native_size).items()
+                for name, (width, height) in limits.named_sizes_of(spec.native_size).items()
             ],
-            "steps": STEPS,
+            "steps": limits.STEPS,
             "default_steps": 4,
-            "guidance": (GUIDANCE[0], LCM_LORA_MAX_GUIDANCE if spec.lcm_lora else GUIDANCE[1]),
+            "guidance": (limits.GUIDANCE[0], most_guidance),
             "default_guidance": spec.default_guidance,
             "negative_prompt_above": None if spec.embedded_guidance else 1.0,
-            "outputs": NUM_OUTPUTS,
-            "prompt_max": PROMPT_MAX_CHARS,
-            "seed_max": SEED_MAX,
+            "outputs": limits.NUM_OUTPUTS,
+            "prompt_max": limits.PROMPT_MAX_CHARS,
+            "seed_max": limits.SEED_MAX,
             "styles": state.style_names(),
-            "style_scale": STYLE_SCALE,
-            "strength": STRENGTH,
+            "style_scale": limits.STYLE_SCALE,
+            "strength": limits.STRENGTH,
             "default_strength": 0.8,
             "live": state.worker_pool.live,
             "quick": has_quick_size(spec),
             "rest_ms": REST_MS,
             "improve": state.enhancer is not None,
-            "examples": EXAMPLES.get(spec.name, EXAMPLES[""]),
+            "examples": spec.examples,
         }
     )
 
@@ -203,10 +177,9 @@ async def _summary(request: Request) -> Response:
     state = app_state(request)
     if not state.settings.operator_key:
         raise NotFound("there is no such page")
-    try:
+    given = b""
+    with suppress(ValueError):
         given = base64.b64decode(request.headers.get("authorization", "").removeprefix("Basic "))
-    except ValueError:
-        given = b""
     if not secrets.compare_digest(given.partition(b":")[2], state.settings.operator_key.encode()):
         asked = {"WWW-Authenticate": 'Basic realm="fewstep"'}
         return PlainTextResponse("the operator's key is the password\n", 401, asked)

@@ -8,8 +8,6 @@ Starlette's TrustedHostMiddleware and `max_body_size` answer 400 and 413 in plai
 changed, and they wait for a body without end; hence our own, whose errors are JSON as all others are.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import secrets

@@ -1,14 +1,12 @@
 """Backends: a Cog server near or far, or a model on Replicate; each takes the inputs of predict()."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import binascii
 import logging
 import time
 import uuid
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,9 +40,8 @@ class BackendBusy(Exception):
 class Backend(Protocol):
     """Generates; being cancelled ends the work there too."""
 
-    def generate(self, inputs: Mapping[str, Any]) -> Coroutine[Any, Any, BackendResult]:
+    async def generate(self, inputs: Mapping[str, Any]) -> BackendResult:
         """Raises the FewstepError that the model answered with, BackendUnavailable or BackendBusy."""
-        ...
 
 
 class CogBackend:

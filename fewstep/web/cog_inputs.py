@@ -1,7 +1,5 @@
 """The inputs of a Cog server, made of fields that anybody may have written."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import io
@@ -9,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 
@@ -48,7 +46,7 @@ class CogInputs:
         image: Image.Image | None = None,
         mask: Image.Image | None = None,
         quick: bool = False,
-    ) -> CogInputs:
+    ) -> Self:
         """Check `fields`, which are named as predict()'s inputs; `quick` asks for one small image.
 
         Nothing that was not checked is handed on; images go as our own PNG, of the size that is generated.
@@ -91,9 +89,10 @@ class CogInputs:
         return self.inputs["width"], self.inputs["height"]
 
     @property
-    def seeds(self) -> list[int]:
-        """The seed of each image."""
-        return [(self.inputs["seed"] + i) % 2**31 for i in range(self.inputs["num_outputs"])]
+    def recipes(self) -> list[dict[str, Any]]:
+        """What generates each image again, alone."""
+        seeds = ((self.inputs["seed"] + i) % 2**31 for i in range(self.inputs["num_outputs"]))
+        return [{**self.recipe, "seed": seed, "num_outputs": 1} for seed in seeds]
 
 
 def has_quick_size(spec: ModelSpec) -> bool:

@@ -1,7 +1,5 @@
 """The routes of what users leave: who they are, the gallery, reviews."""
 
-from __future__ import annotations
-
 import asyncio
 
 from starlette.requests import Request
@@ -25,7 +23,7 @@ def routes() -> list[Route]:
         Route("/api/pictures/{id}", _discard, methods=["DELETE"]),
         Route("/api/reviews", _reviews),
         Route("/api/review", _review, methods=["PUT"]),
-        Route("/pictures/{name}", _kept_image),
+        Route("/pictures/{id}.webp", _kept_image),
     ]
 
 
@@ -67,8 +65,7 @@ async def _keep(request: Request) -> Response:
     image = state.recent.of(user, body.id)
     if image is None:
         raise NotFound("that picture is no longer here; paint it again and keep it then")
-    size = image.recipe["width"], image.recipe["height"]
-    kept = await asyncio.to_thread(state.store.keep, user, image.content, size, image.recipe)
+    kept = await asyncio.to_thread(state.store.keep, user, image.content, image.recipe)
     return JSONResponse(kept, 201)
 
 
@@ -79,9 +76,8 @@ def _discard(request: Request) -> Response:
 
 
 def _kept_image(request: Request) -> Response:
-    name = request.path_params["name"]
-    file = app_state(request).store.file(name.removesuffix(".webp"))
-    if not name.endswith(".webp") or not file.is_file():
+    file = app_state(request).store.file(request.path_params["id"])
+    if not file.is_file():
         raise NotFound("there is no such picture")
     headers = {"Cache-Control": "max-age=31536000, immutable"}
     return FileResponse(file, media_type="image/webp", headers=headers)

@@ -7,8 +7,6 @@ moment ago; else it is finished and shown, so that images keep coming while one 
 thrown away.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time
@@ -34,10 +32,6 @@ MAX_MESSAGE = 16_384  # characters of JSON
 MAX_INPUT = 8 * 10**6  # bytes of an image; the page scales larger ones down
 SLOTS = {"image": open_image, "mask": open_mask}
 assert MAX_INPUT <= INPUT_MAX_BYTES
-
-
-class _OutOfTurn(Exception):
-    """Bytes came that nothing announced: what follows cannot be told apart either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +71,6 @@ class LiveSession:
                 task.result()
         except (WebSocketDisconnect, RuntimeError):  # the latter: of a socket that has just been closed
             pass
-        except _OutOfTurn:
-            await self.close(UNSUPPORTED)
         finally:
             for task in tasks:
                 task.cancel()
@@ -100,8 +92,8 @@ class LiveSession:
             if message["type"] == "websocket.disconnect":
                 return
             text = message.get("text")
-            if text is None:
-                raise _OutOfTurn
+            if text is None:  # bytes that nothing announced: what follows cannot be told apart either
+                return await self.close(UNSUPPORTED)
             n = None
             try:
                 kind, fields = _parsed(text)
@@ -192,22 +184,18 @@ class LiveSession:
 
     async def _show(self, prompt: _Prompt, queued: QueuedRequest, result: BackendResult) -> None:
         assert queued.sent
-        cog = prompt.cog
-        width, height = cog.size
-        ids = []
-        for content, seed in zip(result.files, cog.seeds, strict=False):
-            recipe = {**cog.recipe, "seed": seed, "num_outputs": 1}
-            ids.append(self.recent.add(self.client, content, recipe))
+        width, height = prompt.cog.size
+        images = zip(result.files, prompt.cog.recipes, strict=False)
         message = {
             "type": "painted",
             "n": prompt.n,
             "quick": prompt.quick,
-            "seed": cog.inputs["seed"],
+            "seed": prompt.cog.inputs["seed"],
             "width": width,
             "height": height,
             "paint_ms": round(result.generate_ms, 1),
             "wait_ms": round((queued.sent - prompt.came) * 1000, 1),
-            "images": ids,
+            "images": [self.recent.add(self.client, content, recipe) for content, recipe in images],
         }
         self._shown = time.monotonic()
         await self._send(message, result.files)
@@ -229,14 +217,10 @@ def _parsed(text: str) -> tuple[str, dict[str, Any]]:
     if len(text) > MAX_MESSAGE:
         raise InvalidRequest(f"the message has {len(text)} characters; at most {MAX_MESSAGE} are allowed")
     try:
-        fields = json.loads(text, parse_constant=_refuse)
+        fields = json.loads(text, parse_constant=int)  # raises for NaN and Infinity, which are no JSON
         return str(fields.pop("type")), fields
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         raise InvalidRequest("the message is not a JSON object with a type") from None
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _slot(fields: Mapping[str, Any]) -> str:

@@ -1,7 +1,5 @@
 """What clients send as JSON, checked before anything else sees it."""
 
-from __future__ import annotations
-
 import unicodedata
 from typing import Annotated, TypeVar
 

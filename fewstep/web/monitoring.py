@@ -1,7 +1,5 @@
 """What operators watch: metrics for Prometheus, and a log of JSON lines."""
 
-from __future__ import annotations
-
 import json
 import logging
 from datetime import UTC, datetime

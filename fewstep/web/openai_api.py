@@ -4,8 +4,6 @@ Liberal in what it takes: any model's name, unknown fields, sizes that the model
 shape that it does is taken). Answers with base64 unless asked for addresses.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import math
@@ -28,7 +26,7 @@ from fewstep.request import GUIDANCE, LCM_LORA_MAX_GUIDANCE, NUM_OUTPUTS, SEED_M
 from fewstep.web.app_state import AppState, app_state
 from fewstep.web.backends import BackendResult
 from fewstep.web.cog_inputs import CogInputs
-from fewstep.web.error_responses import openai_error_response
+from fewstep.web.error_responses import error_response
 from fewstep.web.messages import checked
 from fewstep.web.queue import QueuedRequest, RequestQueue
 
@@ -125,7 +123,7 @@ async def _file(request: Request) -> Response:
     image = app_state(request).recent.any(request.path_params["id"])
     if image is None:
         gone = InvalidRequest("the picture is no longer here; ask for b64_json to keep them")
-        return openai_error_response(gone, 404)
+        return error_response(gone, 404, openai=True)
     return Response(image.content, media_type=MIME_TYPES[image.recipe["output_format"]])
 
 
@@ -141,9 +139,8 @@ async def _generate(
     results = await _results(request, state.queue, client, asked)
     data = []
     for inputs, result in zip(asked, results, strict=True):
-        for content, seed in zip(result.files, inputs.seeds, strict=False):
+        for content, recipe in zip(result.files, inputs.recipes, strict=False):
             if body.response_format == "url":
-                recipe = {**inputs.recipe, "seed": seed, "num_outputs": 1}
                 image = state.recent.add(client, content, recipe)
                 data.append({"url": str(request.url_for("_file", id=image))})
             else:

@@ -1,7 +1,5 @@
 """A prompt made richer by any OpenAI-compatible chat endpoint, through the official client."""
 
-from __future__ import annotations
-
 import logging
 
 from fewstep.errors import EnhancerFailed

@@ -4,15 +4,13 @@ A server that batches gets as many requests at once as it takes; the rest wait h
 be told, and where a prompt can still be replaced by a newer one.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import logging
 import math
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +26,27 @@ FULL_AGAIN_S = (0.01, 1.0)
 REFUSING_S = 2.0  # of having no room while nothing of ours is there, after which it is not ready
 LOGGED = ("width", "height", "steps", "num_outputs")  # of the inputs
 REMEMBERED = 4096  # clients, of whom it is known when they last had a turn
+
+
+@dataclass(eq=False)
+class QueuedRequest:
+    """One client's request on its way; it counts as running from when it is sent until its answer comes."""
+
+    client: str
+    inputs: Mapping[str, Any]
+    tell: Callable[[int], None]  # its position, whenever it changes: so many are before it
+    number: int
+    future: asyncio.Future[BackendResult]
+    came: float = field(default_factory=time.monotonic)
+    position: int = -1
+    sent: float | None = None
+    attempts: int = 0
+    task: asyncio.Task[BackendResult] | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is still here."""
+        return self.sent is None and not self.future.done()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -80,26 +99,6 @@ class Worker:
 
 
 @dataclass(eq=False, kw_only=True)
-class QueuedRequest:
-    """One client's request on its way; it counts as running from when it is sent until its answer comes."""
-
-    client: str
-    inputs: Mapping[str, Any]
-    came: float
-    number: int
-    future: asyncio.Future[BackendResult]
-    tell: Callable[[int], None]  # its position, whenever it changes: so many are before it
-    position: int = -1
-    sent: float | None = None
-    attempts: int = 0
-    task: asyncio.Task[BackendResult] | None = None
-
-    @property
-    def waiting(self) -> bool:
-        """Whether it is still here."""
-        return self.sent is None and not self.future.done()
-
-
 class RequestQueue:
     """Queue on one event loop. `close` lets what is running finish.
 
@@ -107,20 +106,19 @@ class RequestQueue:
     one that its client takes back, but only once: whoever goes on doing so would else come first for ever.
     """
 
-    def __init__(self, *, limit: int, per_client: int, deadline_s: float, watcher: Metrics) -> None:
-        self.workers: Sequence[Worker] = ()
-        self.generates = 0
-        self._limit = limit
-        self._per_client = per_client
-        self._deadline_s = deadline_s
-        self._watcher = watcher
-        self._waiting: list[QueuedRequest] = []
-        self._sent: Counter[str] = Counter()  # of each client, at a server now
-        # When a client's turn last ended, and whether it has taken one back since.
-        self._turns: OrderedDict[str, tuple[int, bool]] = OrderedDict()
-        self._numbers = itertools.count(1)
-        self._usual_s = 1.0  # a request's time at a server, averaged
-        self._closed = False
+    limit: int  # of requests that wait
+    per_client: int
+    deadline_s: float
+    watcher: Metrics
+    workers: Sequence[Worker] = ()
+    generates: int = 0  # since the start
+    _waiting: list[QueuedRequest] = field(default_factory=list)
+    _sent: Counter[str] = field(default_factory=Counter)  # of each client, at a server now
+    # When a client's turn last ended, and whether it has taken one back since.
+    _turns: OrderedDict[str, tuple[int, bool]] = field(default_factory=OrderedDict)
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _usual_s: float = 1.0  # a request's time at a server, averaged
+    _closed: bool = False
 
     @property
     def waiting(self) -> int:
@@ -144,22 +142,15 @@ class RequestQueue:
         if self._closed:
             raise self._rejected(_ending())
         own = sum(request.client == client for request in self._waiting)
-        if own >= self._per_client:
+        if own >= self.per_client:
             sentence = f"{own} of your pictures are waiting already; wait for one of them"
             raise self._rejected(TooMany(sentence, self._retry_after_s(own)))
-        if len(self._waiting) >= self._limit:
+        if len(self._waiting) >= self.limit:
             sentence = f"{len(self._waiting)} pictures are waiting, which is all that fit; come again soon"
             raise self._rejected(Busy(sentence, self._retry_after_s(len(self._waiting))))
         loop = asyncio.get_running_loop()
-        request = QueuedRequest(
-            client=client,
-            inputs=inputs,
-            came=time.monotonic(),
-            number=next(self._numbers),
-            future=loop.create_future(),
-            tell=tell,
-        )
-        late = loop.call_later(self._deadline_s, self._expire, request)
+        request = QueuedRequest(client, inputs, tell, next(self._numbers), loop.create_future())
+        late = loop.call_later(self.deadline_s, self._expire, request)
         request.future.add_done_callback(lambda _: late.cancel())
         self._waiting.append(request)
         self.pump()
@@ -173,13 +164,12 @@ class RequestQueue:
             self.cancel(request)
             raise
 
-    async def generate(self, client: str, inputs: Mapping[str, Any]) -> BackendResult:
-        """`submit` and `result`."""
-        return await self.result(self.submit(client, inputs))
-
-    def cancel(self, request: QueuedRequest) -> None:
-        """Take it back, wherever it is; its result is Stopped."""
-        self._take_back(request, Stopped("a newer request took its place"))
+    def cancel(self, request: QueuedRequest, reason: FewstepError | None = None) -> None:
+        """Take it back, wherever it is; its result is `reason`, or else Stopped."""
+        self._settle(request, reason or Stopped("a newer request took its place"))
+        if request.task:
+            request.task.cancel()
+        self.pump()
 
     def pump(self) -> None:
         """Send what can be sent; for whenever something has changed."""
@@ -270,8 +260,8 @@ class RequestQueue:
         assert request.sent
         self._usual_s += 0.1 * (time.monotonic() - request.sent - self._usual_s)
         self.generates += 1
-        self._watcher.wait.observe(request.sent - request.came)
-        self._watcher.generation.observe(result.generate_ms / 1000)
+        self.watcher.wait.observe(request.sent - request.came)
+        self.watcher.generation.observe(result.generate_ms / 1000)
         fields = {
             "visitor": request.client[:8],
             "server": worker.name,
@@ -296,15 +286,9 @@ class RequestQueue:
         if request.waiting and not self.ready:
             error = DeadlineExceeded("the model is not there yet; ask again in a moment", 2)
         else:
-            sentence = f"it was not done within {self._deadline_s:g} s; ask for less, or come again later"
+            sentence = f"it was not done within {self.deadline_s:g} s; ask for less, or come again later"
             error = DeadlineExceeded(sentence, self._retry_after_s(len(self._waiting)))
-        self._take_back(request, error)
-
-    def _take_back(self, request: QueuedRequest, error: FewstepError) -> None:
-        self._settle(request, error)
-        if request.task:
-            request.task.cancel()
-        self.pump()
+        self.cancel(request, error)
 
     def _settle(self, request: QueuedRequest, outcome: BackendResult | FewstepError) -> None:
         if request in self._waiting:
@@ -322,7 +306,7 @@ class RequestQueue:
         return max(1, math.ceil(before / slots * self._usual_s))
 
     def _rejected(self, error: Busy) -> Busy:
-        self._watcher.rejections.labels(error.code).inc()
+        self.watcher.rejections.labels(error.code).inc()
         return error
 
 

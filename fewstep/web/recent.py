@@ -1,7 +1,5 @@
 """The last images of each client, in memory: what a client may keep, and nobody else can."""
 
-from __future__ import annotations
-
 import uuid
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
@@ -15,7 +13,6 @@ MAX_BYTES = 256 * 10**6  # of all
 class Recent:
     """An image as it was sent."""
 
-    id: str
     client: str
     content: bytes  # of a webp, jpg or png
     recipe: dict[str, Any]
@@ -33,16 +30,16 @@ class RecentImages:
 
     def add(self, client: str, content: bytes, recipe: dict[str, Any]) -> str:
         """Remember an image; its id cannot be guessed."""
-        image = Recent(uuid.uuid4().hex, client, content, recipe)
-        self._images[image.id] = image
+        image = uuid.uuid4().hex
+        self._images[image] = Recent(client, content, recipe)
         self._bytes += len(content)
         own = self._of.setdefault(client, deque())
-        own.append(image.id)
+        own.append(image)
         if len(own) > self.max_images:
             self._drop(own[0])
         while self._bytes > self.max_bytes:
             self._drop(next(iter(self._images)))
-        return image.id
+        return image
 
     def of(self, client: str, image: str) -> Recent | None:
         """Return the client's own image of that id."""

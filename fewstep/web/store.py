@@ -3,13 +3,11 @@
 Methods block for milliseconds: call them off the event loop, from as many threads as there are.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import unicodedata
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -161,10 +159,8 @@ class Store:
             row = _user(session, user)
             row.nickname, row.nickname_key = nickname, key
 
-    def keep(
-        self, user: str, content: bytes, size: tuple[int, int], recipe: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Put an image into the gallery. Raises InvalidRequest when the user has kept enough."""
+    def keep(self, user: str, content: bytes, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Put an image of `recipe` into the gallery. Raises InvalidRequest when the user has kept enough."""
         image = uuid.uuid4().hex
         file = self.file(image)
         unfinished = file.with_suffix(".part")
@@ -176,8 +172,8 @@ class Store:
                 kept = session.scalar(sa.select(sa.func.count()).where(Image.user == user)) or 0
                 if kept >= MAX_KEPT:
                     raise InvalidRequest(f"{kept} of your pictures are kept, which is all; delete one first")
-                size_and_recipe = {"width": size[0], "height": size[1], "recipe": dict(recipe)}
-                row = Image(id=image, user=user, owner=owner, created=_now(), **size_and_recipe)
+                size = {side: recipe[side] for side in ("width", "height")}
+                row = Image(id=image, user=user, owner=owner, created=_now(), recipe=recipe, **size)
                 session.add(row)
                 return row.shown(user)
         except BaseException:
@@ -192,9 +188,7 @@ class Store:
         newest = sa.select(Image).order_by(Image.created.desc(), Image.id.desc()).limit(limit + 1)
         with self._transaction(reads=True) as session:
             if before and (last := session.get(Image, before)):
-                newest = newest.where(
-                    (Image.created < last.created) | ((Image.created == last.created) & (Image.id < last.id))
-                )
+                newest = newest.where(sa.tuple_(Image.created, Image.id) < (last.created, last.id))
             rows = session.scalars(newest).all()
             shown = [row.shown(user) for row in rows[:limit]]
         return {"pictures": shown, "next": shown[-1]["id"] if len(rows) > limit else None}

@@ -4,19 +4,17 @@ coglet never restarts a worker that died, goes on answering for it, and calls it
 has ended or its room is lost; so what it says of itself is asked, and what it does to requests is watched.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from fewstep.coglet.server import CONCURRENCY, ROOT, Server, ServerFailed, free_port, running_server
+from fewstep.coglet.server import CONCURRENCY, Server, ServerFailed, free_port, running_server
 from fewstep.web.backends import CogBackend, ReplicateBackend
 from fewstep.web.queue import Worker
 
@@ -112,44 +110,30 @@ class LocalWorkers(WorkerPool):
 
     workers: list[LocalWorker]
 
-    def __init__(
-        self,
-        environs: Sequence[Mapping[str, str]],
-        timeout_s: float,
-        *,
-        root: Path = ROOT,
-        log: Path | None = None,
-    ) -> None:
+    def __init__(self, environs: Sequence[Mapping[str, str]], timeout_s: float, log: Path) -> None:
         self._timeout_s = timeout_s
-        self._log = log  # for what the servers say; on our stderr without one
-        self._root = root
-        self._on_restart: Callable[[], None] = lambda: None
+        self._log = log  # for what the servers say
         self._tasks: list[asyncio.Task[None]] = []
-        self.workers = [
-            LocalWorker(
-                name=f"worker {i}",
-                slots=CONCURRENCY,
-                environ={name: value for name, value in environ.items() if name not in WITHHELD},
-            )
-            for i, environ in enumerate(environs, 1)
-        ]
+        self.workers = []
+        for i, environ in enumerate(environs, 1):
+            own = {name: value for name, value in environ.items() if name not in WITHHELD}
+            self.workers.append(LocalWorker(name=f"worker {i}", slots=CONCURRENCY, environ=own))
 
     @property
     def failure(self) -> str:
         return self.workers[0].failure if all(worker.failure for worker in self.workers) else ""
 
     def start(self, on_change: Callable[[], None], on_restart: Callable[[], None]) -> None:
-        self._on_restart = on_restart
         for worker in self.workers:
             worker.on_change = on_change
-            self._tasks.append(asyncio.create_task(self._keep(worker)))
+            self._tasks.append(asyncio.create_task(self._keep(worker, on_restart)))
 
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _keep(self, worker: LocalWorker) -> None:
+    async def _keep(self, worker: LocalWorker, on_restart: Callable[[], None]) -> None:
         """Start, watch, replace, until cancelled."""
         failures = 0
         while True:
@@ -163,7 +147,7 @@ class LocalWorkers(WorkerPool):
                 failures += 1
                 worker.on_change()
             logger.warning("%s is started again: %s", worker.name, reason)
-            self._on_restart()
+            on_restart()
             if failures:
                 await asyncio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S)) - 1])
 
@@ -171,7 +155,7 @@ class LocalWorkers(WorkerPool):
         """Serve until it is to be replaced, and return why. Raises what keeps it from starting."""
         environ = {"COG_SETUP_TIMEOUT": str(SETUP_TIMEOUT_S), **worker.environ}
         with _open_log(self._log) as log:
-            server = running_server(port=free_port(), environ=environ, root=self._root, log=log)
+            server = running_server(port=free_port(), environ=environ, log=log)
         worker.server = server
         backend = worker.backend = CogBackend(f"http://{server.host}:{server.port}", self._timeout_s)
         end = server.kill  # nothing is waited for of what is not well, or is in the middle of its setup
@@ -219,9 +203,7 @@ class LocalWorkers(WorkerPool):
             await worker.next_poll()
 
 
-def _open_log(log: Path | None) -> AbstractContextManager[IO[bytes] | None]:
-    if log is None:
-        return nullcontext()
+def _open_log(log: Path) -> IO[bytes]:
     log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if log.exists() and log.stat().st_size > MAX_LOG:
         os.truncate(log, 0)  # several servers append to it

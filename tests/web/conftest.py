@@ -1,11 +1,13 @@
 """The page's server, run by uvicorn on a port of its own: before fake backends, or the real coglet."""
 
 import asyncio
+import base64
 import io
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,19 @@ from fewstep.web.worker_pool import LocalWorkers
 MINIATURE = get_model("miniature")
 
 
-def webp(colour: str = "red") -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (16, 16), colour).save(file, "WEBP")
+    image.save(file, kind, **options)
     return file.getvalue()
+
+
+def decoded(text: str) -> Image.Image:
+    """The image of base64, or of a data URL."""
+    return Image.open(io.BytesIO(base64.b64decode(text.rpartition(",")[2])))
+
+
+def webp() -> bytes:
+    return encoded(Image.new("RGB", (16, 16), "red"), "WEBP")
 
 
 class FakeBackend:
@@ -39,17 +50,22 @@ class FakeBackend:
         self.begun: list[str] = []
         self.done: list[str] = []
         self.left: list[str] = []
+        self.running = self.most = 0  # at once
         self.inputs: list[Mapping[str, Any]] = []
         self.fails: list[Exception] = []
 
     async def generate(self, inputs: Mapping[str, Any]) -> BackendResult:
         self.begun.append(inputs["prompt"])
         self.inputs.append(inputs)
+        self.running += 1
+        self.most = max(self.most, self.running)
         try:
             await asyncio.sleep(self.seconds)
         except asyncio.CancelledError:
             self.left.append(inputs["prompt"])
             raise
+        finally:
+            self.running -= 1
         if self.fails:
             raise self.fails.pop(0)
         self.done.append(inputs["prompt"])
@@ -64,27 +80,27 @@ class FakePool:
 
     def __init__(self, *backends: FakeBackend, slots: int = 1) -> None:
         self.workers = [Worker(name="fake", slots=slots, backend=one, ready=True) for one in backends]
-        self.on_change: Callable[[], None] = lambda: None
 
     def start(self, on_change: Callable[[], None], on_restart: Callable[[], None]) -> None:
-        self.on_change = on_change
+        self.on_change, self.loop = on_change, asyncio.get_running_loop()
 
     async def stop(self) -> None:
         pass
 
 
+def wait_until(happened: Callable[[], Any], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@dataclass
 class RunningApp:
     """The page's server as it runs."""
 
-    def __init__(self, url: str, app: Any, server: WebServer) -> None:
-        self.url = url
-        self.app = app
-        self.server = server
-
-    @property
-    def state(self) -> AppState:
-        state: AppState = self.app.state.app_state
-        return state
+    url: str
+    state: AppState
 
     @property
     def live(self) -> str:
@@ -99,19 +115,12 @@ class RunningApp:
 
     def set_ready(self, ready: bool) -> None:
         """Let a pool of fakes begin or end."""
+        pool: Any = self.state.worker_pool
+        pool.workers[0].ready = ready
+        pool.loop.call_soon_threadsafe(pool.on_change)
 
-        def turn() -> None:
-            self.state.queue.workers[0].ready = ready
-            self.state.worker_pool.on_change()  # type: ignore[attr-defined]
-
-        self.app.state.loop.call_soon_threadsafe(turn)
-
-    def wait_ready(self, seconds: float = 90) -> float:
-        began = time.monotonic()
-        while httpx2.get(f"{self.url}/readyz", trust_env=False).status_code != 200:
-            assert time.monotonic() - began < seconds
-            time.sleep(0.05)
-        return time.monotonic() - began
+    def wait_ready(self, seconds: float = 90) -> None:
+        wait_until(lambda: httpx2.get(f"{self.url}/readyz", trust_env=False).status_code == 200, seconds)
 
 
 @contextmanager
@@ -125,7 +134,7 @@ def running_app(folder: Path, pool: Any, model: str = "miniature", **settings: A
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield RunningApp(f"http://127.0.0.1:{port}", app, server)
+        yield RunningApp(f"http://127.0.0.1:{port}", app.state.app_state)
     finally:
         server.should_exit = True
         thread.join(40)
@@ -137,7 +146,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
     """The real thing: coglet with the miniature, as scripts/web starts it, one for all tests of a run."""
     folder = tmp_path_factory.mktemp("web")
     environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder)}
-    pool = LocalWorkers([environ], 180, log=folder / "painters.log")
+    pool = LocalWorkers([environ], 180, folder / "painters.log")
     with running_app(folder, pool) as web:
         web.wait_ready()
         yield web

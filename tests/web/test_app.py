@@ -42,6 +42,7 @@ def test_the_page_and_its_facts(web):
     assert facts.items() >= expected.items()
     assert facts["sizes"][0] == {"name": "1:1", "width": 128, "height": 128} and len(facts["sizes"]) == 9
     assert facts["guidance"] == [0, 4] and facts["negative_prompt_above"] == 1
+    assert facts["examples"][0] == "a red house in the snow at night"  # of the words that this model knows
 
 
 def test_an_image_is_kept_by_whom_it_was_generated_for_and_by_nobody_else(web):

@@ -2,11 +2,10 @@
 
 import asyncio
 import base64
-import io
 
 import numpy as np
 import pytest
-from conftest import MINIATURE
+from conftest import MINIATURE, decoded, encoded
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -18,18 +17,8 @@ from fewstep.web.cog_inputs import CogInputs, ImageReader
 SDXL = get_model("sdxl")
 
 
-def file(image, kind="PNG", **options):
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
-
-
 def sent(content, opened):
     return asyncio.run(ImageReader().read(content, "image", opened))
-
-
-def opened(url):
-    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
 
 
 def test_a_prompt_alone_becomes_inputs_with_the_size_and_the_seed_settled():
@@ -80,18 +69,19 @@ def test_a_quick_one_is_one_small_image_of_the_same_shape_and_seed():
     quick, full = (CogInputs.create(SDXL, fields, quick=quick) for quick in (True, False))
     assert full.size == (1344, 768) and quick.size == (672, 384)
     assert (quick.inputs["num_outputs"], quick.inputs["seed"]) == (1, 7)
+    assert [(one["num_outputs"], one["seed"]) for one in full.recipes] == [(1, 7 + i) for i in range(4)]
     as_it_is = CogInputs.create(MINIATURE, {"prompt": "a"}, quick=True)  # which is quick
     assert as_it_is.size == (128, 128)
 
 
 def test_images_go_as_our_own_pixels_of_the_size_that_is_generated():
     photo = Image.effect_mandelbrot((300, 200), (-2, -1, 1, 1), 50).convert("RGB")
-    picture = sent(file(photo, "JPEG", exif=b"Exif\0\0secret place"), open_image)
-    mask = sent(file(Image.new("L", (300, 200), 255)), open_mask)
+    picture = sent(encoded(photo, "JPEG", exif=b"Exif\0\0secret place"), open_image)
+    mask = sent(encoded(Image.new("L", (300, 200), 255)), open_mask)
     cog = CogInputs.create(MINIATURE, {"prompt": "a", "prompt_strength": 0.5}, image=picture, mask=mask)
     assert cog.size == (160, 104)
-    image = opened(cog.inputs["image"])
-    assert (image.format, image.size, opened(cog.inputs["mask"]).size) == ("PNG", (160, 104), (160, 104))
+    image = decoded(cog.inputs["image"])
+    assert (image.format, image.size, decoded(cog.inputs["mask"]).size) == ("PNG", (160, 104), (160, 104))
     assert b"secret" not in base64.b64decode(cog.inputs["image"].partition(",")[2])
     assert cog.recipe["from_image"] and "image" not in cog.recipe and cog.inputs["prompt_strength"] == 0.5
 
@@ -105,14 +95,14 @@ def test_what_is_no_image_is_refused(content):
 
 
 def test_a_bomb_is_refused_by_its_header():
-    bomb = file(Image.new("1", (9000, 9000)))
+    bomb = encoded(Image.new("1", (9000, 9000)))
     assert len(bomb) < 20_000
     with pytest.raises(InvalidRequest, match="81000000|9000x9000"):
         sent(bomb, open_image)
 
 
 def test_a_large_image_is_kept_no_larger_than_what_is_generated():
-    assert sent(file(Image.new("RGB", (4000, 1000))), open_image).size == (2048, 512)
+    assert sent(encoded(Image.new("RGB", (4000, 1000))), open_image).size == (2048, 512)
 
 
 def test_a_flood_of_texts_in_an_alpha_mask_is_not_unpacked():
@@ -120,7 +110,7 @@ def test_a_flood_of_texts_in_an_alpha_mask_is_not_unpacked():
     texts = PngInfo()
     for i in range(60):
         texts.add_text(f"k{i}", "x" * 1_000_000, zip=True)
-    flood = file(Image.new("LA", (64, 64), (0, 0)), pnginfo=texts)
+    flood = encoded(Image.new("LA", (64, 64), (0, 0)), pnginfo=texts)
     assert len(flood) < 200_000
     assert np.asarray(sent(flood, open_alpha_mask)).min() == 255
 
@@ -129,7 +119,7 @@ def test_openais_masks_are_transparent_where_to_repaint():
     alpha = np.full((8, 16), 255, np.uint8)
     alpha[:, 8:] = 0
     rgba = Image.fromarray(np.dstack([np.zeros((8, 16, 3), np.uint8), alpha]), "RGBA")
-    read = np.asarray(sent(file(rgba), open_alpha_mask))
+    read = np.asarray(sent(encoded(rgba), open_alpha_mask))
     assert read[:, :8].max() == 0 and read[:, 8:].min() == 255
-    white = np.asarray(sent(file(Image.new("RGB", (8, 8), "white")), open_alpha_mask))
+    white = np.asarray(sent(encoded(Image.new("RGB", (8, 8), "white")), open_alpha_mask))
     assert white.min() == 255

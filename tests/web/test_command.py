@@ -1,6 +1,7 @@
 """scripts/web from the shell: one command starts everything, and one signal ends it."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -9,23 +10,50 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
-from test_worker_pool import is_gone, processes, wait_until
+from conftest import wait_until
+from test_worker_pool import processes, wait_gone
 
-from fewstep.cli.web import environs_of, with_model
+from fewstep.cli.web import environs_of, main, with_model
 from fewstep.coglet.server import COGLET_ROOT, OUTPUTS, ROOT, _make_folder, free_port
 
-WEB = [sys.executable, "-P", "-m", "fewstep.cli.web"]
 
-
-def start(*arguments, command=WEB, **environ):
+@contextmanager
+def started(folder, script="web", within=()):
+    """The process of a script, with its files in `folder`, and its address; at the end it is killed."""
+    port = str(free_port())
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FEWSTEP_")}
-    options = {"env": {**clean, "PYTHONPATH": str(ROOT), **environ}, "start_new_session": True}
-    return subprocess.Popen([*command, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+    own = {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "FEWSTEP_WEB_DATA": str(folder), "PORT": port}
+    command = [*within, sys.executable, "-P", "-m", f"fewstep.cli.{script}"]
+    command += ["--port", port] if script == "web" else []
+    options = {"env": clean | own, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, **options) as process:
+        try:
+            yield process, f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+def until_ready(process):
+    """What it says, line by line, until it is ready."""
+    for line in process.stderr:
+        yield line
+        if line.startswith(("ready: ", "serving on ")):
+            return
+    pytest.fail(f"it ended with status {process.wait()}")
+
+
+def get(url):
+    return httpx2.get(url, trust_env=False).status_code
+
+
+def generate(url, **fields):
+    body = {"prompt": "a red house", **fields}
+    return httpx2.post(f"{url}/v1/images/generations", json=body, timeout=60, trust_env=False)
 
 
 def children(pid):
@@ -37,43 +65,29 @@ def children(pid):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_opens_at_once_says_when_it_is_ready_and_ends_with_all_that_it_started(tmp_path, number):
-    port = free_port()
-    process = start("--port", str(port), FEWSTEP_WEB_DATA=str(tmp_path), TMPDIR=str(tmp_path))
-    try:
+    with started(tmp_path) as (process, url):
         lines = []
-        while not lines or "ready: " not in lines[-1]:
-            lines.append(process.stderr.readline())
-            if "is open" in lines[-1]:  # the page is there before the model is
-                url = f"http://127.0.0.1:{port}"
-                assert httpx2.get(url, trust_env=False).status_code == 200
-                assert httpx2.get(f"{url}/healthz", trust_env=False).status_code == 200
-                assert httpx2.get(f"{url}/readyz", trust_env=False).status_code == 503
-            assert lines[-1], lines
-        assert httpx2.get(f"{url}/readyz", trust_env=False).status_code == 200
+        for line in until_ready(process):
+            lines.append(line)
+            if "is open" in line:  # the page is there before the model is
+                assert [get(url + path) for path in ("/", "/healthz", "/readyz")] == [200, 200, 503]
+        assert get(f"{url}/readyz") == 200
         [group] = children(process.pid)
         assert len(processes(group)) == 3  # coglet, its worker, and the watcher
         process.send_signal(number)
         assert process.wait(30) == 0
-        assert is_gone(group)
-    finally:
-        process.kill()
-        process.wait()
+        wait_gone(group)
     assert lines[0].startswith("model miniature") and len(lines) == 3, lines
     assert (tmp_path / "cookie-key").stat().st_mode & 0o777 == 0o600
-    assert not list(tmp_path.glob("fewstep-outputs-*"))
+    assert not list(tmp_path.glob(f"{OUTPUTS}*"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["web", "serve"])
 def test_its_sigkill_ends_all_that_it_started_and_the_next_start_removes_its_files(tmp_path, script):
-    port = str(free_port())
-    command = [*WEB[:-1], f"fewstep.cli.{script}", *(["--port", port] if script == "web" else [])]
-    process = start(command=command, FEWSTEP_WEB_DATA=str(tmp_path), TMPDIR=str(tmp_path), PORT=port)
-    while not process.stderr.readline().startswith(("ready: ", "serving on ")):
-        assert process.poll() is None
-    [group] = children(process.pid)
-    process.kill()
-    process.wait()
+    with started(tmp_path, script) as (process, _):
+        list(until_ready(process))
+        [group] = children(process.pid)
     wait_until(lambda: not processes(group), 5)
     [left] = tmp_path.glob(f"{OUTPUTS}*")
     with ExitStack() as files:
@@ -92,78 +106,55 @@ def test_without_inodes_for_a_moment_it_generates_again_and_is_not_ready_meanwhi
     own_mounts = ["unshare", "-m", "sh", "-c", mount, "sh"]
     if os.getuid() or subprocess.run([*own_mounts, "true"], capture_output=True).returncode:
         pytest.skip("only root can mount a file system with few inodes, and not in every container")
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    environ = {"FEWSTEP_WEB_DATA": str(tmp_path), "TMPDIR": str(tmp_path)}
-    process = start("--port", str(port), command=[*own_mounts, *WEB], **environ)
     ending, images, errors = threading.Event(), [], []
+    began = time.monotonic()
+    with started(tmp_path, within=own_mounts) as (process, url), ThreadPoolExecutor(4) as pool:
 
-    def set_inodes(count):
-        remount = ["mount", "-o", f"remount,nr_inodes={count}", str(COGLET_ROOT)]
-        subprocess.run(["nsenter", "-t", str(process.pid), "-m", *remount], check=True)
+        def set_inodes(count):
+            remount = ["mount", "-o", f"remount,nr_inodes={count}", str(COGLET_ROOT)]
+            subprocess.run(["nsenter", "-t", str(process.pid), "-m", *remount], check=True)
 
-    def ask(seed):
-        while not ending.is_set():
-            body = {"prompt": "a red house", "num_inference_steps": 1, "seed": seed}
-            answer = httpx2.post(f"{url}/v1/images/generations", json=body, timeout=60, trust_env=False)
-            (images if answer.status_code == 200 else errors).append(time.monotonic())
+        def ask(seed):
+            while not ending.is_set():
+                answer = generate(url, num_inference_steps=1, seed=seed)
+                (images if answer.status_code == 200 else errors).append(time.monotonic())
 
-    def is_ready():
-        return httpx2.get(f"{url}/readyz", trust_env=False).status_code == 200
-
-    try:
-        began = time.monotonic()
-        while not process.stderr.readline().startswith("ready: "):
-            assert process.poll() is None
+        list(until_ready(process))
         setup_s = time.monotonic() - began
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        with ThreadPoolExecutor(4) as pool:
-            for seed in range(4):
-                pool.submit(ask, seed)
+        for seed in range(4):
+            pool.submit(ask, seed)
+        try:
             wait_until(lambda: images)
             status = os.statvfs(f"/proc/{process.pid}/root{COGLET_ROOT}")
             set_inodes(status.f_files - status.f_ffree + 2)
             time.sleep(1.5)
             set_inodes("10k")
             began = time.monotonic()
-            wait_until(lambda: not is_ready(), 6)
-            wait_until(lambda: is_ready() and images[-1] > began)
+            wait_until(lambda: get(f"{url}/readyz") != 200, 6)
+            wait_until(lambda: get(f"{url}/readyz") == 200 and images[-1] > began)
             took = time.monotonic() - began
+        finally:
             ending.set()
-    finally:
-        ending.set()
-        process.terminate()
-        process.wait(40)
+            process.terminate()
+            process.wait(40)
     assert took < max(15, setup_s + 8)  # 15 s where the start takes 7
     assert len(errors) <= 4  # those that were sent into it, one after the other, as often as one is
 
 
 @pytest.mark.slow
 def test_when_it_is_to_end_under_load_everybody_gets_an_image_or_is_told(tmp_path):
-    port = free_port()
-    process = start("--port", str(port), FEWSTEP_WEB_DATA=str(tmp_path), TMPDIR=str(tmp_path))
-    answers = []
-
-    def ask(i):
-        url = f"http://127.0.0.1:{port}/v1/images/generations"
-        body = {"prompt": f"a red house {i}", "num_inference_steps": 8, "n": 4}
-        answers.append(httpx2.post(url, json=body, timeout=60, trust_env=False))
-
-    try:
-        while "ready: " not in process.stderr.readline():
-            pass
+    with started(tmp_path) as (process, url):
+        list(until_ready(process))
         with ThreadPoolExecutor(24) as pool:
-            asking = [pool.submit(ask, i) for i in range(24)]
+            asking = [pool.submit(generate, url, num_inference_steps=8, n=4) for _ in range(24)]
             time.sleep(1.0)
             process.terminate()
-            for one in asking:
-                one.exception()  # a connection that came too late is refused
         assert process.wait(40) == 0
-    finally:
-        process.kill()
-        process.wait()
-    log = [json.loads(line) for line in process.stderr.read().splitlines()]
+        log = [json.loads(line) for line in process.stderr]
     assert {one["event"] for one in log} == {"painted"}  # in JSON, and nothing else
+    # A connection that came too late is refused.
+    answers = [one.result() for one in asking if not one.exception()]
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) <= {200, 429, 503}
     assert statuses.count(200) >= 1
@@ -171,35 +162,44 @@ def test_when_it_is_to_end_under_load_everybody_gets_an_image_or_is_told(tmp_pat
         assert answer.status_code == 200 or (answer.json()["error"]["code"] and answer.headers["Retry-After"])
 
 
-def ends_with(process):
-    error = process.communicate(timeout=60)[1]
-    return process.returncode, error
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """The command in this process: its status, and what it said on stderr."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])  # of pytest's, whose format it would change
+    monkeypatch.setenv("FEWSTEP_WEB_DATA", str(tmp_path))
+
+    def run(*arguments, **environ):
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        return main(["--port", str(free_port()), *arguments]), capsys.readouterr().err
+
+    yield run
+    root.setLevel(logging.WARNING)
 
 
-def test_a_model_that_cannot_start_ends_it_with_the_reason(tmp_path):
-    process = start("--port", str(free_port()), FEWSTEP_WEIGHTS=str(tmp_path), FEWSTEP_WEB_DATA=str(tmp_path))
-    status, error = ends_with(process)
+def test_a_model_that_cannot_start_ends_it_with_the_reason(run, tmp_path):
+    status, error = run(FEWSTEP_WEIGHTS=str(tmp_path))
     assert status == 1
     assert "[weights] weights/miniature" in error.splitlines()[-1] and "Traceback" not in error
 
 
-def test_what_cannot_be_is_said_before_anything_starts(tmp_path):
-    data = {"FEWSTEP_WEB_DATA": str(tmp_path)}
-    status, error = ends_with(start("--replicate", "me/fewstep", **data))
+def test_what_cannot_be_is_said_before_anything_starts(run):
+    for wrong in ("--port 0", "--workers 0", "--cog-url x", "--cog-url http://x --replicate y"):
+        with pytest.raises(SystemExit, match="2"):
+            run(*wrong.split())
+    status, error = run("--replicate", "me/fewstep")
     assert status == 1 and "REPLICATE_API_TOKEN" in error
-    status, error = ends_with(start(FEWSTEP_MODEL="other", **data))
+    status, error = run(FEWSTEP_MODEL="other")
     assert status == 1 and "[settings]" in error
-    both = "--cog-url http://x --replicate y"
-    for wrong in ("--port 0", "--workers 0", "--cog-url x", both):
-        assert ends_with(start(*wrong.split(), **data))[0] == 2
 
 
-def test_a_port_that_is_taken_is_said(tmp_path):
+def test_a_port_that_is_taken_is_said(run):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        status, error = ends_with(start("--port", port, FEWSTEP_WEB_DATA=str(tmp_path)))
+        status, error = run("--port", port)
     assert status == 1 and "Traceback" not in error and port in error
 
 

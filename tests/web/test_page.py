@@ -1,16 +1,14 @@
 """The page in a real Chromium, before the real coglet with the miniature; skipped where there is none."""
 
-import base64
-import io
 import re
 import shutil
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from conftest import FakeBackend, FakePool, running_app
-from PIL import Image
-from test_live import read
+from conftest import FakeBackend, FakePool, decoded, encoded, running_app
+from test_live import difference, read
 
 from fewstep.benchmark.page import LOADED
 from fewstep.images.metadata import read_recipe
@@ -19,6 +17,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: apt install chromium")
 TEXT = "a red house in the snow at night"
+OTHER = "a blue sailboat on a lake at sunset"
 HOSTILE = "<img src=x onerror=window.hacked=1> <script>window.hacked=1</script>"
 
 
@@ -35,28 +34,28 @@ def browser():
 class Tab:
     """One visitor's page; whatever its console or its network says that it should not is kept."""
 
-    def __init__(self, browser, web, path="/", **options):
-        self.context = browser.new_context(viewport={"width": 1280, "height": 800}, **options)
+    def __init__(self, browser, web, path="/", size=(1280, 800)):
+        self.context = browser.new_context(viewport={"width": size[0], "height": size[1]})
         self.page = self.context.new_page()
-        self.wrong, self.hosts, self.bytes = [], set(), 0
+        self.wrong, self.hosts = [], set()
         self.page.on("console", lambda m: m.type in ("error", "warning") and self.wrong.append(m.text))
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on(
-            "request", lambda request: self.hosts.add(re.sub(r"^(\w+://[^/]*).*", r"\1", request.url))
-        )
+        self.page.on("request", lambda one: self.hosts.add(re.sub(r"^(\w+://[^/]*).*", r"\1", one.url)))
         self.page.goto(web.url + path)
         self.page.wait_for_selector("#prompt")
 
     def type(self, text, delay_ms=20):
         self.page.locator("#prompt").press_sequentially(text, delay=delay_ms)
 
-    def shown(self, prompt, timeout_s=60):
+    def generate(self, prompt):
+        """The image of this prompt, filled in at once."""
+        self.page.fill("#prompt", prompt)
+        return self.shown(prompt)
+
+    def shown(self, prompt):
         """The image of this prompt, once it is on the screen."""
-        self.page.wait_for_function(
-            "prompt => document.documentElement.dataset.shownPrompt === prompt",
-            arg=prompt,
-            timeout=timeout_s * 1000,
-        )
+        is_shown = "prompt => document.documentElement.dataset.shownPrompt === prompt"
+        self.page.wait_for_function(is_shown, arg=prompt, timeout=60_000)
         return self.image()
 
     def image(self):
@@ -67,15 +66,14 @@ class Tab:
                canvas.width = picture.naturalWidth; canvas.height = picture.naturalHeight
                canvas.getContext('2d').drawImage(picture, 0, 0); return canvas.toDataURL('image/png') }"""
         )
-        return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+        return decoded(url)
 
-    def number(self):
-        return int(self.page.evaluate("document.documentElement.dataset.shownN || 0"))
-
-    def next_image(self, after):
-        self.page.wait_for_function(
-            "n => Number(document.documentElement.dataset.shownN) > n", arg=after, timeout=60_000
-        )
+    def image_after(self, act):
+        """The image that `act` brings."""
+        n = int(self.page.evaluate("document.documentElement.dataset.shownN || 0"))
+        act()
+        is_newer = "n => Number(document.documentElement.dataset.shownN) > n"
+        self.page.wait_for_function(is_newer, arg=n, timeout=60_000)
         return self.rest()
 
     def rest(self):
@@ -97,21 +95,36 @@ class Tab:
             str(value),
         )
 
+    def stroke(self, selector, start, end):
+        """Draw over an element between two points, in shares of its width and height."""
+        box = self.page.locator(selector).bounding_box()
+        points = [(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in (start, end)]
+        self.page.mouse.move(*points[0])
+        self.page.mouse.down()
+        self.page.mouse.move(*points[1], steps=8)
+        self.page.mouse.up()
+
+
+@contextmanager
+def opened(browser, web, path="/", **options):
+    """A tab in which nothing was wrong, and which asked nobody but our server."""
+    tab = Tab(browser, web, path, **options)
+    try:
+        yield tab
+    finally:
+        tab.context.close()
+    assert tab.wrong == []
+    assert all(host == web.url or host.startswith(("blob:", "data:")) for host in tab.hosts), tab.hosts
+
 
 @pytest.fixture
 def tab(browser, web):
-    tab = Tab(browser, web, accept_downloads=True)
-    yield tab
-    wrong, hosts = tab.wrong, tab.hosts
-    tab.context.close()
-    assert wrong == []
-    assert all(
-        host == web.url or host in ("blob://", "data:") or host.startswith("blob:") for host in hosts
-    ), hosts
+    with opened(browser, web) as tab:
+        yield tab
 
 
 def away(a, b):
-    return np.abs(np.asarray(a, int) - np.asarray(b, int)).mean()
+    return difference(a, b).mean()
 
 
 def test_what_is_typed_key_by_key_is_seen(tab):
@@ -122,44 +135,35 @@ def test_what_is_typed_key_by_key_is_seen(tab):
 
 
 def test_the_page_is_light_quick_and_asks_nobody_else(browser, web):
-    tab = Tab(browser, web)
-    tab.page.wait_for_load_state("networkidle")
-    generate, weight = tab.page.evaluate(LOADED)
-    tab.context.close()
-    assert tab.wrong == [] and tab.hosts == {web.url}
+    with opened(browser, web) as tab:
+        tab.page.wait_for_load_state("networkidle")
+        generate, weight = tab.page.evaluate(LOADED)
+    assert tab.hosts == {web.url}
     assert weight < 150_000
     assert generate < 5000  # how quick it is, is benchmarks/page.csv's to say; this is for a page that hangs
 
 
 @pytest.mark.slow
 def test_a_locked_seed_stays_and_a_shuffled_one_is_another(tab):
-    tab.type(TEXT)
-    tab.shown(TEXT)
+    tab.generate(TEXT)
     page = tab.page
     tab.set("#seed", 5)
     if page.locator("#seed-lock").get_attribute("aria-pressed") != "true":
         page.click("#seed-lock")
-    first = tab.next_image(tab.number() - 1)
-    n = tab.number()
-    page.locator("#prompt").press("Enter")
-    assert away(tab.next_image(n), first) < 1
+    first = tab.rest()
+    assert away(tab.image_after(lambda: page.locator("#prompt").press("Enter")), first) < 1
     assert page.input_value("#seed") == "5"
-    n = tab.number()
-    page.click("#seed-shuffle")
-    assert away(tab.next_image(n), first) > 3
+    assert away(tab.image_after(lambda: page.click("#seed-shuffle")), first) > 3
     assert page.input_value("#seed") != "5"
 
 
 @pytest.mark.slow
 def test_the_history_brings_an_image_back_with_all_its_settings(tab):
-    tab.type(TEXT)
-    tab.shown(TEXT)
+    tab.generate(TEXT)
     tab.set("#steps", 2)
     first = tab.rest()
-    other = "a blue sailboat on a lake at sunset"
-    tab.page.fill("#prompt", other)
+    tab.generate(OTHER)
     tab.set("#steps", 6)
-    tab.shown(other)
     tab.rest()
     tab.page.locator(".history-item").nth(2).click()  # the newest is first
     tab.page.wait_for_function("text => document.querySelector('#prompt').value === text", arg=TEXT)
@@ -170,9 +174,8 @@ def test_the_history_brings_an_image_back_with_all_its_settings(tab):
 
 @pytest.mark.slow
 def test_two_images_are_compared_by_keyboard_too(tab):
-    for prompt in (TEXT, "a blue sailboat on a lake at sunset"):
-        tab.page.fill("#prompt", prompt)
-        tab.shown(prompt)
+    for prompt in (TEXT, OTHER):
+        tab.generate(prompt)
         tab.page.wait_for_timeout(700)
     tab.page.locator("#prompt").evaluate("element => element.blur()")
     tab.page.keyboard.press("c")
@@ -186,8 +189,7 @@ def test_two_images_are_compared_by_keyboard_too(tab):
 
 @pytest.mark.slow
 def test_a_download_is_the_image_with_its_recipe(tab, tmp_path):
-    tab.type(TEXT)
-    tab.shown(TEXT)
+    tab.generate(TEXT)
     tab.rest()
     with tab.page.expect_download() as download:
         tab.page.click("#download")
@@ -199,50 +201,29 @@ def test_a_download_is_the_image_with_its_recipe(tab, tmp_path):
 
 @pytest.mark.slow
 def test_an_image_is_dropped_in_and_a_mask_is_generated_over_it(tab):
-    tab.type(TEXT)
-    tab.shown(TEXT)
+    tab.generate(TEXT)
     plain = tab.rest()
-    file = io.BytesIO()
-    plain.resize((256, 256)).save(file, "PNG")
-    n = tab.number()
-    tab.page.set_input_files(
-        "#image-file", {"name": "a.png", "mimeType": "image/png", "buffer": file.getvalue()}
-    )
-    tab.next_image(n)
+    upload = {"name": "a.png", "mimeType": "image/png", "buffer": encoded(plain.resize((256, 256)))}
+    tab.image_after(lambda: tab.page.set_input_files("#image-file", upload))
     tab.set("#strength", 0.3)
     near = away(tab.rest(), plain)
     tab.set("#strength", 1)
-    tab.page.fill("#prompt", "a blue sailboat on a lake at sunset")
-    tab.shown("a blue sailboat on a lake at sunset")
+    tab.generate(OTHER)
     assert near < away(tab.rest(), plain)
     tab.page.click("#mask-edit")
-    box = tab.page.locator("#mask-canvas").bounding_box()
-    mouse = tab.page.mouse
     for part in np.linspace(0.05, 0.95, 12):  # the left third, stroke by stroke
-        mouse.move(box["x"] + box["width"] * 0.02, box["y"] + box["height"] * part)
-        mouse.down()
-        mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * part, steps=6)
-        mouse.up()
-    n = tab.number()
-    tab.page.click("#mask-done")
-    changed = np.abs(np.asarray(tab.next_image(n), int) - np.asarray(plain, int)).mean(-1)
+        tab.stroke("#mask-canvas", (0.02, part), (0.25, part))
+    masked = tab.image_after(lambda: tab.page.click("#mask-done"))
+    changed = difference(masked, plain)
     assert changed[:, 80:].mean() < 5 < changed[:, :32].mean()
 
 
 @pytest.mark.slow
 def test_a_drawing_is_generated_from(tab):
-    tab.type(TEXT)
-    tab.shown(TEXT)
+    tab.generate(TEXT)
     tab.page.click("#draw")
-    box = tab.page.locator("#draw-canvas").bounding_box()
-    mouse = tab.page.mouse
-    mouse.move(box["x"] + 20, box["y"] + 20)
-    mouse.down()
-    mouse.move(box["x"] + box["width"] - 20, box["y"] + box["height"] - 20, steps=8)
-    mouse.up()
-    n = tab.number()
-    tab.page.click("#draw-done")
-    tab.next_image(n)
+    tab.stroke("#draw-canvas", (0.05, 0.05), (0.95, 0.95))
+    tab.image_after(lambda: tab.page.click("#draw-done"))
     assert tab.page.locator("#strength").is_visible()
     tab.page.click("#image-remove")
     assert not tab.page.locator("#strength").is_visible()
@@ -257,8 +238,7 @@ def test_gallery_reviews_and_a_name_as_two_clients_see_them(browser, web, tab):
     page.wait_for_timeout(300)
     page.keyboard.press("Escape")
     prompt = f"{HOSTILE} a red house"
-    page.fill("#prompt", prompt)
-    tab.shown(prompt)
+    tab.generate(prompt)
     tab.rest()
     page.click("#keep")
     page.wait_for_timeout(500)
@@ -268,23 +248,21 @@ def test_gallery_reviews_and_a_name_as_two_clients_see_them(browser, web, tab):
     page.click("#review-send")
     page.wait_for_selector(".review")
     page.keyboard.press("Escape")
-    other = Tab(browser, web)
-    other.page.click("#gallery-open")
-    other.page.wait_for_selector(".gallery-item")
-    other.page.keyboard.press("Escape")
-    other.page.click("#reviews-open")
-    other.page.wait_for_selector(".review")
-    assert "<script>" in other.page.locator(".review").first.inner_text()
-    assert HOSTILE[:40] in other.page.locator(".review").first.inner_text()
-    assert other.page.locator("#delete-data").count() == 1
-    other.page.keyboard.press("Escape")
-    other.page.click("#gallery-open")
-    other.page.locator(".gallery-item button, button.gallery-item").first.click()
-    other.page.wait_for_function("text => document.querySelector('#prompt').value === text", arg=prompt)
-    for one in (page, other.page):
-        assert one.evaluate("window.hacked") is None
-    assert other.wrong == []
-    other.context.close()
+    with opened(browser, web) as other:
+        theirs = other.page
+        theirs.click("#gallery-open")
+        theirs.wait_for_selector(".gallery-item")
+        theirs.keyboard.press("Escape")
+        theirs.click("#reviews-open")
+        theirs.wait_for_selector(".review")
+        review = theirs.locator(".review").first.inner_text()
+        assert "<script>" in review and HOSTILE[:40] in review
+        assert theirs.locator("#delete-data").count() == 1
+        theirs.keyboard.press("Escape")
+        theirs.click("#gallery-open")
+        theirs.locator(".gallery-item button, button.gallery-item").first.click()
+        theirs.wait_for_function("text => document.querySelector('#prompt').value === text", arg=prompt)
+        assert page.evaluate("window.hacked") is theirs.evaluate("window.hacked") is None
     page.click("#you-open")
     page.click("#delete-data")
     page.click("#delete-confirm")
@@ -296,53 +274,42 @@ def test_gallery_reviews_and_a_name_as_two_clients_see_them(browser, web, tab):
 
 @pytest.mark.slow
 def test_two_clients_generate_at_once_and_each_sees_their_own(browser, web, tab):
-    other = Tab(browser, web)
-    mine, theirs = TEXT, "a blue sailboat on a lake at sunset"
-    for i in range(0, 30, 3):
-        tab.page.fill("#prompt", mine[: i + 3])
-        other.page.fill("#prompt", theirs[: i + 3])
-    tab.page.fill("#prompt", mine)
-    other.page.fill("#prompt", theirs)
-    assert read(tab.shown(mine)) >= {"red", "house"}
-    assert read(other.shown(theirs)) >= {"blue", "sailboat"}
-    other.context.close()
+    with opened(browser, web) as other:
+        for end in (*range(3, 33, 3), None):
+            tab.page.fill("#prompt", TEXT[:end])
+            other.page.fill("#prompt", OTHER[:end])
+        assert read(tab.shown(TEXT)) >= {"red", "house"}
+        assert read(other.shown(OTHER)) >= {"blue", "sailboat"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(360, 740), (430, 930), (768, 1024), (1440, 900)])
 def test_nothing_juts_out_at_any_width_and_the_image_is_in_sight(browser, web, size):
-    tab = Tab(browser, web)
-    tab.page.set_viewport_size({"width": size[0], "height": size[1]})
-    tab.type(TEXT, 5)
-    tab.shown(TEXT)
-    assert tab.page.evaluate("document.documentElement.scrollWidth") <= size[0]
-    for selector in ("#picture", "#prompt"):
-        box = tab.page.locator(selector).bounding_box()
-        assert box["y"] >= 0 and box["y"] + box["height"] <= size[1] and box["width"] > 100
-    tab.context.close()
-    assert tab.wrong == []
+    with opened(browser, web, size=size) as tab:
+        tab.generate(TEXT)
+        assert tab.page.evaluate("document.documentElement.scrollWidth") <= size[0]
+        for selector in ("#picture", "#prompt"):
+            box = tab.page.locator(selector).bounding_box()
+            assert box["y"] >= 0 and box["y"] + box["height"] <= size[1] and box["width"] > 100
 
 
 @pytest.mark.slow
 def test_a_share_link_generates_the_same(browser, web, tab):
-    tab.type(TEXT)
-    tab.shown(TEXT)
+    tab.generate(TEXT)
     first = tab.rest()
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.page.click("#share")
     tab.page.wait_for_timeout(300)
     link = tab.page.evaluate("navigator.clipboard.readText()")
-    other = Tab(browser, web, link.removeprefix(web.url))
-    assert away(other.shown(TEXT), first) < 1
-    other.context.close()
+    with opened(browser, web, link.removeprefix(web.url)) as other:
+        assert away(other.shown(TEXT), first) < 1
 
 
 @pytest.mark.slow
 def test_a_page_whose_server_is_gone_says_so_and_comes_back(browser, tmp_path):
     with running_app(tmp_path, FakePool(FakeBackend(0.05))) as web:
         tab = Tab(browser, web)
-        tab.page.fill("#prompt", "any")
-        tab.shown("any")
+        tab.generate("any")
         web.set_ready(False)
         tab.page.wait_for_function("() => /moment/i.test(document.querySelector('#status').innerText)")
         web.set_ready(True)
@@ -355,16 +322,13 @@ def test_a_page_whose_server_is_gone_says_so_and_comes_back(browser, tmp_path):
 @pytest.mark.slow
 def test_a_large_model_generates_small_while_one_types_and_full_size_when_typing_rests(browser, tmp_path):
     backend = FakeBackend(0.05)
-    with running_app(tmp_path, FakePool(backend), model="sdxl") as web:
-        tab = Tab(browser, web)
+    with running_app(tmp_path, FakePool(backend), model="sdxl") as web, opened(browser, web) as tab:
         tab.page.locator("input[name=number][value='4']").check(force=True)
         tab.type("a red house", 60)
         tab.page.wait_for_selector("html[data-shown-quick='false'][data-shown-prompt='a red house']")
         asked = [(one["width"], one["num_outputs"]) for one in backend.inputs if one["prompt"]]
-        tab.context.close()
     assert asked[-1] == (1024, 4) and set(asked[:-1]) == {(512, 1)} and len(asked) > 3
     assert len({one["seed"] for one in backend.inputs}) == 1
-    assert tab.wrong == []
 
 
 @pytest.mark.slow
@@ -372,16 +336,14 @@ def test_where_images_are_billed_nothing_is_generated_unasked(browser, tmp_path)
     backend = FakeBackend()
     pool = FakePool(backend)
     pool.live = False
-    with running_app(tmp_path, pool) as web:
-        tab = Tab(browser, web, "/#prompt=a+blue+house&seed=5")
+    with running_app(tmp_path, pool) as web, opened(browser, web, "/#prompt=a+blue+house&seed=5") as tab:
         tab.page.fill("#prompt", "a red house")
         tab.page.locator("#steps").press("ArrowRight")
         time.sleep(1)
         assert backend.begun == []
         tab.page.locator("#prompt").press("Enter")
-        tab.page.wait_for_selector("html[data-shown-prompt='a red house']")
-        tab.context.close()
-    assert backend.begun == ["a red house"] and tab.wrong == []
+        tab.shown("a red house")
+    assert backend.begun == ["a red house"]
 
 
 @pytest.mark.slow

@@ -30,6 +30,10 @@ def inputs(prompt):
     return {"prompt": prompt}
 
 
+async def generate(made, client, prompt=None):
+    return await made.result(made.submit(client, inputs(prompt or client)))
+
+
 async def test_each_client_has_a_turn_before_any_has_a_second_one():
     backend = FakeBackend(0.01)
     made = queue(backend)
@@ -60,7 +64,7 @@ async def test_a_full_queue_refuses_at_once_and_says_when_to_come_again():
         made.submit("a", inputs("any"))
     with pytest.raises(Busy) as full:
         made.submit("c", inputs("any"))
-    text = made._watcher.text().decode()
+    text = made.watcher.text().decode()
     assert 'fewstep_rejections_total{code="too_many_requests"} 1.0' in text
     assert len(backend.begun) == 0  # not even begun: nothing was awaited yet
     assert (many.value.status, full.value.status) == (429, 503)
@@ -88,7 +92,7 @@ async def test_whoever_leaves_is_not_generated_for_and_a_running_result_is_given
     for gone in (first, second):
         with pytest.raises(Stopped):
             await made.result(gone)
-    waiter = asyncio.create_task(made.generate("d", inputs("d")))
+    waiter = asyncio.create_task(generate(made, "d"))
     await asyncio.sleep(0.01)
     waiter.cancel()
     await asyncio.sleep(0.01)
@@ -107,39 +111,40 @@ async def test_what_a_server_did_not_answer_is_asked_of_another_with_its_turn_ke
         gone.append(1)
 
     made.workers[0].doubt = doubt
-    generated = await asyncio.gather(*(made.generate(name, inputs(name)) for name in "abcd"))
+    generated = await asyncio.gather(*(generate(made, name) for name in "abcd"))
     assert gone == [1] and len(generated) == 4 and sorted(sound.done) == list("abcd")
 
 
-async def test_a_request_that_breaks_every_server_is_given_up():
+@pytest.mark.parametrize(
+    ("fails", "error", "times"),
+    [
+        ([BackendUnavailable("broken")] * 9, InternalError, MAX_ATTEMPTS),
+        ([BackendBusy(), BackendBusy(), GenerationError("no picture")], GenerationError, 3),
+    ],
+    ids=["what breaks every server", "what finds no room, and then an error of the model"],
+)
+async def test_what_is_asked_again_and_how_often(fails, error, times):
     backend = FakeBackend()
-    backend.fails = [BackendUnavailable("broken")] * 9
-    made = queue(backend)
-    with pytest.raises(InternalError):
-        await made.generate("a", inputs("a"))
-    assert len(backend.begun) == MAX_ATTEMPTS
+    backend.fails = list(fails)
+    with pytest.raises(error):
+        await generate(queue(backend), "a")
+    assert len(backend.begun) == times
 
 
 async def test_what_breaks_a_server_takes_nobody_along_twice():
     class Fragile(FakeBackend):
-        running, asked = 0, frozenset()
+        asked = frozenset()  # of those that are there together
 
         async def generate(self, inputs):
-            self.asked |= {inputs["prompt"]}
-            self.running += 1
-            try:
-                await asyncio.sleep(0.01)
-                if "poison" in self.asked:
-                    raise BackendUnavailable("broken")
-                return await super().generate(inputs)
-            finally:
-                self.running -= 1
-                if not self.running:
-                    self.asked = frozenset()
+            self.asked = (self.asked if self.running else frozenset()) | {inputs["prompt"]}
+            result = await super().generate(inputs)
+            if "poison" in self.asked:
+                raise BackendUnavailable("broken")
+            return result
 
-    made = queue(Fragile(), slots=8)
+    made = queue(Fragile(0.01), slots=8)
     names = ["a", "b", "poison", "c", "d"]
-    results = (made.generate(name, inputs(name)) for name in names)
+    results = (generate(made, name) for name in names)
     outcomes = await asyncio.gather(*results, return_exceptions=True)
     image, error = BackendResult, InternalError
     assert [type(outcome) for outcome in outcomes] == [image, image, error, image, image]
@@ -164,23 +169,19 @@ async def test_a_server_that_is_full_of_our_own_requests_is_not_doubted(monkeypa
     monkeypatch.setattr(queue_module, "REFUSING_S", 0.05)
 
     class Narrow(FakeBackend):
-        running = asked = 0
+        asked = 0
 
         async def generate(self, inputs):
             self.asked += 1
             await asyncio.sleep(0.001)
             if self.asked <= 8 or self.running == 4:
                 raise BackendBusy
-            self.running += 1
-            try:
-                return await super().generate(inputs)
-            finally:
-                self.running -= 1
+            return await super().generate(inputs)
 
     doubts = []
     made = queue(Narrow(0.2), slots=8)
     made.workers[0].doubt = lambda: doubts.append(1)
-    results = await asyncio.gather(*(made.generate(str(i), inputs(str(i))) for i in range(16)))
+    results = await asyncio.gather(*(generate(made, str(i)) for i in range(16)))
     assert len(results) == 16 and doubts == []
 
 
@@ -188,27 +189,18 @@ async def test_a_request_whose_time_is_up_before_there_is_a_model_says_when_to_c
     made = queue(FakeBackend(), deadline_s=0.05)
     made.workers[0].ready = False
     with pytest.raises(DeadlineExceeded, match="not there yet") as told:
-        await made.generate("a", inputs("a"))
+        await generate(made, "a")
     assert told.value.retry_after_s >= 1
-
-
-async def test_a_server_without_room_is_asked_again_and_an_error_of_the_model_is_not():
-    backend = FakeBackend()
-    backend.fails = [BackendBusy(), BackendBusy(), GenerationError("no picture")]
-    made = queue(backend)
-    with pytest.raises(GenerationError):
-        await made.generate("a", inputs("a"))
-    assert len(backend.begun) == 3
 
 
 async def test_whoever_was_sent_to_a_server_without_room_keeps_the_turn():
     backend = FakeBackend(0.02)
     made = queue(backend)
     for name in "abc":
-        await made.generate(name, inputs("before"))
+        await generate(made, name, "before")
     backend.begun.clear()
     backend.fails = [BackendBusy()]
-    await asyncio.gather(*(made.generate(name, inputs(name)) for name in "abcd"))
+    await asyncio.gather(*(generate(made, name) for name in "abcd"))
     # While the server rests, nobody overtakes it.
     assert backend.done[3:] == ["a", "b", "c", "d"]
 
@@ -228,7 +220,7 @@ async def test_the_least_busy_server_is_asked_and_one_that_is_not_ready_is_not()
     backends = [FakeBackend(0.05) for _ in range(3)]
     made = queue(*backends, slots=4)
     made.workers[1].ready = False
-    await asyncio.gather(*(made.generate(str(i), inputs(str(i))) for i in range(6)))
+    await asyncio.gather(*(generate(made, str(i)) for i in range(6)))
     assert [len(backend.done) for backend in backends] == [3, 0, 3]
 
 
@@ -237,7 +229,7 @@ async def test_whoever_takes_a_request_back_keeps_the_turn_but_only_once():
         backend = FakeBackend(0.05)
         made = queue(backend, slots=2)
         for name in "abc":  # whose turn it is in this order, from now on
-            await made.generate(name, inputs("before"))
+            await generate(made, name, "before")
         backend.begun.clear()
         made.submit("other", inputs("other"))
         requests = [made.submit("a", inputs("a 0"))]
@@ -258,8 +250,8 @@ async def test_whoever_takes_a_request_back_keeps_the_turn_but_only_once():
 async def test_whoever_never_waits_for_a_result_does_not_starve_the_others():
     backend = FakeBackend(0.01)
     made = queue(backend)
-    await made.generate("a", inputs("before"))  # known, and with the oldest turn
-    results = [asyncio.create_task(made.generate(name, inputs(name))) for name in "bcdef"]
+    await generate(made, "a", "before")  # known, and with the oldest turn
+    results = [asyncio.create_task(generate(made, name)) for name in "bcdef"]
     async with asyncio.timeout(5):
         while not all(task.done() for task in results):
             request = made.submit("a", inputs("a"))
@@ -285,18 +277,11 @@ async def test_whatever_happens_every_request_ends_once_and_no_server_gets_more_
     chance = random.Random(seed)
 
     class Moody(FakeBackend):
-        running = most = 0
-
         async def generate(self, inputs):
-            self.running += 1
-            self.most = max(self.most, self.running)
-            try:
-                self.seconds = chance.random() * 0.004
-                kinds = (BackendBusy(), BackendUnavailable("any"), GenerationError("any"))
-                self.fails = [chance.choice(kinds)] if chance.random() < 0.3 else []
-                return await super().generate(inputs)
-            finally:
-                self.running -= 1
+            self.seconds = chance.random() * 0.004
+            kinds = (BackendBusy(), BackendUnavailable("any"), GenerationError("any"))
+            self.fails = [chance.choice(kinds)] if chance.random() < 0.3 else []
+            return await super().generate(inputs)
 
     backends = [Moody() for _ in range(2)]
     made = queue(*backends, slots=3)
