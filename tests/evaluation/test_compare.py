@@ -128,7 +128,7 @@ def test_features_tell_like_sets_from_unlike_ones(tmp_path):
 
 @pytest.mark.numeric
 def test_the_clip_score_is_a_hundred_cosines(tmp_path):
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # with which not all cosines are below 0
     tokenizer = CLIPTokenizer.from_pretrained(MINIATURE / "tokenizer")
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     text = small | {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
@@ -146,4 +146,4 @@ def test_the_clip_score_is_a_hundred_cosines(tmp_path):
         for prompt, picture in zip(prompts, pictures, strict=True):
             one = model(**processor(text=[prompt], images=[picture], return_tensors="pt", padding=True))
             expected.append(max(0.0, float(torch.cosine_similarity(one.text_embeds, one.image_embeds))))
-    assert score == pytest.approx(100 * float(np.mean(expected)), abs=0.01)
+    assert score == pytest.approx(100 * float(np.mean(expected)), abs=0.01) and score > 1
