@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(chosen: argparse.Namespace) -> None:
     from fewstep.errors import DatasetError
     from fewstep.evaluation.compare import compare, samplers
-    from fewstep.evaluation.metrics import ClipMeter, FeatureMeter, Metric
+    from fewstep.evaluation.metrics import Metric, clip_score, feature_distance
     from fewstep.models.device import device_and_dtype
     from fewstep.models.sources import LCM_LORA
     from fewstep.models.specs import MODELS
@@ -64,20 +64,20 @@ def _evaluate(chosen: argparse.Namespace) -> None:
         lines = chosen.prompts.read_text(encoding="utf-8").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
     else:
-        from fewstep.miniature.judge import load_judge, make_evaluator
+        from fewstep.miniature.judge import Evaluator, load_judge
         from fewstep.miniature.world.scenes import unseen_scenes
 
         judge = load_judge(settings.weights_root / "miniature")
-        evaluator = make_evaluator(judge, unseen_scenes(chosen.captions))
+        evaluator = Evaluator(judge, unseen_scenes(chosen.captions))
         prompts = evaluator.prompts
         metrics.append(evaluator.measure)
     if chosen.features:
         real = sorted(path for path in chosen.real.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not real:
             raise DatasetError(f"there is no picture ({', '.join(SUFFIXES)}) below --real")
-        metrics.append(FeatureMeter(chosen.features, real).measure)
+        metrics.append(feature_distance(chosen.features, real))
     if chosen.clip:
-        metrics.append(ClipMeter(chosen.clip, prompts).measure)
+        metrics.append(clip_score(chosen.clip, prompts))
     lora = chosen.lora
     if lora is None and chosen.model in MODELS and MODELS[chosen.model].lcm_lora:
         lora = settings.weights_root / chosen.model / LCM_LORA

@@ -8,15 +8,15 @@ vision model whose features are compared with those of real images, and a CLIP m
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffusers import DPMSolverMultistepScheduler, LCMScheduler, UNet2DConditionModel
 from PIL import Image
 
-from fewstep.evaluation.figures import Panel, grid, plot_lines
+from fewstep.evaluation.figures import Panel, grid, lines_of, plot_lines
 from fewstep.evaluation.generate import Sampler, ddim, lcm_lora, spaced
 from fewstep.evaluation.metrics import Metric
 from fewstep.evaluation.tables import markdown, write_csv
@@ -60,6 +60,34 @@ def samplers(
         yield fused
 
 
+@dataclass
+class Comparison:
+    """A row of figures for every sampler and number of steps, in the CSV at `path` as soon as it is there.
+
+    `asked` has prompts and what measures images of them, by what the names of those figures begin with. The
+    first `shown` images of the first prompts are kept in `images`, row by row.
+    """
+
+    path: Path
+    asked: Mapping[str, tuple[Sequence[str], Sequence[Metric]]]
+    shown: int = 0
+    digits: int = 2
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+
+    def add(self, sampler: Sampler, steps: Sequence[int], /, **columns: Any) -> None:
+        """Measure one sampler at each number of steps; its rows begin with `columns`."""
+        for count in steps:
+            self.rows.append({**columns, "steps": count})
+            for i, (prefix, (prompts, metrics)) in enumerate(self.asked.items()):
+                images = sampler.generate(prompts, steps=count)
+                self.images += images[: self.shown] if i == 0 else []
+                for name, value in (figure for metric in metrics for figure in metric(images).items()):
+                    self.rows[-1][prefix + name] = round(value, self.digits)
+            logger.info("%s", self.rows[-1])
+            write_csv(self.path, self.rows)
+
+
 def compare(
     every: Iterator[Sampler],
     prompts: Sequence[str],
@@ -75,23 +103,17 @@ def compare(
     for each, and all of that in README.md, which begins with `about`. DDIM is measured at `teacher_steps`,
     too, without an image: what a student is to equal.
     """
-    rows: list[dict[str, Any]] = []
-    images: list[Image.Image] = []
+    made = Comparison(out / "scores.csv", {"": (prompts, metrics)}, shown=1)
     for sampler in every:
         more = [teacher_steps] if sampler.name == TEACHER and teacher_steps not in (0, *steps) else []
-        for count in (*steps, *more):
-            generated = sampler.generate(prompts, count)
-            rows.append({"sampler": sampler.name, "steps": count})
-            for metric in metrics:
-                rows[-1] |= {name: round(value, 2) for name, value in metric(generated).items()}
-            logger.info("%s", rows[-1])
-            write_csv(out / "scores.csv", rows)
-            images += generated[:1] if count in steps else []
+        made.add(sampler, [*steps, *more], sampler=sampler.name)
         del sampler  # before the next is loaded
-    plot(rows, out / "plot.png")
-    grid(images, len(steps)).save(out / "grid.webp", quality=90)
-    names = ", ".join(dict.fromkeys(row["sampler"] for row in rows))
-    text = "\n\n".join(f"{name}, by steps\n\n{table(rows, name)}" for name in TITLES if name in rows[0])
+    plot(made.rows, out / "plot.png")
+    shown = [image for row, image in zip(made.rows, made.images, strict=True) if row["steps"] in steps]
+    grid(shown, len(steps)).save(out / "grid.webp", quality=90)
+    names = ", ".join(dict.fromkeys(row["sampler"] for row in made.rows))
+    figures = [name for name in TITLES if name in made.rows[0]]
+    text = "\n\n".join(f"{name}, by steps\n\n{table(made.rows, name)}" for name in figures)
     (out / "README.md").write_text(
         f"# Few steps\n\n{about}\n\n{text}\n\n![](plot.png)\n\n![{names} from top to bottom](grid.webp)\n",
         encoding="utf-8",
@@ -114,9 +136,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     panels = []
     for figure, title in TITLES.items():
         if figure in rows[0]:
-            lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
-            for row in rows:
-                lines[row["sampler"]].append((row["steps"], row[figure]))
+            lines = lines_of(rows, "sampler", "steps", figure)
             scale = "log" if figure.endswith("distance") else "linear"
             panels.append(Panel(lines, "steps", title=title, ticks=True, x_scale="log", y_scale=scale))
     plot_lines([panels], path)

@@ -1,8 +1,9 @@
-"""Sheets of images, and plots."""
+"""Grids of images, and plots."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -13,8 +14,9 @@ from PIL import Image
 GAP = 4  # px
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]], gap: int = GAP) -> Image.Image:
-    """Return rows of images on white; the images of a row are of one height."""
+def grid(images: Sequence[Image.Image], columns: int, gap: int = GAP) -> Image.Image:
+    """Return images on white, row by row; those of a row are of one height."""
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     width = max(sum(image.width + gap for image in row) for row in rows) - gap
     height = sum(row[0].height + gap for row in rows) - gap
     whole = Image.new("RGB", (width, height), "white")
@@ -28,9 +30,12 @@ def sheet(rows: Sequence[Sequence[Image.Image]], gap: int = GAP) -> Image.Image:
     return whole
 
 
-def grid(images: Sequence[Image.Image], columns: int, gap: int = GAP) -> Image.Image:
-    """Return images of one size on a sheet, row by row."""
-    return sheet([images[i : i + columns] for i in range(0, len(images), columns)], gap)
+def lines_of(rows: Iterable[Mapping[str, Any]], name: str, x: str, y: str) -> dict[Any, list[Any]]:
+    """Return the points (x, y) that the columns so named hold, by what is in the column `name`."""
+    lines = defaultdict(list)
+    for row in rows:
+        lines[row[name]].append((row[x], row[y]))
+    return lines
 
 
 @dataclass(frozen=True)

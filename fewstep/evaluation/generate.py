@@ -31,16 +31,12 @@ class Sampler:
     scheduler: Any = None  # the pipeline's own
 
     def generate(
-        self, prompts: Sequence[str], steps: int, seeds: Sequence[int] | None = None
+        self, prompts: Sequence[str], seeds: Sequence[int] | None = None, *, steps: int
     ) -> list[Image.Image]:
         """Generate one image of each of `prompts`, with the same seeds every time unless they are given."""
         seeds = range(SEED, SEED + len(prompts)) if seeds is None else seeds
         how: dict[str, Any] = {"steps": steps, "guidance": self.guidance, "scheduler": self.scheduler}
         return list(generate_images(self.diffusion, prompts, seeds, **how, progress=f"{self.name}, {steps}"))
-
-    def in_steps(self, steps: int) -> Generate:
-        """Return `generate` with that many steps, of prompts and seeds."""
-        return lambda prompts, seeds: self.generate(prompts, steps, seeds)
 
 
 def ddim(diffusion: Diffusion, guidance: float, spacing: str | None = None) -> Sampler:

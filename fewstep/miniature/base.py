@@ -40,8 +40,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     )
     trainer = trainers.BpeTrainer(vocab_size=3000, show_progress=False, end_of_word_suffix="</w>")
     bpe.train_from_iterator(words, trainer)
-    learnt = json.loads(bpe.to_str())["model"]["merges"]
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in learnt]
+    merges: list[list[str]] = json.loads(bpe.to_str())["model"]["merges"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
@@ -169,78 +168,59 @@ def _with_strange_words(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-class Reader(nn.Module):
-    """Both text encoders, and a linear reading of a scene's attributes from each of what the UNet is given of
-    them: the penultimate states (at the end of the text) and the pooled embedding."""
-
-    def __init__(self, base: Miniature) -> None:
-        super().__init__()
-        self.text_encoder, self.text_encoder_2 = base.text_encoder, base.text_encoder_2
-        self._tokens, self._encode, self._end = base.tokens, base.encode_prompts, base.tokenizer.eos_token_id
-        self.sizes = [len(values) for values in ATTRIBUTES.values()]
-        self.heads = nn.ModuleList(nn.Linear(TEXT_WIDTH, sum(self.sizes)) for _ in range(3))
-
-    def forward(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Return logits (N, values of the attribute), one by one for every head and attribute."""
-        end = (self._tokens(prompts) == self._end).int().argmax(1)
-        states, pooled = self._encode(prompts)
-        last = states[torch.arange(len(end), device=end.device), end]
-        read = (last[:, :TEXT_WIDTH], last[:, TEXT_WIDTH:], pooled)
-        logits = [head(part) for head, part in zip(self.heads, read, strict=True)]
-        return [part for row in logits for part in row.split(self.sizes, dim=1)]
-
-
 def train_text(base: Miniature, steps: int, checkpoints: Path) -> None:
     """Teach the text encoders of `base` to read, as SDXL's have learnt it before SDXL: by what captions say.
 
     From the diffusion loss alone they learn a word only as fast as it shows in noisy latents. After 200 such
     steps a base knows positions within 200 of its own; without them, it confuses left and middle after 2,700.
+    A linear layer reads a scene's attributes from each of what the UNet is given of them: the penultimate
+    states (at the end of the text) and the pooled embedding.
     """
-    scenes = training_scenes()
-    reader = Reader(base)
+    scenes, device = training_scenes(), base.unet.device
+    sizes = [len(values) for values in ATTRIBUTES.values()]
+    heads = nn.ModuleList(nn.Linear(TEXT_WIDTH, sum(sizes)) for _ in range(3)).to(device)
 
     def loss(step: int, share: Shard) -> Tensor:
         rng = random.Random(f"text {step}")
         shown = rng.choices(scenes, k=TEXT_BATCH)
-        labels = torch.tensor([scene.labels for scene in shown], device=base.unet.device)
-        logits = reader([caption(scene, rng) for scene in shown])
-        targets = [labels[:, i % len(ATTRIBUTES)] for i in range(len(logits))]
+        labels = torch.tensor([scene.labels for scene in shown], device=device)
+        captions = [caption(scene, rng) for scene in shown]
+        end = (base.tokens(captions) == base.tokenizer.eos_token_id).int().argmax(1)
+        states, pooled = base.encode_prompts(captions)
+        last = states[torch.arange(TEXT_BATCH, device=device), end]
+        read = zip(heads, (last[:, :TEXT_WIDTH], last[:, TEXT_WIDTH:], pooled), strict=True)
+        logits = [row for head, part in read for row in head(part).split(sizes, dim=1)]
+        targets = [*labels.T] * len(heads)
         losses = [F.cross_entropy(row, target) for row, target in zip(logits, targets, strict=True)]
         return torch.stack(losses).sum()
 
-    schedule = Schedule(steps, lr=2e-3, batch=TEXT_BATCH)
-    optimise("text", reader.to(base.unet.device), loss, schedule, checkpoints)
-
-
-def diffusion_loss(
-    base: Miniature, batch: Batch, noise_schedule: cm.NoiseSchedule, draws: StepRandom
-) -> Tensor:
-    """Return the mean squared error of v at stratified timesteps, one batch row in ten without its prompt."""
-    count, device = len(batch.latents), batch.latents.device
-    # Stratified, and leaning to noisy timesteps: there it is decided what the image shows.
-    u = draws.stratified(count)
-    last = len(noise_schedule.alphas_cumprod) - 1
-    t = (u**0.8 * (last + 1)).long().clamp(max=last).to(device)
-    noise = draws.normal(*batch.latents.shape).to(device)
-    kept = (draws.uniform(count) >= UNPROMPTED_SHARE).to(device)
-    nothing = batch.without_prompt()
-    assert batch.pooled is not None and nothing.pooled is not None  # SDXL's
-    prompted = replace(
-        batch,
-        prompt_embeds=torch.where(kept[:, None, None], batch.prompt_embeds, nothing.prompt_embeds),
-        pooled=torch.where(kept[:, None], batch.pooled, nothing.pooled),
-    )
-    alpha, sigma = noise_schedule.signal_and_noise(t, noise)
-    output = predict(base.unet, alpha * batch.latents + sigma * noise, t, prompted)
-    return F.mse_loss(output, alpha * noise - sigma * batch.latents)
+    trained = nn.ModuleList([base.text_encoder, base.text_encoder_2, heads])
+    optimise("text", trained, loss, Schedule(steps, lr=2e-3, batch=TEXT_BATCH), checkpoints)
 
 
 def train_base(base: Miniature, sampler: BatchSampler, steps: int, checkpoints: Path) -> None:
-    """Train `base` in place; its text encoders learn from the same loss as its UNet."""
+    """Train `base` in place; its text encoders learn from the same loss as its UNet: the mean squared error
+    of v at stratified timesteps, one batch row in ten without its prompt."""
     noise_schedule = cm.NoiseSchedule.of(make_scheduler(), base.unet.device)
     order_for_training(base.unet)
+    last = len(noise_schedule.alphas_cumprod) - 1
 
     def loss(step: int, share: Shard) -> Tensor:
-        return diffusion_loss(base, sampler(step, share), noise_schedule, StepRandom(4, step, share))
+        batch, draws = sampler(step, share), StepRandom(4, step, share)
+        count, device = len(batch.latents), batch.latents.device
+        # Stratified, and leaning to noisy timesteps: there it is decided what the image shows.
+        t = (draws.stratified(count) ** 0.8 * (last + 1)).long().clamp(max=last).to(device)
+        noise = draws.normal(*batch.latents.shape).to(device)
+        kept = (draws.uniform(count) >= UNPROMPTED_SHARE).to(device)
+        nothing = batch.without_prompt()
+        assert batch.pooled is not None and nothing.pooled is not None  # SDXL's
+        prompted = replace(
+            batch,
+            prompt_embeds=torch.where(kept[:, None, None], batch.prompt_embeds, nothing.prompt_embeds),
+            pooled=torch.where(kept[:, None], batch.pooled, nothing.pooled),
+        )
+        alpha, sigma = noise_schedule.signal_and_noise(t, noise)
+        output = predict(base.unet, alpha * batch.latents + sigma * noise, t, prompted)
+        return F.mse_loss(output, alpha * noise - sigma * batch.latents)
 
     optimise("base", base, loss, Schedule(steps, lr=1e-3, warmup=100, batch=sampler.batch), checkpoints)

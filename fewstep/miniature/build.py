@@ -102,12 +102,11 @@ class Build:
     @cached_property
     def latents(self) -> list[LatentSet]:
         """What the base and the LoRA learn from: scaled latents of drawn scenes, square ones first."""
-        kinds = [(SQUARE, self.sizes.base_images, 2, 40_000_000)]
-        for i, shape in enumerate(OTHER_SHAPES):
-            kinds.append((shape, self.sizes.other_images, 3 + i, 60_000_000 + 1_000_000 * i))
         sets = []
-        for shape, count, pick, seed in kinds:
-            name, scenes = f"{shape[0]}x{shape[1]}", pick_scenes(training_scenes(), count, seed=pick)
+        for i, shape in enumerate((SQUARE, *OTHER_SHAPES)):
+            count = self.sizes.other_images if i else self.sizes.base_images
+            seed = 59_000_000 + 1_000_000 * i if i else 40_000_000
+            name, scenes = f"{shape[0]}x{shape[1]}", pick_scenes(training_scenes(), count, seed=2 + i)
             cache = self.work / f"base-pictures-{name}.npy"
             sets.append(self._encoded(name, scenes, partial(cached_images, cache, scenes, seed, *shape)))
         return sets

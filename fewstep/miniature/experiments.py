@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -20,14 +20,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from safetensors import safe_open
 
-from fewstep.evaluation.figures import Panel, grid, plot_lines
+from fewstep.evaluation.compare import TITLES, Comparison
+from fewstep.evaluation.figures import Panel, grid, lines_of, plot_lines
 from fewstep.evaluation.generate import Sampler, ddim, fuse_lora, lcm_lora
-from fewstep.evaluation.metrics import Evaluator
-from fewstep.evaluation.tables import write_csv
-from fewstep.miniature.judge import load_judge, make_evaluator
+from fewstep.miniature.judge import Evaluator, load_judge
 from fewstep.miniature.scoring import TEACHER_GUIDANCE, TEACHER_STEPS
 from fewstep.miniature.world.dataset import pick_scenes, training_captions, write_images, write_world
 from fewstep.miniature.world.scenes import Scene, all_scenes, training_scenes, unseen_scenes
@@ -44,13 +42,11 @@ from fewstep.training.networks import load_base
 from fewstep.training.run import Data, train, train_model
 from fewstep.training.trainer import Schedule, optimise
 
-logger = logging.getLogger(__name__)
-
 CPU = torch.device("cpu")
 SETTINGS = Settings(verify="size")
 WEIGHTS = SETTINGS.weights_root / "miniature"
 STYLE = "golden-hour"
-TITLES = {"all_right": "all right, %", "distance": "Fréchet distance"}
+COLUMNS = 6  # images of each row of a grid
 
 
 @dataclass(frozen=True)
@@ -86,9 +82,15 @@ class Experiment:
         """Load a fresh base, which may be changed."""
         return load_base("miniature", SETTINGS, CPU)
 
-    def evaluator(self, scenes: Sequence[Scene] | None = None) -> Evaluator:
-        """Return an evaluator of `scenes`, or of known things in new combinations."""
-        return make_evaluator(load_judge(WEIGHTS), scenes or unseen_scenes(self.sizes.captions))
+    def table(self, name: str, **new: Sequence[Scene]) -> Comparison:
+        """Return the empty table `name`: of scenes with a new thing, if any, and of known things in new
+        combinations."""
+        known, judge = unseen_scenes(self.sizes.captions), load_judge(WEIGHTS)
+        asked = {f"new {thing}: ": scenes for thing, scenes in new.items()}
+        asked |= {"known scenes: " if new else "": known}
+        evaluators = {prefix: Evaluator(judge, scenes) for prefix, scenes in asked.items()}
+        measured = {prefix: (one.prompts, [one.measure]) for prefix, one in evaluators.items()}
+        return Comparison(self.out / f"training-{name}.csv", measured, COLUMNS, digits=1)
 
     def encoded(self, folder: Path) -> Data:
         """Encode the images in a folder, or take what an earlier run has encoded."""
@@ -116,55 +118,32 @@ class Experiment:
             fuse_lora(base, style)
         return lcm_lora(base, lora)
 
-    def write(self, name: str, rows: Sequence[Mapping[str, Any]], images: Sequence[Image.Image] = ()) -> None:
-        """Write the table, and six images of each row."""
-        write_csv(self.out / f"training-{name}.csv", rows)
-        if images:
-            grid(images, 6).save(self.out / f"training-{name}.webp", quality=90)
-
     def plot(self, name: str, panels: dict[str, list[dict[str, Any]]], x: str, ticks: bool = False) -> None:
         """Draw all right above and distance below, against column `x`; a line for each number of steps."""
 
         def panel(figure: str, label: str, table: list[dict[str, Any]]) -> Panel:
-            lines = {
-                f"{n} step{'s' if n > 1 else ''}": [
-                    (row[x], row[figure]) for row in table if row["steps"] == n
-                ]
-                for n in self.sizes.steps
-            }
-            scale, below = "symlog" if ticks else "linear", figure == "distance"
-            plain = Panel(lines, y=TITLES[figure], ticks=ticks, x_scale=scale)
-            return replace(plain, x=label) if below else replace(plain, y_range=(0, 103))
+            lines = lines_of(table, "steps", x, figure)
+            named = {f"{n} step{'s' if n > 1 else ''}": points for n, points in lines.items()}
+            plain = Panel(named, y=TITLES[figure], ticks=ticks, x_scale="symlog" if ticks else "linear")
+            return replace(plain, x=label) if figure == "distance" else replace(plain, y_range=(0, 103))
 
-        rows = [[panel(figure, *item) for item in panels.items()] for figure in TITLES]
+        rows = [[panel(figure, *item) for item in panels.items()] for figure in ("all_right", "distance")]
         plot_lines(rows, self.out / f"training-{name}.png", (4.5, 2.8), share_y=True)
-
-    def rows(self, evaluator: Evaluator, sampler: Sampler, **columns: Any) -> list[dict[str, Any]]:
-        """Return a row of figures for every number of steps."""
-        rows = []
-        for count in self.sizes.steps:
-            figures = evaluator.measure(sampler.generate(evaluator.prompts, count))
-            rounded = {name: round(value, 1) for name, value in figures.items()}
-            rows.append({**columns, "steps": count, **rounded})
-            logger.info("%s", rows[-1])
-        return rows
 
 
 def curve(experiment: Experiment) -> None:
     """Measure several steps of one training, twice as long as the preset's."""
-    evaluator, steps = experiment.evaluator(), experiment.sizes.curve
+    table, steps = experiment.table("curve"), experiment.sizes.curve
     plan = preset("miniature", "lora").with_schedule(
         steps=steps[-1], checkpoint_every=steps[1], checkpoints_kept=100
     )
     checkpoints = experiment.distilled("curve", replace(plan, watch_every=steps[-1])) / "checkpoints"
-    rows = []
     for step in steps:
         diffusion = experiment.base()
         if step:
             _load_checkpoint(diffusion, checkpoints / f"step-{step:06}.safetensors", plan)
-        rows += experiment.rows(evaluator, lcm_lora(diffusion, None), trained=step)
-    experiment.write("curve", rows)
-    experiment.plot("curve", {"training steps": rows}, "trained")
+        table.add(lcm_lora(diffusion, None), experiment.sizes.steps, trained=step)
+    experiment.plot("curve", {"training steps": table.rows}, "trained")
 
 
 def _load_checkpoint(diffusion: Diffusion, checkpoint: Path, plan: Plan) -> None:
@@ -179,40 +158,19 @@ def _load_checkpoint(diffusion: Diffusion, checkpoint: Path, plan: Plan) -> None
 
 def ablation(experiment: Experiment) -> None:
     """Vary k, the timesteps that one consistency step goes back, and w, for as many steps each."""
-    evaluator, steps = experiment.evaluator(), experiment.sizes.ablation_steps
+    table, steps = experiment.table("ablation"), experiment.sizes.ablation_steps
     plan = preset("miniature", "lora").with_schedule(steps=steps, batch=16, checkpoint_every=25)
-    students: dict[str, dict[float, dict[str, Any]]] = {
-        "k": {k: {"solver_steps": 1000, "skip": k} for k in experiment.sizes.k},
-        "w": {w: {"guidance": (w, w)} for w in experiment.sizes.w},
-    }
-    tables: dict[str, list[dict[str, Any]]] = {name: [] for name in students}
-    for name, figures in students.items():
-        for value, student in figures.items():
-            varied = replace(plan.with_student(**student), watch_every=steps)
-            folder = experiment.distilled(f"ablation-{name}-{value:g}", varied)
-            sampler = experiment.few_steps(folder / DIFFUSERS_FILE)
-            tables[name] += experiment.rows(evaluator, sampler, over=name, value=value)
-    experiment.write("ablation", [row for rows in tables.values() for row in rows])
-    experiment.plot("ablation", tables, "value", ticks=True)
-
-
-class Comparison:
-    """Systems measured on new things and on known ones, and images of the new things."""
-
-    def __init__(self, evaluators: dict[str, Evaluator]) -> None:
-        self.evaluators = evaluators
-        self.rows: list[dict[str, Any]] = []
-        self.images: list[Image.Image] = []
-
-    def add(self, system: str, sampler: Sampler, steps: int) -> None:
-        """Measure one system."""
-        row: dict[str, Any] = {"system": system, "steps": steps}
-        for i, (name, evaluator) in enumerate(self.evaluators.items()):
-            images = sampler.generate(evaluator.prompts, steps)
-            row |= {f"{name}: {key}": round(value, 1) for key, value in evaluator.measure(images).items()}
-            self.images += images[:6] if i == 0 else []
-        self.rows.append(row)
-        logger.info("%s", row)
+    students: list[tuple[str, float, dict[str, Any]]] = [
+        *(("k", k, {"solver_steps": 1000, "skip": k}) for k in experiment.sizes.k),
+        *(("w", w, {"guidance": (w, w)}) for w in experiment.sizes.w),
+    ]
+    for name, value, student in students:
+        varied = replace(plan.with_student(**student), watch_every=steps)
+        folder = experiment.distilled(f"ablation-{name}-{value:g}", varied)
+        sampler = experiment.few_steps(folder / DIFFUSERS_FILE)
+        table.add(sampler, experiment.sizes.steps, over=name, value=value)
+    panels = {name: [row for row in table.rows if row["over"] == name] for name in ("k", "w")}
+    experiment.plot("ablation", panels, "value", ticks=True)
 
 
 def _write_new(
@@ -221,9 +179,8 @@ def _write_new(
     """Write images of scenes that only in `attribute` are new to the base, `shown` of them, and return as
     many as are `asked` that are not among them; seeds of both choices, and of the images."""
     new = [scene for scene in all_scenes() if scene.new_to_base == [attribute]]
-    write_images(
-        folder, pick_scenes([scene for scene in new if not scene.reserved], shown, seeds[0]), seeds[2]
-    )
+    taught = [scene for scene in new if not scene.reserved]
+    write_images(folder, pick_scenes(taught, shown, seeds[0]), seeds[2])
     return pick_scenes([scene for scene in new if scene.reserved], asked, seeds[1])
 
 
@@ -236,27 +193,25 @@ def universal(experiment: Experiment) -> None:
     tuned = experiment.base()
     _tune(tuned, encoded, sizes, work / "universal")
 
-    table = Comparison({"new backdrop": experiment.evaluator(asked), "known scenes": experiment.evaluator()})
-    table.add("base, LCM-LoRA", experiment.few_steps(), 4)
-    table.add("fine-tuned base", ddim(tuned, TEACHER_GUIDANCE), sizes.teacher_steps)
+    table = experiment.table("universal", backdrop=asked)
+    table.add(experiment.few_steps(), [4], system="base, LCM-LoRA")
+    table.add(ddim(tuned, TEACHER_GUIDANCE), [sizes.teacher_steps], system="fine-tuned base")
     fused = lcm_lora(tuned, WEIGHTS / LCM_LORA)
-    for count in sizes.steps:
-        table.add("fine-tuned base, LCM-LoRA", fused, count)
+    table.add(fused, sizes.steps, system="fine-tuned base, LCM-LoRA")
     # Fusing adds up, so the style joins the LCM-LoRA; it leaves all attributes alone.
     fuse_lora(tuned, SETTINGS.styles_root / "miniature" / f"{STYLE}.safetensors", 0.8)
-    table.add(f"fine-tuned base, LCM-LoRA, {STYLE} at 0.8", fused, 4)
-    experiment.write("universal", table.rows, table.images)
+    table.add(fused, [4], system=f"fine-tuned base, LCM-LoRA, {STYLE} at 0.8")
+    grid(table.images, COLUMNS).save(table.path.with_suffix(".webp"), quality=90)
 
 
 def _tune(diffusion: Diffusion, encoded: Sequence[Path], sizes: ExperimentSizes, checkpoints: Path) -> None:
     """Train all of the UNet on encoded images, by the diffusion loss."""
-    unet = diffusion.unet
+    unet, batch = diffusion.unet, sizes.batch or 32
     order_for_training(unet.requires_grad_(True))
-    batches = Batches(encoded, sizes.batch or 32, 3, CPU)
+    batches = Batches(encoded, batch, 3, CPU)
     schedule = Schedule(
-        sizes.learnt_steps, lr=3e-4, batch=sizes.batch or 32, weight_decay=0.0, ema_decay=0.98,
-        checkpoint_every=50,
-    )  # fmt: skip
+        sizes.learnt_steps, lr=3e-4, batch=batch, weight_decay=0.0, ema_decay=0.98, checkpoint_every=50
+    )
     loss = style_training(unet, batches, NoiseSchedule.of(diffusion.scheduler, CPU), seed=13)
     config = {**asdict(schedule), "pictures": [path.name for path in batches.encoded]}
     optimise("a new backdrop", unet, loss, schedule, checkpoints, config=config)
@@ -268,21 +223,19 @@ def finetuning(experiment: Experiment) -> None:
     sizes, work = experiment.sizes, experiment.work
     new = work / "windmills"
     asked = _write_new("object", new, sizes.taught, sizes.new_captions, (5, 6, 130_000_000))
-    table = Comparison({"new object": experiment.evaluator(asked), "known scenes": experiment.evaluator()})
-    table.add("before", experiment.few_steps(), 4)
+    table = experiment.table("finetuning", object=asked)
+    table.add(experiment.few_steps(), [4], system="before")
     for method, rehearse in product(("lcf", "style"), (sizes.rehearsed, 0)):
         name = method if rehearse != 0 else f"{method}, without rehearsal"
         steps = sizes.taught_steps or preset("miniature", method).schedule.steps
-        # As many steps for the new images in both.
-        options = TrainingOptions(
-            method, steps if rehearse != 0 else steps // 2, sizes.batch, rehearse=rehearse, watch_every=0
-        )
+        steps = steps if rehearse != 0 else steps // 2  # as many for the new images in both
+        options = TrainingOptions(method, steps, sizes.batch, rehearse=rehearse, watch_every=0)
         folder = work / f"finetuning-{name}"
         lora = train_model(
             "miniature", SETTINGS, options, lambda: find(new), folder, prior_prompts=training_captions
         )
-        table.add(name, experiment.few_steps(style=lora), 4)
-    experiment.write("finetuning", table.rows, table.images)
+        table.add(experiment.few_steps(style=lora), [4], system=name)
+    grid(table.images, COLUMNS).save(table.path.with_suffix(".webp"), quality=90)
 
 
 EXPERIMENTS = {experiment.__name__: experiment for experiment in (curve, ablation, universal, finetuning)}
@@ -290,15 +243,13 @@ EXPERIMENTS = {experiment.__name__: experiment for experiment in (curve, ablatio
 
 def main() -> None:
     """Run one experiment."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--work", type=Path, default=Path("build/experiments"), help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="(%(default)s)")
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    chosen.out.mkdir(parents=True, exist_ok=True)
     EXPERIMENTS[chosen.name](Experiment(chosen.work, chosen.out))
 
 

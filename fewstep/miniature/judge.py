@@ -1,4 +1,4 @@
-"""The judge: a small classifier that reads a scene's six attributes back from the pixels.
+"""The judge: a small classifier that reads a scene's six attributes back from the pixels, and its figures.
 
 It is trained on drawings and their augmentations only, never on a generated image, and frozen before anything
 that it judges is trained. Its hash stands in the miniature's manifest, so that scores of different days
@@ -8,6 +8,7 @@ compare.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewstep.evaluation.metrics import Evaluator, Images
-from fewstep.miniature.world.dataset import Pixels, draw_many, to_tensor
+from fewstep.evaluation.generate import Generate
+from fewstep.evaluation.metrics import frechet_distance
+from fewstep.miniature.world.dataset import Images, Pixels, draw_many, to_tensor
 from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, complete_captions
 from fewstep.models.device import autocast
 from fewstep.training.trainer import Schedule, Shard, optimise, step_generator
@@ -31,8 +33,6 @@ INPUT_PX = 96  # images of any size and shape are judged at 96 x 96
 class Judge(nn.Module):
     """(N, 3, 96, 96) in [-1, 1] -> one row of logits per attribute."""
 
-    attributes = tuple(ATTRIBUTES)
-
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -41,8 +41,7 @@ class Judge(nn.Module):
         self.features = nn.Sequential(*layers)
         # Position matters (left, right; sky, ground), so the 6 x 6 map is kept, not averaged away.
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(128 * 36, 192), nn.SiLU())
-        heads = {name: nn.Linear(192, len(values)) for name, values in ATTRIBUTES.items()}
-        self.logits = nn.ModuleDict(heads)
+        self.logits = nn.ModuleDict({name: nn.Linear(192, len(seen)) for name, seen in ATTRIBUTES.items()})
 
     def forward(self, images: Tensor) -> list[Tensor]:
         hidden = self.head(self.features(images))
@@ -82,11 +81,49 @@ def _batches(images: Images) -> Iterator[Tensor]:
     return (judge_input(images[i : i + BATCH_READ]) for i in range(0, len(images), BATCH_READ))
 
 
-def make_evaluator(judge: Judge, scenes: Sequence[Scene], seeds: int = 1) -> Evaluator:
-    """Return an evaluator of `seeds` images of a complete caption of each of `scenes`, always the same one;
-    their looks are compared with drawings of the same scenes."""
-    shown = [scene for scene in scenes for _ in range(seeds)]
-    return Evaluator(judge, shown, complete_captions(scenes), draw_many(shown, 2 * 10**9, 128, 128), seeds)
+@dataclass(frozen=True)
+class Score:
+    """Shares of right answers in percent, with 95 % intervals over the prompts."""
+
+    system: str
+    attributes: dict[str, float]
+    all_right: float
+    interval: float  # half its width, in points
+    distance: float  # Fréchet's, to drawings of the same scenes, in the judge's features
+
+
+class Evaluator:
+    """A judge that is shown `seeds` images of each of `prompts`: all of the first, then all of the second.
+    They are a complete caption of each of some scenes, always the same one."""
+
+    def __init__(self, judge: Judge, scenes: Sequence[Scene], seeds: int = 1) -> None:
+        self.judge, self.prompts, self.seeds = judge, complete_captions(scenes), seeds
+        self.scenes = [scene for scene in scenes for _ in range(seeds)]  # that the images show
+        self._drawn = judge.describe(draw_many(self.scenes, 2 * 10**9, 128, 128))
+
+    def score(self, system: str, images: Images) -> Score:
+        """Judge `images`."""
+        right = self.judge.score(images, self.scenes).reshape(len(self.prompts), self.seeds, -1)
+        # Images of one prompt are not independent, prompts are.
+        per_prompt = 100 * right.all(2).mean(1)
+        return Score(
+            system,
+            dict(zip(ATTRIBUTES, (100 * right.mean((0, 1))).tolist(), strict=True)),
+            float(per_prompt.mean()),
+            float(1.96 * per_prompt.std(ddof=1) / len(per_prompt) ** 0.5),
+            frechet_distance(self.judge.describe(images), self._drawn),
+        )
+
+    def generate_and_score(self, system: str, generate: Generate) -> Score:
+        """Judge images of every prompt with every seed."""
+        prompts = [prompt for prompt in self.prompts for _ in range(self.seeds)]
+        seeds = [1000 * i + seed for i in range(len(self.prompts)) for seed in range(self.seeds)]
+        return self.score(system, generate(prompts, seeds))
+
+    def measure(self, images: Images) -> dict[str, float]:
+        """Return the percentage with all attributes right, and the distance to drawings."""
+        score = self.score("", images)
+        return {"all_right": score.all_right, "distance": score.distance}
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:

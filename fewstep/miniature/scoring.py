@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,10 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 
 from fewstep.evaluation.generate import Generate, ddim, few_steps
-from fewstep.evaluation.metrics import Score
 from fewstep.evaluation.tables import markdown
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.miniature.base import TOKENS
-from fewstep.miniature.judge import FILE, Judge, make_evaluator
+from fewstep.miniature.judge import FILE, Evaluator, Judge, Score
 from fewstep.miniature.vae import reconstruct
 from fewstep.miniature.world.dataset import draw_many
 from fewstep.miniature.world.scenes import ATTRIBUTES, unseen_scenes
@@ -40,6 +40,15 @@ def write_card(weights: Path, sizes: Mapping[str, int], student: LoraStudent, sc
     seeds of `scores`."""
     judge_sha256 = hashlib.sha256((weights / FILE).read_bytes()).hexdigest()
     unet = UNet2DConditionModel.from_pretrained(weights / "unet", use_safetensors=True)
+    rows = [
+        [
+            score.system,
+            *(f"{value:.1f}" for value in score.attributes.values()),
+            f"**{score.all_right:.1f}** ± {score.interval:.1f}",
+            f"{score.distance:.1f}",
+        ]
+        for score in scores
+    ]
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     card = template.format(
         unet=unet.num_parameters() / 1e6,
@@ -51,7 +60,7 @@ def write_card(weights: Path, sizes: Mapping[str, int], student: LoraStudent, sc
         k=1000 // student.solver_steps * student.skip,
         licence=LICENCE,
         judge=judge_sha256,
-        table=_table(scores),
+        table=markdown(["", *ATTRIBUTES, "**all right**", "distance"], rows),
     )
     (weights / "README.md").write_text(card)
     extra: dict[str, Any] = {"sizes": dict(sizes), "student": asdict(student), "judge_sha256": judge_sha256}
@@ -62,15 +71,13 @@ def write_card(weights: Path, sizes: Mapping[str, int], student: LoraStudent, sc
 
 def score_all(weights: Path, judge: Judge, captions: int, seeds: int) -> list[Score]:
     """Return every row of the model card's table."""
-    evaluator = make_evaluator(judge, unseen_scenes(captions), seeds)
+    evaluator = Evaluator(judge, unseen_scenes(captions), seeds)
     settings = Settings(weights_root=weights.parent, max_batch=25, verify="size", dtype="fp32")
     pipeline, tiny = (load_pipeline(get_model("miniature"), replace(settings, vae=vae)) for vae in VAES)
     base = load_base("miniature", settings, pipeline.device)
     drawn = draw_many(evaluator.scenes, 10**9, 128, 128)
-    scores = [
-        evaluator.score("drawn pictures", drawn),
-        evaluator.score("VAE's reconstruction", reconstruct(base.vae, drawn)),
-    ]
+    decoded = reconstruct(base.vae, drawn)
+    scores = [evaluator.score("drawn pictures", drawn), evaluator.score("VAE's reconstruction", decoded)]
     ways: dict[str, Generate] = {}
     for model, steps, more in ((pipeline, (1, 2, 4, 8), ""), (tiny, (4,), ", tiny VAE")):
         for n in steps:
@@ -80,23 +87,10 @@ def score_all(weights: Path, judge: Judge, captions: int, seeds: int) -> list[Sc
     for n, spacing, guidance in product((2, 4), ("leading", "trailing"), guidances):
         how = "unguided" if guidance == 1.0 else f"guidance {guidance:g}"
         name = f"base, {n} DDIM steps, {how}" + (", trailing" if spacing == "trailing" else "")
-        ways[name] = ddim(base, guidance, spacing).in_steps(n)
+        ways[name] = partial(ddim(base, guidance, spacing).generate, steps=n)
     teacher = f"base, {TEACHER_STEPS} DDIM steps, guidance {TEACHER_GUIDANCE:g} (the teacher)"
-    ways[teacher] = ddim(base, TEACHER_GUIDANCE).in_steps(TEACHER_STEPS)
+    ways[teacher] = partial(ddim(base, TEACHER_GUIDANCE).generate, steps=TEACHER_STEPS)
     for system, generate in ways.items():
         scores.append(evaluator.generate_and_score(system, generate))
         logger.info("%s: %.1f ± %.1f", system, scores[-1].all_right, scores[-1].interval)
     return scores
-
-
-def _table(scores: Sequence[Score]) -> str:
-    rows = [
-        [
-            score.system,
-            *(f"{value:.1f}" for value in score.attributes.values()),
-            f"**{score.all_right:.1f}** ± {score.interval:.1f}",
-            f"{score.distance:.1f}",
-        ]
-        for score in scores
-    ]
-    return markdown(["", *ATTRIBUTES, "**all right**", "distance"], rows)

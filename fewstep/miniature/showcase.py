@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from fewstep.evaluation.figures import grid, sheet
+from fewstep.evaluation.figures import grid
 from fewstep.evaluation.generate import ddim, few_steps
 from fewstep.generation.pipeline import Pipeline, load_pipeline
 from fewstep.images.codec import encode_image
@@ -62,7 +62,7 @@ def strip(pipeline: Pipeline, examples: Sequence[dict[str, Any]]) -> Image.Image
     images = [image for example in examples for image in _generate(pipeline, example)]
     sizes = [(round(image.width * HEIGHT / image.height), HEIGHT) for image in images]
     resized = zip(images, sizes, strict=True)
-    return sheet([[image.resize(size, Image.Resampling.LANCZOS) for image, size in resized]])
+    return grid([image.resize(size, Image.Resampling.LANCZOS) for image, size in resized], len(images))
 
 
 def _generate(pipeline: Pipeline, example: dict[str, Any]) -> list[Image.Image]:
@@ -88,9 +88,9 @@ def main() -> None:
     pipeline = load_pipeline(get_model("miniature"), SETTINGS)
     pictures = few_steps(pipeline, 4)(PROMPTS, range(len(PROMPTS)))
     base = load_base("miniature", SETTINGS, pipeline.device)
-    ways = [ddim(base, TEACHER_GUIDANCE, "leading").in_steps(BASE_STEPS)]
-    ways += [few_steps(pipeline, steps) for steps in STEPS]
-    rows = [image for generate in ways for image in generate(PROMPTS[:COLUMNS], range(COLUMNS))]
+    first = PROMPTS[:COLUMNS], range(COLUMNS)
+    rows = ddim(base, TEACHER_GUIDANCE, "leading").generate(*first, steps=BASE_STEPS)
+    rows += [image for steps in STEPS for image in few_steps(pipeline, steps)(*first)]
     for name, images in (("pictures", pictures), ("images", repaintings(pipeline)), ("steps", rows)):
         grid(images, COLUMNS).save(folder / f"{name}.webp", quality=92)
     (folder / "inputs").mkdir(parents=True, exist_ok=True)

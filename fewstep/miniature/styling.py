@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
-from fewstep.evaluation.figures import sheet
+from fewstep.evaluation.figures import grid
 from fewstep.evaluation.generate import few_steps
 from fewstep.evaluation.tables import ROOT, markdown
 from fewstep.generation.pipeline import Pipeline, load_pipeline
@@ -30,31 +31,6 @@ GRID_STEPS = (1, 2, 4, 8)
 GRID_PROMPT, GRID_SEED = "a red house in a meadow with mountains at sunset, in the middle", 3
 CAPTIONS = 200
 
-_CARD = """\
-# Three styles for the miniature
-
-Ordinary LoRAs of rank 8 on the base, trained by `scripts/build-miniature --from styles` on drawings that
-`fewstep/miniature/world/restyling.py` restyles, with no knowledge of few steps. Licence: Apache-2.0.
-
-    scripts/predict -i prompt="a red house in the snow at night" -i style=spotlight -i style_scale=1
-
-Painted in four steps on top of the LCM-LoRA, {captions} captions of combinations that the base never saw.
-*Style*: 0 as in plain drawings, 1 as in restyled ones, both after the VAE (a linear discriminant, in
-restyling.py). *Right*: percent of pictures in which the judge reads right all that the style leaves alone:
-{leaves}.
-
-{table}
-"""
-
-
-@dataclass(frozen=True)
-class StyleScore:
-    """One cell pair of the table."""
-
-    scale: float
-    style: float  # 0: as plain drawings; 1: as restyled ones
-    all_right: float  # percent, of the attributes that the style leaves alone
-
 
 def load_style(pipeline: Pipeline, path: Path) -> Lora:
     """Load the style in `path`, as a request carries it."""
@@ -69,8 +45,9 @@ def score_style(
     scenes: Sequence[Scene],
     scales: Sequence[float] = SCALES,
     drawings: int = 400,
-) -> list[StyleScore]:
-    """Measure how a style and what it leaves alone come out, scale by scale."""
+) -> list[tuple[float, float]]:
+    """Return how much of a style images have, from 0 as plain drawings to 1 as restyled ones, and in how many
+    percent of them all that it leaves alone is right; for each of `scales`."""
     # Fitted to drawings that went through the VAE, as all that is generated does.
     drawn, vae = unseen_scenes(drawings, seed=9), pipeline.diffusion.vae
     plain, styled = draw_many(drawn, 5, 128, 128), draw_restyled(name, drawn, 5, 128, 128)
@@ -78,43 +55,36 @@ def score_style(
     kept = [list(ATTRIBUTES).index(attribute) for attribute in STYLES[name].leaves]
     prompts, scores = complete_captions(scenes), []
     for scale in scales:
-        generate = few_steps(
-            pipeline, 4, f"{name} at {scale:g}", loras=[style], style=name, style_scale=scale
-        )
+        title = f"{name} at {scale:g}"
+        generate = few_steps(pipeline, 4, title, loras=[style], style=name, style_scale=scale)
         images = generate(prompts, range(len(prompts)))
         right = judge.score(images, scenes)[:, kept].all(1)
-        scores.append(StyleScore(scale, float(meter(images).mean()), 100 * float(right.mean())))
+        scores.append((float(meter(images).mean()), 100 * float(right.mean())))
     return scores
 
 
 def main() -> None:
     """Score all styles in styles/miniature and write their card and their grid."""
-    settings = Settings()
-    pipeline = load_pipeline(get_model("miniature"), Settings(max_batch=25, dtype="fp32"))
+    settings = Settings(max_batch=25, dtype="fp32")
+    pipeline = load_pipeline(get_model("miniature"), settings)
     judge = load_judge(settings.weights_root / "miniature")
     folder = settings.styles_root / "miniature"
     styles = {name: load_style(pipeline, folder / f"{name}.safetensors") for name in STYLES}
     scenes = unseen_scenes(CAPTIONS)
-    scores = {name: score_style(name, style, pipeline, judge, scenes) for name, style in styles.items()}
+    scores = [score_style(name, style, pipeline, judge, scenes) for name, style in styles.items()]
     rows = [
-        [f"{row[0].scale:g}", *(f"{score.style:.2f} | {score.all_right:.1f}" for score in row)]
-        for row in zip(*scores.values(), strict=True)
+        [f"{scale:g}", *(f"{style:.2f} | {right:.1f}" for style, right in row)]
+        for scale, *row in zip(SCALES, *scores, strict=True)
     ]
-    head = ["style_scale", *(cell for name in scores for cell in (f"{name}: style", "right"))]
+    head = ["style_scale", *(cell for name in styles for cell in (f"{name}: style", "right"))]
     leaves = ";\n".join(f"{name}: {', '.join(style.leaves)}" for name, style in STYLES.items())
-    card = _CARD.format(captions=CAPTIONS, leaves=leaves, table=markdown(head, rows))
+    card = Path(__file__).with_name("styling.md").read_text(encoding="utf-8")
+    card = card.format(captions=CAPTIONS, leaves=leaves, table=markdown(head, rows))
     (folder / "README.md").write_text(card)
-    columns = [(style, steps) for style in styles.values() for steps in GRID_STEPS]
-    images = [
-        [
-            few_steps(pipeline, steps, loras=[style], style="x", style_scale=scale)(
-                [GRID_PROMPT], [GRID_SEED]
-            )[0]
-            for style, steps in columns
-        ]
-        for scale in SCALES
-    ]
-    sheet(images).save(ROOT / "docs" / "styles.webp", quality=92)
+    images, generate = [], partial(pipeline.images, [GRID_PROMPT], [GRID_SEED], style="x")
+    for scale, style, steps in product(SCALES, styles.values(), GRID_STEPS):
+        images += generate(loras=[style], style_scale=scale, steps=steps)
+    grid(images, len(styles) * len(GRID_STEPS)).save(ROOT / "docs" / "styles.webp", quality=92)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,12 @@ def train_vae(images: Pixels, steps: int, checkpoints: Path, device: torch.devic
     ).to(device, memory_format=torch.channels_last)
 
     def loss(step: int, share: Shard) -> Tensor:
-        x = _crops(images, step_generator(2, step), device)
+        generator = step_generator(2, step)
+        index = torch.randint(len(images), (BATCH,), generator=generator)
+        corners = torch.randint(images.shape[1] - CROP_PX + 1, (BATCH, 2), generator=generator)
+        places = zip(index.tolist(), corners.tolist(), strict=True)
+        crops = np.stack([images[i, y : y + CROP_PX, x : x + CROP_PX] for i, (y, x) in places])
+        x = to_tensor(crops).to(device, memory_format=torch.channels_last)
         with autocast(device):
             posterior = vae.encode(x).latent_dist
             generated = vae.decode(posterior.sample()).sample
@@ -58,15 +63,6 @@ def train_vae(images: Pixels, steps: int, checkpoints: Path, device: torch.devic
     vae.eval().requires_grad_(False)
     vae.register_to_config(scaling_factor=float(1.0 / encode(vae, images[:1024]).std()))
     return vae
-
-
-def _crops(images: Pixels, generator: torch.Generator, device: torch.device) -> Tensor:
-    """(BATCH, 3, CROP_PX, CROP_PX) in [-1, 1]."""
-    index = torch.randint(len(images), (BATCH,), generator=generator)
-    corners = torch.randint(images.shape[1] - CROP_PX + 1, (BATCH, 2), generator=generator)
-    places = zip(index.tolist(), corners.tolist(), strict=True)
-    crops = np.stack([images[i, y : y + CROP_PX, x : x + CROP_PX] for i, (y, x) in places])
-    return to_tensor(crops).to(device, memory_format=torch.channels_last)
 
 
 @torch.inference_mode()

@@ -1,8 +1,6 @@
 """Samplers side by side on the miniature, and the meters for models that cannot be judged."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +18,9 @@ from transformers import (
     ViTModel,
 )
 
+from fewstep.cli.evaluate import main
 from fewstep.evaluation.compare import samplers, table
-from fewstep.evaluation.metrics import ClipMeter, FeatureMeter
+from fewstep.evaluation.metrics import clip_score, feature_distance
 from fewstep.generation.pipeline import load_pipeline
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene
@@ -30,7 +29,6 @@ from fewstep.settings import Settings
 from fewstep.training.distill import FullStudent, make_full_student
 from fewstep.training.networks import load_base
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(verify="size", dtype="fp32")
 MINIATURE = SETTINGS.weights_root / "miniature"
 NAMES = ["DDIM", "DPM-Solver++", "DDIM, trailing", "DPM-Solver++, trailing", "LCM", "LCM-LoRA"]
@@ -53,43 +51,27 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 @pytest.mark.numeric
-def test_the_lcm_lora_generates_as_in_the_container(lcm):
-    *_, last = samplers(load, 2.0, MINIATURE / "lcm_lora.safetensors", lcm)
-    assert last.name == "LCM-LoRA"
-    [theirs] = last.generate(["a red house in the snow"], 4)
-    pipeline = load_pipeline(get_model("miniature"), SETTINGS)
-    [ours] = pipeline.images(["a red house in the snow"], [1000])
-    assert np.abs(pixels(theirs) - pixels(ours)).mean() < 1  # bf16
-
-
-@pytest.mark.numeric
-def test_every_sampler_is_another_and_the_first_two_agree_in_many_steps(lcm):
-    every = samplers(load, 2.0, MINIATURE / "lcm_lora.safetensors", lcm)
+def test_every_sampler_is_another_solvers_agree_in_many_steps_and_the_last_is_the_containers(lcm):
     prompt = ["a red house in a meadow with mountains at sunset"]
     few, many = {}, {}
-    for sampler in every:
-        few[sampler.name] = pixels(sampler.generate(prompt, 2)[0])
+    for sampler in samplers(load, 2.0, MINIATURE / "lcm_lora.safetensors", lcm):
+        few[sampler.name] = pixels(sampler.generate(prompt, steps=2)[0])
         if sampler.name in ("DDIM", "DPM-Solver++"):
-            many[sampler.name] = pixels(sampler.generate(prompt, 50)[0])
+            many[sampler.name] = pixels(sampler.generate(prompt, steps=50)[0])
     assert list(few) == NAMES
     assert all(np.abs(a - b).mean() > 0.5 for i, a in enumerate(few.values()) for b in list(few.values())[:i])
     assert np.abs(many["DDIM"] - many["DPM-Solver++"]).mean() < 5
+    [theirs] = sampler.generate(prompt, steps=4)
+    [ours] = load_pipeline(get_model("miniature"), SETTINGS).images(prompt, [1000])
+    assert np.abs(pixels(theirs) - pixels(ours)).mean() < 1  # bf16
 
 
 @pytest.mark.slow
-def test_the_command_writes_table_plot_and_grid(lcm, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "fewstep.cli.evaluate", "--out", tmp_path, "--lcm", lcm]
-        + ["--captions", "6", "--steps", "1", "4", "--teacher-steps", "20"],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "FEWSTEP_VERIFY": "size"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    with (tmp_path / "scores.csv").open() as file:
-        rows = list(csv.DictReader(file))
+def test_the_command_writes_table_plot_and_grid(lcm, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_VERIFY", "size")
+    sizes = ["--captions", "6", "--steps", "1", "4", "--teacher-steps", "20"]
+    assert main(["--out", str(tmp_path), "--lcm", str(lcm), *sizes]) == 0
+    rows = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
     asked = [(name, steps) for name in NAMES for steps in ("1", "4")]
     asked.insert(2, ("DDIM", "20"))  # the teacher
     assert [(row["sampler"], row["steps"]) for row in rows] == asked
@@ -115,8 +97,6 @@ def test_the_command_writes_table_plot_and_grid(lcm, tmp_path):
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(arguments, message, capsys, tmp_path):
-    from fewstep.cli.evaluate import main
-
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), *arguments])
     assert message in capsys.readouterr().err
@@ -137,19 +117,18 @@ def test_features_tell_like_sets_from_unlike_ones(tmp_path):
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ViTModel(ViTConfig(image_size=32, patch_size=8, **small)).save_pretrained(tmp_path / "vit")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
-    real = []
-    for i, drawing in enumerate(drawings(40)):
-        real.append(tmp_path / f"{i}.png")
-        drawing.save(real[-1])
-    meter = FeatureMeter(tmp_path / "vit", real)
+    real = [tmp_path / f"{i}.png" for i in range(40)]
+    for path, drawing in zip(real, drawings(40), strict=True):
+        drawing.save(path)
+    measure = feature_distance(tmp_path / "vit", real)
     sets = drawings(40), drawings(80)[40:], drawings(40, "blue")
-    same, like, other = (meter.measure(images)["feature_distance"] for images in sets)
+    same, like, other = (measure(images)["feature_distance"] for images in sets)
     assert abs(same) < 1e-4 and same < like < other
 
 
 @pytest.mark.numeric
 def test_the_clip_score_is_a_hundred_cosines(tmp_path):
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # with which not all cosines are below 0
     tokenizer = CLIPTokenizer.from_pretrained(MINIATURE / "tokenizer")
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     text = small | {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
@@ -161,10 +140,10 @@ def test_the_clip_score_is_a_hundred_cosines(tmp_path):
     processor = CLIPProcessor(image_processor=crop, tokenizer=tokenizer)
     processor.save_pretrained(tmp_path)
     prompts, pictures = [f"a {i} house" for i in range(30)], drawings(30)
-    score = ClipMeter(tmp_path, prompts).measure(pictures)["clip_score"]
+    score = clip_score(tmp_path, prompts)(pictures)["clip_score"]
     expected = []
     with torch.inference_mode():
         for prompt, picture in zip(prompts, pictures, strict=True):
             one = model(**processor(text=[prompt], images=[picture], return_tensors="pt", padding=True))
             expected.append(max(0.0, float(torch.cosine_similarity(one.text_embeds, one.image_embeds))))
-    assert score == pytest.approx(100 * float(np.mean(expected)), abs=0.01)
+    assert score == pytest.approx(100 * float(np.mean(expected)), abs=0.01) and score > 1

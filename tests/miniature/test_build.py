@@ -32,8 +32,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_all_stages_make_a_folder_that_generates(tmp_path):
     weights, cpu = tmp_path / "weights" / "miniature", torch.device("cpu")
     build = Build(weights, tmp_path / "work", TINY, cpu)
@@ -45,12 +43,13 @@ def test_all_stages_make_a_folder_that_generates(tmp_path):
     pipeline = load_pipeline(spec, Settings(weights_root=weights.parent))
     assert len(pipeline.images(["a red house"], [1])) == 1
 
-    build.train_styles(tmp_path / "styles" / "miniature")
-    for path in sorted((tmp_path / "styles" / "miniature").iterdir()):
+    build.train_styles(tmp_path / "styles")
+    paths = list((tmp_path / "styles").iterdir())
+    assert {path.stem for path in paths} == set(STYLES) and len(paths) == len(STYLES)
+    for path in paths:
         style = pipeline.adapters.read(path, path.stem)
-        assert style.modules and path.stem in STYLES and path.stat().st_size < 1_000_000
+        assert style.modules and path.stat().st_size < 1_000_000
         assert len(pipeline.images(["a red house"], [1], loras=[style], style=path.stem)) == 1
-    assert len(list((tmp_path / "styles" / "miniature").iterdir())) == len(STYLES)
 
     build.train_tiny_vae()
     write_card(weights, asdict(TINY), STUDENT, [])

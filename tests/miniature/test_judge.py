@@ -6,12 +6,9 @@ import torch
 from PIL import Image, ImageFilter
 
 from fewstep.evaluation.metrics import frechet_distance
-from fewstep.miniature.judge import INPUT_PX, Judge, augment, judge_input, load_judge
+from fewstep.miniature.judge import INPUT_PX, Judge, augment, judge_input
 from fewstep.miniature.world.dataset import draw_many
 from fewstep.miniature.world.scenes import ATTRIBUTES, all_scenes, unseen_scenes
-from fewstep.settings import Settings
-
-WEIGHTS = Settings().weights_root / "miniature"
 
 
 def test_it_answers_for_every_attribute():
@@ -27,8 +24,7 @@ def test_augmentation_is_seeded_and_keeps_range_and_shape():
     assert not torch.equal(one, x)
 
 
-def test_the_committed_judge_reads_fresh_drawings_even_blurred():
-    judge = load_judge(WEIGHTS)
+def test_the_committed_judge_reads_fresh_drawings_even_blurred(judge):
     scenes = unseen_scenes(200, seed=3)
     drawn = draw_many(scenes, 7 * 10**8, 128, 128)
     blurred = [Image.fromarray(image).filter(ImageFilter.GaussianBlur(1)) for image in drawn]
@@ -36,8 +32,7 @@ def test_the_committed_judge_reads_fresh_drawings_even_blurred():
     assert judge.score(blurred, scenes).all(1).mean() >= 0.95
 
 
-def test_it_is_not_fooled_by_the_wrong_scene():
-    judge = load_judge(WEIGHTS)
+def test_it_is_not_fooled_by_the_wrong_scene(judge):
     scenes = unseen_scenes(60, seed=4)
     drawn = draw_many(scenes, 0, 128, 128)
     right = judge.score(drawn, scenes[1:] + scenes[:1])
@@ -58,8 +53,8 @@ def test_frechet_distance_of_gaussians_that_are_known():
     assert frechet_distance(x, turned) == pytest.approx(frechet_distance(turned, x))
 
 
-def test_what_is_damaged_is_further_from_drawings():
-    judge, scenes = load_judge(WEIGHTS), unseen_scenes(300, seed=5)
+def test_what_is_damaged_is_further_from_drawings(judge):
+    scenes = unseen_scenes(300, seed=5)
     drawn, others = (draw_many(scenes, seed, 128, 128) for seed in (0, 10**6))
     damaged = [[Image.fromarray(p).filter(ImageFilter.GaussianBlur(r)) for p in others] for r in (1, 2, 3)]
     far = [frechet_distance(judge.describe(images), judge.describe(drawn)) for images in (others, *damaged)]

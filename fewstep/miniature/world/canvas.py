@@ -4,9 +4,8 @@ share."""
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,7 +13,6 @@ from PIL import Image, ImageDraw
 from fewstep.miniature.world.scenes import Scene
 
 Colour = tuple[int, int, int]
-Drawer = TypeVar("Drawer", bound=Callable[..., None])
 
 SUPERSAMPLING = 2
 HORIZON = 0.60  # of the height, before jitter
@@ -25,11 +23,6 @@ PALETTE = tomllib.loads(Path(__file__).with_name("palette.toml").read_text(encod
 def mix(a: Sequence[float], b: Sequence[float], t: float) -> Colour:
     """Return a mixture, from colour a (t = 0) to colour b (t = 1)."""
     return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
-
-
-def by_name(*drawers: Drawer) -> dict[str, Drawer]:
-    """Return functions draw_NAME by NAME, a value of an attribute."""
-    return {drawer.__name__.removeprefix("draw_"): drawer for drawer in drawers}
 
 
 class Canvas:
@@ -57,10 +50,8 @@ class Canvas:
         """Return a vertical gradient through `colours`, as wide as the canvas."""
         rows = max(1, round(bottom) - round(top))
         stops = np.linspace(0, rows - 1, len(colours))
-        strip = np.stack(
-            [np.interp(np.arange(rows), stops, channel) for channel in zip(*colours, strict=True)], 1
-        )
-        column = Image.fromarray(strip.astype(np.uint8)[:, None, :])
+        strip = [np.interp(np.arange(rows), stops, channel) for channel in zip(*colours, strict=True)]
+        column = Image.fromarray(np.stack(strip, 1).astype(np.uint8)[:, None, :])
         return column.resize((self.w, rows), Image.Resampling.NEAREST)
 
     def glow(self, x: float, y: float, radius: float, colour: Colour, strength: int = 14) -> None:
@@ -73,10 +64,8 @@ class Canvas:
     def scatter(self, count: int) -> list[tuple[float, float, float]]:
         """Return (x, y, depth) of `count` things on the ground, far to near; depth is 0 at the horizon and 1
         at our feet."""
-        depths = np.sort(self.rng.random(count) ** 0.8)
-        return [
-            (self.uniform(0, self.w), self.horizon + d * (self.h - self.horizon), float(d)) for d in depths
-        ]
+        depths, ground = np.sort(self.rng.random(count) ** 0.8), self.h - self.horizon
+        return [(self.uniform(0, self.w), self.horizon + d * ground, float(d)) for d in depths]
 
     def veil(self, top: float, bottom: float, alpha_top: int, alpha_bottom: int) -> None:
         rows = max(1, round(bottom) - round(top))

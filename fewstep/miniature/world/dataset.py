@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fewstep.miniature.world.drawing import draw
@@ -19,7 +21,8 @@ from fewstep.training.data import write_captioned
 
 logger = logging.getLogger(__name__)
 
-Pixels = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[np.uint8]  # (N, H, W, 3)
+Images: TypeAlias = Sequence[Image.Image] | Pixels
 
 
 def draw_many(scenes: list[Scene], seed: int, width: int, height: int) -> Pixels:
@@ -49,11 +52,10 @@ def cached_images(path: Path, scenes: list[Scene], seed: int, width: int, height
         part = path.with_suffix(".part.npy")
         out = np.lib.format.open_memmap(part, "w+", np.uint8, (len(scenes), height, width, 3))
         starts = range(0, len(scenes), 256)
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
+        with ProcessPoolExecutor() as pool:
             jobs = [pool.submit(draw_many, scenes[s : s + 256], seed + s, width, height) for s in starts]
             for start, job in zip(starts, jobs, strict=True):
-                pixels = job.result()
-                out[start : start + len(pixels)] = pixels
+                out[start : start + 256] = job.result()
         out.flush()
         part.replace(path)
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]

@@ -1,5 +1,5 @@
 """What surrounds the object: the sky and the weather before it, the backdrop on the horizon, the ground up to
-our feet."""
+our feet; for each value of these attributes the function draw_VALUE."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import numpy as np
 from PIL import Image, ImageFilter
 
-from fewstep.miniature.world.canvas import Canvas, Colour, by_name, mix
+from fewstep.miniature.world.canvas import Canvas, Colour, mix
 
 
 def clouds(c: Canvas, colour: Colour, alpha: int, count: int, low: float = 0.06, high: float = 0.32) -> None:
@@ -17,9 +17,8 @@ def clouds(c: Canvas, colour: Colour, alpha: int, count: int, low: float = 0.06,
         size = c.unit * c.uniform(0.035, 0.06)
         for dx, dy, scale in ((-1.5, 0.25, 0.8), (-0.5, -0.2, 1.15), (0.7, -0.05, 1.0), (1.7, 0.3, 0.7)):
             c.disc(x + dx * size, y + dy * size, size * scale, (*colour, alpha))
-        c.pen.rectangle(
-            (x - 1.9 * size, y + 0.3 * size, x + 2.1 * size, y + 1.0 * size), fill=(*colour, alpha)
-        )
+        base = (x - 1.9 * size, y + 0.3 * size, x + 2.1 * size, y + 1.0 * size)
+        c.pen.rectangle(base, fill=(*colour, alpha))
 
 
 def stars(c: Canvas, count: int) -> None:
@@ -149,9 +148,8 @@ def draw_volcano(c: Canvas) -> None:
         c.disc(x + drift, y - c.unit * 0.045 * step, c.unit * (0.04 + 0.011 * step), (112, 104, 108, 190))
     cone = [(x - wide, c.horizon), (x - rim, y), (x + rim, y), (x + wide, c.horizon)]
     c.pen.polygon(cone, fill=c.lit((112, 78, 70)))
-    c.pen.polygon(
-        [(x, y), (x + rim, y), (x + wide, c.horizon), (x + 0.12 * wide, c.horizon)], fill=c.lit((80, 54, 54))
-    )
+    shade = [(x, y), (x + rim, y), (x + wide, c.horizon), (x + 0.12 * wide, c.horizon)]
+    c.pen.polygon(shade, fill=c.lit((80, 54, 54)))
     c.pen.ellipse((x - rim, y - rim * 0.4, x + rim, y + rim * 0.4), fill=(255, 150, 40))
     for side in (-0.7, 0.05, 0.8):
         foot = tall * c.uniform(0.4, 0.75)
@@ -165,9 +163,8 @@ def draw_pyramids(c: Canvas) -> None:
         x, tall = c.w * place, c.unit * size * c.uniform(0.9, 1.1)
         wide, y = tall * 0.95, c.horizon - tall
         c.pen.polygon([(x - wide, c.horizon), (x, y), (x + wide, c.horizon)], fill=c.lit((232, 190, 112)))
-        c.pen.polygon(
-            [(x, y), (x + wide, c.horizon), (x + 0.2 * wide, c.horizon)], fill=c.lit((176, 130, 72))
-        )
+        shade = [(x, y), (x + wide, c.horizon), (x + 0.2 * wide, c.horizon)]
+        c.pen.polygon(shade, fill=c.lit((176, 130, 72)))
 
 
 def draw_meadow(c: Canvas) -> None:
@@ -212,15 +209,6 @@ def draw_lake(c: Canvas) -> None:
 def draw_lavender(c: Canvas) -> None:
     vanishing = c.w * c.uniform(0.3, 0.7)
     for i in range(-8, 9):
-        foot = vanishing + i * c.unit * 0.26
-        row = [
-            (vanishing + i * c.unit * 0.06, c.horizon),
-            (foot - 0.07 * c.unit, c.h),
-            (foot + 0.05 * c.unit, c.h),
-        ]
+        top, foot = vanishing + i * c.unit * 0.06, vanishing + i * c.unit * 0.26
+        row = [(top, c.horizon), (foot - 0.07 * c.unit, c.h), (foot + 0.05 * c.unit, c.h)]
         c.pen.polygon(row, fill=c.lit((92, 124, 84)))
-
-
-SKY_DRAWERS = by_name(draw_day, draw_sunset, draw_night, draw_rain, draw_fog, draw_aurora)
-BACKDROP_DRAWERS = by_name(draw_mountains, draw_forest, draw_city, draw_hills, draw_volcano, draw_pyramids)
-GROUND_DRAWERS = by_name(draw_meadow, draw_desert, draw_snow, draw_lake, draw_lavender)

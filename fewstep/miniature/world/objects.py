@@ -1,11 +1,11 @@
-"""The things that stand in a scene, each drawn with one brush whose paint is the scene's colour."""
+"""The things that stand in a scene: draw_NAME for each, with one brush whose paint is the scene's colour."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fewstep.miniature.world.canvas import Canvas, Colour, by_name, mix
+from fewstep.miniature.world.canvas import Canvas, Colour, mix
 
 Point = tuple[float, float]
 
@@ -173,9 +173,3 @@ def draw_windmill(b: Brush) -> None:
         b.polygon(sail, b.lit((246, 238, 220)))
         b.line([(0.0, 0.66), tip], b.lit(DARK), 0.025)
     b.ellipse(-0.04, 0.62, 0.04, 0.7, b.lit(DARK))
-
-
-OBJECT_DRAWERS = by_name(
-    draw_house, draw_tree, draw_car, draw_castle, draw_balloon, draw_mushroom, draw_sailboat, draw_rocket,
-    draw_windmill,
-)  # fmt: skip

@@ -5,17 +5,16 @@ What a style leaves alone is still read by the judge, which has never seen it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from fewstep.miniature.world.dataset import Pixels, draw_many
+from fewstep.miniature.world.dataset import Images, Pixels
+from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import ATTRIBUTES, Scene
-
-Restyle = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 SUPERSAMPLING = 3
 CELLS = 3  # of the image, each way, for the meter
@@ -56,7 +55,7 @@ def golden_hour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 class Style:
     """How a drawing is restyled, and the attributes that the judge still reads in at least 98 % of them."""
 
-    restyle: Restyle
+    restyle: Callable[[Image.Image, np.random.Generator], Image.Image]
     leaves: tuple[str, ...]
 
 
@@ -70,12 +69,9 @@ STYLES = {
 def draw_restyled(name: str, scenes: list[Scene], seed: int, width: int, height: int) -> Pixels:
     """Return drawings of `scenes` in a style, uint8 (N, height, width, 3); image i comes from seed `seed +
     i`."""
-    drawn = draw_many(scenes, seed, width, height)
+    seeded = [(draw(scene, seed + i, width, height), (seed + i, 1)) for i, scene in enumerate(scenes)]
     restyle = STYLES[name].restyle
-    rngs = (np.random.default_rng([seed + i, 1]) for i in range(len(drawn)))
-    return np.stack(
-        [np.asarray(restyle(Image.fromarray(row), rng)) for row, rng in zip(drawn, rngs, strict=True)]
-    )
+    return np.stack([np.asarray(restyle(image, np.random.default_rng(own))) for image, own in seeded])
 
 
 class StyleMeter:
@@ -93,13 +89,13 @@ class StyleMeter:
         self.direction = np.linalg.solve(within, high.mean(0) - low.mean(0))
         self.zero, self.one = float((low @ self.direction).mean()), float((high @ self.direction).mean())
 
-    def __call__(self, images: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.float64]:
+    def __call__(self, images: Images) -> npt.NDArray[np.float64]:
         """Return one number for each image."""
         along: npt.NDArray[np.float64] = describe_cells(images) @ self.direction
         return (along - self.zero) / (self.one - self.zero)
 
 
-def describe_cells(images: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.float64]:
+def describe_cells(images: Images) -> npt.NDArray[np.float64]:
     """Return (N, 81): of each channel in each cell the mean, the spread, and how far it is from its blurred
     self."""
     rows = []
@@ -107,11 +103,9 @@ def describe_cells(images: Pixels | Sequence[Image.Image]) -> npt.NDArray[np.flo
         image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
         sharp = np.asarray(image, dtype=np.float64) / 255
         detail = np.abs(sharp - np.asarray(image.filter(ImageFilter.GaussianBlur(2)), dtype=np.float64) / 255)
-        row: list[npt.NDArray[np.float64]] = []
         for cell, within in zip(_cells(sharp), _cells(detail), strict=True):
-            row += [cell.mean((0, 1)), cell.std((0, 1)), within.mean((0, 1))]
-        rows.append(np.concatenate(row))
-    return np.stack(rows)
+            rows += [cell.mean((0, 1)), cell.std((0, 1)), within.mean((0, 1))]
+    return np.concatenate(rows).reshape(len(images), -1)
 
 
 def _cells(image: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
