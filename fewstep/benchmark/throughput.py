@@ -21,7 +21,7 @@ from PIL import Image
 from fewstep.benchmark.measure import in_turns, only, serving, spread
 from fewstep.benchmark.systems import PROMPT, SYSTEMS, Scenario, prompts_and_seeds
 from fewstep.coglet.server import ROOT, Server
-from fewstep.evaluation.figures import Panel, plot_lines
+from fewstep.evaluation.figures import Panel, lines_of, plot_lines
 
 PLAIN = Path(__file__).parent / "plain"
 SLOTS = 8  # as many requests as the server takes at a time, and images in a batch
@@ -219,10 +219,7 @@ def rows_of(
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw images a second against the number of callers, beside what a batch takes without a server."""
-    loads: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row.get("requests"):
-            loads.setdefault(row["system"], []).append((row["clients"], row["images_per_s"]))
+    loads = lines_of([row for row in rows if row.get("requests")], "system", "clients", "images_per_s")
     levels = {
         name: row["images_per_s"] for name in loads for row in rows if row["system"] == f"{name}-generate"
     }

@@ -52,7 +52,6 @@ class Panel:
     y_range: tuple[float | None, float | None] = (None, None)
     levels: Mapping[str, float] = field(default_factory=dict)  # dashed, in the colour of the line so named
     levels_are: str = ""
-    dashed: str = ""  # the line that is a bound, not a measurement
 
 
 def plot_lines(
@@ -71,8 +70,7 @@ def plot_lines(
     axes = figure.subplots(*shape, sharey="row" if share_y else False, squeeze=False)
     for panel, axis in zip(chain.from_iterable(rows), axes.flat, strict=True):
         for name, points in panel.lines.items():
-            style = "k--" if name == panel.dashed else "o-"
-            [line] = axis.plot(*zip(*points, strict=True), style, markersize=4, label=name)
+            [line] = axis.plot(*zip(*points, strict=True), "o-", markersize=4, label=name)
             if name in panel.levels:
                 label = f"{name} {panel.levels_are}"
                 axis.axhline(panel.levels[name], color=line.get_color(), linestyle="--", label=label)
