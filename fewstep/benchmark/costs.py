@@ -17,7 +17,8 @@ from PIL import Image
 from fewstep.benchmark.measure import in_turns, only, serving, spread
 from fewstep.benchmark.systems import PROMPT, fewstep
 from fewstep.benchmark.worker import generate_captions
-from fewstep.coglet.server import ROOT, ServerFailed
+from fewstep.coglet.server import ROOT
+from fewstep.errors import ServerFailed
 from fewstep.evaluation.figures import grid
 
 SIDE = 1024

@@ -3,7 +3,7 @@
 import pytest
 
 from fewstep.benchmark import costs
-from fewstep.coglet.server import ServerFailed
+from fewstep.errors import ServerFailed
 from fewstep.images.codec import MIME_TYPES, encode_image
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene

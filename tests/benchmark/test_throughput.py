@@ -13,7 +13,7 @@ from fewstep.benchmark.throughput import (
     rows_of,
     served,
 )
-from fewstep.coglet.server import ServerFailed
+from fewstep.errors import ServerFailed
 from fewstep.settings import Settings
 
 pytestmark = pytest.mark.slow
