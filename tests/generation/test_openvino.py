@@ -24,7 +24,7 @@ from fewstep.models.specs import get_model
 from fewstep.request import Inputs
 from fewstep.settings import Settings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")]
 
 MINIATURE = get_model("miniature")
 PROMPT = "a red house in a meadow with mountains at sunset, in the middle"
