@@ -19,11 +19,11 @@ from fewstep.images.codec import open_image, open_mask
 from fewstep.images.outputs import Outputs
 from fewstep.lora.resolve import LoraResolver
 from fewstep.models.specs import get_model
-from fewstep.request import Inputs, Request
+from fewstep.request import Inputs
 from fewstep.settings import Settings
 
 if TYPE_CHECKING:
-    from fewstep.generation.pipeline import GenerationResult, Pipeline
+    from fewstep.generation.pipeline import Pipeline
 
 logger = logging.getLogger("fewstep.predict")
 
@@ -40,7 +40,7 @@ class Predictor(BasePredictor):
             self.outputs, self.recipes = Outputs(settings.output_root, settings.coglet_root), settings.recipes
             self.outputs.prepare()
             atexit.register(self.outputs.remove_all)
-            self.batcher: Batcher[Request, GenerationResult] = Batcher(deadline_s=settings.deadline_s)
+            self.batcher = Batcher(deadline_s=settings.deadline_s)
 
             def load() -> "Pipeline":
                 from fewstep.generation.pipeline import load_pipeline  # imports torch, which takes seconds

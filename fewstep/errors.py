@@ -13,14 +13,17 @@ class FewstepError(Exception):
 
     code: ClassVar[str] = "error"
     status: ClassVar[int] = 500  # of an HTTP response that says so
+    retry_after_s: int  # when to come again, where that is known
 
     def __init_subclass__(cls, code: str, status: int = 500) -> None:
         cls.code, cls.status = code, status
         _KINDS[code] = cls
 
-    def __init__(self, sentence: str) -> None:
+    def __init__(self, sentence: str, retry_after_s: int | None = None) -> None:
         super().__init__(sentence)
         self.sentence = sentence
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return f"[{self.code}] {self.sentence}"
@@ -46,6 +49,16 @@ class LoraError(FewstepError, code="lora", status=422):
 
 class Refused(FewstepError, code="refused", status=422):
     """A command cannot do what its arguments say; the terminal shows the sentence without the code."""
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+class ServerFailed(FewstepError, code="server"):
+    """A server did not come up, or failed; the sentence has the code of its setup() where that gave one."""
+
+    def __str__(self) -> str:
+        return self.sentence
 
 
 class WeightsError(FewstepError, code="weights"):
@@ -83,20 +96,11 @@ class UnsafeImage(FewstepError, code="unsafe", status=422):
 class DeadlineExceeded(FewstepError, code="deadline", status=503):
     """The request was not done within its deadline."""
 
-    retry_after_s: int  # when to come again, where that is known
-
-    def __init__(self, sentence: str, retry_after_s: int | None = None) -> None:
-        super().__init__(sentence)
-        if retry_after_s is not None:
-            self.retry_after_s = retry_after_s
-
 
 class Busy(FewstepError, code="busy", status=503):
-    """The queue before the servers is full, or closed; `retry_after_s` says when to come again."""
+    """The queue before the servers is full, or closed."""
 
-    def __init__(self, sentence: str, retry_after_s: int = 1) -> None:
-        super().__init__(sentence)
-        self.retry_after_s = retry_after_s
+    retry_after_s = 1
 
 
 class TooMany(Busy, code="too_many_requests", status=429):

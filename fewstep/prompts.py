@@ -41,9 +41,6 @@ class Part:
     weight: float = 1.0
 
 
-_GAP = Part(" ")  # in the place of a parenthesis: a word ends there
-
-
 def parse_prompt(name: str, text: str) -> tuple[Part, ...]:
     """`text` as parts, none of them blank; a plain prompt is one part, and a blank one none.
 
@@ -66,8 +63,7 @@ def parse_prompt(name: str, text: str) -> tuple[Part, ...]:
                 f"{name} gives a word the weight {weight:.4g}; "
                 f"weights from {WEIGHT[0]:g} to {WEIGHT[1]:g} are allowed"
             )
-    below = sum(part.weight < 1 for part in parts)
-    if below > MAX_BELOW_1:
+    if (below := sum(part.weight < 1 for part in parts)) > MAX_BELOW_1:
         raise InvalidRequest(
             f"{name} has {below} parts of a weight below 1; at most {MAX_BELOW_1} are allowed"
         )
@@ -90,7 +86,7 @@ def _weighted(text: str) -> list[Part]:
         elif token["close"] and opened and (token["inner"] or token["outer"]):
             start = opened.pop()
             factor = _factor(token["inner"]) * _factor(token["outer"])
-            inside = [_GAP, *pieces[start + 1 :], _GAP]
+            inside = [Part(" "), *pieces[start + 1 :], Part(" ")]  # a word ends where a parenthesis stood
             pieces[start:] = [Part(piece.text, piece.weight * factor) for piece in inside]
         elif token["word"]:
             pieces.append(Part(token["word"], _factor(token["signs"])))

@@ -201,8 +201,7 @@ class Request:
         """The inputs that generate one image of this request again, alone; `revision` is of the weights."""
         inputs = self.inputs
         recipe: Recipe = {KEY: __version__, "model": model, "revision": revision}
-        recipe |= {name: getattr(inputs, name) for name in SAME_NAMES}
-        recipe["seed"] = seed
+        recipe |= {name: getattr(inputs, name) for name in SAME_NAMES} | {"seed": seed}
         recipe["styles"] = [
             {"style": style.source.shown, "style_scale": style.scale, "sha256": lora.sha256}
             for style, lora in zip(inputs.styles, self.loras, strict=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from fewstep.errors import SettingsError
@@ -50,22 +50,15 @@ def _path(text: str) -> Path:
     return Path(text).absolute()
 
 
-def _temporary(name: str) -> Path:
-    return Path(tempfile.gettempdir(), name)
+def _choice(*allowed: str, on: str | None = None) -> Parser:
+    """One of `allowed`; of a switch, whether that is `on`."""
 
-
-def _choice(*allowed: str) -> Parser:
-    def parse(text: str) -> str:
+    def parse(text: str) -> str | bool:
         if text not in allowed:
             raise ValueError(f"holds an unknown value; set it to one of {', '.join(allowed)}")
-        return text
+        return text if on is None else text == on
 
     return parse
-
-
-def _switch(*allowed: str, on: str) -> Parser:
-    choice = _choice(*allowed)
-    return lambda text: choice(text) == on
 
 
 def _whole(most: int, unit: int = 1) -> Parser:
@@ -136,7 +129,7 @@ class Settings:
 
     model: str = _from("FEWSTEP_MODEL", "miniature")
     weights_root: Path = _from("FEWSTEP_WEIGHTS", REPOSITORY / "weights", _path)
-    output_root: Path = _from("FEWSTEP_OUTPUTS", lambda: _temporary("fewstep-outputs"), _path)
+    output_root: Path = _from("FEWSTEP_OUTPUTS", lambda: Path(gettempdir(), "fewstep-outputs"), _path)
     device: str = _from("FEWSTEP_DEVICE", "auto", _choice("auto", "cpu", "cuda"))
     dtype: str = _from("FEWSTEP_DTYPE", "auto", _choice("auto", "fp32", "bf16", "fp16"))
     engine: str = _from("FEWSTEP_ENGINE", "torch", _choice("torch", "compiled", *OPENVINO))
@@ -150,14 +143,14 @@ class Settings:
     coglet_root: Path | None = _from("FEWSTEP_COGLET_ROOT", None, _path)
     safety: str = _from("FEWSTEP_SAFETY", "clip", _choice("clip", "vit", "off"))
     # Whether a request may switch the safety checker off, and whether files carry what made them.
-    allow_unsafe: bool = _from("FEWSTEP_ALLOW_UNSAFE", False, _switch("0", "1", on="1"))
-    recipes: bool = _from("FEWSTEP_RECIPES", True, _switch("on", "off", on="on"))
+    allow_unsafe: bool = _from("FEWSTEP_ALLOW_UNSAFE", False, _choice("0", "1", on="1"))
+    recipes: bool = _from("FEWSTEP_RECIPES", True, _choice("on", "off", on="on"))
     # The operator's own LoRAs, by model; where others are fetched (*.x is any subdomain of x); and the repos
     # of the hub that are read with the operator's token.
     styles_root: Path = _from("FEWSTEP_STYLES", REPOSITORY / "styles", _path)
     style_hosts: tuple[str, ...] = _from("FEWSTEP_STYLE_HOSTS", STYLE_HOSTS, _names)
     style_repos: tuple[str, ...] = _from("FEWSTEP_STYLE_REPOS", (), _names)
-    style_cache: Path = _from("FEWSTEP_STYLE_CACHE", lambda: _temporary("fewstep-styles"), _path)
+    style_cache: Path = _from("FEWSTEP_STYLE_CACHE", lambda: Path(gettempdir(), "fewstep-styles"), _path)
     style_disk_bytes: int = _from("FEWSTEP_STYLE_DISK_GB", 20 * GIGABYTE, _whole(MAX_GIGABYTES, GIGABYTE))
     style_memory_bytes: int = _from("FEWSTEP_STYLE_MEMORY_GB", 4 * GIGABYTE, _whole(MAX_GIGABYTES, GIGABYTE))
     hf_endpoint: str = _from("HF_ENDPOINT", HUB, lambda text: text.rstrip("/"))

@@ -19,14 +19,18 @@ Json = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = ROOT / "fewstep" / "benchmark" / "plain"
+SAMPLE = ROOT / "tests" / "data" / "schema_sample.json"
+OF_EVERY_MODEL = "PredictionRequest PredictionResponse Status HTTPValidationError ValidationError".split()
 
-TYPES: dict[str, Json] = {
-    "str": {"type": "string"},
-    "int": {"type": "integer"},
-    "float": {"type": "number"},
-    "bool": {"type": "boolean"},
-    "Path": {"type": "string", "format": "uri"},
+# Of an input's type: its schema, and the Python types that a literal of it may have.
+TYPES: dict[str, tuple[Json, tuple[type, ...]]] = {
+    "str": ({"type": "string"}, (str,)),
+    "int": ({"type": "integer"}, (int,)),
+    "float": ({"type": "number"}, (int, float)),
+    "bool": ({"type": "boolean"}, (bool,)),
+    "Path": ({"type": "string", "format": "uri"}, ()),
 }
+PATH = TYPES["Path"][0]
 # Input()'s keyword -> the schema's, with the Python types that its literal may have.
 KEYWORDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "description": ("description", (str,)),
@@ -36,13 +40,7 @@ KEYWORDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "max_length": ("maxLength", (int,)),
     "regex": ("pattern", (str,)),
 }
-DEFAULT_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-    "Path": (),
-}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 PLAIN_STRING = re.compile(r"""(r?)(["'])(?!\2)(.*)\2|""\Z|''\Z""")
 PLAIN_NUMBER = re.compile(r"\d+(\.\d+)?([eE][+-]?\d+)?")
 
@@ -61,11 +59,10 @@ def make_schema(path: Path, training: Path | None = None) -> Json:
 
 def golden_files() -> dict[Path, str]:
     """The text of every schema that is shipped, by its path."""
+    ours, plain = ROOT / "fewstep" / "coglet", PLAIN / ".cog"
     schemas = {
-        ROOT / "fewstep" / "coglet" / "openapi_schema.json": make_schema(
-            ROOT / "predict.py", ROOT / "train.py"
-        ),
-        PLAIN / ".cog" / "openapi_schema.json": make_schema(PLAIN / "predict.py"),
+        ours / "openapi_schema.json": make_schema(ROOT / "predict.py", ROOT / "train.py"),
+        plain / "openapi_schema.json": make_schema(PLAIN / "predict.py"),
     }
     return {path: json.dumps(schema, indent=2, sort_keys=True) + "\n" for path, schema in schemas.items()}
 
@@ -84,24 +81,26 @@ class _Reader:
         }
 
     def schema(self) -> Json:
-        predict = self._predict()
+        classes = (node for node in self._tree.body if isinstance(node, ast.ClassDef))
+        predict = self._function("predict", [node for found in classes for node in found.body])
         inputs, enumerations = self._inputs("Input", predict, predict.args.args[1:])
         return _document(inputs, self._output(predict), enumerations)
 
     def training(self) -> Json:
         """What `train:` in cog.yaml adds, which the server holds trainings to."""
-        found = [
-            node for node in self._tree.body if isinstance(node, ast.FunctionDef) and node.name == "train"
-        ]
-        if len(found) != 1:
-            raise ValueError(f"{self._name}: one function must be train(), but {len(found)} are")
-        inputs, enumerations = self._inputs("TrainingInput", found[0], found[0].args.args)
-        output = _object("TrainingOutput", weights={"title": "Weights", **TYPES["Path"]})
+        train = self._function("train", self._tree.body)
+        inputs, enumerations = self._inputs("TrainingInput", train, train.args.args)
+        weights = {"title": "Weights", **PATH}
+        output = {"title": "TrainingOutput", "type": "object", "properties": {"weights": weights}}
         return {"TrainingInput": inputs, "TrainingOutput": output, **enumerations}
 
-    def _inputs(
-        self, title: str, function: ast.FunctionDef | ast.AsyncFunctionDef, parameters: list[ast.arg]
-    ) -> tuple[Json, Json]:
+    def _function(self, name: str, nodes: list[ast.stmt]) -> Function:
+        found = [node for node in nodes if isinstance(node, Function) and node.name == name]
+        if len(found) != 1:
+            raise ValueError(f"{self._name}: one function must be {name}(), but {len(found)} are")
+        return found[0]
+
+    def _inputs(self, title: str, function: Function, parameters: list[ast.arg]) -> tuple[Json, Json]:
         """The inputs of a function, and what they may choose from."""
         arguments, called = function.args, f"{function.name}()"
         if arguments.kwonlyargs or arguments.vararg or arguments.kwarg or arguments.posonlyargs:
@@ -110,38 +109,22 @@ class _Reader:
             raise self._error(function, f"every input of {called} needs '= Input(...)'")
         properties: Json = {}
         enumerations: Json = {}
-        required: list[str] = []
         for order, (parameter, value) in enumerate(zip(parameters, arguments.defaults, strict=True)):
-            name = parameter.arg
-            entry = self._input(parameter, value, enumerations)
-            properties[name] = entry | {"x-order": order}
-            if "default" not in entry:
-                required.append(name)
+            properties[parameter.arg] = self._input(parameter, value, enumerations) | {"x-order": order}
         inputs: Json = {"title": title, "type": "object", "properties": properties}
-        if required:
+        if required := [name for name, entry in properties.items() if "default" not in entry]:
             inputs["required"] = required
         return inputs, enumerations
 
-    def _predict(self) -> ast.FunctionDef | ast.AsyncFunctionDef:
-        found = [
-            node
-            for scope in self._tree.body
-            if isinstance(scope, ast.ClassDef)
-            for node in scope.body
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == "predict"
-        ]
-        if len(found) != 1:
-            raise ValueError(f"{self._name}: one class must define predict(), but {len(found)} do")
-        return found[0]
-
     def _input(self, parameter: ast.arg, value: ast.expr, enumerations: Json) -> Json:
         type_name, optional = self._annotation(parameter)
+        schema, types = TYPES[type_name]
         given = self._keywords(parameter.arg, value)
         choices = given.pop("choices", None)
         default = given.pop("default", ...)
         if default is ... and optional:
             raise self._error(value, f"{parameter.arg} may be None, so it needs default=None")
-        if default is not ... and not _suits(default, DEFAULT_TYPES[type_name], optional):
+        if default is not ... and not _suits(default, types, optional):
             raise self._error(value, f"{parameter.arg}'s default is no {type_name}")
         entry: Json = {KEYWORDS[keyword][0]: literal for keyword, literal in given.items()}
         if default is not ...:
@@ -149,14 +132,11 @@ class _Reader:
         if optional:
             entry["nullable"] = True
         if choices is None:
-            return entry | TYPES[type_name] | {"title": parameter.arg.replace("_", " ").title()}
-        if not choices or not all(_suits(choice, DEFAULT_TYPES[type_name], False) for choice in choices):
+            return entry | schema | {"title": parameter.arg.replace("_", " ").title()}
+        if not choices or not all(_suits(choice, types, False) for choice in choices):
             raise self._error(value, f"{parameter.arg}'s choices are not all of type {type_name}")
-        enumerations[parameter.arg] = {
-            "title": parameter.arg,
-            "description": "An enumeration.",
-            "enum": choices,
-        } | TYPES[type_name]
+        described = {"title": parameter.arg, "description": "An enumeration."}
+        enumerations[parameter.arg] = described | {"enum": choices} | schema
         return entry | {"allOf": [{"$ref": f"#/components/schemas/{parameter.arg}"}]}
 
     def _annotation(self, parameter: ast.arg) -> tuple[str, bool]:
@@ -206,10 +186,10 @@ class _Reader:
         except ValueError:
             raise self._error(keyword.value, f"{keyword.arg} must be a literal: Cog runs no code") from None
 
-    def _output(self, predict: ast.FunctionDef | ast.AsyncFunctionDef) -> Json:
+    def _output(self, predict: Function) -> Json:
         if predict.returns is None or ast.unparse(predict.returns) != "list[Path]":
             raise self._error(predict, "predict() must return list[Path]")
-        return {"title": "Output", "type": "array", "items": TYPES["Path"]}
+        return {"title": "Output", "type": "array", "items": PATH}
 
     def _error(self, node: ast.expr | ast.stmt | ast.arg, sentence: str) -> ValueError:
         return ValueError(f"{self._name}:{node.lineno}: {sentence}")
@@ -229,90 +209,13 @@ def _as_json(literal: Any) -> Any:
     return int(literal) if isinstance(literal, float) and literal.is_integer() else literal
 
 
-def _reference(name: str) -> Json:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _object(title: str, **properties: Json) -> Json:
-    return {"title": title, "type": "object", "properties": properties}
-
-
-def _text(title: str, **more: str) -> Json:
-    return {"title": title, "type": "string", **more}
-
-
-def _schemas(inputs: Json, output: Json) -> Json:
-    """What every Cog model has besides its enumerations."""
-    location = {"anyOf": [{"type": "string"}, {"type": "integer"}]}
-    statuses = ["starting", "processing", "succeeded", "canceled", "failed"]
-    return {
-        "Input": inputs,
-        "Output": output,
-        "PredictionRequest": _object("PredictionRequest", id=_text("Id"), input=_reference("Input")),
-        "PredictionResponse": _object(
-            "PredictionResponse",
-            input=_reference("Input"),
-            output=_reference("Output"),
-            id=_text("Id"),
-            version=_text("Version"),
-            created_at=_text("Created At", format="date-time"),
-            started_at=_text("Started At", format="date-time"),
-            completed_at=_text("Completed At", format="date-time"),
-            status=_text("Status"),
-            error=_text("Error"),
-            logs=_text("Logs"),
-            metrics={"title": "Metrics", "type": "object"},
-        ),
-        "Status": _text("Status", description="An enumeration.") | {"enum": statuses},
-        "HTTPValidationError": _object(
-            "HTTPValidationError",
-            detail={"title": "Detail", "type": "array", "items": _reference("ValidationError")},
-        ),
-        "ValidationError": _object(
-            "ValidationError",
-            loc={"title": "Location", "type": "array", "items": location},
-            msg=_text("Message"),
-            type=_text("Error Type"),
-        )
-        | {"required": ["loc", "msg", "type"]},
-    }
-
-
-def _operation(summary: str, operation: str, answer: Json, **more: Any) -> Json:
-    responses = {"200": _response("Successful Response", answer)}
-    if more:  # whatever takes a body or a parameter can refuse it
-        responses["422"] = _response("Validation Error", _reference("HTTPValidationError"))
-    return {"summary": summary, "operationId": operation, "responses": responses, **more}
-
-
-def _response(description: str, schema: Json) -> Json:
-    return {"description": description, "content": {"application/json": {"schema": schema}}}
-
-
 def _document(inputs: Json, output: Json, enumerations: Json) -> Json:
-    body = {"content": {"application/json": {"schema": _reference("PredictionRequest")}}}
-    identifier = {"name": "prediction_id", "in": "path", "required": True, "schema": _text("Prediction Id")}
-    predict = _operation(
-        "Predict",
-        "predict_predictions_post",
-        _reference("PredictionResponse"),
-        description="Run a single prediction on the model",
-        requestBody=body,
-    )
-    cancel = _operation(
-        "Cancel", "cancel_predictions__prediction_id__cancel_post", {}, parameters=[identifier]
-    )
-    return {
-        "openapi": "3.0.2",
-        "info": {"title": "Cog", "version": "dev"},
-        "paths": {
-            "/": {"get": _operation("Root", "root__get", {})},
-            "/health-check": {"get": _operation("Healthcheck", "healthcheck_health_check_get", {})},
-            "/predictions": {"post": predict},
-            "/predictions/{prediction_id}/cancel": {"post": cancel},
-        },
-        "components": {"schemas": _schemas(inputs, output) | enumerations},
-    }
+    """What Cog makes of its sample, with these inputs and outputs in the place of the sample's."""
+    document: Json = json.loads(SAMPLE.read_text(encoding="utf-8"))
+    schemas = document["components"]["schemas"]
+    kept = {name: schemas[name] for name in schemas if name in OF_EVERY_MODEL}
+    document["components"]["schemas"] = kept | {"Input": inputs, "Output": output} | enumerations
+    return document
 
 
 if __name__ == "__main__":

@@ -51,33 +51,19 @@ def copied_tree(target: Path) -> list[str]:
     return kept
 
 
-def save_tiny_sdxl(weights: Path, original: Path) -> None:
-    spec = MODELS["sdxl"]
-    save_model(spec, as_downloaded(spec, make_folder(spec, original)), weights)
-
-
 def test_the_tree_that_a_build_copies_starts_and_generates(tmp_path):
-    tree = tmp_path / "src"
+    tree, spec = tmp_path / "src", MODELS["sdxl"]
     kept = copied_tree(tree)
-    save_tiny_sdxl(tree / "weights", tmp_path / "original")
-
+    save_model(spec, as_downloaded(spec, make_folder(spec, tmp_path / "original")), tree / "weights")
+    arguments = ["-i", "prompt=a red house", "-i", "steps=1", "-o", tmp_path / "out.png"]
     done = subprocess.run(
-        [
-            tree / "scripts" / "predict",
-            "-i",
-            "prompt=a red house",
-            "-i",
-            "steps=1",
-            "-o",
-            tmp_path / "out.png",
-        ],
+        [tree / "scripts" / "predict", *arguments],
         env={**os.environ, "PATH": PATH, "FEWSTEP_MODEL": "sdxl", "TMPDIR": str(tmp_path)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=280,
     )
-
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
     assert {"predict.py", "cog.yaml", "requirements.txt", "fewstep/generation/pipeline.py"} <= set(kept)

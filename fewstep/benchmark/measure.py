@@ -21,7 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fewstep.coglet.server import ROOT, Server, ServerFailed, code_and_sentence, free_port, running_server
+from fewstep.coglet.server import ROOT, Server, code_and_sentence, free_port, running_server
+from fewstep.errors import ServerFailed
 from fewstep.settings import Settings
 
 K = TypeVar("K")

@@ -13,7 +13,8 @@ from typing import Any
 
 from fewstep.benchmark.measure import in_turns, only, serving, spread
 from fewstep.benchmark.systems import PROMPT
-from fewstep.coglet.server import ROOT, ServerFailed
+from fewstep.coglet.server import ROOT
+from fewstep.errors import ServerFailed
 
 
 def measure(weights: Path, repeats: int) -> list[dict[str, Any]]:

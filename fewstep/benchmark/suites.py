@@ -20,7 +20,7 @@ from PIL import Image
 from fewstep.benchmark.measure import only, predict, serving, spread
 from fewstep.benchmark.roofline import roofline
 from fewstep.benchmark.systems import PROMPT, Scenario
-from fewstep.coglet.server import ServerFailed
+from fewstep.errors import ServerFailed
 from fewstep.evaluation.figures import plot_bars
 from fewstep.evaluation.metrics import psnr
 from fewstep.miniature.judge import load_judge

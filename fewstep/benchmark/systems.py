@@ -133,7 +133,7 @@ def openvino(model: str, weights: Path, size: int) -> System:
 
     @cache
     def engine(side: int) -> OpenVinoEngine:
-        return OpenVinoEngine(pipe, plain, settings, torch.bfloat16, (8 * side, 8 * side), pipe.vae.decode)
+        return OpenVinoEngine(pipe, pipe.vae, plain, settings, torch.bfloat16, (8 * side, 8 * side))
 
     def unet(latents: Tensor, timestep: Tensor, **condition: Any) -> tuple[Tensor]:
         return (engine(latents.shape[-1]).unet(latents, timestep, condition),)

@@ -76,8 +76,7 @@ def is_covered(pins: Pins) -> bool:
 
 def _read_stamp() -> dict[str, str]:
     with suppress(OSError, ValueError):
-        stamp: dict[str, str] = json.loads(STAMP.read_text(encoding="utf-8"))
-        return stamp
+        return dict(json.loads(STAMP.read_text(encoding="utf-8")))
     return {}
 
 

@@ -21,15 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.run import say
-from fewstep.coglet.server import (
-    SCHEMA,
-    ServerFailed,
-    code_and_sentence,
-    end_as_by_ctrl_c,
-    free_port,
-    running_server,
-)
+from fewstep.cli.run import command_parser, say
+from fewstep.coglet.server import SCHEMA, code_and_sentence, end_as_by_ctrl_c, free_port, running_server
 from fewstep.errors import FewstepError, Refused
 
 Inputs = dict[str, Any]
@@ -61,9 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if recipe:
                 _say_what_changed(recipe, content)
             sys.stdout.write(f"{path}\n")
-    except (Refused, ServerFailed, FewstepError) as error:
-        sentence = error.sentence if isinstance(error, Refused) else str(error)
-        say(sentence[:LONGEST_MESSAGE])
+    except FewstepError as error:
+        say(str(error)[:LONGEST_MESSAGE])
         return 1
     except OSError as error:
         say(f"cannot use {error.filename}: {error.strerror}")
@@ -76,12 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser(properties: Inputs) -> argparse.ArgumentParser:
     width = max(map(len, properties)) + 2
     lines = [f"  {name:{width}}{entry['description']}" for name, entry in properties.items()]
-    parser = argparse.ArgumentParser(
-        prog="scripts/predict",
-        description=__doc__,
-        epilog="inputs:\n" + "\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("scripts/predict", __doc__, epilog="\n".join(["inputs:", *lines]))
     add = parser.add_argument
     add("-i", "--input", action="append", default=[], metavar="NAME=VALUE", help="an input; @FILE reads a file")
     text = "paint again what this picture was painted from; -i overrides"
@@ -96,17 +83,17 @@ def _read_inputs(options: argparse.Namespace, properties: Inputs, enumerations: 
     if options.json is not None and options.input:
         raise Refused("give the inputs either as -i NAME=VALUE or as --json, not both")
     inputs = {} if options.json is None else _read_json(options.json)
-    written = [pair.partition("=") for pair in options.input]
-    for name, equals, _ in written:
+    for name, equals, value in (pair.partition("=") for pair in options.input):
         if not equals:
             raise Refused(f"-i needs NAME=VALUE, such as -i steps=4; {name!r} has no '='")
-    for name in [*inputs, *(name for name, _, _ in written)]:
-        if name not in properties:
-            raise Refused(f"there is no input {name!r}; the inputs are {', '.join(properties)}")
-    for name, _, value in written:
         if name in inputs:
             raise Refused(f"{name} is given twice")
-        inputs[name] = convert(name, value, properties[name], enumerations)
+        inputs[name] = value
+    for name, value in inputs.items():
+        if name not in properties:
+            raise Refused(f"there is no input {name!r}; the inputs are {', '.join(properties)}")
+        if options.json is None:
+            inputs[name] = convert(name, value, properties[name], enumerations)
     return inputs
 
 
@@ -246,9 +233,8 @@ def _ask(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
                 _report(status, answer, time.monotonic() - ready)
                 outputs: list[str] = answer["output"]
                 return outputs
-        except (Refused, ServerFailed) as error:
-            sentence = error.sentence if isinstance(error, Refused) else str(error)
-            if not re.match(r"\[(?!internal)[a-z_]+\]|the server refused", sentence):
+        except FewstepError as error:
+            if not re.match(r"\[(?!internal)[a-z_]+\]|the server refused", str(error)):
                 log.seek(0)
                 tail = log.read().decode(errors="replace").splitlines()[-LOG_TAIL:]
                 say("\n".join(["the end of the server's log:", *tail]))

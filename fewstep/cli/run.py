@@ -5,8 +5,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
-from fewstep.coglet.server import ServerFailed, end_as_by_ctrl_c
+from fewstep.coglet.server import end_as_by_ctrl_c
 from fewstep.errors import FewstepError
 from fewstep.models.specs import MODELS
 
@@ -27,7 +28,7 @@ def status_of(work: Callable[[], None]) -> int:
     end_as_by_ctrl_c()
     try:
         work()
-    except (FewstepError, ServerFailed) as error:
+    except FewstepError as error:
         say(str(error))
         return 1
     except OSError as error:  # without its path, but for the reason: no space, no permission
@@ -39,10 +40,15 @@ def status_of(work: Callable[[], None]) -> int:
     return 0
 
 
+def command_parser(command: str, description: str | None, **more: Any) -> argparse.ArgumentParser:
+    """Return the parser of a command, whose help is `description` line by line."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=command, description=description, formatter_class=layout, **more)
+
+
 def model_parser(command: str, description: str | None) -> argparse.ArgumentParser:
     """Return the parser of a command about one model of the hub, as its argument `name`."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=command, description=description, formatter_class=layout)
+    parser = command_parser(command, description)
     names = [name for name, spec in MODELS.items() if spec.sources]
     parser.add_argument("name", nargs="?", choices=names, default="sdxl", help="the model (%(default)s)")
     return parser

@@ -17,8 +17,8 @@ from contextlib import suppress
 from typing import Any
 
 from fewstep.cli.run import say, status_of
-from fewstep.coglet.server import ServerFailed, require_free
-from fewstep.errors import SettingsError
+from fewstep.coglet.server import require_free
+from fewstep.errors import ServerFailed, SettingsError
 
 TICK_S = 0.25
 

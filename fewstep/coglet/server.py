@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from fewstep.errors import ServerFailed
 from fewstep.images.outputs import is_abandoned, try_lock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,16 +34,11 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DIFFUSERS_DI
 # Becomes the server, and leaves a watcher in its process group, which reads a pipe that only our process
 # holds: a line says that all is over, and the pipe's end that we are gone, so that the group has to go too.
 WATCHED = 'exec 3<&0; (read -r _ <&3 || kill -KILL 0) & exec "$@" 3<&- </dev/null'
-POLL_S = 0.05
 # coglet answers /health-check late while the model holds the interpreter; it gives up after 10 s itself.
 HEALTH_TIMEOUT_S = 12.0
 UNHEALTHY_POLLS = 20
 STOP_TIMEOUT_S = 25.0
 CODE_AND_SENTENCE = re.compile(r"\[[a-z_]+\] .*", re.DOTALL)
-
-
-class ServerFailed(Exception):
-    """The server did not come up; `str()` is the `[code] sentence` of setup() where there is one."""
 
 
 @dataclass(eq=False)
@@ -62,7 +58,7 @@ class Server(AbstractContextManager["Server"]):
     def wait_ready(self) -> None:
         """Return once predictions are served; raise ServerFailed when they never will be."""
         while not self.is_ready(self.health()):
-            time.sleep(POLL_S)
+            time.sleep(0.05)
 
     def is_ready(self, health: Mapping[str, Any]) -> bool:
         """Whether it serves, by what it last said of itself; raise ServerFailed when it never will."""
@@ -200,8 +196,7 @@ def free_port() -> int:
     """A loopback port that nobody listens on at this moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+        return int(listener.getsockname()[1])
 
 
 def code_and_sentence(text: str) -> str:

@@ -5,6 +5,8 @@ wrong images and no error. Callers wait on an event loop; between the two lie on
 Batching never waits: whenever the model is free, it takes what has queued up.
 """
 
+from __future__ import annotations
+
 import asyncio
 import logging
 import math
@@ -14,53 +16,27 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fewstep.errors import DeadlineExceeded, FewstepError, InternalError, Stopped
+from fewstep.request import Request
+
+if TYPE_CHECKING:
+    from fewstep.generation.pipeline import GenerationResult, Pipeline
 
 logger = logging.getLogger(__name__)
 
 # How many batches may go before a request that came first, because they need no change of weights.
 MAX_OVERTAKEN = 4
 
-
-class Batchable(Protocol):
-    """What the batcher must know of a request."""
-
-    @property
-    def shape_key(self) -> Hashable: ...
-
-    @property
-    def weights_key(self) -> Hashable: ...
-
-    @property
-    def num_outputs(self) -> int: ...
-
-
-class Model(Protocol):
-    """What generates, such as a Pipeline."""
-
-    def max_images(self, request: Any) -> int:
-        """How many images a pass may hold at that request's size."""
-
-    def encode(self, request: Any) -> Any:
-        """What can be done for one request before its mates are known."""
-
-    def generate(self, batch: Sequence[Any], stopped: Callable[[], bool]) -> Sequence[Any]:
-        """A result, or the FewstepError in its place, for each that was encoded, in order. It looks at
-        `stopped()` between steps: true says that every caller of this batch has left."""
-
-
-R = TypeVar("R", bound=Batchable)
 T = TypeVar("T")
-V = TypeVar("V")
 
 
 @dataclass(eq=False, kw_only=True)
-class _Waiter(Generic[V]):
+class _Waiter(Generic[T]):
     """One caller, waiting on its own event loop for what the model thread makes."""
 
-    future: asyncio.Future[V] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    future: asyncio.Future[T] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     expires: float = math.inf  # in seconds of time.monotonic()
     left: bool = False  # set where the caller runs, read by the model thread
 
@@ -68,7 +44,7 @@ class _Waiter(Generic[V]):
         """Nobody will take the result. Once true it stays true; a loop that hangs cannot hide it."""
         return self.left or time.monotonic() >= self.expires or self.future.get_loop().is_closed()
 
-    def deliver(self, outcome: V | BaseException) -> None:
+    def deliver(self, outcome: T | BaseException) -> None:
         """Hand the caller a result or an error, unless nobody waits."""
         settle: Callable[[Any], None] = self.future.set_result
         if isinstance(outcome, BaseException):
@@ -82,25 +58,24 @@ class _Waiter(Generic[V]):
             with suppress(RuntimeError):
                 self.future.get_loop().call_soon_threadsafe(self._settle, settle, outcome)
 
-    def _settle(self, settle: Callable[[Any], None], outcome: V | BaseException) -> None:
+    def _settle(self, settle: Callable[[Any], None], outcome: T | BaseException) -> None:
         if not self.future.done():
             settle(outcome)
 
 
 @dataclass(eq=False, kw_only=True)
-class _Pending(_Waiter[T], Generic[R, T]):
-    request: R
+class _Pending(_Waiter["GenerationResult"]):
+    request: Request
     shape_key: Hashable
-    images: int
     overtaken: int = 0  # batches that went first though they came later
 
 
 @dataclass(eq=False, kw_only=True)
-class _Call(_Waiter[V]):
-    function: Callable[[], V]
+class _Call(_Waiter[T]):
+    function: Callable[[], T]
 
 
-class Batcher(Generic[R, T]):
+class Batcher:
     """Runs a model on a thread of its own, for all waiting requests of one shape at a time.
 
     A request alone always goes, even when it is bigger than a pass. Who comes while the prompts of a batch
@@ -109,19 +84,19 @@ class Batcher(Generic[R, T]):
     to be stuck.
     """
 
-    def __init__(self, model: Model | None = None, *, deadline_s: float, grace_s: float = 30.0) -> None:
+    def __init__(self, model: Pipeline | None = None, *, deadline_s: float, grace_s: float = 30.0) -> None:
         self.model = model  # may come later, loaded by `run` on the thread that owns it
         self._deadline_s = deadline_s
         self._grace_s = grace_s
         self._changed = threading.Condition()  # guards the next two
-        self._queue: deque[_Pending[R, Any] | _Call[Any]] = deque()
+        self._queue: deque[_Waiter[Any]] = deque()
         self._closed = False
         self._batch_since: float | None = None
         self._weights: Hashable = None  # what the last batch left in the model
         self._thread = threading.Thread(target=self._serve, name="model", daemon=True)
         self._thread.start()
 
-    async def submit(self, request: R, spent_s: float = 0.0) -> T:
+    async def submit(self, request: Request, spent_s: float = 0.0) -> GenerationResult:
         """Join the next batch of this request's shape and wait for its own result; `spent_s` of its time
         are gone already.
 
@@ -130,11 +105,10 @@ class Batcher(Generic[R, T]):
         the queue or its batch, and its mates do not notice.
         """
         left_s = max(0.0, self._deadline_s - spent_s)
-        expires, key, images = time.monotonic() + left_s, request.shape_key, request.num_outputs
-        pending = _Pending[R, T](expires=expires, request=request, shape_key=key, images=images)
+        pending = _Pending(expires=time.monotonic() + left_s, request=request, shape_key=request.shape_key)
         return await self._result(pending, left_s)
 
-    async def run(self, function: Callable[[], V]) -> V:
+    async def run(self, function: Callable[[], T]) -> T:
         """Call `function` on the model thread in its turn (to load, to warm up), without a deadline.
 
         What is queued after it runs after it. Raises as `submit` does.
@@ -156,7 +130,7 @@ class Batcher(Generic[R, T]):
         if self._thread.is_alive():
             logger.warning("the model thread is still busy and was left behind")
 
-    async def _result(self, work: _Pending[R, V] | _Call[V], timeout_s: float | None) -> V:
+    async def _result(self, work: _Waiter[T], timeout_s: float | None) -> T:
         with self._changed:
             if self._closed:
                 raise Stopped("the server is shutting down and takes no more requests; send it again later")
@@ -208,13 +182,13 @@ class Batcher(Generic[R, T]):
             self._batch_since = None
         return True
 
-    def _take_next(self) -> _Pending[R, Any] | _Call[Any]:
+    def _take_next(self) -> _Waiter[Any]:
         """The first of the queue, or one behind it for which the weights need not change; none waits for
         ever."""
         head = self._queue[0]
         if isinstance(head, _Pending) and head.overtaken < MAX_OVERTAKEN:
             for work in self._queue:
-                if isinstance(work, _Call):
+                if not isinstance(work, _Pending):
                     break
                 if work.request.weights_key == self._weights:
                     head.overtaken += work is not head
@@ -222,7 +196,7 @@ class Batcher(Generic[R, T]):
                     return work
         return self._queue.popleft()
 
-    def _run_batch(self, batch: list[_Pending[R, Any]]) -> None:
+    def _run_batch(self, batch: list[_Pending]) -> None:
         """Generate the head of `batch` with the mates that join it. Raises whatever the model does."""
         head = batch[0].request
         self._batch_since = time.monotonic()
@@ -240,19 +214,19 @@ class Batcher(Generic[R, T]):
         for pending, result in zip(batch, results, strict=True):
             pending.deliver(result)
 
-    def _take_mates(self, batch: Sequence[_Pending[R, Any]], limit: int) -> list[_Pending[R, Any]]:
+    def _take_mates(self, batch: Sequence[_Pending], limit: int) -> list[_Pending]:
         """Those of the head's shape, in order, until one does not fit; none from behind a call of `run`."""
-        mates: list[_Pending[R, Any]] = []
-        room = limit - sum(pending.images for pending in batch)
+        mates: list[_Pending] = []
+        room = limit - sum(pending.request.num_outputs for pending in batch)
         with self._changed:
             for work in tuple(self._queue):
-                if isinstance(work, _Call):
+                if not isinstance(work, _Pending):
                     break
                 if work.shape_key != batch[0].shape_key or work.gone():
                     continue
-                if work.images > room:
+                if (images := work.request.num_outputs) > room:
                     break
-                room -= work.images
+                room -= images
                 mates.append(work)
                 self._queue.remove(work)
         return mates

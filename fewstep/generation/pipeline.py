@@ -23,9 +23,9 @@ from diffusers import AutoencoderTiny, LCMScheduler
 from PIL import Image
 from torch import Tensor
 
-from fewstep.errors import FewstepError, InvalidRequest, SafetyError, SettingsError, UnsafeImage
+from fewstep.errors import FewstepError, InvalidRequest, SettingsError, UnsafeImage
 from fewstep.generation import tensors
-from fewstep.generation.engines import EagerEngine, Engine
+from fewstep.generation.engines import Engine
 from fewstep.generation.engines.compiled import FOLDER as COMPILED
 from fewstep.generation.engines.compiled import CompiledEngine
 from fewstep.generation.engines.openvino import OpenVinoEngine
@@ -69,16 +69,16 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     place = converted(folder, settings, device, dtype) if settings.engine in OPENVINO else None
     diffusion, adapters = load_merged(spec, settings, manifest, device, dtype)
     tiny = load_tiny_vae(folder, manifest, spec.fix, device, dtype) if settings.vae == "tiny" else None
-    checker = None
+    pipeline = Pipeline(spec, diffusion, adapters, settings.max_batch, tiny)
+    pipeline.revision, pipeline.usual_size = manifest.revision, size
+    pipeline.allow_unsafe = settings.allow_unsafe
     if settings.safety == "off" or not spec.needs_safety_checker:
         logger.info("pictures of %s are not checked for safety", spec.name)
     else:
-        checker = load_safety_checker(folder, settings.safety, device, dtype, manifest.fix(spec.fix))
-    pipeline = Pipeline(spec, diffusion, adapters, settings.max_batch, tiny)
-    pipeline.revision, pipeline.usual_size = manifest.revision, size
-    pipeline.checker, pipeline.allow_unsafe = checker, settings.allow_unsafe
+        fix = manifest.fix(spec.fix)
+        pipeline.checker = load_safety_checker(folder, settings.safety, device, dtype, fix)
     if place:
-        pipeline.engine = OpenVinoEngine(diffusion, place, settings, dtype, size, pipeline.eager.decode)
+        pipeline.engine = OpenVinoEngine(diffusion, pipeline.decoder, place, settings, dtype, size)
     elif settings.engine == "compiled":
         cache = folder.parent / COMPILED / spec.name
         pipeline.compile(CompiledEngine(diffusion.unet, pipeline.decoder, cache), settings.compiled)
@@ -118,8 +118,8 @@ class Pipeline:
         self.usual_size = (spec.native_size, spec.native_size)  # in px, of images that the engine is made for
         self.text = TextEncoder(diffusion)
         self.decoder: Any = tiny_vae or diffusion.vae  # its latents are scaled by its own factor
-        self.eager = EagerEngine(diffusion.unet, self.decoder)
-        self.engine: Engine = self.eager  # `eager` takes what it does not serve
+        self.eager = Engine(diffusion.unet, self.decoder)
+        self.engine = self.eager  # `eager` takes what it does not serve
         self.device: torch.device = diffusion.unet.device
         self.dtype: torch.dtype = diffusion.unet.dtype
 
@@ -162,7 +162,7 @@ class Pipeline:
             self.images(prompts, seeds, steps=steps, guidance=guidance, **size)
 
     def compile(self, engine: CompiledEngine, shapes: Sequence[Shape]) -> None:
-        """Let `engine` generate, compiled for batches of each of `shapes`, by default one native image.
+        """Let `engine` generate, compiled for batches of each of `shapes`, by default one of the usual size.
 
         Raises SettingsError for a batch that can never come.
         """
@@ -172,8 +172,7 @@ class Pipeline:
                     f"FEWSTEP_COMPILED lists batches of {shape.batch}; FEWSTEP_MAX_BATCH allows {most}"
                 )
         self.engine = engine
-        native = Shape(self.spec.native_size, self.spec.native_size)
-        engine.compile_for(shapes or (native,), partial(self.warm_up, steps=2))
+        engine.compile_for(shapes or (Shape(*self.usual_size),), partial(self.warm_up, steps=2))
 
     def max_images(self, request: Request) -> int:
         """How many images of this size go through the model at once; `max_batch` at the native size, and one
@@ -215,7 +214,8 @@ class Pipeline:
     ) -> list[GenerationResult | FewstepError]:
         """Generate a batch of one shape key; an image that failed fails its own request only.
 
-        `stopped` is asked before every step. Raises Stopped when it says so, ValueError for keys that differ.
+        `stopped`, whether every caller has left, is asked before every step. Raises Stopped when it says so,
+        ValueError for keys that differ.
         """
         request = batch[0].request
         if len({encoded.request.shape_key for encoded in batch}) > 1:
@@ -226,7 +226,11 @@ class Pipeline:
                 metrics[name] += ms
         with _timed(metrics, "weights_ms"):
             self.adapters.apply(request.mix)
-        jobs = [Job(encoded, seed) for encoded in batch for seed in encoded.request.inputs.seeds]
+        jobs = [
+            Job(encoded.request.inputs, encoded.prompt, encoded.negative, seed)
+            for encoded in batch
+            for seed in encoded.request.inputs.seeds
+        ]
         engine, limit = self._engine_for(request), self.max_images(request)
         metrics["batch_size"] = min(limit, len(jobs))
         images: list[Image.Image | FewstepError] = []
@@ -249,12 +253,16 @@ class Pipeline:
         scheduler = LCMScheduler.from_config(self.diffusion.scheduler.config)
         # A strength below one step of the schedule still takes that one.
         steps = plan(scheduler, inputs.real_steps, max(inputs.strength, 1 / SCHEDULE_STEPS))
+        guidance = None
+        if inputs.guided:
+            scales = torch.tensor([job.inputs.guidance for job in jobs], device=self.device)
+            guidance = scales[:, None, None, None]
         return sample(
             engine.unet,
             steps,
             tensors.make_start(self.diffusion, jobs, len(steps)),
             tensors.make_condition(self.diffusion, jobs, embedded_guidance=self.spec.embedded_guidance),
-            guidance=tensors.guidance_of(jobs),
+            guidance=guidance,
             strength=inputs.strength,
             stopped=stopped,
         )
@@ -264,12 +272,7 @@ class Pipeline:
         allowed = inputs.unchecked and self.allow_unsafe
         if self.checker is None or allowed or isinstance(image, FewstepError):
             return image
-        try:  # one by one: a mate's image must not decide, nor fail, another's
-            if self.checker.flagged([image])[0]:
-                return UnsafeImage("every picture was flagged as unsafe; try another prompt or seed")
-        except SafetyError as error:
-            return error
-        return image
+        return self.checker.checked(image)
 
 
 @contextmanager

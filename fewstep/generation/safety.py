@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.errors import SafetyError, WeightsError
+from fewstep.errors import SafetyError, UnsafeImage, WeightsError
 
 logger = logging.getLogger(__name__)
 
@@ -33,20 +33,21 @@ class SafetyChecker:
         self._decide = decide
 
     @torch.inference_mode()
-    def flagged(self, images: Sequence[Image.Image]) -> list[bool]:
-        """Which of `images` must not be given out.
+    def checked(self, image: Image.Image) -> Image.Image | SafetyError | UnsafeImage:
+        """`image`, or why it must not be given out: diffusers' own checker calls a NaN safe.
 
-        Raises SafetyError when that cannot be said: diffusers' own checker calls a NaN safe.
+        Images go one by one, since a mate's must not decide, nor fail, another's.
         """
         try:
-            numbers, verdicts = self._decide(list(images))
-            sound = len(numbers) == len(verdicts) == len(images) and bool(numbers.isfinite().all())
-        except Exception as error:  # whatever it was, the images were not checked
+            numbers, [unsafe] = self._decide([image])
+            sound = len(numbers) == 1 and bool(numbers.isfinite().all())
+        except Exception as error:  # whatever it was, the image was not checked
             logger.error("the safety checker failed", exc_info=error)
             sound = False
         if not sound:
-            raise SafetyError("the picture could not be checked for safety and is withheld; try again later")
-        return [bool(verdict) for verdict in verdicts]
+            return SafetyError("the picture could not be checked for safety and is withheld; try again later")
+        flagged = "every picture was flagged as unsafe; try another prompt or seed"
+        return UnsafeImage(flagged) if unsafe else image
 
 
 def load_safety_checker(

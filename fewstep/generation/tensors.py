@@ -41,19 +41,16 @@ class EncodedRequest:
 class Job:
     """One image of one request."""
 
-    encoded: EncodedRequest
+    inputs: Inputs
+    prompt: PromptEmbeds
+    negative: PromptEmbeds | None
     seed: int
-
-    @property
-    def inputs(self) -> Inputs:
-        """Of its request."""
-        return self.encoded.request.inputs
 
 
 def make_start(diffusion: Diffusion, jobs: Sequence[Job], steps: int) -> Start:
     """All noise, and the callers' images and masks as latents. As in diffusers, each image's generator draws
     its latents first, then what it starts from, then what is added step by step."""
-    device, inputs = jobs[0].encoded.prompt.states.device, jobs[0].inputs
+    device, inputs = jobs[0].prompt.states.device, jobs[0].inputs
     generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
     images = [
         encode_image(diffusion.vae, job.inputs.image, generator)
@@ -84,9 +81,7 @@ def mask_of_latents(mask: Image.Image) -> Tensor:
 
 def make_condition(diffusion: Diffusion, jobs: Sequence[Job], *, embedded_guidance: bool) -> dict[str, Any]:
     """What the UNet is given besides latents and time: the prompts, SDXL's sizes, a full LCM's w."""
-    prompts = [job.encoded.prompt for job in jobs]
-    if jobs[0].inputs.guided:
-        prompts = [job.encoded.negative for job in jobs if job.encoded.negative is not None] + prompts
+    prompts = [job.negative for job in jobs if job.negative] + [job.prompt for job in jobs]
     states = torch.cat([prompt.states for prompt in prompts])
     condition: dict[str, Any] = {"encoder_hidden_states": states}
     pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
@@ -99,14 +94,6 @@ def make_condition(diffusion: Diffusion, jobs: Sequence[Job], *, embedded_guidan
         width = diffusion.unet.config.time_cond_proj_dim
         condition["timestep_cond"] = diffusion.get_guidance_scale_embedding(w, embedding_dim=width).to(states)
     return condition
-
-
-def guidance_of(jobs: Sequence[Job]) -> Tensor | None:
-    """Of each image, (N, 1, 1, 1); None where it is off."""
-    if not jobs[0].inputs.guided:
-        return None
-    device = jobs[0].encoded.prompt.states.device
-    return torch.tensor([job.inputs.guidance for job in jobs], device=device)[:, None, None, None]
 
 
 def decode_latents(engine: Engine, decoder: Any, latents: Tensor) -> list[Image.Image | FewstepError]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from cachetools import LRUCache
+from cachetools import LRUCache, cachedmethod
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
@@ -80,17 +80,12 @@ class TextEncoder:
             raise InvalidRequest(f"{name} fills {chunks} {limit}")
         return chunks
 
+    @cachedmethod(lambda self: self._kept)
     def encode(
         self, parts: tuple[Part, ...], chunks: int = 1, clip_skip: int = 0, weights: Hashable = ()
     ) -> PromptEmbeds:
-        """A prompt as `_encode` makes it, or as it was made before by the same `weights` of the encoders."""
-        key = (parts, chunks, clip_skip, weights)
-        if key not in self._kept:
-            self._kept[key] = self._encode(parts, chunks, clip_skip)
-        return self._kept[key]
-
-    def _encode(self, parts: tuple[Part, ...], chunks: int, clip_skip: int) -> PromptEmbeds:
-        """A prompt that `count_chunks` took, padded to `chunks` with the empty prompt.
+        """A prompt that `count_chunks` took, padded to `chunks` with the empty prompt; kept for the next time
+        that it is asked for by the same `weights` of the encoders.
 
         A plain prompt of one chunk is encoded as diffusers' `encode_prompt` does. Weights and chunks are
         compel's: a word's states are moved away from those of the empty prompt, or towards those of the

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from fewstep.coglet.server import CONCURRENCY, Server, ServerFailed, free_port, running_server
+from fewstep.coglet.server import CONCURRENCY, Server, free_port, running_server
+from fewstep.errors import ServerFailed
 from fewstep.web.backends import CogBackend, ReplicateBackend
 from fewstep.web.queue import Worker
 

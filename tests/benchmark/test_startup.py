@@ -3,7 +3,7 @@
 import pytest
 
 from fewstep.benchmark import startup
-from fewstep.coglet.server import ServerFailed
+from fewstep.errors import ServerFailed
 from fewstep.settings import Settings
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from fewstep.benchmark.suites import HTTP, JUDGED, SUITES, plot, run, summarised
 from fewstep.benchmark.systems import Scenario
-from fewstep.coglet.server import ServerFailed
+from fewstep.errors import ServerFailed
 from fewstep.settings import Settings
 
 pytestmark = pytest.mark.slow

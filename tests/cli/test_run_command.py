@@ -6,8 +6,7 @@ import signal
 import pytest
 
 from fewstep.cli.run import status_of
-from fewstep.coglet.server import ServerFailed
-from fewstep.errors import WeightsError
+from fewstep.errors import ServerFailed, WeightsError
 
 
 @pytest.fixture(autouse=True)

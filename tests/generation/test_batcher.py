@@ -48,15 +48,14 @@ class Model:
     limit = 8
 
     def __init__(self):
-        self.batches = []
-        self.threads = set()
-        self.entered = threading.Semaphore(0)
+        self.batches, self.heads, self.threads = [], [], set()
         self.gate = threading.Event()
         self.gate.set()
         self.saw_stopped = False
         self._inside = threading.Lock()
 
     def max_images(self, request):
+        self.heads.append(request.seed)
         return self.limit
 
     def encode(self, request):
@@ -67,14 +66,16 @@ class Model:
         try:
             self.batches.append([request.seed for request in requests])
             self.threads.add(threading.get_ident())
-            self.entered.release()
-            while not self.gate.wait(0.001):
-                if stopped():
-                    self.saw_stopped = True
-                    raise Stopped("every caller has left")
-            return [Result(request.seed) for request in requests]
+            return self.make(requests, stopped)
         finally:
             self._inside.release()
+
+    def make(self, requests, stopped):
+        while not self.gate.wait(0.001):
+            if stopped():
+                self.saw_stopped = True
+                raise Stopped("every caller has left")
+        return [Result(request.seed) for request in requests]
 
 
 @pytest.fixture
@@ -162,27 +163,25 @@ async def test_a_lone_request_is_served_at_once_with_its_own_result(model, batch
         (4, [wish(1, 2), wish(2), wish(3, 2), wish(4), wish(5), wish(6)], [[1, 2], [3, 4, 5], [6]]),
         # A request bigger than a pass goes alone.
         (2, [wish(1, 4), wish(2)], [[1], [2]]),
+        # Styles never share one.
+        (8, [styled(i, "ab"[i % 2]) for i in range(1, 7)], [[1, 3, 5], [2, 4, 6]]),
+        # What needs no change of weights goes first: three changes where the order of arrival takes five.
+        (
+            1,
+            [styled(i, weights) for i, weights in enumerate(["a", None, "b", "a", None], 1)],
+            [[2], [5], [1], [4], [3]],
+        ),
     ],
 )
 @scene
-async def test_who_shares_a_pass(model, batcher, limit, requests, batches):
+async def test_who_shares_a_pass_and_in_which_order(model, batcher, limit, requests, batches):
     model.limit = limit
     first = await held(model, batcher)
     tasks = await queued(batcher, *requests)
     model.gate.set()
     assert await seeds_of([first, *tasks]) == [0, *(request.seed for request in requests)]
     assert model.batches == [[0], *batches]
-
-
-@scene
-async def test_the_limit_is_asked_of_the_head(model, batcher):
-    asked = []
-    model.max_images = lambda request: asked.append(request.seed) or 8
-    first = await held(model, batcher)
-    tasks = await queued(batcher, wish(1), wish(2))
-    model.gate.set()
-    await seeds_of([first, *tasks])
-    assert asked == [0, 1]
+    assert model.heads == [seeds[0] for seeds in model.batches]  # who are asked for the limit
 
 
 @scene
@@ -193,12 +192,13 @@ async def test_one_thread_does_all_the_work_and_it_is_not_the_callers(model, bat
     assert loaded_on != threading.get_ident()
 
 
+@pytest.mark.parametrize("early, late", [(wish(1), wish(2)), (styled(1, "a"), styled(2, None))])
 @scene
-async def test_a_call_runs_in_its_turn_and_no_request_joins_a_batch_across_it(model, batcher):
+async def test_a_call_runs_in_its_turn_and_nobody_joins_or_overtakes_across_it(model, batcher, early, late):
     first = await held(model, batcher)
-    before = await queued(batcher, wish(1))
+    before = await queued(batcher, early)
     call = await called(batcher, lambda: model.batches.append("call") or "done")
-    after = await queued(batcher, wish(2))
+    after = await queued(batcher, late)
     model.gate.set()
     await seeds_of([first, *before, *after])
     assert await call == "done"
@@ -206,29 +206,18 @@ async def test_a_call_runs_in_its_turn_and_no_request_joins_a_batch_across_it(mo
 
 
 @scene
-async def test_a_caller_that_leaves_the_queue_is_never_generated(model, batcher):
+async def test_what_a_caller_wanted_that_leaves_the_queue_is_not_done(model, batcher):
     first = await held(model, batcher)
+    call = await called(batcher, lambda: model.batches.append("call"))
     leaver, stayer = await queued(batcher, wish(1), wish(2))
-    leaver.cancel()
-    await asyncio.wait([leaver])
+    for task in (call, leaver):
+        task.cancel()
+        await asyncio.wait([task])
     assert len(batcher._queue) == 1
     model.gate.set()
     assert await seeds_of([first, stayer]) == [0, 2]
-    assert leaver.cancelled()
+    assert call.cancelled() and leaver.cancelled()
     assert model.batches == [[0], [2]]
-
-
-@scene
-async def test_a_call_whose_caller_left_the_queue_is_not_made(model, batcher):
-    calls = []
-    first = await held(model, batcher)
-    call = await called(batcher, lambda: calls.append(1))
-    call.cancel()
-    await asyncio.wait([call])
-    model.gate.set()
-    await first
-    await batcher.close()
-    assert calls == []
 
 
 @scene
@@ -400,7 +389,7 @@ async def test_a_mate_whose_time_is_up_takes_nobody_along(model, batcher):
     ],
     ids=lambda error: type(error).__name__,
 )
-@pytest.mark.parametrize("way", ["submit", "run"])
+@pytest.mark.parametrize("way", ["generate", "max_images", "run"])
 @scene
 async def test_anything_unforeseen_becomes_an_internal_error_and_the_thread_lives_on(
     model, batcher, error, way
@@ -408,28 +397,35 @@ async def test_anything_unforeseen_becomes_an_internal_error_and_the_thread_live
     def fail(*_):
         raise error
 
-    generate, model.generate = model.generate, fail
-    with pytest.raises(InternalError) as caught:
-        await (batcher.submit(wish(666)) if way == "submit" else batcher.run(fail))
-    model.generate = generate
+    with pytest.MonkeyPatch.context() as broken, pytest.raises(InternalError) as caught:
+        broken.setattr(model, way, fail, raising=False)
+        await (batcher.run(fail) if way == "run" else batcher.submit(wish(666)))
     assert str(caught.value) == str(InternalError()) and batcher.healthy()
     assert (await batcher.submit(wish(1))).seed == 1
 
 
-def failing_in_the_end(model):
-    """Has `model` raise once its gate is open."""
-    generate = model.generate
+@pytest.fixture
+def failing(model):
+    """`model`, which raises once its gate is open."""
+    make = model.make
 
     def fail(requests, stopped):
-        generate(requests, stopped)
+        make(requests, stopped)
         raise GenerationError("the picture is not finite")
 
-    model.generate = fail
+    model.make = fail
+    return model
+
+
+def listen():
+    """What the running loop will have to say of errors that nobody has read."""
+    reports = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reports.append(context))
+    return reports
 
 
 @scene
-async def test_a_foreseen_error_reaches_every_mate_each_with_its_own_copy(model, batcher):
-    failing_in_the_end(model)
+async def test_a_foreseen_error_reaches_every_mate_each_with_its_own_copy(failing, model, batcher):
     first = await held(model, batcher)
     tasks = await queued(batcher, wish(1), wish(2))
     model.gate.set()
@@ -447,14 +443,6 @@ async def test_a_wrong_number_of_results_is_an_error_for_all_and_never_a_mixup(m
     tasks = await queued(batcher, wish(1), wish(2))
     model.gate.set()
     assert await ends_of([first, *tasks]) == [Result, InternalError, InternalError]
-
-
-@scene
-async def test_a_failure_to_size_the_batch_is_told_to_its_head(model, batcher):
-    model.max_images = lambda request: 1 // 0
-    with pytest.raises(InternalError):
-        await batcher.submit(wish(1))
-    assert batcher.healthy()
 
 
 @pytest.mark.parametrize("moment", ["early", "between the question and the call"])
@@ -476,15 +464,13 @@ def test_a_loop_that_closes_under_a_batch_harms_nobody_else(model, batcher, mome
 
 
 @scene
-async def test_an_error_on_its_way_to_a_caller_that_leaves_is_not_reported_as_forgotten(model, batcher):
-    failing_in_the_end(model)
-    reports, loop = [], asyncio.get_running_loop()
-    loop.set_exception_handler(lambda loop, context: reports.append(context))
-    task = await held(model, batcher)
-    model.gate.set()
+async def test_an_error_on_its_way_to_a_caller_that_leaves_is_not_reported_as_forgotten(failing, batcher):
+    reports = listen()
+    task = await held(failing, batcher)
+    failing.gate.set()
     # Block the loop until the error waits on it, then leave before it is read.
     time.sleep(0.05)
-    loop.call_soon(task.cancel)
+    asyncio.get_running_loop().call_soon(task.cancel)
     await asyncio.wait([task])
     await batcher.close()
     assert task.cancelled()
@@ -495,19 +481,16 @@ async def test_an_error_on_its_way_to_a_caller_that_leaves_is_not_reported_as_fo
 
 
 @scene
-async def test_a_result_that_reaches_the_loop_after_its_caller_left_is_dropped_in_silence(
-    model, batcher, monkeypatch
-):
-    reports, on_their_way, loop = [], [], asyncio.get_running_loop()
-    loop.set_exception_handler(lambda loop, context: reports.append(context))
+async def test_a_result_that_reaches_the_loop_after_its_caller_left_is_dropped_in_silence(model, batcher):
+    reports, on_their_way, loop = listen(), [], asyncio.get_running_loop()
     task = await held(model, batcher)
-    deliver = loop.call_soon_threadsafe
-    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: on_their_way.append(call))
-    model.gate.set()
-    await until(lambda: on_their_way)
-    task.cancel()
-    await asyncio.wait([task])
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patched:
+        deliver = loop.call_soon_threadsafe
+        patched.setattr(loop, "call_soon_threadsafe", lambda *call: on_their_way.append(call))
+        model.gate.set()
+        await until(lambda: on_their_way)
+        task.cancel()
+        await asyncio.wait([task])
     for call in on_their_way:
         deliver(*call)
     await batcher.close()
@@ -564,44 +547,7 @@ async def test_close_finishes_what_waits_and_refuses_what_comes_later(model, bat
     assert await seeds_of([first, *tasks]) == [0, 1, 2]
     await closing
     assert not batcher._thread.is_alive()
-
-
-@scene
-async def test_closing_an_idle_or_a_closed_batcher_returns_at_once(batcher):
-    await batcher.close()
-    await batcher.close()
-
-
-class Traffic:
-    """What the stress test's `generate` checks and notes; seeds divisible by 41 spoil their whole batch."""
-
-    def __init__(self):
-        self.seen = []
-        self.spoilt = set()
-        self.wrong = []
-        self.threads = set()
-        self._inside = threading.Lock()
-
-    def generate(self, requests, stopped):
-        if not self._inside.acquire(blocking=False):
-            self.wrong.append("two batches at once")
-        try:
-            self.threads.add(threading.get_ident())
-            seeds = [request.seed for request in requests]
-            self.seen += seeds
-            if len({request.shape_key for request in requests}) != 1:
-                self.wrong.append("shapes were mixed")
-            if len(requests) > 1 and sum(request.num_outputs for request in requests) > 6:
-                self.wrong.append("a batch was too big")
-            time.sleep(random.random() * 0.003)
-            if any(seed % 41 == 0 for seed in seeds):
-                self.spoilt.update(seeds)
-                raise GenerationError("spoilt")
-            if stopped():
-                raise Stopped("every caller has left")
-            return [Result(request.seed) for request in requests]
-        finally:
-            self._inside.release()
+    await batcher.close()  # at once; that of an idle one is at every test's end
 
 
 async def customer(batcher, seed, dice, ends):
@@ -624,8 +570,20 @@ async def customer(batcher, seed, dice, ends):
 
 @pytest.mark.parametrize("round_", range(3))
 def test_under_a_crowd_everybody_ends_once_with_their_own_result(model, batcher, round_):
-    traffic, ends = Traffic(), {}
-    model.generate, model.limit = traffic.generate, 6
+    ends, spoilt = {}, set()
+
+    def make(requests, stopped):
+        assert len({request.shape_key for request in requests}) == 1
+        assert len(requests) == 1 or sum(request.num_outputs for request in requests) <= 6
+        time.sleep(random.random() * 0.003)
+        if any(request.seed % 41 == 0 for request in requests):
+            spoilt.update(request.seed for request in requests)
+            raise GenerationError("spoilt")
+        if stopped():
+            raise Stopped("every caller has left")
+        return [Result(request.seed) for request in requests]
+
+    model.make, model.limit = make, 6
 
     async def crowd(first_seed):
         dice = random.Random(first_seed + round_)
@@ -642,57 +600,24 @@ def test_under_a_crowd_everybody_ends_once_with_their_own_result(model, batcher,
         thread.join(30)
     play(batcher.close())
 
-    assert traffic.wrong == []
-    assert len(traffic.threads) == 1
-    assert len(ends) == 450, "somebody never came to an end"
+    seen = [seed for seeds in model.batches for seed in seeds]
+    assert len(model.threads) == 1
+    assert len(ends) == 450, "somebody never came to an end, or a batch was wrong, as the log says"
     for seed, end in ends.items():
         assert end in (seed, "left", "spoilt")
-        assert end != "spoilt" or seed in traffic.spoilt
-        assert end != seed or (seed in traffic.seen and seed not in traffic.spoilt)
-    assert len(traffic.seen) == len(set(traffic.seen)), "somebody was painted twice"
+        assert end != "spoilt" or seed in spoilt
+        assert end != seed or (seed in seen and seed not in spoilt)
+    assert len(seen) == len(set(seen)), "somebody was painted twice"
     assert sum(end == "left" for end in ends.values()) > 30
     assert sum(end == seed for seed, end in ends.items()) > 150
-
-
-async def order_of(model, batcher, *requests):
-    """Queue `requests` behind a batch whose weights are None, and see in which batches they are generated."""
-    first = await held(model, batcher, styled(-1, None))
-    tasks = await queued(batcher, *requests)
-    model.gate.set()
-    await asyncio.gather(first, *tasks)
-    return model.batches[1:]
-
-
-@scene
-async def test_what_needs_no_change_of_weights_goes_first(model, batcher):
-    model.limit = 1
-    wishes = [styled(0, "a"), styled(1, None), styled(2, "b"), styled(3, "a"), styled(4, None)]
-    # Three changes where the order of arrival takes five.
-    assert await order_of(model, batcher, *wishes) == [[1], [4], [0], [3], [2]]
 
 
 @scene
 async def test_a_rare_style_is_overtaken_a_few_times_and_no_more(model, batcher):
     model.limit = 1
-    wishes = [styled(100, "rare"), *(styled(i, None) for i in range(10)), styled(101, "rarer")]
-    found = await order_of(model, batcher, *wishes)
-    assert found.index([100]) == MAX_OVERTAKEN
-    assert sorted(seed for [seed] in found) == [*range(10), 100, 101]
-
-
-@scene
-async def test_nobody_is_overtaken_from_behind_a_call(model, batcher):
-    model.limit = 1
-    first = await held(model, batcher, styled(-1, None))
-    before = await queued(batcher, styled(0, "a"))
-    call = await called(batcher, lambda: list(model.batches))
-    after = await queued(batcher, styled(1, None))
+    wishes = [styled(100, "rare"), *(styled(i, None) for i in range(1, 11)), styled(101, "rarer")]
+    tasks = [await held(model, batcher), *await queued(batcher, *wishes)]
     model.gate.set()
-    await asyncio.gather(first, *before, *after)
-    assert model.batches == [[-1], [0], [1]] and await call == [[-1], [0]]
-
-
-@scene
-async def test_styles_never_share_a_batch(model, batcher):
-    wishes = [styled(i, "ab"[i % 2]) for i in range(6)]
-    assert await order_of(model, batcher, *wishes) == [[0, 2, 4], [1, 3, 5]]
+    await asyncio.gather(*tasks)
+    assert model.batches.index([100]) == 1 + MAX_OVERTAKEN
+    assert sorted(seed for [seed] in model.batches) == [*range(11), 100, 101]

@@ -15,6 +15,7 @@ from tiny import as_downloaded, make_folder
 
 from fewstep.coglet.server import ROOT
 from fewstep.errors import SettingsError, WeightsError
+from fewstep.generation.engines import openvino_conversion as conversion
 from fewstep.generation.pipeline import Pipeline, load_pipeline
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene
@@ -23,7 +24,7 @@ from fewstep.models.specs import get_model
 from fewstep.request import Inputs
 from fewstep.settings import Settings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")]
 
 MINIATURE = get_model("miniature")
 PROMPT = "a red house in a meadow with mountains at sunset, in the middle"
@@ -46,9 +47,15 @@ def pipeline(settings) -> Pipeline:
     return load_pipeline(MINIATURE, Settings(**settings))
 
 
+def load(spec, hint="f32", **settings) -> Pipeline:
+    """As `load_pipeline`, but for the process of a conversion, which takes seconds to start."""
+    conversion.main([spec.name, str(settings["weights_root"]), settings["engine"], hint])
+    return load_pipeline(spec, Settings(**settings))
+
+
 @pytest.fixture(scope="module")
-def torchs() -> Pipeline:
-    return load_pipeline(MINIATURE, Settings(dtype="fp32"))
+def in_8_bits(settings) -> Pipeline:
+    return load(MINIATURE, **(settings | {"engine": "openvino-int8"}))
 
 
 def wish(seed=7, prompt=PROMPT, **inputs) -> Inputs:
@@ -67,12 +74,12 @@ GUIDED = {"guidance": 2.0, "negative_prompt": "night"}
 
 
 @pytest.mark.parametrize("inputs", [{}, {"steps": 1}, GUIDED, {"image": True}, {"clip_skip": 1}])
-def test_it_generates_what_torch_generates(pipeline, torchs, used, inputs):
+def test_it_generates_what_torch_generates(pipeline, miniature, used, inputs):
     if "image" in inputs:
         photo = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
         inputs = {"image": photo, "mask": Image.new("L", photo.size, 255), "prompt_strength": 0.6}
     request = wish(**inputs)
-    [found], [expected] = generate(pipeline, request), generate(torchs, request)
+    [found], [expected] = generate(pipeline, request), generate(miniature, request)
     assert len(used) == request.real_steps
     assert np.abs(found - expected).max() <= 1
 
@@ -83,13 +90,15 @@ def test_nobody_waits_for_the_images_of_others(pipeline):
     assert pipeline.max_images(pipeline.request(wish(lcm_scale=0.5))) == 8
 
 
-def test_a_image_is_the_same_in_any_batch(pipeline):
-    [alone] = generate(pipeline, wish())
-    batched = generate(pipeline, wish(1), wish(), wish(2, num_outputs=2))
-    assert np.array_equal(batched[1], alone)
+def test_an_image_is_the_same_in_any_batch(pipeline, in_8_bits):
+    for model in (pipeline, in_8_bits):
+        [alone] = generate(model, wish())
+        batched = generate(model, wish(1), wish(), wish(2, num_outputs=2))
+        assert np.array_equal(batched[1], alone)
 
 
-def test_what_it_was_not_compiled_for_is_torchs_to_the_last_bit(pipeline, torchs, used):
+def test_what_it_was_not_compiled_for_is_torchs_to_the_last_bit(pipeline, in_8_bits, miniature, used):
+    [before] = generate(in_8_bits, wish())
     style = pipeline.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
     for inputs, loras in (
         (wish(style="postcard"), [style]),
@@ -97,47 +106,32 @@ def test_what_it_was_not_compiled_for_is_torchs_to_the_last_bit(pipeline, torchs
         (wish(aspect_ratio="16:9"), []),
         (wish(prompt=f"{PROMPT}. " * 5), []),
     ):
-        [found], [expected] = (generate(model, inputs, loras=loras) for model in (pipeline, torchs))
-        assert np.array_equal(found, expected)
+        [expected] = generate(miniature, inputs, loras=loras)
+        for model in (pipeline, in_8_bits):
+            assert np.array_equal(generate(model, inputs, loras=loras)[0], expected)
     assert used == []
+    assert np.array_equal(generate(in_8_bits, wish())[0], before)
     generate(pipeline, wish(style="postcard", style_scale=0.0), loras=[style])  # which adds nothing
     assert used == [1] * 4
 
 
-def test_bf16_is_finite_and_near(settings, torchs, caplog):
-    half = load_pipeline(MINIATURE, Settings(**(settings | {"dtype": "bf16"})))
+def test_bf16_is_finite_and_near(settings, miniature, caplog):
+    half = load(MINIATURE, "bf16", **(settings | {"dtype": "bf16"}))
     assert half.engine.serves(half.request(wish()))
-    [found], [expected] = generate(half, wish()), generate(torchs, wish())
+    [found], [expected] = generate(half, wish()), generate(miniature, wish())
     assert np.abs(found - expected).mean() < 1
     assert "decoded again" not in caplog.text
 
 
-@pytest.fixture(scope="module")
-def in_8_bits(settings) -> Pipeline:
-    return load_pipeline(MINIATURE, Settings(**(settings | {"engine": "openvino-int8"})))
-
-
-def test_8_bits_are_in_the_linear_layers_and_the_image_is_near(in_8_bits, weights, torchs):
+def test_8_bits_are_in_the_linear_layers_and_the_image_is_near(in_8_bits, weights, miniature):
     folder = weights / ".openvino" / "miniature"
     sizes = {kind: (folder / kind / "unet.bin").stat().st_size for kind in ("f32", "f32-int8")}
-    linear = sum(
-        part.weight.numel() for part in torchs.diffusion.unet.modules() if isinstance(part, torch.nn.Linear)
-    )
+    layers = (part for part in miniature.diffusion.unet.modules() if isinstance(part, torch.nn.Linear))
+    linear = sum(layer.weight.numel() for layer in layers)
     assert sizes["f32"] - sizes["f32-int8"] == pytest.approx(3 * linear, rel=0.05)
     for seed in (7, 8):
-        [found], [expected] = generate(in_8_bits, wish(seed)), generate(torchs, wish(seed))
+        [found], [expected] = generate(in_8_bits, wish(seed)), generate(miniature, wish(seed))
         assert 0 < np.abs(found - expected).mean() < 1.5
-
-
-def test_in_8_bits_a_image_is_the_same_in_any_batch_and_a_style_is_torchs(in_8_bits, torchs):
-    [alone] = generate(in_8_bits, wish())
-    assert np.array_equal(generate(in_8_bits, wish(1), wish(), wish(2))[1], alone)
-    style = in_8_bits.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
-    [found], [expected] = (
-        generate(model, wish(style="postcard"), loras=[style]) for model in (in_8_bits, torchs)
-    )
-    assert np.array_equal(found, expected)
-    assert np.array_equal(generate(in_8_bits, wish())[0], alone)
 
 
 def test_a_full_lcm_of_another_size_is_served_too(tmp_path):
@@ -145,12 +139,10 @@ def test_a_full_lcm_of_another_size_is_served_too(tmp_path):
     save_model(spec, as_downloaded(spec, make_folder(spec, tmp_path / "source")), tmp_path)
     settings = {"model": spec.name, "weights_root": tmp_path, "dtype": "fp32", "safety": "off"}
     request = Inputs.create(spec, prompt="a house", seed=1, aspect_ratio="custom", width=64, height=96)
-    engine = load_pipeline(spec, Settings(**settings, engine="openvino", openvino_size=(64, 96)))
-    assert engine.engine.serves(engine.request(request))
-    [found], [expected] = (
-        generate(engine, request),
-        generate(load_pipeline(spec, Settings(**settings)), request),
-    )
+    pipeline = load(spec, **settings, engine="openvino", openvino_size=(64, 96))
+    assert pipeline.engine.serves(pipeline.request(request))
+    [found] = generate(pipeline, request)
+    [expected] = generate(load_pipeline(spec, Settings(**settings)), request)
     assert np.abs(found - expected).max() <= 1
 
 
@@ -166,28 +158,19 @@ def test_it_is_converted_once_and_anew_when_the_weights_are_others(
     monkeypatch.setattr(subprocess, "run", failing)
     load_pipeline(MINIATURE, Settings(**settings))
     assert calls == []
-    decoder = weights / ".openvino" / "miniature" / "f32" / "vae.bin"
-    content = decoder.read_bytes()
-    flipped = bytes([content[0] ^ 1]) + content[1:]
+    decoder, manifest = weights / ".openvino/miniature/f32/vae.bin", weights / "miniature/manifest.json"
     log, memory = "the reason is in the log", "it was killed, as for lack of memory"
-    for damaged, said, why in (
-        (content[:-1], "vae.bin has", log),
-        (flipped, "vae.bin is damaged", memory),
+    for path, change, said, why in (
+        (decoder, lambda content: content[:-1], "vae.bin has", log),
+        (decoder, lambda content: bytes([content[0] ^ 1]) + content[1:], "vae.bin is damaged", memory),
+        (manifest, lambda content: content + b"\n", "", log),
     ):
-        decoder.write_bytes(damaged)
+        content = path.read_bytes()
+        path.write_bytes(change(content))
         with pytest.raises(WeightsError, match=f"miniature could not be converted for OpenVINO; {why}"):
             load_pipeline(MINIATURE, Settings(**settings))
         assert said in caplog.text
-    decoder.write_bytes(content)
-    assert len(calls) == 2
-    manifest = weights / "miniature" / "manifest.json"
-    content = manifest.read_text()
-    manifest.write_text(content + "\n")
-    try:
-        with pytest.raises(WeightsError, match="miniature could not be converted for OpenVINO"):
-            load_pipeline(MINIATURE, Settings(**settings))
-    finally:
-        manifest.write_text(content)
+        path.write_bytes(content)
     assert len(calls) == 3
 
 

@@ -46,13 +46,19 @@ def wish(seed=0, **inputs):
     return Inputs.create(SD15, prompt="a house", seed=seed, steps=1, **size, **inputs)
 
 
+def flagged(checker):
+    """Which of IMAGES are; the others are given out as they are."""
+    found = [checker.checked(image) for image in IMAGES]
+    assert all(one is image or isinstance(one, UnsafeImage) for one, image in zip(found, IMAGES, strict=True))
+    return [isinstance(one, UnsafeImage) for one in found]
+
+
 @pytest.mark.parametrize("kind", ["clip", "vit"])
 @pytest.mark.parametrize("flags", [False, True])
 def test_a_checker_says_of_each_image_what_its_weights_say(tmp_path, kind, flags):
     make_checkers(tmp_path, flags)
     checker = load_safety_checker(tmp_path, kind, CPU, torch.float32, "mend it")
-    assert checker.flagged(IMAGES) == [flags] * 3
-    assert checker.flagged(IMAGES[:1]) == [flags]
+    assert flagged(checker) == [flags] * 3
 
 
 def test_clip_flags_what_is_nearer_to_a_concept_than_its_threshold(tmp_path):
@@ -80,7 +86,7 @@ def test_clip_flags_what_is_nearer_to_a_concept_than_its_threshold(tmp_path):
     concepts, thresholds = state["concept_embeds"].clone(), state["concept_embeds_weights"].clone()
     concepts[5], thresholds[5] = embeddings[1], (1 + nearest) / 2
     checker = change({"concept_embeds": concepts, "concept_embeds_weights": thresholds})
-    assert checker.flagged(IMAGES) == [False, True, False]
+    assert flagged(checker) == [False, True, False]
 
 
 @pytest.mark.parametrize("kind", ["clip", "vit"])
@@ -99,21 +105,20 @@ def test_a_checker_that_is_not_whole_is_none(tmp_path, kind, damage):
         save_file(state, path, {"format": "pt"})
     if damage == "nan":
         checker = load_safety_checker(tmp_path, kind, CPU, torch.float32, "mend it")
-        with pytest.raises(SafetyError, match="withheld"):
-            checker.flagged(IMAGES)
+        assert all(isinstance(checker.checked(image), SafetyError) for image in IMAGES)
     else:
         with pytest.raises(WeightsError, match="run: mend it"):
             load_safety_checker(tmp_path, kind, CPU, torch.float32, "mend it")
 
 
-@pytest.mark.parametrize("kind", ["clip", "vit"])
-def test_setup_fails_without_the_checker_unless_it_is_switched_off(tmp_path, kind):
+def test_setup_fails_without_the_checker_unless_it_is_switched_off(tmp_path):
     files = as_downloaded(SD15, make_folder(SD15, tmp_path / "s"))
     save_model(SD15, [each for each in files if "safety" not in each.file.place], tmp_path)
     settings = {"model": "sd15", "weights_root": tmp_path}
     missing = r"weights/sd15/safety_c\w+ is missing; run: scripts/download-weights sd15"
-    with pytest.raises(WeightsError, match=missing):
-        load_pipeline(SD15, Settings(**settings, safety=kind))
+    for kind in ("clip", "vit"):
+        with pytest.raises(WeightsError, match=missing):
+            load_pipeline(SD15, Settings(**settings, safety=kind))
     assert load_pipeline(SD15, Settings(**settings, safety="off")).checker is None
 
 

@@ -24,19 +24,14 @@ WEIGHTS = Settings().weights_root
 
 
 @pytest.fixture(scope="module")
-def full():
-    return load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size"))
-
-
-@pytest.fixture(scope="module")
 def tiny():
     return load_pipeline(MINIATURE, Settings(dtype="fp32", verify="size", vae="tiny"))
 
 
 @pytest.mark.slow
-def test_the_judge_reads_its_images_as_well(full, tiny):
+def test_the_judge_reads_its_images_as_well(miniature, tiny):
     scenes = unseen_scenes(48)
-    images = [few_steps(pipeline, 4)(complete_captions(scenes), range(48)) for pipeline in (full, tiny)]
+    images = [few_steps(pipeline, 4)(complete_captions(scenes), range(48)) for pipeline in (miniature, tiny)]
     judge = load_judge(WEIGHTS / "miniature")
     right = [100 * judge.score(one, scenes).all(1).mean() for one in images]
     assert right[1] >= right[0] - 5
@@ -44,10 +39,10 @@ def test_the_judge_reads_its_images_as_well(full, tiny):
 
 
 @pytest.mark.numeric
-def test_it_decodes_what_was_generated_from_a_image_too(full, tiny, monkeypatch):
+def test_it_decodes_what_was_generated_from_a_image_too(miniature, tiny, monkeypatch):
     photo = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
     request = Inputs.create(MINIATURE, prompt="a red castle", seed=3, image=photo, prompt_strength=0.5)
-    [expected] = results_of(full, request)
+    [expected] = results_of(miniature, request)
     monkeypatch.setattr(tiny.diffusion.vae, "decode", None)  # only its encoder is used
     [found] = results_of(tiny, request)
     assert psnr(found.images, expected.images) > 20

@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from fewstep.request import Request
 
 
-class Engine(Protocol):
-    """A UNet and a VAE's decoder for the requests that it serves; the next call may overwrite a result."""
+class Engine:
+    """Plain torch: a UNet and a decoder, an `AutoencoderKL` or an `AutoencoderTiny`, for every request.
 
-    one_by_one: bool  # whether the images of a batch go through one after the other
+    Of other engines, the next call may overwrite a result.
+    """
 
-    def serves(self, request: Request) -> bool:
-        """Whether it can generate, and is meant to, what `request` asks."""
-        ...
-
-    def unet(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
-        """(N, C, H / 8, W / 8) -> what `UNet2DConditionModel` predicts, of the same shape."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """(N, C, H / 8, W / 8) -> pixels (N, 3, H, W) from -1 to 1."""
-        ...
-
-
-class EagerEngine:
-    """Plain torch: a UNet and a decoder, an `AutoencoderKL` or an `AutoencoderTiny`, for every request."""
-
-    one_by_one = False
+    one_by_one = False  # whether the images of a batch go through one after the other
 
     def __init__(self, unet: Any, decoder: Any) -> None:
         self._unet, self._decoder = unet, decoder
 
     def serves(self, request: Request) -> bool:
-        """Everything."""
+        """Whether it can generate, and is meant to, what `request` asks."""
         return True
 
     def unet(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
-        """What the UNet predicts for (N, C, H / 8, W / 8)."""
+        """(N, C, H / 8, W / 8) -> what `UNet2DConditionModel` predicts, of the same shape."""
         output: Tensor = self._unet(latents, timestep, **condition, return_dict=False)[0]
         return output
 
     def decode(self, latents: Tensor) -> Tensor:
-        """What the decoder makes of (N, C, H / 8, W / 8): (N, 3, H, W)."""
+        """(N, C, H / 8, W / 8) -> pixels (N, 3, H, W) from -1 to 1."""
         pixels: Tensor = self._decoder.decode(latents.to(self._decoder.dtype)).sample
         return pixels

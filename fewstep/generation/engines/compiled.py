@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.request import Request
+from fewstep.generation.engines import Engine
 from fewstep.settings import Shape
 
 logger = logging.getLogger(__name__)
@@ -25,10 +25,11 @@ logger = logging.getLogger(__name__)
 FOLDER = ".compiled"  # beside the models: what a compiler has made is kept, and can be shipped in an image
 
 
-class CompiledEngine:
-    """The model's own networks: `compile_for` has them compiled, and nothing is after it."""
+class CompiledEngine(Engine):
+    """The model's own networks: `compile_for` has them compiled, and nothing is after it.
 
-    one_by_one = False
+    It serves everything: what was not compiled is not slower here than elsewhere.
+    """
 
     def __init__(self, unet: Any, decoder: Any, cache: Path, backend: str = "inductor") -> None:
         self.cache = cache
@@ -36,8 +37,7 @@ class CompiledEngine:
         how: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": backend}
         if unet.device.type == "cuda":
             how["mode"] = "reduce-overhead"  # CUDA graphs
-        self._dtype = unet.dtype
-        self._unet: Any = torch.compile(unet, **how)
+        super().__init__(torch.compile(unet, **how), decoder)
         self._decode: Any = torch.compile(decoder.decode, **how)
         self._stance = "default"
 
@@ -50,20 +50,13 @@ class CompiledEngine:
             logger.info("compiled %s in %.1f s", shape, time.perf_counter() - started)
         self._stance = "eager_on_recompile"
 
-    def serves(self, request: Request) -> bool:
-        """Everything: what was not compiled is not slower here than elsewhere."""
-        return True
-
     def unet(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
-        """What `UNet2DConditionModel` gives for (N, C, H / 8, W / 8); the next call may overwrite it."""
         with self._step():
-            output: Tensor = self._unet(latents, timestep, **condition, return_dict=False)[0]
-        return output
+            return super().unet(latents, timestep, condition)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """What the VAE gives for (N, C, H / 8, W / 8): (N, 3, H, W); the next call may overwrite it."""
         with self._step():
-            pixels: Tensor = self._decode(latents.to(self._dtype), return_dict=False)[0]
+            pixels: Tensor = self._decode(latents.to(self._decoder.dtype), return_dict=False)[0]
         return pixels
 
     def _step(self) -> AbstractContextManager[None]:

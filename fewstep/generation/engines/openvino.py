@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.generation.engines import Engine
 from fewstep.generation.engines.openvino_conversion import HINTS, examples
 from fewstep.lora.types import Mix
 from fewstep.models.load import Diffusion
@@ -38,7 +39,7 @@ def shared_core() -> Any:
     return Core()
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(Engine):
     """`unet` and `decode` for requests that it `serves`; images of a batch go through one by one, which on
     a CPU takes no longer, and gives each the same pixels in any batch."""
 
@@ -47,28 +48,27 @@ class OpenVinoEngine:
     def __init__(
         self,
         diffusion: Diffusion,
+        decoder: Any,
         place: Path,
         settings: Settings,
         dtype: torch.dtype,
         size: tuple[int, int],
-        decode: Callable[[Tensor], Tensor],
     ) -> None:
-        """Compile what `converted` put into `place`, for images of `size`, width and height in px; a tiny VAE
-        stays with `decode`, since torch is quick at it."""
-        self._size, self._decode = size, decode
-        width, height = size
+        """Compile what `converted` put into `place`, for images of `size`, width and height in px; `decoder`
+        stays with torch where it is a tiny VAE, since torch is quick at it."""
+        super().__init__(diffusion.unet, decoder)
+        self._size = width, height = size
         core = shared_core()
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[dtype], "PERFORMANCE_HINT": "LATENCY"}
         if settings.engine == INT8:
             config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_of(diffusion.unet.config)
-        self._infer: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {}
+        self._compiled: dict[str, Any] = {}
         for name, inputs in examples(diffusion, height // 8, width // 8).items():
             if name == "vae" and settings.vae != "full":
                 continue
             model = core.read_model(place / f"{name}.xml")
             model.reshape(dict(zip(model.inputs, [list(tensor.shape) for tensor in inputs], strict=True)))
-            request = core.compile_model(model, "CPU", config).create_infer_request()
-            self._infer[name] = partial(infer, request)
+            self._compiled[name] = core.compile_model(model, "CPU", config).create_infer_request()
         logger.info("OpenVINO paints pictures of %dx%d px", width, height)
 
     def serves(self, request: Request) -> bool:
@@ -77,17 +77,22 @@ class OpenVinoEngine:
         return size == self._size and request.chunks == 1 and request.weights_key == Mix().key
 
     def unet(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
-        """What `UNet2DConditionModel` gives for (N, C, H / 8, W / 8)."""
-        columns = [latents, timestep.expand(len(latents)), *_conditions(condition)]
-        return torch.cat(
-            [self._infer["unet"]([column[i : i + 1] for column in columns]) for i in range(len(latents))]
-        )
+        added = condition.get("added_cond_kwargs", {})
+        # In the order of `examples`.
+        inputs = [latents, timestep.expand(len(latents)), condition["encoder_hidden_states"]]
+        inputs += [added.get("text_embeds"), added.get("time_ids"), condition.get("timestep_cond")]
+        return self._infer("unet", [tensor for tensor in inputs if tensor is not None])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """What the VAE gives for (N, C, H / 8, W / 8): (N, 3, H, W)."""
-        if "vae" not in self._infer:
-            return self._decode(latents)
-        return torch.cat([self._infer["vae"]([row]) for row in torch.split(latents, 1)])
+        return self._infer("vae", [latents]) if "vae" in self._compiled else super().decode(latents)
+
+    def _infer(self, name: str, inputs: Sequence[Tensor]) -> Tensor:
+        """The only output of a network, of a batch one by one."""
+        # In fp32 on the outside, since numpy has no bf16.
+        columns = (torch.split(tensor.to(torch.float32).contiguous(), 1) for tensor in inputs)
+        rows = zip(*columns, strict=True)
+        outputs = (self._compiled[name].infer([tensor.numpy() for tensor in row]) for row in rows)
+        return torch.cat([torch.from_numpy(next(iter(output.values())).copy()) for output in outputs])
 
 
 def _group_of(config: Any) -> int:
@@ -96,17 +101,3 @@ def _group_of(config: Any) -> int:
     blocks = zip(config.block_out_channels, config.down_block_types, strict=True)
     widths = [channels for channels, kind in blocks if "CrossAttn" in kind]
     return math.gcd(MAX_GROUP, config.cross_attention_dim, *widths)
-
-
-def infer(request: Any, tensors: Sequence[Tensor]) -> Tensor:
-    """The only output of a compiled network."""
-    # In fp32 on the outside, since numpy has no bf16.
-    outputs = request.infer([tensor.to(torch.float32).contiguous().numpy() for tensor in tensors])
-    return torch.from_numpy(next(iter(outputs.values())).copy())
-
-
-def _conditions(condition: dict[str, Any]) -> list[Tensor]:
-    """In the order of `examples`."""
-    added = condition.get("added_cond_kwargs", {})
-    named = [condition["encoder_hidden_states"], added.get("text_embeds"), added.get("time_ids")]
-    return [tensor for tensor in (*named, condition.get("timestep_cond")) if tensor is not None]

@@ -46,7 +46,6 @@ STDERR = 2  # for all that libraries say: our own standard output belongs to res
 PACKAGE = "openvino==2026.4.1"
 FOLDER = ".openvino"  # beside the models, whose own folders hold what their manifests list
 HINTS = {torch.bfloat16: "bf16", torch.float32: "f32"}
-_DTYPES = {hint: dtype for dtype, hint in HINTS.items()}
 
 
 def converted(folder: Path, settings: Settings, device: torch.device, dtype: torch.dtype) -> Path:
@@ -73,9 +72,8 @@ def converted(folder: Path, settings: Settings, device: torch.device, dtype: tor
     place = _place(folder, engine, HINTS[dtype])
     if _is_sound(place, folder, settings.verify):
         return place
-    from fewstep.models.hub import (
-        locked,  # the hub's client takes a moment, and nothing is converted at most starts
-    )
+    # The hub's client takes a moment, and nothing is converted at most starts.
+    from fewstep.models.hub import locked
 
     place.parent.mkdir(parents=True, exist_ok=True)
     with locked(place.parent):
@@ -88,13 +86,11 @@ def converted(folder: Path, settings: Settings, device: torch.device, dtype: tor
         environ = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=ROOT, env=environ, check=False, stdout=STDERR)
         if done.returncode or not _is_sound(place, folder, settings.verify):
-            raise WeightsError(f"{folder.name} could not be converted for OpenVINO; {_why(done.returncode)}")
+            # It is killed when the kernel wants memory back, which leaves nothing in a log.
+            killed = done.returncode == -SIGKILL
+            why = "it was killed, as for lack of memory" if killed else "the reason is in the log"
+            raise WeightsError(f"{folder.name} could not be converted for OpenVINO; {why}")
     return place
-
-
-def _why(returncode: int) -> str:
-    # The kernel's way to get memory back, which leaves nothing in a log.
-    return "it was killed, as for lack of memory" if returncode == -SIGKILL else "the reason is in the log"
 
 
 def _place(folder: Path, engine: str, hint: str) -> Path:
@@ -190,32 +186,6 @@ def examples(diffusion: Diffusion, rows: int, columns: int) -> dict[str, tuple[T
     return {"unet": tuple(unet), "vae": (latents,)}
 
 
-def convert(
-    networks: dict[str, nn.Module],
-    inputs: dict[str, tuple[Tensor, ...]],
-    folder: Path,
-    engine: str,
-    hint: str,
-) -> None:
-    """Write the UNet and the decoder of the model in `folder`, taken out of `networks` one after the other,
-    since SDXL's together need more memory than many a machine has."""
-    place = _place(folder, engine, hint)
-    unfinished = place.with_suffix(".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    # In fp32, since what is bf16 in the conversion has NaNs after every GroupNorm; OpenVINO itself takes 16
-    # bits where it can.
-    write(networks.pop("unet").float(), inputs["unet"], unfinished / "unet.xml", hint)
-    if engine == INT8:
-        _compress(unfinished / "unet.xml", hint)
-    decoder = networks.pop("vae").float()
-    _replace_group_norms(decoder)
-    write(decoder, inputs["vae"], unfinished / "vae.xml", hint)
-    write_manifest(unfinished, model=place.name, origin=Origin("fewstep", "", ""), extra=_made_of(folder))
-    shutil.rmtree(place, ignore_errors=True)
-    unfinished.rename(place)
-
-
 def _replace_group_norms(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.GroupNorm):
@@ -233,15 +203,13 @@ def write(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, hint: str)
     openvino.save_model(model, path, compress_to_fp16=hint != "f32")
 
 
-def _compress(path: Path, hint: str) -> None:
-    """Weights of linear layers to 8 bits, symmetric, a scale for each output channel."""
+def _compress(plain: Path, path: Path, hint: str) -> None:
+    """Move a network from `plain` to `path`, with the weights of linear layers in 8 bits: symmetric, a scale
+    for each output channel."""
     import openvino
     from openvino import opset13
 
-    plain = path.with_stem("plain")  # read back from disk, where it takes no memory
-    for suffix in (".xml", ".bin"):
-        path.with_suffix(suffix).rename(plain.with_suffix(suffix))
-    model = openvino.Core().read_model(plain)
+    model = openvino.Core().read_model(plain)  # back from disk, where it takes no memory
     for node in model.get_ops():
         if node.get_type_name() != "MatMul":
             continue
@@ -261,15 +229,34 @@ def _compress(path: Path, hint: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Load a model and convert it: MODEL WEIGHTS ENGINE HINT."""
+    """Load a model and convert its UNet and its decoder, one after the other, since SDXL's together need more
+    memory than many a machine has: MODEL WEIGHTS ENGINE HINT."""
     model, weights, engine, hint = arguments
     spec, settings = get_model(model), Settings(model=model, weights_root=Path(weights))
-    manifest = check_folder(settings.weights_root / model, fix=spec.fix)
-    diffusion, _ = load_merged(spec, settings, manifest, torch.device("cpu"), _DTYPES[hint])
+    folder = settings.weights_root / model
+    manifest = check_folder(folder, fix=spec.fix)
+    [dtype] = [dtype for dtype, known in HINTS.items() if known == hint]
+    diffusion = load_merged(spec, settings, manifest, torch.device("cpu"), dtype)[0]
     inputs = examples(diffusion, 8, 8)
-    networks = {"unet": _UNet(diffusion.unet), "vae": Decoder(diffusion.vae)}
+    unet, decoder = _UNet(diffusion.unet), Decoder(diffusion.vae)
     del diffusion  # with the text encoders
-    convert(networks, inputs, Path(weights) / model, engine, hint)
+    place = _place(folder, engine, hint)
+    unfinished = place.with_suffix(".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    # In fp32, since what is bf16 in the conversion has NaNs after every GroupNorm; OpenVINO itself takes 16
+    # bits where it can.
+    if engine == INT8:
+        write(unet.float(), inputs["unet"], unfinished / "plain.xml", hint)
+        _compress(unfinished / "plain.xml", unfinished / "unet.xml", hint)
+    else:
+        write(unet.float(), inputs["unet"], unfinished / "unet.xml", hint)
+    del unet
+    _replace_group_norms(decoder.float())
+    write(decoder, inputs["vae"], unfinished / "vae.xml", hint)
+    write_manifest(unfinished, model=place.name, origin=Origin("fewstep", "", ""), extra=_made_of(folder))
+    shutil.rmtree(place, ignore_errors=True)
+    unfinished.rename(place)
 
 
 if __name__ == "__main__":
