@@ -11,14 +11,16 @@ import tempfile
 from cog import BaseModel, Input, Path
 
 from fewstep.coglet.adapter import check_cog, fetched_file, log_to_stderr, mask_unexpected_errors
-from fewstep.settings import Settings
+from fewstep.coglet.training import run_training
+
+WEIGHTS = "pytorch_lora_weights.safetensors"  # as scripts/train names what diffusers loads
 
 
 class TrainingOutput(BaseModel):
     weights: Path
 
 
-def train(
+async def train(
     images: Path = Input(description="A zip of pictures (JPEG, PNG or WebP), each with a text file of the same name or a line in metadata.jsonl that says what it shows.", regex="^(https?://|data:)"),
     caption: str | None = Input(description="What the pictures show that have no caption of their own.", default=None, max_length=2000),
     method: str = Input(description="lcf trains on the few-step model itself, so that it stays one; style trains on its base, an ordinary LoRA.", default="lcf", choices=["lcf", "style"]),
@@ -34,19 +36,11 @@ def train(
     log_to_stderr()
     with mask_unexpected_errors():
         check_cog()
-        settings = Settings.from_env()
-        # Imported here: torch takes seconds, and Cog reads this file without running it.
-        from fewstep.cli.train import prior_prompts
-        from fewstep.training.config import TrainingOptions
-        from fewstep.training.data import find, unpack
-        from fewstep.training.run import train_model
-
-        options = TrainingOptions(method, steps, batch_size, learning_rate, rank, resolution, random.getrandbits(31) if seed is None else seed, rehearse)
+        options = {"method": method, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "rank": rank, "resolution": resolution, "rehearse": rehearse, "caption": caption}
         with tempfile.TemporaryDirectory() as folder:
-            unpacked = Path(folder, "images")
-            unpack(fetched_file("images", images), unpacked)
-            weights = train_model(settings.model, settings, options, lambda: find(unpacked, caption), Path(folder, "run"), prior_prompts=prior_prompts(settings.model))
+            out = Path(folder, "run")
+            await run_training(fetched_file("images", images), out, seed=random.getrandbits(31) if seed is None else seed, **options)
             # It outlives this function, since Cog reads it afterwards.
-            kept = Path(tempfile.mkdtemp(prefix="fewstep-training-"), weights.name)
-            shutil.move(weights, kept)
+            kept = Path(tempfile.mkdtemp(prefix="fewstep-training-"), WEIGHTS)
+            shutil.move(out / WEIGHTS, kept)
         return TrainingOutput(weights=kept)  # type: ignore[call-arg]  # cog makes its __init__

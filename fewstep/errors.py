@@ -5,7 +5,10 @@ text, machine paths or tokens, and it never says that something was "cancelled":
 text for that word and then reports a failure as a cancel.
 """
 
+import re
 from typing import ClassVar
+
+_CODE_AND_SENTENCE = re.compile(r"\[([a-z_]+)\] (.*)", re.DOTALL)
 
 
 class FewstepError(Exception):
@@ -154,6 +157,8 @@ class InternalError(FewstepError, code="internal"):
         super().__init__(sentence)
 
 
-def error_from(code: str, sentence: str) -> FewstepError:
-    """Return the error of `code`, as it comes from another process; GenerationError for an unknown code."""
-    return _KINDS.get(code, GenerationError)(sentence)
+def error_in(text: str) -> FewstepError | None:
+    """Return the error that another process wrote as `[code] sentence`, whatever stands before it; a
+    GenerationError for an unknown code, and None where there is no code."""
+    match = _CODE_AND_SENTENCE.search(text)
+    return _KINDS.get(match[1], GenerationError)(match[2]) if match else None

@@ -53,8 +53,23 @@ def make_schema(path: Path, training: Path | None = None) -> Json:
     """
     schema = _Reader(path).schema()
     if training:
-        schema["components"]["schemas"] |= _Reader(training).training()
+        schemas, paths = schema["components"]["schemas"], schema["paths"]
+        response = _of_training(schemas["PredictionResponse"])
+        request = {**_of_training(schemas["PredictionRequest"])}
+        request["properties"] = {name: request["properties"][name] for name in ("id", "input")}
+        schemas |= {"TrainingRequest": request, "TrainingResponse": response}
+        schemas |= _Reader(training).training()
+        paths |= {_of_training(path): _of_training(paths[path]) for path in paths if "predictions" in path}
     return schema
+
+
+def _of_training(part: Any) -> Any:
+    """What Cog says of predictions, said of trainings."""
+    text = json.dumps(part).replace("prediction", "training").replace("Prediction", "Training")
+    text = text.replace("predict", "train").replace("Predict", "Train")
+    for name in ("Input", "Output"):
+        text = text.replace(f'/schemas/{name}"', f'/schemas/Training{name}"')
+    return json.loads(text)
 
 
 def golden_files() -> dict[Path, str]:
@@ -91,7 +106,8 @@ class _Reader:
         train = self._function("train", self._tree.body)
         inputs, enumerations = self._inputs("TrainingInput", train, train.args.args)
         weights = {"title": "Weights", **PATH}
-        output = {"title": "TrainingOutput", "type": "object", "properties": {"weights": weights}}
+        output = {"title": "Output", "type": "object", "properties": {"weights": weights}}
+        output["required"] = ["weights"]
         return {"TrainingInput": inputs, "TrainingOutput": output, **enumerations}
 
     def _function(self, name: str, nodes: list[ast.stmt]) -> Function:

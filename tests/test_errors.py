@@ -41,14 +41,18 @@ def test_codes_and_statuses_are_the_published_ones():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error_survives_a_process_boundary_and_can_be_made_from_its_code(kind):
-    for made in (pickle.loads(pickle.dumps(kind("a sentence"))), errors.error_from(kind.code, "a sentence")):
+    for made in (
+        pickle.loads(pickle.dumps(kind("a sentence"))),
+        errors.error_in(f"before [{kind.code}] a sentence"),
+    ):
         alone = kind in (errors.Refused, errors.ServerFailed)  # as a terminal shows it
         assert type(made) is kind and made.sentence == "a sentence"
         assert str(made) == ("a sentence" if alone else f"[{kind.code}] a sentence")
 
 
 def test_a_code_of_a_later_version_is_a_failed_generation():
-    assert type(errors.error_from("unheard_of", "a sentence")) is errors.GenerationError
+    assert type(errors.error_in("[unheard_of] a sentence")) is errors.GenerationError
+    assert errors.error_in("it ended [1] somehow") is None
 
 
 def test_internal_error_needs_no_words_and_never_reads_as_a_cancel():

@@ -5,7 +5,10 @@ import io
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,7 @@ def test_a_zip_of_images_becomes_an_adapter_and_nothing_else_is_left(
     inputs["rehearse"], before = 2, set(server.folder.iterdir())
     status, answer = server.post("/trainings", {"input": inputs})
     assert status == 200 and answer["status"] == "succeeded", answer.get("error")
+    assert answer["logs"].count(f"training {method} on ") == 1
     url = answer["output"]["weights"]
     path = tmp_path / "lora.safetensors"
     path.write_bytes(base64.b64decode(url.partition(",")[2]))
@@ -74,15 +78,50 @@ def test_a_zip_of_images_becomes_an_adapter_and_nothing_else_is_left(
     assert [path.name for path in folder.iterdir()] == ["pytorch_lora_weights.safetensors"]
 
 
+def processes_of(server: Server) -> list[bytes]:
+    """What trains for `server`, which works below its folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            found.append((process / "cmdline").read_bytes())
+    return [words for words in found if b"fewstep.cli.train" in words and bytes(server.folder) in words]
+
+
+def test_one_trains_at_a_time_and_is_gone_when_it_is_cancelled(server, pictures) -> None:
+    before = set(server.folder.iterdir())
+    body = {"id": "long", "input": {"images": pictures, "steps": 10_000, "rehearse": 0}}
+    with ThreadPoolExecutor() as threads:
+        long = threads.submit(server.post, "/trainings", body)
+        try:
+            while not processes_of(server):
+                time.sleep(0.05)
+            _, second = server.post("/trainings", {"input": {"images": pictures, "steps": 1}})
+        finally:
+            assert server.post("/trainings/long/cancel", {})[0] == 200
+        assert long.result()[1]["status"] == "canceled"
+    assert processes_of(server) == [] and set(server.folder.iterdir()) == before
+    assert code_and_sentence(str(second.get("error"))).startswith("[busy] a training is running already")
+
+
 @pytest.mark.parametrize(
     ("images", "more", "told"),
     [
         (as_zip({"notes.txt": b"x"}), {}, "[dataset] there is no picture"),
         (as_zip({"../a.png": b"x"}), {}, "[dataset] the zip holds a file whose path leads out of it"),
         (as_zip({"a.png": image()}), {}, "[dataset] 1 of 1 pictures have no caption"),
-        (as_zip({"a.png": b"x"}), {"caption": "x"}, "[dataset] none of 1 pictures can be opened"),
+        pytest.param(  # both are only seen by what has imported torch, which takes seconds
+            as_zip({"a.png": b"x"}),
+            {"caption": "x"},
+            "[dataset] none of 1 pictures can be opened",
+            marks=pytest.mark.slow,
+        ),
         ("data:application/zip;base64,AAAA", {}, "[dataset] the archive cannot be read"),
-        (as_zip({"a.png": image()}), {"caption": "x", "resolution": 100}, "[dataset] the resolution is 100"),
+        pytest.param(
+            as_zip({"a.png": image()}),
+            {"caption": "x", "resolution": 100},
+            "[dataset] the resolution is 100",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_cannot_be_trained_on_is_told_in_one_sentence(server, images, more, told) -> None:

@@ -90,19 +90,23 @@ def prior_prompts(model: str) -> Callable[[int], Sequence[str]]:
 def _train(chosen: argparse.Namespace) -> None:
     from fewstep.settings import Settings
     from fewstep.training.data import find, unpack
-    from fewstep.training.run import train_model
 
-    settings, options = Settings.from_env(), options_of(chosen)
-    model = settings.model
-    with tempfile.TemporaryDirectory() as unpacked, tracked(chosen.out) as accelerator:
+    with tempfile.TemporaryDirectory() as unpacked:
         folder = chosen.pictures
         if folder.is_file():
             unpack(folder, Path(unpacked))
             folder = Path(unpacked)
-        images, prior = partial(find, folder, chosen.caption), prior_prompts(model)
-        path = train_model(
-            model, settings, options, images, chosen.out, prior_prompts=prior, accelerator=accelerator
-        )
+        images = partial(find, folder, chosen.caption)
+        images()  # what cannot be trained on is said before torch is there
+        from fewstep.training.run import train_model
+
+        settings, options = Settings.from_env(), options_of(chosen)
+        model = settings.model
+        prior = prior_prompts(model)
+        with tracked(chosen.out) as accelerator:
+            path = train_model(
+                model, settings, options, images, chosen.out, prior_prompts=prior, accelerator=accelerator
+            )
     say(f"{path.name} is in the folder that --out names; put it into styles/{model} and name it as style")
 
 

@@ -27,7 +27,8 @@ def check_cog() -> None:
 def log_to_stderr() -> None:
     """Give our messages a way out; coglet files what stderr gets under the prediction that wrote it."""
     ours = logging.getLogger("fewstep")
-    ours.addHandler(logging.StreamHandler())
+    if not ours.handlers:  # train() comes here again and again
+        ours.addHandler(logging.StreamHandler())
     ours.setLevel(logging.INFO)
 
 

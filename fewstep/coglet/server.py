@@ -26,7 +26,8 @@ from fewstep.images.outputs import is_abandoned, try_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = Path(__file__).with_name("openapi_schema.json")  # of predict.py and train.py, as Cog makes it
-CONCURRENCY = 8  # as @cog.concurrent says in predict.py; the Cog CLI reads it there, coglet does not
+# As @cog.concurrent says in predict.py, and as Cog then sets it for trainings too; coglet does not read it.
+CONCURRENCY = 8
 # Fixed within coglet: neither TMPDIR nor an argument moves it.
 COGLET_ROOT = Path("/tmp/coglet/predictions")
 OUTPUTS = "fewstep-outputs-"  # begins the name of each server's own folder
@@ -141,7 +142,7 @@ def running_server(
             ["/bin/sh", "-c", WATCHED, "sh", sys.executable, "-m", "cog.server.http"]
             + ["--host", host, "--x-mode", mode],
             cwd=root,
-            env=_environment(environ, port, CONCURRENCY if mode == "predict" else 1, str(outputs)),
+            env=_environment(environ, port, str(outputs)),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -216,7 +217,7 @@ def require_free(host: str, port: int, fix: str) -> None:
             raise ServerFailed(f"port {port} of {host} cannot be had ({reason}); {fix}") from None
 
 
-def _environment(environ: Mapping[str, str], port: int, concurrency: int, outputs: str) -> dict[str, str]:
+def _environment(environ: Mapping[str, str], port: int, outputs: str) -> dict[str, str]:
     return {
         **OFFLINE,
         "FEWSTEP_COGLET_ROOT": str(COGLET_ROOT),
@@ -228,6 +229,6 @@ def _environment(environ: Mapping[str, str], port: int, concurrency: int, output
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environ.get('PATH', os.defpath)}",
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
         "COG_TRAIN_TYPE_STUB": "train.py:train",
-        "COG_MAX_CONCURRENCY": str(concurrency),
+        "COG_MAX_CONCURRENCY": str(CONCURRENCY),
         "PORT": str(port),
     }

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import httpx2
 
-from fewstep.coglet.server import CODE_AND_SENTENCE, HEALTH_TIMEOUT_S
-from fewstep.errors import GenerationError, InternalError, Stopped, error_from
+from fewstep.coglet.server import HEALTH_TIMEOUT_S
+from fewstep.errors import GenerationError, InternalError, Stopped, error_in
 
 logger = logging.getLogger(__name__)
 
@@ -133,13 +133,12 @@ def _read_answer(answer: Mapping[str, Any], took_ms: float) -> BackendResult:
     if status == "canceled":
         raise BackendUnavailable("it was stopped there")  # not by us, who would have left
     if status != "succeeded":
-        match = CODE_AND_SENTENCE.search(str(answer.get("error")))
-        if not match:  # coglet's own: its worker died, or cannot be reached
+        error = error_in(str(answer.get("error")))
+        if error is None:  # coglet's own: its worker died, or cannot be reached
             raise BackendUnavailable("failed without a reason")
-        code, _, sentence = match.group()[1:].partition("] ")
-        if code == Stopped.code:  # the server is going down
+        if isinstance(error, Stopped):  # the server is going down
             raise BackendUnavailable("it is ending")
-        raise error_from(code, sentence)
+        raise error
     if not isinstance(output, list) or not output:
         raise GenerationError("the model gave no picture; ask again")
     metrics = answer.get("metrics") or {}

@@ -41,3 +41,11 @@ def test_a_local_path_that_no_schema_refused_is_refused_here(value):
         door.fetched_file("image", value)
     assert "passwd" not in str(caught.value)
     assert door.fetched_file("image", Path("/tmp/x")) == Path("/tmp/x")
+
+
+def test_a_log_line_is_written_once_however_often_a_door_is_opened(monkeypatch):
+    ours = logging.getLogger("fewstep")
+    monkeypatch.setattr(ours, "handlers", [])
+    for _ in range(5):
+        door.log_to_stderr()
+    assert len(ours.handlers) == 1
