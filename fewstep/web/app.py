@@ -85,6 +85,7 @@ class WebServer(uvicorn.Server):
             host=host,
             port=port,
             access_log=False,
+            log_config=None,  # what it says goes where all else goes, and other libraries' handlers stay open
             log_level="warning",
             timeout_graceful_shutdown=int(GRACE_S),
             server_header=False,
