@@ -1,4 +1,4 @@
-"""What a Cog build copies: the code, the served weights and nothing else; and that it starts."""
+"""What a Cog build copies and a push sees: the code, the served weights, nothing else; and that it starts."""
 
 import fnmatch
 import os
@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import yaml
 from tiny import as_downloaded, make_folder
 
+from fewstep.errors import InvalidRequest
 from fewstep.models.save import save_model
 from fewstep.models.specs import MODELS
+from fewstep.request import Inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -68,3 +72,66 @@ def test_the_tree_that_a_build_copies_starts_and_generates(tmp_path):
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
     assert {"predict.py", "cog.yaml", "requirements.txt", "fewstep/generation/pipeline.py"} <= set(kept)
     assert not any(path.startswith(("tests/", "docs/", "weights/", ".github/", ".ci/")) for path in kept)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with an environment and SDXL's weights, and a Cog that says what it sees."""
+    folder = tmp_path / "checkout"
+    subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+    for path in ("weights/sdxl/manifest.json", "weights/sdxl/unet/x.safetensors", ".venv/lib/x"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(path)
+    cog = tmp_path / "bin" / "cog"
+    cog.parent.mkdir()
+    cog.write_text(
+        '#!/bin/sh\necho "$@"\necho $(git status --short)\necho $(find weights -type f | sort)\n'
+        "echo $(ls -a)\nexit $FAILS\n"
+    )
+    cog.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("fails", [0, 3])
+def test_a_push_sees_a_clean_tree_with_the_served_weights_alone(checkout, tmp_path, fails):
+    environ = os.environ | {"PATH": f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}", "FAILS": str(fails)}
+    command = [checkout / "scripts" / "push", "r8.im/me/fewstep"]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == fails, done.stderr
+    arguments, changed, weights, names = done.stdout.splitlines()
+    assert arguments == "push r8.im/me/fewstep --separate-weights" and changed == ""
+    assert weights.split() == ["weights/sdxl/manifest.json", "weights/sdxl/unet/x.safetensors"]
+    assert {"predict.py", "cog.yaml", ".dockerignore"} <= set(names.split()) - {".venv"} == set(names.split())
+    assert not (checkout / "build" / "push").exists()
+    assert (checkout / "weights" / "sdxl" / "manifest.json").exists()  # a link of it was removed, not itself
+
+
+def test_a_push_without_weights_says_how_to_get_them(checkout, tmp_path):
+    shutil.rmtree(checkout / "weights" / "sdxl")
+    environ = os.environ | {"PATH": f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}"}
+    command = [checkout / "scripts" / "push", "r8.im/me/fewstep"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 1 and "scripts/save-weights sdxl" in done.stderr
+
+
+CONFIG = yaml.safe_load((ROOT / "cog-safe-push.yaml").read_text())
+CHECKS = {"exact_string", "match_url", "match_prompt", "jq_query", "error_contains"}
+
+
+def test_what_is_tried_before_a_push_has_only_fields_that_cog_safe_push_knows():
+    known = {"model", "test_model", "test_hardware", "predict", "train", "parallel"}
+    assert CONFIG.keys() <= known
+    predict = {"compare_outputs", "predict_timeout", "test_cases", "fuzz"}
+    assert CONFIG["predict"].keys() <= predict
+    assert CONFIG["predict"]["fuzz"].keys() <= {"fixed_inputs", "disabled_inputs", "iterations"}
+
+
+@pytest.mark.parametrize("case", CONFIG["predict"]["test_cases"], ids=lambda case: case["inputs"]["prompt"])
+def test_every_case_that_is_tried_before_a_push_is_answered_as_it_says(case):
+    assert case.keys() <= {"inputs"} | CHECKS and len(case) <= 2
+    try:
+        Inputs.create(MODELS["sdxl"], **case["inputs"])
+    except InvalidRequest as error:
+        assert case["error_contains"] in str(error)
+    else:
+        assert "error_contains" not in case
