@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,8 +95,7 @@ def _train(chosen: argparse.Namespace) -> None:
         if folder.is_file():
             unpack(folder, Path(unpacked))
             folder = Path(unpacked)
-        images = partial(find, folder, chosen.caption)
-        images()  # what cannot be trained on is said before torch is there
+        found = find(folder, chosen.caption)  # what cannot be trained on is said before torch is there
         from fewstep.training.run import train_model
 
         settings, options = Settings.from_env(), options_of(chosen)
@@ -105,7 +103,7 @@ def _train(chosen: argparse.Namespace) -> None:
         prior = prior_prompts(model)
         with tracked(chosen.out) as accelerator:
             path = train_model(
-                model, settings, options, images, chosen.out, prior_prompts=prior, accelerator=accelerator
+                model, settings, options, lambda: found, chosen.out, prior_prompts=prior, accelerator=accelerator
             )
     say(f"{path.name} is in the folder that --out names; put it into styles/{model} and name it as style")
 

@@ -30,7 +30,12 @@ async def run_training(pictures: Path, out: Path, **options: object) -> None:
     environ = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(out.parent)}  # a killed one leaves nothing
     async with _one_at_a_time:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, *command, env=environ, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+            sys.executable,
+            *command,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # ours may be how this worker speaks to coglet
+            stderr=subprocess.PIPE,
         )
         assert process.stderr
         decoder, said = codecs.getincrementaldecoder("utf-8")("replace"), ""
