@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 import torch
+from torch import Tensor
 
 from fewstep.errors import SettingsError
 from fewstep.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+# Turing's, of the T4 and the 20 series: the oldest whose matrix units multiply fp16.
+LEAST_CAPABILITY = (7, 5)
+# What libraries say of a device that answers no more; torch's own errors have a type.
+DEVICE_ERRORS = ("CUDA error", "cuDNN error", "CUDNN_STATUS_EXECUTION_FAILED", "CUBLAS_STATUS_EXECUTION_FAILED")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -16,14 +28,69 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
-    """What `settings` come to on this machine. Raises SettingsError for a device that is not there."""
+    """What `settings` come to on this machine. Raises SettingsError for a device that cannot be used.
+
+    fp32 is fp32 on a GPU too: TF32, which keeps 10 of its 23 bits, is switched off for the process.
+    """
     name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("FEWSTEP_DEVICE is cuda, but torch sees no CUDA device; set it to cpu or auto")
+    if name != "cpu":
+        problem = _cuda_problem()
+        if problem and name == "cuda":
+            raise SettingsError(f"FEWSTEP_DEVICE is cuda, but {problem}; set it to cpu or auto")
+        if problem and NVIDIA_DRIVER.exists():  # there is a GPU, which somebody counts on
+            logger.warning("generating on the CPU, which is slow: %s", problem)
+        name = "cpu" if problem else "cuda"
     device = torch.device(name)
-    return device, fast_dtype(device) if settings.dtype == "auto" else DTYPES[settings.dtype]
+    dtype = fast_dtype(device) if settings.dtype == "auto" else DTYPES[settings.dtype]
+    if device.type == "cuda" and dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return device, dtype
+
+
+def _cuda_problem() -> str:
+    """Why torch cannot use a GPU here; empty if it can."""
+    if torch.version.cuda is None:
+        return "this torch was built for CPUs alone"
+    if not torch.cuda.is_available():
+        return f"torch sees no CUDA device; CUDA {torch.version.cuda} needs a GPU and a driver that is as new"
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        found, least = (".".join(map(str, each)) for each in (capability, LEAST_CAPABILITY))
+        return f"the GPU's compute capability is {found}, and fp16 wants {least}"
+    return ""
+
+
+def is_device_error(error: BaseException | None) -> bool:
+    """Whether `error` says that the device is lost to this process: any of CUDA's but a lack of memory.
+
+    After one, all that is asked of the device fails, until the process is started anew.
+    """
+    if error is None or isinstance(error, torch.OutOfMemoryError):
+        return False
+    lost = isinstance(error, RuntimeError) and any(text in str(error) for text in DEVICE_ERRORS)
+    return lost or isinstance(error, torch.AcceleratorError) or is_device_error(error.__cause__)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor`, of the host's memory, on `device`, without a wait for what is computed there."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(*tensors: Tensor) -> list[Tensor]:
+    """Contiguous copies in the host's memory, after one wait for the device that computes `tensors`."""
+    if tensors[0].device.type == "cpu":
+        return [tensor.contiguous() for tensor in tensors]
+    # Into pinned memory, which the device writes by itself.
+    copies = [
+        torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+            tensor.contiguous(), non_blocking=True
+        )
+        for tensor in tensors
+    ]
+    torch.cuda.current_stream(tensors[0].device).synchronize()
+    return copies
 
 
 def fast_dtype(device: torch.device, *, training: bool = False) -> torch.dtype:
