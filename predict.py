@@ -43,13 +43,14 @@ class Predictor(BasePredictor):
             self.batcher = Batcher(deadline_s=settings.deadline_s)
 
             def load() -> "Pipeline":
-                from fewstep.generation.pipeline import load_pipeline  # imports torch, which takes seconds
+                from fewstep.generation.load import load_pipeline  # imports torch, which takes seconds
 
                 return load_pipeline(get_model(settings.model), settings)
 
             self.batcher.model = self.pipeline = await self.batcher.run(load)
             self.styles = LoraResolver(settings, self.pipeline.adapters.read)
             await self.batcher.run(self.pipeline.warm_up)
+            self.batcher.idle_work = self.pipeline.improve
 
     @cog.concurrent(max=8)
     async def predict(

@@ -88,6 +88,14 @@ class GenerationError(FewstepError, code="generation_failed"):
     """The model ran, but its output is not an image (NaN, infinite, or missing)."""
 
 
+class OutOfMemory(FewstepError, code="out_of_memory", status=503):
+    """The GPU's memory does not hold what even one image of this size needs."""
+
+
+class DeviceLost(FewstepError, code="device_lost", status=503):
+    """The GPU failed this process for good; the server has to be started anew."""
+
+
 class SafetyError(FewstepError, code="safety_check_failed"):
     """A finished image could not be checked for safety, and is withheld."""
 

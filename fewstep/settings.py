@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 INT8 = "openvino-int8"  # in which linear layers multiply in 8 bits
 OPENVINO = ("openvino", INT8)
+FP8 = "compiled-fp8"  # likewise, on a GPU
+COMPILED = ("compiled", FP8)
 VAES = ("full", "tiny")
 MAX_COMPILED = 8  # torch keeps as many versions of one module, and then gives up
 MAX_DEADLINE_S = 24 * 60 * 60
@@ -68,6 +70,10 @@ def _whole(most: int, unit: int = 1) -> Parser:
         return unit * int(text)
 
     return parse
+
+
+def _gigabytes(text: str) -> int | None:
+    return None if text == "auto" else int(_whole(MAX_GIGABYTES)(text))
 
 
 def _seconds(text: str) -> float:
@@ -132,13 +138,15 @@ class Settings:
     output_root: Path = _from("FEWSTEP_OUTPUTS", lambda: Path(gettempdir(), "fewstep-outputs"), _path)
     device: str = _from("FEWSTEP_DEVICE", "auto", _choice("auto", "cpu", "cuda"))
     dtype: str = _from("FEWSTEP_DTYPE", "auto", _choice("auto", "fp32", "bf16", "fp16"))
-    engine: str = _from("FEWSTEP_ENGINE", "torch", _choice("torch", "compiled", *OPENVINO))
+    engine: str = _from("FEWSTEP_ENGINE", "torch", _choice("torch", *COMPILED, *OPENVINO))
     openvino_size: tuple[int, int] | None = _from("FEWSTEP_OPENVINO_SIZE", None, _size)  # None: native
     vae: str = _from("FEWSTEP_VAE", "full", _choice(*VAES))  # tiny decodes coarser, and much quicker
-    compiled: tuple[Shape, ...] = _from("FEWSTEP_COMPILED", (), _shapes)  # none: one native image
+    compiled: tuple[Shape, ...] = _from("FEWSTEP_COMPILED", (), _shapes)  # none: native images
     verify: str = _from("FEWSTEP_VERIFY", "sha256", _choice("sha256", "size"))
     deadline_s: float = _from("FEWSTEP_DEADLINE_S", 120.0, _seconds)
     max_batch: int = _from("FEWSTEP_MAX_BATCH", 8, _whole(MAX_BATCH_LIMIT))  # images in one forward pass
+    # How much of the GPU's memory may be used, in GB; None: what is free.
+    memory_gb: int | None = _from("FEWSTEP_MEMORY", None, _gigabytes)
     # Of coglet's prediction folders, where a script of ours started it.
     coglet_root: Path | None = _from("FEWSTEP_COGLET_ROOT", None, _path)
     safety: str = _from("FEWSTEP_SAFETY", "clip", _choice("clip", "vit", "off"))
@@ -186,7 +194,7 @@ class Settings:
         for variable in sorted(environ.keys() - read):
             if variable.startswith("FEWSTEP_"):
                 logger.warning("%s is set, but fewstep reads no variable of that name", variable)
-        for name, engines in (("openvino_size", OPENVINO), ("compiled", ("compiled",))):
+        for name, engines in (("openvino_size", OPENVINO), ("compiled", COMPILED)):
             if name in values and settings.engine not in engines:
                 unread = "FEWSTEP_%s is set, but FEWSTEP_ENGINE is %s, which does not read it"
                 logger.warning(unread, name.upper(), settings.engine)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fewstep.evaluation.generate import fuse_lora
 from fewstep.generation.engines.openvino import OpenVinoEngine
 from fewstep.generation.engines.openvino_conversion import Decoder, converted, examples, write
-from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.load import load_pipeline
 from fewstep.models.device import name_of
 from fewstep.models.sources import LCM_LORA
 from fewstep.models.specs import get_model

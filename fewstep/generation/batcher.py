@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from fewstep.errors import DeadlineExceeded, FewstepError, InternalError, Stopped
+from fewstep.errors import DeadlineExceeded, DeviceLost, FewstepError, InternalError, Stopped
 from fewstep.request import Request
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # How many batches may go before a request that came first, because they need no change of weights.
 MAX_OVERTAKEN = 4
+# How long nobody has to ask before other work is done: those who type pause for less.
+IDLE_S = 2.0
 
 T = TypeVar("T")
 
@@ -91,6 +93,8 @@ class Batcher:
         self._changed = threading.Condition()  # guards the next two
         self._queue: deque[_Waiter[Any]] = deque()
         self._closed = False
+        self._lost = False  # the device: nothing will be served any more
+        self.idle_work: Callable[[], bool] | None = None  # done while nobody asks, until it returns false
         self._batch_since: float | None = None
         self._weights: Hashable = None  # what the last batch left in the model
         self._thread = threading.Thread(target=self._serve, name="model", daemon=True)
@@ -116,10 +120,11 @@ class Batcher:
         return await self._result(_Call(function=function), None)
 
     def healthy(self) -> bool:
-        """Whether a request sent now would be served: the thread lives, is not closing and not stuck."""
+        """Whether a request sent now would be served: the thread lives, is not closing and not stuck, and the
+        device is not lost, which it never is again."""
         since = self._batch_since
         stuck = since is not None and time.monotonic() - since > self._deadline_s + self._grace_s
-        return self._thread.is_alive() and not self._closed and not stuck
+        return self._thread.is_alive() and not (self._closed or self._lost or stuck)
 
     async def close(self) -> None:
         """Take no more requests, finish those that wait, and end the thread."""
@@ -161,19 +166,27 @@ class Batcher:
     def _serve_next(self) -> bool:
         """One turn; false at the end. A function, so that no result stays alive while the next is awaited."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            if not self._queue:
+            idle_s = IDLE_S if self.idle_work else None
+            self._changed.wait_for(lambda: self._queue or self._closed, idle_s)
+            work = self._take_next() if self._queue else None
+            if work is None and self._closed:
                 return False
-            work = self._take_next()
-        if work.gone():
-            return True
-        batch: list[Any] = [work]
+        batch: list[Any] = [work] if work else []
         try:
-            if isinstance(work, _Call):
+            if self._lost and work:
+                raise DeviceLost("the GPU failed; the server has to be started anew")
+            if work is None:
+                idle_work, self.idle_work = self.idle_work, None  # nor again after an error
+                if idle_work and idle_work():
+                    self.idle_work = idle_work
+            elif work.gone():
+                pass
+            elif isinstance(work, _Call):
                 work.deliver(work.function())
             else:
                 self._run_batch(batch)
         except BaseException as error:  # SystemExit too: whatever the model does, this thread lives on
+            self._lost = self._lost or isinstance(error, DeviceLost)
             if not isinstance(error, FewstepError):
                 logger.error("the model thread's work failed; the thread goes on", exc_info=error)
             for waiter in batch:

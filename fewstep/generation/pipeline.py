@@ -1,6 +1,6 @@
-"""The model: load its weights, encode requests, generate batches of them.
+"""The loaded model: encode requests, generate batches of them.
 
-    pipeline = load_pipeline(get_model("miniature"), Settings.from_env())
+    pipeline = load_pipeline(get_model("miniature"), Settings.from_env())  # of generation/load.py
     [image] = pipeline.images(["a red house in the snow"], [7])
 
 A pipeline belongs to the thread that uses it: diffusers' are not thread-safe, and nothing here is either.
@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -23,27 +23,29 @@ from diffusers import AutoencoderTiny, LCMScheduler
 from PIL import Image
 from torch import Tensor
 
-from fewstep.errors import FewstepError, InvalidRequest, SettingsError, UnsafeImage
+from fewstep.errors import DeviceLost, FewstepError, OutOfMemory, SettingsError, UnsafeImage
 from fewstep.generation import tensors
 from fewstep.generation.engines import Engine
-from fewstep.generation.engines.compiled import FOLDER as COMPILED
 from fewstep.generation.engines.compiled import CompiledEngine
-from fewstep.generation.engines.openvino import OpenVinoEngine
-from fewstep.generation.engines.openvino_conversion import converted
-from fewstep.generation.safety import SafetyChecker, load_safety_checker
-from fewstep.generation.sampler import plan, sample
+from fewstep.generation.safety import SafetyChecker
+from fewstep.generation.sampler import Step, plan, sample
+from fewstep.generation.stopwatch import Stopwatch
 from fewstep.generation.tensors import EncodedRequest, Job
 from fewstep.generation.text_encoder import TextEncoder
 from fewstep.lora.merge import WeightMerger
 from fewstep.lora.types import Lora
-from fewstep.models.device import device_and_dtype
-from fewstep.models.load import Diffusion, load_merged, load_tiny_vae
-from fewstep.models.manifest import check_folder
+from fewstep.models.device import is_device_error, to_device
+from fewstep.models.load import Diffusion
 from fewstep.models.specs import ModelSpec
 from fewstep.request import SCHEDULE_STEPS, Inputs, Request
-from fewstep.settings import OPENVINO, Settings, Shape
+from fewstep.settings import Shape
 
 logger = logging.getLogger(__name__)
+
+# How long a start goes on compiling, in s, before the server takes requests and compiles while it is idle.
+COMPILE_AT_START_S = 30.0
+NATIVE_BATCHES = (1, 2, 4, 8)
+PLANS_KEPT = 256
 
 
 @dataclass(frozen=True)
@@ -53,51 +55,6 @@ class GenerationResult:
     images: list[Image.Image]
     seeds: list[int]  # of each
     metrics: dict[str, int | float]
-
-
-def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
-    """Load the weights of `spec` straight to the device, verify them meanwhile, and fuse the LCM-LoRA.
-
-    Raises WeightsError that names a missing or damaged file and its fix, SettingsError for a device that
-    is not there. Nothing is fetched: what is not in the folder does not exist.
-    """
-    folder = settings.weights_root / spec.name
-    device, dtype = device_and_dtype(settings)
-    size = _usual_size(spec, settings)
-    manifest = check_folder(folder, fix=spec.fix)
-    # First, while nothing else takes memory.
-    place = converted(folder, settings, device, dtype) if settings.engine in OPENVINO else None
-    diffusion, adapters = load_merged(spec, settings, manifest, device, dtype)
-    tiny = load_tiny_vae(folder, manifest, spec.fix, device, dtype) if settings.vae == "tiny" else None
-    pipeline = Pipeline(spec, diffusion, adapters, settings.max_batch, tiny)
-    pipeline.revision, pipeline.usual_size = manifest.revision, size
-    pipeline.allow_unsafe = settings.allow_unsafe
-    if settings.safety == "off" or not spec.needs_safety_checker:
-        logger.info("pictures of %s are not checked for safety", spec.name)
-    else:
-        fix = manifest.fix(spec.fix)
-        pipeline.checker = load_safety_checker(folder, settings.safety, device, dtype, fix)
-    if place:
-        pipeline.engine = OpenVinoEngine(diffusion, pipeline.decoder, place, settings, dtype, size)
-    elif settings.engine == "compiled":
-        cache = folder.parent / COMPILED / spec.name
-        pipeline.compile(CompiledEngine(diffusion.unet, pipeline.decoder, cache), settings.compiled)
-    return pipeline
-
-
-def _usual_size(spec: ModelSpec, settings: Settings) -> tuple[int, int]:
-    """Of the images that the engine is made for, in px. Raises SettingsError for what cannot be generated."""
-    name, sizes = "FEWSTEP_COMPILED", [(shape.width, shape.height) for shape in settings.compiled]
-    if settings.engine in OPENVINO and settings.openvino_size:
-        name, sizes = "FEWSTEP_OPENVINO_SIZE", [settings.openvino_size]
-    elif settings.engine != "compiled" or not sizes:
-        return spec.native_size, spec.native_size
-    for width, height in sizes:
-        try:
-            Inputs.create(spec, prompt="any", aspect_ratio="custom", width=width, height=height)
-        except InvalidRequest as error:
-            raise SettingsError(f"{name} has a size that cannot be painted: {error.sentence}") from None
-    return sizes[0]
 
 
 class Pipeline:
@@ -122,6 +79,9 @@ class Pipeline:
         self.engine = self.eager  # `eager` takes what it does not serve
         self.device: torch.device = diffusion.unet.device
         self.dtype: torch.dtype = diffusion.unet.dtype
+        # How many images at once fit where more did not, by what decides about memory.
+        self._fits: dict[tuple[int, int, bool], int] = {}
+        self._plan = lru_cache(PLANS_KEPT)(self._make_plan)  # it takes a millisecond or two
 
     def request(self, inputs: Inputs, loras: Sequence[Lora] = ()) -> Request:
         """The request for `inputs`, whose styles are `loras`, in order; may be called on any thread.
@@ -152,34 +112,48 @@ class Pipeline:
             images += result.images
         return images
 
-    def warm_up(self, shape: Shape | None = None, steps: int = 1) -> None:
+    def warm_up(self, shape: Shape | None = None) -> None:
         """Generate a batch of `shape`, or one image of the usual size, for nobody. Raises as `images`."""
         shape = shape or Shape(*self.usual_size)
         guidance = 2.0 if shape.guided else None
         size: dict[str, Any] = {"aspect_ratio": "custom", "width": shape.width, "height": shape.height}
         with suppress(UnsafeImage):  # it was generated all the same
             prompts, seeds = ["warm up"] * shape.batch, range(shape.batch)
-            self.images(prompts, seeds, steps=steps, guidance=guidance, **size)
+            self.images(prompts, seeds, steps=1, guidance=guidance, **size)
 
     def compile(self, engine: CompiledEngine, shapes: Sequence[Shape]) -> None:
-        """Let `engine` generate, compiled for batches of each of `shapes`, by default one of the usual size.
+        """Let `engine` generate, made ready for batches of each of `shapes`, by default of 1, 2, 4 and 8 of
+        the usual size, and compiled for them as far as half a minute goes; `improve` does the rest.
 
         Raises SettingsError for a batch that can never come.
         """
         for shape in shapes:
             if shape.batch > (most := self._room(shape.width, shape.height)):
                 raise SettingsError(
-                    f"FEWSTEP_COMPILED lists batches of {shape.batch}; FEWSTEP_MAX_BATCH allows {most}"
+                    f"FEWSTEP_COMPILED lists batches of {shape.batch}; FEWSTEP_MAX_BATCH, or the GPU's memory"
+                    f", allows {most}"
                 )
+        most = self._room(*self.usual_size)
+        usual = [Shape(*self.usual_size, batch=batch) for batch in NATIVE_BATCHES if batch <= most]
         self.engine = engine
-        engine.compile_for(shapes or (Shape(*self.usual_size),), partial(self.warm_up, steps=2))
+        started = time.monotonic()
+        engine.prepare(shapes or usual, self.warm_up)
+        while time.monotonic() - started < COMPILE_AT_START_S and self.improve():
+            pass
+
+    def improve(self) -> bool:
+        """Do a part, of some seconds, of what makes the engine faster; whether more of it is left."""
+        with _lost_devices_named():
+            return self.engine.improve()
 
     def max_images(self, request: Request) -> int:
         """How many images of this size go through the model at once; `max_batch` at the native size, and one
         where an engine takes them one by one: in a batch, all would wait for the last."""
         if self._engine_for(request).one_by_one:
             return 1
-        return self._room(request.inputs.width, request.inputs.height)
+        inputs = request.inputs
+        room = self._room(inputs.width, inputs.height)
+        return min(room, self._fits.get(_memory_key(inputs), room))
 
     def _room(self, width: int, height: int) -> int:
         share = self.spec.native_size**2 / (width * height)
@@ -190,23 +164,24 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode(self, request: Request) -> EncodedRequest:
-        """Add the request's LoRAs to the weights, and encode its prompts by them."""
-        metrics: dict[str, float] = defaultdict(float)
-        with _timed(metrics, "weights_ms"):
-            self.adapters.apply(request.mix)
-        with _timed(metrics, "text_ms"):
-            # One at a time: in a batch, the mates' number would choose the kernels and so the last bits.
-            inputs = request.inputs
-            styles = [(lora.sha256, scale) for lora, scale in request.mix.styles if lora.changes_text]
-            how = (request.chunks, inputs.clip_skip, tuple(styles))
-            prompt, negative = self.text.encode(inputs.prompt_parts, *how), None
-            if inputs.guided:
-                negative = (
-                    self.text.encode(inputs.negative_parts, *how)
-                    if inputs.negative_prompt
-                    else self.text.encode_nothing(prompt, *how)
-                )
-        return EncodedRequest(request, prompt, negative, metrics)
+        """Add the request's LoRAs to the weights, and encode its prompts by them. Raises DeviceLost."""
+        stopwatch = Stopwatch(self.device)
+        with _lost_devices_named():
+            with stopwatch.stage("weights_ms"):
+                self.adapters.apply(request.mix)
+            with stopwatch.stage("text_ms"):
+                # One at a time: in a batch, the mates' number would choose the kernels and so the last bits.
+                inputs = request.inputs
+                styles = [(lora.sha256, scale) for lora, scale in request.mix.styles if lora.changes_text]
+                how = (request.chunks, inputs.clip_skip, tuple(styles))
+                prompt, negative = self.text.encode(inputs.prompt_parts, *how), None
+                if inputs.guided:
+                    negative = (
+                        self.text.encode(inputs.negative_parts, *how)
+                        if inputs.negative_prompt
+                        else self.text.encode_nothing(prompt, *how)
+                    )
+        return EncodedRequest(request, prompt, negative, stopwatch)
 
     @torch.inference_mode()
     def generate(
@@ -214,49 +189,79 @@ class Pipeline:
     ) -> list[GenerationResult | FewstepError]:
         """Generate a batch of one shape key; an image that failed fails its own request only.
 
-        `stopped`, whether every caller has left, is asked before every step. Raises Stopped when it says so,
-        ValueError for keys that differ.
+        `stopped`, whether every caller has left, is asked before every step. What does not fit the GPU's
+        memory goes through in halves. Raises Stopped when it says so, OutOfMemory when not even one image
+        fits, DeviceLost, and ValueError for keys that differ.
         """
         request = batch[0].request
         if len({encoded.request.shape_key for encoded in batch}) > 1:
             raise ValueError("requests of different shape keys cannot share a batch")
-        metrics: dict[str, float] = defaultdict(float)
-        for encoded in batch:
-            for name, ms in encoded.metrics.items():
-                metrics[name] += ms
-        with _timed(metrics, "weights_ms"):
-            self.adapters.apply(request.mix)
         jobs = [
-            Job(encoded.request.inputs, encoded.prompt, encoded.negative, seed)
+            Job(encoded.request.inputs, encoded.prompt, encoded.negative, seed, self._is_unchecked(encoded))
             for encoded in batch
             for seed in encoded.request.inputs.seeds
         ]
-        engine, limit = self._engine_for(request), self.max_images(request)
-        metrics["batch_size"] = min(limit, len(jobs))
+        stopwatch = Stopwatch(self.device)
         images: list[Image.Image | FewstepError] = []
-        for first in range(0, len(jobs), limit):
-            together = jobs[first : first + limit]
-            inputs = [job.inputs for job in together]
-            with _timed(metrics, "steps_ms"):
-                latents = self._sample(engine, together, stopped)
-            with _timed(metrics, "decode_ms"):
-                decoded = tensors.decode_latents(engine, self.decoder, latents)
-                decoded = [tensors.keep_unmasked(*pair) for pair in zip(decoded, inputs, strict=True)]
-            with _timed(metrics, "safety_ms"):
-                images += [self._checked(*pair) for pair in zip(decoded, inputs, strict=True)]
-        in_turn = iter(images)
+        with _lost_devices_named():
+            with stopwatch.stage("weights_ms"):
+                self.adapters.apply(request.mix)
+            batch_size = min(self.max_images(request), len(jobs))
+            while len(images) < len(jobs):
+                together = jobs[len(images) :][: self.max_images(request)]
+                made = self._together(self._engine_for(request), together, stopped, stopwatch)
+                if made is None:
+                    batch_size = self._halve(request, len(together))
+                else:
+                    images += made
+        metrics = _sum_of([encoded.stopwatch.read() for encoded in batch] + [stopwatch.read()])
+        in_turn, metrics["batch_size"] = iter(images), batch_size
         return [_result(encoded.request.inputs, in_turn, metrics) for encoded in batch]
+
+    def _together(
+        self, engine: Engine, jobs: Sequence[Job], stopped: Callable[[], bool], stopwatch: Stopwatch
+    ) -> list[Image.Image | FewstepError] | None:
+        """The images of jobs of one shape that go through the model at once; None when memory does not do."""
+        try:
+            with stopwatch.stage("steps_ms"):
+                latents = self._sample(engine, jobs, stopped)
+            return tensors.decode_latents(engine.decode, self.decoder, latents, jobs, self.checker, stopwatch)
+        except torch.OutOfMemoryError as error:
+            logger.warning("%d images at once do not fit the GPU's memory: %s", len(jobs), error)
+        return None  # out of the except clause, whose traceback holds the tensors
+
+    def _halve(self, request: Request, images: int) -> int:
+        """How many images like those of `request` go together from now on, after so many did not fit.
+
+        Raises OutOfMemory after one.
+        """
+        self._engine_for(request).release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        inputs = request.inputs
+        if images == 1:
+            raise OutOfMemory(
+                f"the GPU's memory does not hold an image of {inputs.width}x{inputs.height} px; "
+                "ask for a smaller one"
+            )
+        self._fits[_memory_key(inputs)] = images // 2
+        return images // 2
+
+    def _is_unchecked(self, encoded: EncodedRequest) -> bool:
+        return self.allow_unsafe and encoded.request.inputs.unchecked
+
+    def _make_plan(self, count: int, strength: float) -> list[Step]:
+        return plan(LCMScheduler.from_config(self.diffusion.scheduler.config), count, strength)
 
     def _sample(self, engine: Engine, jobs: Sequence[Job], stopped: Callable[[], bool]) -> Tensor:
         """Scaled latents (N, C, H / 8, W / 8) of jobs of one shape."""
         inputs = jobs[0].inputs
-        scheduler = LCMScheduler.from_config(self.diffusion.scheduler.config)
         # A strength below one step of the schedule still takes that one.
-        steps = plan(scheduler, inputs.real_steps, max(inputs.strength, 1 / SCHEDULE_STEPS))
+        steps = self._plan(inputs.real_steps, max(inputs.strength, 1 / SCHEDULE_STEPS))
         guidance = None
         if inputs.guided:
-            scales = torch.tensor([job.inputs.guidance for job in jobs], device=self.device)
-            guidance = scales[:, None, None, None]
+            scales = torch.tensor([job.inputs.guidance for job in jobs])
+            guidance = to_device(scales, self.device)[:, None, None, None]
         return sample(
             engine.unet,
             steps,
@@ -267,19 +272,29 @@ class Pipeline:
             stopped=stopped,
         )
 
-    def _checked(self, image: Image.Image | FewstepError, inputs: Inputs) -> Image.Image | FewstepError:
-        """The image, or why it is withheld."""
-        allowed = inputs.unchecked and self.allow_unsafe
-        if self.checker is None or allowed or isinstance(image, FewstepError):
-            return image
-        return self.checker.checked(image)
-
 
 @contextmanager
-def _timed(metrics: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    metrics[name] += 1000 * (time.perf_counter() - started)
+def _lost_devices_named() -> Iterator[None]:
+    """Turn an error after which the device answers nothing more into DeviceLost."""
+    try:
+        yield
+    except Exception as error:
+        if is_device_error(error):
+            raise DeviceLost("the GPU failed; the server has to be started anew") from error
+        raise
+
+
+def _memory_key(inputs: Inputs) -> tuple[int, int, bool]:
+    """What decides how much memory an image takes."""
+    return inputs.width, inputs.height, inputs.guided
+
+
+def _sum_of(parts: Sequence[Mapping[str, float]]) -> dict[str, int | float]:
+    total: dict[str, int | float] = defaultdict(float)
+    for part in parts:
+        for name, value in part.items():
+            total[name] += value
+    return total
 
 
 def _result(

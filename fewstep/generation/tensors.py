@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,11 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError, GenerationError
 from fewstep.generation.engines import Engine
+from fewstep.generation.safety import SafetyChecker, withheld
 from fewstep.generation.sampler import Start
+from fewstep.generation.stopwatch import Stopwatch
 from fewstep.generation.text_encoder import PromptEmbeds
+from fewstep.models.device import to_device, to_host
 from fewstep.models.load import Diffusion
 from fewstep.request import Inputs, Request
 
@@ -34,7 +37,7 @@ class EncodedRequest:
     request: Request
     prompt: PromptEmbeds
     negative: PromptEmbeds | None  # None: no guidance
-    metrics: dict[str, float]  # in ms
+    stopwatch: Stopwatch
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Job:
     prompt: PromptEmbeds
     negative: PromptEmbeds | None
     seed: int
+    unchecked: bool  # given out whatever the safety checker says
 
 
 def make_start(diffusion: Diffusion, jobs: Sequence[Job], steps: int) -> Start:
@@ -59,17 +63,17 @@ def make_start(diffusion: Diffusion, jobs: Sequence[Job], steps: int) -> Start:
     ]
     size = (1, diffusion.unet.config.in_channels, inputs.height // 8, inputs.width // 8)
     draws = [torch.cat([torch.randn(size, generator=g) for g in generators]) for _ in range(steps)]
-    noise = torch.stack(draws).to(device)
+    noise = to_device(torch.stack(draws), device)
     masks = [mask_of_latents(job.inputs.mask) for job in jobs if job.inputs.mask]
     image = torch.cat(images).float() if images else None
-    return Start(noise[0], noise[1:], image, torch.cat(masks).to(device) if masks else None)
+    return Start(noise[0], noise[1:], image, to_device(torch.cat(masks), device) if masks else None)
 
 
 def encode_image(vae: AutoencoderKL, image: Image.Image, generator: torch.Generator) -> Tensor:
     """RGB -> scaled latents (1, C, H / 8, W / 8). Not batched: the mates' number would choose the kernels."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(vae.device, vae.dtype)
-    distribution = vae.encode(pixels / 127.5 - 1).latent_dist
-    drawn = torch.randn(distribution.mean.shape, generator=generator).to(distribution.mean)
+    rgb = to_device(torch.from_numpy(np.array(image)), vae.device)
+    distribution = vae.encode(rgb.permute(2, 0, 1)[None].to(vae.dtype) / 127.5 - 1).latent_dist
+    drawn = to_device(torch.randn(distribution.mean.shape, generator=generator), vae.device).to(vae.dtype)
     latents: Tensor = vae.config.scaling_factor * (distribution.mean + distribution.std * drawn)
     return latents
 
@@ -87,40 +91,98 @@ def make_condition(diffusion: Diffusion, jobs: Sequence[Job], *, embedded_guidan
     pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
     if pooled:
         size = (jobs[0].inputs.height, jobs[0].inputs.width)
-        time_ids = torch.tensor([(*size, 0, 0, *size)] * len(prompts)).to(states)
+        time_ids = torch.tensor([(*size, 0, 0, *size)] * len(prompts), dtype=states.dtype)
+        time_ids = to_device(time_ids, states.device)
         condition["added_cond_kwargs"] = {"text_embeds": torch.cat(pooled), "time_ids": time_ids}
     if embedded_guidance:
         w = torch.tensor([job.inputs.guidance - 1 for job in jobs])  # diffusers' guidance scale is 1 + w
         width = diffusion.unet.config.time_cond_proj_dim
-        condition["timestep_cond"] = diffusion.get_guidance_scale_embedding(w, embedding_dim=width).to(states)
+        embedded = diffusion.get_guidance_scale_embedding(w, embedding_dim=width)
+        condition["timestep_cond"] = to_device(embedded.to(states.dtype), states.device)
     return condition
 
 
-def decode_latents(engine: Engine, decoder: Any, latents: Tensor) -> list[Image.Image | FewstepError]:
-    """Scaled latents -> RGB images; an error where a value is not finite, which would come out black.
+@dataclass(frozen=True)
+class _Decoded:
+    """Images in the host's memory: RGB (N, H, W, 3) in uint8, whether every value of it was finite, and of
+    its latents, (N,), and the safety checker's verdicts (N,), if it was asked."""
 
-    What leaves the range of 16 bits is decoded once more in fp32, by `decoder`, which `engine` evaluates.
+    rgb: Tensor
+    finite: Tensor
+    began_finite: Tensor
+    verdicts: Tensor
+
+
+def decode_latents(
+    decode: Callable[[Tensor], Tensor],
+    decoder: Any,
+    latents: Tensor,
+    jobs: Sequence[Job],
+    checker: SafetyChecker | None,
+    stopwatch: Stopwatch,
+) -> list[Image.Image | FewstepError]:
+    """Scaled latents (N, ...) -> RGB images, or why there is none: a value that is not finite, which would
+    come out black, or the checker's verdict.
+
+    `decode` is the engine's, of `decoder`. What leaves the range of 16 bits is decoded once more by `decoder`
+    in fp32. All is computed on the device, and waited for once.
     """
     latents = latents / decoder.config.scaling_factor
-    pixels = engine.decode(latents).float()
-    again = _finite(latents) & ~_finite(pixels)
-    if decoder.dtype != torch.float32 and again.any():
-        logger.warning("%d of %d images are decoded again in fp32", again.sum(), len(again))
-        pixels[again] = copy.deepcopy(decoder).float().decode(latents[again]).sample
-    finite = _finite(pixels).tolist()
-    rgb = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    made = _decode(decode, latents, jobs, checker, stopwatch)
+    again = (made.began_finite & ~made.finite).nonzero().flatten().tolist()
+    if again and decoder.dtype != torch.float32:
+        logger.warning("%d of %d images are decoded again in fp32", len(again), len(jobs))
+        exact = Engine(None, copy.deepcopy(decoder).float())
+        for i in again:
+            only = slice(i, i + 1)
+            one = _decode(exact.decode, latents[only], jobs[only], checker, stopwatch)
+            made.rgb[i], made.finite[i], made.verdicts[i] = one.rgb[0], one.finite[0], one.verdicts[0]
     failed = "the model's numbers left their range, so there is no picture; try another seed"
-    return [
-        Image.fromarray(row) if sound else GenerationError(failed)
-        for row, sound in zip(rgb, finite, strict=True)
-    ]
+    images: list[Image.Image | FewstepError] = []
+    rows = zip(jobs, made.rgb.numpy(), made.finite.tolist(), made.verdicts.tolist(), strict=True)
+    for job, rgb, finite, verdict in rows:
+        why = None if job.unchecked else withheld(verdict)
+        images.append((why if finite else GenerationError(failed)) or Image.fromarray(rgb))
+    return images
 
 
-def keep_unmasked(generated: Image.Image | FewstepError, inputs: Inputs) -> Image.Image | FewstepError:
-    """`generated` with the caller's own pixels where the mask keeps them, which the VAE changes slightly."""
-    if isinstance(generated, FewstepError) or inputs.image is None or inputs.mask is None:
+def _decode(
+    decode: Callable[[Tensor], Tensor],
+    latents: Tensor,
+    jobs: Sequence[Job],
+    checker: SafetyChecker | None,
+    stopwatch: Stopwatch,
+) -> _Decoded:
+    """Decode all latents at once on a CPU; on a GPU, whose memory a decoder fills, image by image."""
+    device = latents.device
+    with stopwatch.stage("decode_ms"):
+        parts, finite = [], []
+        for part in torch.split(latents, len(jobs) if device.type == "cpu" else 1):
+            pixels = decode(part).float()
+            finite.append(_finite(pixels))
+            rgb = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+            parts.append(rgb.permute(0, 2, 3, 1).contiguous())
+        single = torch.split(torch.cat(parts), 1)
+        kept = [keep_unmasked(rgb, job.inputs) for rgb, job in zip(single, jobs, strict=True)]
+        images, all_finite = torch.cat(kept), torch.cat(finite)
+    with stopwatch.stage("safety_ms"):
+        verdicts = torch.zeros(len(jobs), dtype=torch.uint8, device=device)
+        if checker and not all(job.unchecked for job in jobs):
+            verdicts = checker.verdicts(images)
+    return _Decoded(*to_host(images, all_finite, _finite(latents), verdicts))
+
+
+def keep_unmasked(generated: Tensor, inputs: Inputs) -> Tensor:
+    """RGB (1, H, W, 3) in uint8 with the caller's own pixels where the mask keeps them, which the VAE changes
+    slightly; to the last bit what `PIL.Image.composite` makes."""
+    if inputs.image is None or inputs.mask is None:
         return generated
-    return Image.composite(generated, inputs.image, inputs.mask.filter(ImageFilter.GaussianBlur(SEAM_PX)))
+    seam = np.array(inputs.mask.filter(ImageFilter.GaussianBlur(SEAM_PX)), dtype=np.int32)[..., None]
+    device = generated.device
+    share = to_device(torch.from_numpy(seam), device)
+    own = to_device(torch.from_numpy(np.array(inputs.image)), device)
+    mixed = share * generated + (255 - share) * own + 128
+    return ((mixed >> 8) + mixed >> 8).to(torch.uint8)
 
 
 def _finite(values: Tensor) -> Tensor:

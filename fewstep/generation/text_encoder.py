@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,8 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from fewstep.errors import InvalidRequest
+from fewstep.generation.engines.graphs import Record, Recorded, owned
+from fewstep.models.device import to_device
 from fewstep.models.load import Diffusion
 from fewstep.prompts import Part, is_plain
 
@@ -48,12 +51,12 @@ class TextEncoder:
 
     def __init__(self, diffusion: Diffusion) -> None:
         self._tokenizers = [diffusion.tokenizer]
-        self._encoders = [_encoder(diffusion.text_encoder)]
+        self._encoders = [_encoder(diffusion.text_encoder, diffusion.unet.device)]
         # SDXL was trained on the states before the last layer, without its norm.
         self._states = "LAST_HIDDEN_STATES_NORMALIZED"
         if isinstance(diffusion, StableDiffusionXLPipeline):
             self._tokenizers.append(diffusion.tokenizer_2)
-            self._encoders.append(_encoder(diffusion.text_encoder_2))
+            self._encoders.append(_encoder(diffusion.text_encoder_2, diffusion.unet.device))
             self._states = "PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED"
         for tokenizer in self._tokenizers:  # "will result in indexing errors", which chunks do not
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -62,6 +65,13 @@ class TextEncoder:
         self._counting_tokenizer = deepcopy(diffusion.tokenizer)
         self._counting = threading.Lock()
         self._kept = LRUCache[Hashable, PromptEmbeds](KEPT_BYTES, getsizeof=lambda prompt: prompt.size)
+
+    def record(self, record: Record) -> None:
+        """Have `record` make CUDA graphs of the encoders, for one prompt at a time."""
+        for i, encoder in enumerate(self._encoders):
+            recorded = Recorded(encoder.call, record)
+            # Copies, since a prompt's embeddings are kept while others are encoded.
+            self._encoders[i] = replace(encoder, call=lambda *given, call=recorded: owned(call(*given)))
 
     def count_chunks(self, name: str, parts: tuple[Part, ...]) -> int:
         """How many times the text encoders' length a prompt fills, on any thread; at least 1.
@@ -114,7 +124,7 @@ class TextEncoder:
         outputs = []
         for tokenizer, encoder in zip(self._tokenizers, encoders, strict=True):
             tokens = tokenizer(text, padding="max_length", truncation=True, return_tensors="pt")
-            outputs.append(encoder(tokens.input_ids.to(encoder.device)))
+            outputs.append(encoder(to_device(tokens.input_ids, encoder.device)))
         if len(outputs) == 1:
             return PromptEmbeds(outputs[0].last_hidden_state, None)
         states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
@@ -133,8 +143,8 @@ class TextEncoder:
 class _Encoder:
     """A text encoder as compel calls it, with the last `skip` layers left out but for what is pooled."""
 
-    model: Any
-    norm: Any  # its last layer
+    call: Callable[[Tensor, Tensor | None], Any]  # token ids (1, T) and a mask -> transformers' output
+    norm: Any  # the model's last layer
     device: torch.device  # of the model, which looks through its layers when asked, as for its dtype
     dtype: torch.dtype
     threads: Callable[[], AbstractContextManager[None]]
@@ -142,17 +152,23 @@ class _Encoder:
 
     def __call__(self, ids: Tensor, mask: Tensor | None = None, **_: Any) -> Any:
         with self.threads():
-            output = self.model(ids, mask, output_hidden_states=True)
+            output = self.call(ids, mask)
         if self.skip:
             kept = output.hidden_states[: -self.skip]
             output.hidden_states, output.last_hidden_state = kept, self.norm(kept[-1])
         return output
 
 
-def _encoder(model: Any) -> _Encoder:
+def _encoder(model: Any, device: torch.device) -> _Encoder:
+    """The encoder that computes on `device`, wherever `model` is now."""
     norm = getattr(model, "text_model", model).final_layer_norm
-    alone = model.device.type == "cpu" and model.config.hidden_size < NARROW
-    return _Encoder(model, norm, model.device, model.dtype, _one_thread if alone else nullcontext)
+    alone = device.type == "cpu" and model.config.hidden_size < NARROW
+    call = partial(_encode, model)
+    return _Encoder(call, norm, device, model.dtype, _one_thread if alone else nullcontext)
+
+
+def _encode(model: Any, ids: Tensor, mask: Tensor | None) -> Any:
+    return model(ids, mask, output_hidden_states=True)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import json
 import math
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +59,52 @@ _FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 class WeightMerger:
     """A model's weights as the sum of what its files hold and of LoRAs.
 
-    `folder` is the model's. `apply` belongs to the thread that owns the model; `read` may run on any.
+    `folder` is the model's. `apply` belongs to the thread that owns the model; `read` may run on any. What
+    the files hold is mapped from them, and goes to the device in their dtype when it is asked for; with
+    `keep`, the networks' weights, which must be as they were loaded, and the LCM-LoRA are kept there, so
+    that a change of style moves its own LoRA alone.
     """
 
-    def __init__(self, folder: Path, networks: Mapping[str, nn.Module]) -> None:
-        self._weights: dict[str, Tensor] = {}
-        self._pristine: dict[str, Tensor] = {}  # mapped from the files, so that they take no memory
+    def __init__(self, folder: Path, networks: Mapping[str, nn.Module], *, keep: bool = False) -> None:
+        self._layers: dict[str, Any] = {}
+        self._pristine: dict[str, Tensor] = {}
         for network, module in networks.items():
-            self._weights |= weights_by_layer(network, module)
+            self._layers |= layers_by_name(network, module)
             (path,) = (folder / network).glob("*.safetensors")
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():
                     if key.endswith(".weight"):
                         self._pristine[_layer(network, key.removesuffix(".weight"))] = file.get_tensor(key)
-        self._norms = {layer: weight.float().norm().item() for layer, weight in self._weights.items()}
+        self._keep = keep
+        for name, layer in self._layers.items() if keep else ():
+            if layer.weight.dtype == self._pristine[name].dtype:  # else the file holds more than the network
+                self._pristine[name] = layer.weight.detach().clone()
+        self._norms = {name: layer.weight.float().norm().item() for name, layer in self._layers.items()}
         self._unet_config = networks["unet"].config
         self._applied: dict[str, tuple[tuple[str, float], ...] | None] = {}
         self._reading = threading.Lock()
-        self.lcm_lora: Lora | None = None  # what `Mix.lcm_scale` scales; a full LCM has none
+        self._lcm_lora: Lora | None = None
+
+    @property
+    def lcm_lora(self) -> Lora | None:
+        """What `Mix.lcm_scale` scales; a full LCM has none."""
+        return self._lcm_lora
+
+    @lcm_lora.setter
+    def lcm_lora(self, lora: Lora) -> None:
+        if self._keep:
+            kept = {
+                name: replace(
+                    module,
+                    **{
+                        part: getattr(module, part).to(self._layers[name].weight.device)
+                        for part in ("down", "up")
+                    },
+                )
+                for name, module in lora.modules.items()
+            }
+            lora = replace(lora, modules=kept)
+        self._lcm_lora = lora
 
     def read(self, path: Path, sha256: str) -> Lora:
         """Return the LoRA in the file `path`, in the layout of kohya (with diffusers' names or LDM's), PEFT,
@@ -118,17 +147,23 @@ class WeightMerger:
             if self._applied.get(layer, ()) == wanted:
                 continue
             self._applied[layer] = None  # unknown, until all of it is written
-            weight = self._weights[layer]
+            weight = self._layers[layer].weight
+            # Over the bus in the file's dtype: in float64 it would be four times as much.
+            total = self._pristine[layer].to(weight.device)
             if of_layer:
-                total = self._pristine[layer].to(weight.device, torch.float64).flatten(1)
+                total = total.to(torch.float64).flatten(1)
                 for lora, scale in of_layer:
                     add_to(total, lora.modules[layer], scale)
-                weight.copy_(total.view_as(weight))
-            else:
-                weight.copy_(self._pristine[layer])  # a quarter of the bytes
+            store = getattr(self._layers[layer], "store", weight.copy_)  # of layers that keep 8 bits
+            store(total.view_as(weight))
             self._applied[layer] = wanted
             written += 1
         return written
+
+    def forget(self) -> None:
+        """Take all that a LoRA has changed for unknown, to be written by the next `apply`, since the layers
+        are of another kind now."""
+        self._applied = dict.fromkeys(self._applied)
 
     def _fitted(self, parts: dict[str, dict[str, Tensor]], alphas: dict[str, float]) -> dict[str, LoraModule]:
         """Return the modules by layer. Raises LoraError unless all fit, are finite and add a fraction."""
@@ -136,7 +171,9 @@ class WeightMerger:
             raise LoraError("has no modules")
         modules, unfit, broken = {}, [], []
         for name, tensors in parts.items():
-            module = _module(tensors, alphas.get(name.partition(".")[0]), self._weights.get(name))
+            layer = self._layers.get(name)
+            weight = None if layer is None else layer.weight
+            module = _module(tensors, alphas.get(name.partition(".")[0]), weight)
             if module is None:
                 unfit.append(name)
             elif not (
@@ -181,14 +218,15 @@ def norm(module: LoraModule) -> float:
 
 def add_to(total: Tensor, module: LoraModule, scale: float) -> None:
     """Add to `total`, a matrix in float64: scale * alpha / r * B A; a kernel's places are inputs here."""
-    up, down = (part.to(total.device, torch.float64).flatten(1) for part in (module.up, module.down))
+    parts = (part.to(total.device).to(torch.float64) for part in (module.up, module.down))
+    up, down = (part.flatten(1) for part in parts)
     total.addmm_(up, down, alpha=scale * module.factor)
 
 
-def weights_by_layer(network: str, module: nn.Module) -> dict[str, Tensor]:
+def layers_by_name(network: str, module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return what a LoRA can change of `module`, by the names in `Lora.modules`."""
     parts, kinds = module.named_modules(), (nn.Linear, nn.Conv2d)
-    return {_layer(network, path): part.weight for path, part in parts if isinstance(part, kinds)}
+    return {_layer(network, path): part for path, part in parts if isinstance(part, kinds)}
 
 
 def _layer(network: str, path: str) -> str:

@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 
 from fewstep.evaluation.generate import Generate, ddim, few_steps
 from fewstep.evaluation.tables import markdown
-from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.load import load_pipeline
 from fewstep.miniature.base import TOKENS
 from fewstep.miniature.judge import FILE, Evaluator, Judge, Score
 from fewstep.miniature.vae import reconstruct

@@ -16,7 +16,8 @@ from PIL import Image
 
 from fewstep.evaluation.figures import grid
 from fewstep.evaluation.generate import ddim, few_steps
-from fewstep.generation.pipeline import Pipeline, load_pipeline
+from fewstep.generation.load import load_pipeline
+from fewstep.generation.pipeline import Pipeline
 from fewstep.images.codec import encode_image
 from fewstep.miniature.scoring import TEACHER_GUIDANCE
 from fewstep.miniature.styling import load_style

@@ -16,7 +16,8 @@ from pathlib import Path
 from fewstep.evaluation.figures import grid
 from fewstep.evaluation.generate import few_steps
 from fewstep.evaluation.tables import ROOT, markdown
-from fewstep.generation.pipeline import Pipeline, load_pipeline
+from fewstep.generation.load import load_pipeline
+from fewstep.generation.pipeline import Pipeline
 from fewstep.lora.types import Lora
 from fewstep.miniature.judge import Judge, load_judge
 from fewstep.miniature.vae import reconstruct

@@ -17,7 +17,12 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 # Turing's, of the T4 and the 20 series: the oldest whose matrix units multiply fp16.
 LEAST_CAPABILITY = (7, 5)
 # What libraries say of a device that answers no more; torch's own errors have a type.
-DEVICE_ERRORS = ("CUDA error", "cuDNN error", "CUDNN_STATUS_EXECUTION_FAILED", "CUBLAS_STATUS_EXECUTION_FAILED")
+DEVICE_ERRORS = (
+    "CUDA error",
+    "cuDNN error",
+    "CUDNN_STATUS_EXECUTION_FAILED",
+    "CUBLAS_STATUS_EXECUTION_FAILED",
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -14,7 +14,9 @@ from torch import nn
 from fewstep.errors import LoraError, WeightsError
 from fewstep.lora.merge import NETWORKS, WeightMerger
 from fewstep.lora.types import Mix
+from fewstep.models.fp8 import to_fp8
 from fewstep.models.manifest import Manifest, check_hashes
+from fewstep.models.memory import MemoryPlan
 from fewstep.models.sources import LCM_LORA, TINY_VAE
 from fewstep.models.specs import ModelSpec
 from fewstep.models.upsampling import fold_upsamplers
@@ -27,14 +29,21 @@ PIPELINES: dict[str, type[Diffusion]] = {"sdxl": StableDiffusionXLPipeline, "sd"
 
 
 def load_merged(
-    spec: ModelSpec, settings: Settings, manifest: Manifest, device: torch.device, dtype: torch.dtype
+    spec: ModelSpec,
+    settings: Settings,
+    manifest: Manifest,
+    device: torch.device,
+    dtype: torch.dtype,
+    plan: MemoryPlan | None = None,
 ) -> tuple[Diffusion, WeightMerger]:
     """The model of `spec` on `device`, and what adds LoRAs to it; the LCM-LoRA is added, if it has one.
 
+    By a small `plan`, the UNet keeps 8 bits, and the text encoders are on the device while they encode alone.
     Raises WeightsError for damaged files and for an LCM-LoRA that does not fit, with the reason.
     """
-    folder = settings.weights_root / spec.name
-    diffusion = _load_verified(folder, spec, manifest, settings.verify, device, dtype)
+    folder, small = settings.weights_root / spec.name, plan is not None and plan.small
+    first = torch.device("cpu") if small else device
+    diffusion = _load_verified(folder, spec, manifest, settings.verify, first, dtype)
     for module in diffusion.components.values():
         if isinstance(module, nn.Module):
             module.eval().requires_grad_(False)
@@ -45,7 +54,14 @@ def load_merged(
         diffusion.vae.to(memory_format=torch.channels_last)
         if spec.native_size >= 512:
             diffusion.unet.to(memory_format=torch.channels_last)
-    merger = WeightMerger(folder, {name: diffusion.components[name] for name in NETWORKS[spec.family]})
+    networks = {name: diffusion.components[name] for name in NETWORKS[spec.family]}
+    merger = WeightMerger(folder, networks, keep=plan is not None and plan.keep_pristine)
+    if small:
+        to_fp8(diffusion.unet, multiply=False)
+        for name in ("unet", "vae"):
+            diffusion.components[name].to(device)
+        for name in NETWORKS[spec.family][1:]:
+            use_only_while_called(networks[name], device)
     if spec.lcm_lora:
         [listed] = (file for file in manifest.files if file.path == LCM_LORA)
         try:
@@ -69,6 +85,20 @@ def load_tiny_vae(
     if device.type == "cpu":
         vae.to(memory_format=torch.channels_last)
     return vae
+
+
+def use_only_while_called(network: nn.Module, device: torch.device) -> None:
+    """Keep a network in the host's memory, but for its calls: each moves it to `device` and back."""
+
+    def fetch(module: nn.Module, *_: object) -> None:
+        module.to(device)
+
+    def give_back(module: nn.Module, *_: object) -> None:
+        module.to("cpu")
+
+    network.to("cpu")
+    network.register_forward_pre_hook(fetch)
+    network.register_forward_hook(give_back)
 
 
 def _load_verified(

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from fewstep.errors import SettingsError
-from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.load import load_pipeline
 from fewstep.models.device import fast_dtype
 from fewstep.models.load import PIPELINES, Diffusion
 from fewstep.models.manifest import check_folder, check_hashes

@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from fewstep.benchmark import full_size
 from fewstep.benchmark.measure import measure
 from fewstep.evaluation.tables import append_csv, commit
-from fewstep.generation.pipeline import load_pipeline
-from fewstep.lora.merge import weights_by_layer
+from fewstep.generation.load import load_pipeline
+from fewstep.lora.merge import layers_by_name
 from fewstep.models.manifest import read_manifest
 from fewstep.models.specs import MODELS, get_model
 from fewstep.settings import Settings
@@ -41,7 +41,7 @@ def test_the_shapes_are_the_published_ones(monkeypatch, name, parameters, module
     assert len(tensors) == 3 * modules
     assert sum(value.numel() for key, value in tensors.items() if "alpha" not in key) == lora_parameters
     stems = {key.split(".")[0].replace("lora_unet_", "unet.") for key in tensors}
-    assert stems <= weights_by_layer("unet", unet).keys()
+    assert stems <= layers_by_name("unet", unet).keys()
 
 
 def test_the_other_networks_have_their_published_sizes():

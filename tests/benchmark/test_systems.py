@@ -13,7 +13,7 @@ from fewstep.benchmark.roofline import flops_of, matmul_rate
 from fewstep.benchmark.systems import SYSTEMS, Scenario, System, prompts_and_seeds
 from fewstep.benchmark.worker import main
 from fewstep.evaluation.metrics import psnr
-from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.load import load_pipeline
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 

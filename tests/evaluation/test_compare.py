@@ -21,7 +21,7 @@ from transformers import (
 from fewstep.cli.evaluate import main
 from fewstep.evaluation.compare import samplers, table
 from fewstep.evaluation.metrics import clip_score, feature_distance
-from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.load import load_pipeline
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene
 from fewstep.models.specs import get_model

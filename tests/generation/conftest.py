@@ -2,7 +2,8 @@
 
 import pytest
 
-from fewstep.generation.pipeline import Pipeline, load_pipeline
+from fewstep.generation.load import load_pipeline
+from fewstep.generation.pipeline import Pipeline
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 

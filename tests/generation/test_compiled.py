@@ -8,7 +8,8 @@ from torch._dynamo.utils import counters
 
 from fewstep.errors import SettingsError
 from fewstep.generation.engines.compiled import CompiledEngine
-from fewstep.generation.pipeline import Pipeline, load_pipeline
+from fewstep.generation.load import load_pipeline
+from fewstep.generation.pipeline import Pipeline
 from fewstep.models.specs import get_model
 from fewstep.request import Inputs
 from fewstep.settings import Settings, Shape
@@ -100,7 +101,7 @@ def test_a_batch_that_never_comes_is_refused(pipeline):
 
 
 def test_a_size_that_cannot_be_generated_is_refused_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr("fewstep.generation.pipeline.check_folder", None)
+    monkeypatch.setattr("fewstep.generation.load.check_folder", None)
     for settings, named in (
         ({"engine": "compiled", "compiled": (Shape(64, 64), Shape(2048, 2048))}, "FEWSTEP_COMPILED"),
         ({"engine": "openvino", "openvino_size": (32, 32)}, "FEWSTEP_OPENVINO_SIZE"),

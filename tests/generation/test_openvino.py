@@ -16,7 +16,8 @@ from tiny import as_downloaded, make_folder
 from fewstep.coglet.server import ROOT
 from fewstep.errors import SettingsError, WeightsError
 from fewstep.generation.engines import openvino_conversion as conversion
-from fewstep.generation.pipeline import Pipeline, load_pipeline
+from fewstep.generation.load import load_pipeline
+from fewstep.generation.pipeline import Pipeline
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene
 from fewstep.models.save import save_model

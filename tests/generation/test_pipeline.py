@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.errors import GenerationError, SettingsError, Stopped, WeightsError
 from fewstep.generation import tensors
-from fewstep.generation.pipeline import Pipeline, load_pipeline
+from fewstep.generation.load import load_pipeline
+from fewstep.generation.pipeline import Pipeline
 from fewstep.generation.tensors import encode_image, mask_of_latents
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene, caption, unseen_scenes

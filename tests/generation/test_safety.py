@@ -16,7 +16,8 @@ from tiny import as_downloaded, make_checkers, make_folder
 from fewstep.coglet.server import free_port, running_server
 from fewstep.errors import DeadlineExceeded, SafetyError, UnsafeImage, WeightsError
 from fewstep.generation.batcher import Batcher
-from fewstep.generation.pipeline import GenerationResult, load_pipeline
+from fewstep.generation.load import load_pipeline
+from fewstep.generation.pipeline import GenerationResult
 from fewstep.generation.safety import SafetyChecker, load_safety_checker
 from fewstep.models.save import save_model
 from fewstep.models.specs import get_model

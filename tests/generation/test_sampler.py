@@ -6,7 +6,7 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 from tiny import as_downloaded, make_folder
 
-from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.load import load_pipeline
 from fewstep.generation.sampler import plan
 from fewstep.models.save import save_model
 from fewstep.models.specs import get_model

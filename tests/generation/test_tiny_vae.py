@@ -9,7 +9,7 @@ from tiny import REAL, as_downloaded, make_folder
 from fewstep.errors import WeightsError
 from fewstep.evaluation.generate import few_steps
 from fewstep.evaluation.metrics import psnr
-from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.load import load_pipeline
 from fewstep.miniature.judge import load_judge
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene, complete_captions, unseen_scenes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.load import load_pipeline
 from fewstep.miniature.judge import load_judge
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.load import load_pipeline
 from fewstep.miniature.base import TOKENS, Miniature, make_scheduler, make_tokenizer, train_text
 from fewstep.miniature.build import SQUARE, Build, Sizes
 from fewstep.miniature.scoring import write_card

@@ -9,7 +9,7 @@ import pytest
 
 from fewstep.coglet.server import ROOT, SCHEMA
 from fewstep.evaluation.figures import GAP
-from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.load import load_pipeline
 from fewstep.miniature.showcase import EXAMPLES, HEIGHT, SETTINGS, strip
 from fewstep.models.specs import get_model
 

@@ -18,7 +18,7 @@ from tiny import REAL, as_downloaded, make_folder, put_on
 
 from fewstep.cli import download_weights, save_weights
 from fewstep.errors import WeightsError
-from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.load import load_pipeline
 from fewstep.models.manifest import read_manifest
 from fewstep.models.save import save_model
 from fewstep.models.specs import MODELS

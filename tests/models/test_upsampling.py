@@ -5,7 +5,7 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.load import load_pipeline
 from fewstep.models.specs import get_model
 from fewstep.models.upsampling import FoldedUpsample, fold_upsamplers
 from fewstep.settings import Settings

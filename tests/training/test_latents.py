@@ -10,7 +10,7 @@ from tiny import make_diffusers_folder
 from uploads import image, shard
 
 from fewstep.errors import DatasetError
-from fewstep.generation.pipeline import load_pipeline
+from fewstep.generation.load import load_pipeline
 from fewstep.miniature.world.drawing import draw
 from fewstep.miniature.world.scenes import Scene
 from fewstep.models.specs import get_model

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from tiny import make_diffusers_folder
 
 from fewstep.errors import DatasetError, SettingsError
-from fewstep.generation.pipeline import Pipeline, load_pipeline
+from fewstep.generation.load import load_pipeline
+from fewstep.generation.pipeline import Pipeline
 from fewstep.generation.reference import native_size
 from fewstep.lora.types import Mix
 from fewstep.miniature.world.dataset import training_captions, write_world

@@ -1,4 +1,4 @@
-"""What evaluates the networks: plain torch, torch compiled for some shapes, or OpenVINO."""
+"""What evaluates the networks: plain torch, torch compiled and recorded for some shapes, or OpenVINO."""
 
 from __future__ import annotations
 
@@ -33,3 +33,10 @@ class Engine:
         """(N, C, H / 8, W / 8) -> pixels (N, 3, H, W) from -1 to 1."""
         pixels: Tensor = self._decoder.decode(latents.to(self._decoder.dtype)).sample
         return pixels
+
+    def improve(self) -> bool:
+        """Do a part of what makes it faster, for some seconds; whether more of it is left."""
+        return False
+
+    def release(self) -> None:
+        """Give back what memory is held for speed alone."""
