@@ -59,7 +59,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     if place:
         pipeline.engine = OpenVinoEngine(diffusion, pipeline.decoder, place, settings, dtype, size)
     elif settings.engine in COMPILED:
-        if settings.engine == FP8:
+        if settings.engine == FP8 and not memory.small:  # whose UNet has 8 bits already, for memory
             multiply_in_fp8(pipeline)
         keep_compiled(folder.parent / CACHE / spec.name)
         record = cuda_recorder() if device.type == "cuda" else None

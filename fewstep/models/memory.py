@@ -13,7 +13,7 @@ import torch
 
 from fewstep.errors import SettingsError
 from fewstep.models.manifest import Manifest
-from fewstep.models.sources import TINY_VAE
+from fewstep.models.sources import LCM_LORA, SAFETY_FOLDERS, TINY_VAE
 from fewstep.models.specs import ModelSpec
 from fewstep.settings import FP8, GIGABYTE, Settings
 
@@ -50,14 +50,14 @@ class Sizes:
 
     @classmethod
     def of(cls, manifest: Manifest, settings: Settings, dtype: torch.dtype) -> Sizes:
-        """By the files, which are of 16 bits; the checker stays with fp16 whatever the others are."""
+        """By the files, which are of 16 bits."""
         parts = {"unet": "unet", "text_encoder": "encoders", "text_encoder_2": "encoders", "vae": "vae"}
-        parts |= {"safety_checker": "checker", "safety_classifier": "checker", TINY_VAE: "vae"}
+        parts |= {TINY_VAE: "vae", LCM_LORA: "lora", SAFETY_FOLDERS.get(settings.safety, "none"): "checker"}
         total = dict.fromkeys(("unet", "encoders", "vae", "checker", "lora"), 0.0)
         for file in manifest.files:
-            if file.path.endswith(".safetensors"):
-                folder = file.path.partition("/")[0]
-                total[parts.get(folder, "lora")] += file.size * dtype.itemsize / 2 / GIGABYTE
+            part = parts.get(file.path.partition("/")[0])
+            if part and file.path.endswith(".safetensors"):
+                total[part] += file.size * dtype.itemsize / 2 / GIGABYTE
         return cls(**total)
 
 
@@ -85,25 +85,25 @@ def plan_for(
     decoder = scale * (TINY_DECODER_GB if settings.vae == "tiny" else DECODER_GB)
     image = scale * UNET_GB
     fp8 = sizes.unet / 2 if settings.engine == FP8 else 0.0  # beside the weights, while it starts
-    weights = (
-        sizes.unet + fp8 + sizes.encoders + sizes.vae + (sizes.checker if settings.safety != "off" else 0)
-    )
+    weights = sizes.unet + fp8 + sizes.encoders + sizes.vae + sizes.checker
     budget = memory_gb * USABLE - CONTEXT_GB
 
     def planned(held: float, **how: bool) -> MemoryPlan:
-        """The plan with so many images at once as there is room for beside `held` GB, of at most a power of
-        two, as batches are padded."""
-        room = int((budget - held - decoder) / image)
+        """The plan with as many images at once as there is room for beside `held` GB: a power of two, as
+        batches are padded."""
+        room = int((budget - held) / image)
         most = min(settings.max_batch, 1 << room.bit_length() - 1 if room > 0 else 0)
-        return MemoryPlan(most, needed_gb=held + decoder + most * image + CONTEXT_GB, **how)
+        return MemoryPlan(most, needed_gb=held + most * image + CONTEXT_GB, **how)
 
+    weights += decoder
     whole, pristine = planned(weights), sizes.unet + sizes.encoders + sizes.lora
     rich = planned(weights + pristine, keep_pristine=True)
     if rich.max_batch == settings.max_batch:
         return rich
     if whole.max_batch >= min(settings.max_batch, 4):
         return whole
-    small = planned(max(sizes.unet / 2 + sizes.vae, sizes.encoders), small=True)
+    # The text encoders are gone when the decoder begins.
+    small = planned(sizes.unet / dtype.itemsize + sizes.vae + max(decoder, sizes.encoders), small=True)
     best = max((whole, small), key=lambda plan: plan.max_batch)
     if best.max_batch == 0:
         least = small.needed_gb + image

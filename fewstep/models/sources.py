@@ -36,6 +36,8 @@ class HubRepo:
 
 LCM_LORA = "lcm_lora.safetensors"
 TINY_VAE = "vae_tiny"
+# Of a model's folder, by what FEWSTEP_SAFETY chooses.
+SAFETY_FOLDERS = {"clip": "safety_checker", "vit": "safety_classifier"}
 
 
 def _file(path: str, size: int, sha256: str, place: str = "") -> HubFile:

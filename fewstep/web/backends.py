@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import httpx2
 
 from fewstep.coglet.server import HEALTH_TIMEOUT_S
-from fewstep.errors import GenerationError, InternalError, Stopped, error_in
+from fewstep.errors import DeviceLost, GenerationError, InternalError, Stopped, error_in
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,8 @@ def _read_answer(answer: Mapping[str, Any], took_ms: float) -> BackendResult:
         error = error_in(str(answer.get("error")))
         if error is None:  # coglet's own: its worker died, or cannot be reached
             raise BackendUnavailable("failed without a reason")
-        if isinstance(error, Stopped):  # the server is going down
-            raise BackendUnavailable("it is ending")
+        if isinstance(error, Stopped | DeviceLost):  # the server is going down, or is to be replaced
+            raise BackendUnavailable(error.code)
         raise error
     if not isinstance(output, list) or not output:
         raise GenerationError("the model gave no picture; ask again")

@@ -14,7 +14,7 @@ from generating import results_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fewstep.errors import GenerationError, SettingsError, Stopped, WeightsError
+from fewstep.errors import GenerationError, Stopped, WeightsError
 from fewstep.generation import tensors
 from fewstep.generation.load import load_pipeline
 from fewstep.generation.pipeline import Pipeline
@@ -407,13 +407,6 @@ def test_requests_of_unlike_shapes_are_refused_together(pipeline):
     for other in (wish(steps=2), wish("a red house " * 30), wish(clip_skip=1)):
         with pytest.raises(ValueError, match="different shape keys"):
             results_of(pipeline, wish(), other)
-
-
-def test_a_gpu_that_is_not_there_is_refused():
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(SettingsError, match="no CUDA device"):
-        load_pipeline(MINIATURE, Settings(device="cuda"))
 
 
 @pytest.mark.parametrize(

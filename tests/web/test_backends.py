@@ -91,6 +91,7 @@ def failed(sentence):
         (200, {"status": "failed", "error": None}, BackendUnavailable),
         (200, {"status": "canceled"}, BackendUnavailable),
         (200, failed("Stopped: [stopped] the server is shutting down"), BackendUnavailable),
+        (200, failed("DeviceLost: [device_lost] the GPU failed"), BackendUnavailable),
         (200, {"status": "succeeded", "output": None}, GenerationError),
         (200, {"status": "succeeded", "output": []}, GenerationError),
         (200, {"status": "succeeded", "output": ["https://elsewhere/a.webp"]}, InternalError),

@@ -22,6 +22,26 @@ from fewstep.web.worker_pool import WITHHELD, LocalWorkers, RemoteWorker, visibl
 pytestmark = pytest.mark.slow
 
 SLACK_S = 15
+# Runs at the start of every Python of a server: once the file "lost" is there, the next pass takes it away
+# and fails as on a GPU whose context is gone.
+LOSES_ITS_GPU = """
+import os, sys, threading, time
+lost = os.path.join(os.path.dirname(__file__), "lost")
+def wait_and_patch():
+    while not hasattr(sys.modules.get("fewstep.generation.engines"), "Engine"):
+        time.sleep(0.05)
+    engine = sys.modules["fewstep.generation.engines"].Engine
+    unet = engine.unet
+    def failing(self, *given):
+        try:
+            os.remove(lost)
+        except FileNotFoundError:
+            return unet(self, *given)
+        import torch
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    engine.unet = failing
+threading.Thread(target=wait_and_patch, daemon=True).start()
+"""
 
 
 def processes(group):
@@ -41,7 +61,9 @@ def processes(group):
 @pytest.fixture(scope="module")
 def web(tmp_path_factory):
     folder = tmp_path_factory.mktemp("supervised")
+    (folder / "sitecustomize.py").write_text(LOSES_ITS_GPU)
     environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    environ |= {"PYTHONPATH": str(folder)}
     pool = LocalWorkers([environ] * 2, 60, folder / "painters.log")
     with running_app(folder, pool) as web:
         began = time.monotonic()
@@ -138,10 +160,21 @@ def test_one_that_hangs_is_routed_around_and_replaced(web):
     wait_gone(group)
 
 
+def test_one_whose_gpu_is_lost_is_replaced_and_nobodys_request_is_lost(web):
+    groups = [group_of(web, i) for i in range(2)]
+    with Load(web) as load:
+        (web.state.settings.web_data.parent / "lost").touch()
+        wait_until(lambda: any(is_replaced(web, i, group) for i, group in enumerate(groups)))
+        load.wait_for_more(4)
+    assert load.errors == []
+    [gone] = [group for i, group in enumerate(groups) if group_of(web, i) != group]
+    wait_gone(gone)
+
+
 def test_the_restarts_are_counted_and_every_server_has_its_own_folder(web):
     with web.client() as client:
         text = client.get("/metrics").text
-    assert float(re.search(r"^fewstep_restarts_total (\S+)$", text, re.MULTILINE)[1]) >= 5
+    assert float(re.search(r"^fewstep_restarts_total (\S+)$", text, re.MULTILINE)[1]) >= 6
     assert len(list(web.state.settings.web_data.parent.glob(f"{OUTPUTS}*"))) == 2
 
 

@@ -14,6 +14,8 @@ from cachetools import LRUCache
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fewstep.models.device import is_device_error
+
 logger = logging.getLogger(__name__)
 
 # Of one function; each holds its inputs and outputs, and a list of its launches in the host's memory.
@@ -47,9 +49,9 @@ class Recorded:
         if self._replays[key] is self.function:
             try:
                 self._replays[key] = self._record(self.function, inputs)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError) or is_device_error(error):
+                    raise
                 # Something in it cannot be recorded: it goes on as it is, which is right and slower.
                 logger.warning("no CUDA graph for inputs of %s: %s", key, error)
                 self._record = None

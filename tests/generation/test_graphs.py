@@ -1,0 +1,107 @@
+"""Recordings: at the second call of a shape, replayed on the caller's own inputs, given up when they fail."""
+
+import logging
+
+import pytest
+import torch
+
+from fewstep.generation.engines.compiled import CompiledEngine
+from fewstep.generation.engines.graphs import Recorded, owned
+
+
+class Recorder:
+    """Makes what is like a CUDA graph: its inputs and result have memory of their own, for every replay."""
+
+    def __init__(self):
+        self.recorded, self.replayed = [], 0
+
+    def __call__(self, function, inputs):
+        held = [None if one is None else one.clone() for one in inputs]
+        result = owned(function(*held))
+        self.recorded.append(tuple(one if one is None else tuple(one.shape) for one in inputs))
+
+        def replay(*given):
+            self.replayed += 1
+            for mine, theirs in zip(held, given, strict=True):
+                if mine is not None:
+                    mine.copy_(theirs)
+            return result.copy_(function(*held))
+
+        return replay
+
+
+def test_the_first_call_of_a_shape_runs_the_second_is_recorded_and_others_are_replayed():
+    recorder = Recorder()
+    call = Recorded(lambda x, y: 2 * x if y is None else x + y, recorder)
+    for i in range(4):
+        assert torch.equal(call(torch.full((2,), i), None), torch.full((2,), 2 * i))
+    assert recorder.recorded == [((2,), None)] and recorder.replayed == 3
+    for i in range(3):
+        assert torch.equal(call(torch.full((2,), i), torch.ones(2, dtype=int)), torch.full((2,), i + 1))
+    assert recorder.recorded == [((2,), None), ((2,), (2,))]
+    call.forget()
+    call(torch.ones(2), None)
+    assert len(recorder.recorded) == 2
+
+
+def test_a_dtype_is_part_of_a_shape():
+    recorder = Recorder()
+    call = Recorded(lambda x: x + 1, recorder)
+    for dtype in (torch.float32, torch.int64) * 3:
+        assert call(torch.ones(2, dtype=dtype)).dtype == dtype
+    assert len(recorder.recorded) == 2
+
+
+def test_what_is_owned_no_later_call_overwrites():
+    call = Recorded(lambda x: x + 1, Recorder())
+    call(torch.ones(2))
+    first = call(torch.ones(2))
+    kept = owned({"states": (first,)})["states"][0]
+    call(torch.zeros(2))
+    assert first.tolist() == [1, 1] and kept.tolist() == [2, 2]
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_and_is_not_tried_again(caplog):
+    tried = []
+
+    def fails(function, inputs):
+        tried.append(inputs)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    call = Recorded(lambda x: x + 1, fails)
+    with caplog.at_level(logging.WARNING):
+        assert [call(torch.ones(1)).item() for _ in range(4)] == [2] * 4
+    assert len(tried) == 1 and "no CUDA graph" in caplog.text
+
+
+def test_a_lack_of_memory_in_a_recording_is_the_batchs_and_a_lost_device_everybodys():
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error: x")):
+
+        def fails(function, inputs, error=error):
+            raise error
+
+        call = Recorded(lambda x: x + 1, fails)
+        call(torch.ones(1))
+        with pytest.raises(type(error)):
+            call(torch.ones(1))
+
+
+def test_an_engine_records_the_unet_by_padded_batches_and_the_decoder_by_sizes(miniature):
+    recorder = Recorder()
+    engine = CompiledEngine(miniature.diffusion.unet, miniature.decoder, recorder)
+    plain, miniature.engine = miniature.engine, engine
+    try:
+        for count in (3, 4, 3, 1):
+            prompts = [f"a red house {i}" for i in range(count)]
+            size = {"aspect_ratio": "custom", "width": 64, "height": 64}
+            found = miniature.images(prompts, range(count), steps=2, **size)
+            miniature.engine = plain
+            expected = miniature.images(prompts, range(count), steps=2, **size)
+            miniature.engine = engine
+            for one, other in zip(found, expected, strict=True):
+                difference = torch.tensor(list(one.tobytes())) - torch.tensor(list(other.tobytes()))
+                assert difference.abs().max() <= 1
+    finally:
+        miniature.engine = plain
+    unets = {shapes[0][0] for shapes in recorder.recorded if len(shapes) > 1}
+    assert unets == {4, 1} and recorder.replayed > 0
