@@ -18,6 +18,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderTiny, LCMScheduler
 from PIL import Image
@@ -30,7 +31,7 @@ from fewstep.generation.engines.compiled import FOLDER as COMPILED
 from fewstep.generation.engines.compiled import CompiledEngine
 from fewstep.generation.engines.openvino import OpenVinoEngine
 from fewstep.generation.engines.openvino_conversion import converted
-from fewstep.generation.safety import SafetyChecker, load_safety_checker
+from fewstep.generation.safety import SafetyChecker, load_safety_checker, withheld
 from fewstep.generation.sampler import plan, sample
 from fewstep.generation.tensors import EncodedRequest, Job
 from fewstep.generation.text_encoder import TextEncoder
@@ -272,7 +273,8 @@ class Pipeline:
         allowed = inputs.unchecked and self.allow_unsafe
         if self.checker is None or allowed or isinstance(image, FewstepError):
             return image
-        return self.checker.checked(image)
+        pixels = torch.from_numpy(np.array(image))[None].to(self.device)
+        return withheld(int(self.checker.verdicts(pixels))) or image
 
 
 @contextmanager

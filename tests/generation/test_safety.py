@@ -1,6 +1,7 @@
 """Safety: what cannot be checked is withheld, what is flagged is dropped, and nobody else suffers."""
 
 import asyncio
+import json
 import os
 import shutil
 import threading
@@ -8,16 +9,28 @@ import threading
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from generating import results_of
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import as_downloaded, make_checkers, make_folder
+from transformers import ViTForImageClassification
 
 from fewstep.coglet.server import free_port, running_server
 from fewstep.errors import DeadlineExceeded, SafetyError, UnsafeImage, WeightsError
 from fewstep.generation.batcher import Batcher
 from fewstep.generation.pipeline import GenerationResult, load_pipeline
-from fewstep.generation.safety import SafetyChecker, load_safety_checker
+from fewstep.generation.preprocessing import Preprocessing
+from fewstep.generation.safety import (
+    PROCESSORS,
+    SAFE,
+    UNCHECKED,
+    UNSAFE,
+    SafetyChecker,
+    _clip,
+    load_safety_checker,
+    withheld,
+)
 from fewstep.models.save import save_model
 from fewstep.models.specs import get_model
 from fewstep.request import Inputs
@@ -25,7 +38,7 @@ from fewstep.settings import Settings
 
 SD15 = get_model("sd15")
 CPU = torch.device("cpu")
-IMAGES = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8, 3), np.uint8)) for i in range(3)]
+IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -46,47 +59,219 @@ def wish(seed=0, **inputs):
     return Inputs.create(SD15, prompt="a house", seed=seed, steps=1, **size, **inputs)
 
 
-def flagged(checker):
-    """Which of IMAGES are; the others are given out as they are."""
-    found = [checker.checked(image) for image in IMAGES]
-    assert all(one is image or isinstance(one, UnsafeImage) for one, image in zip(found, IMAGES, strict=True))
-    return [isinstance(one, UnsafeImage) for one in found]
+def load(folder, kind, device=CPU):
+    return load_safety_checker(folder, kind, device, torch.float32, "mend it")
+
+
+def rewrite(path, change):
+    """`change` the tensors of a file; what was loaded from it before is mapped, and stays."""
+    state = {key: value.clone() for key, value in load_file(path).items()}
+    change(state)
+    path.unlink()
+    save_file(state, path, {"format": "pt"})
+
+
+def large(generator):
+    """Weights that see differences between images; a fresh model's hardly do."""
+
+    def change(state):
+        for key, value in state.items():
+            if value.ndim > 1 and "embeds" not in key:
+                state[key] = torch.randn(value.shape, generator=generator)
+
+    return change
 
 
 @pytest.mark.parametrize("kind", ["clip", "vit"])
 @pytest.mark.parametrize("flags", [False, True])
 def test_a_checker_says_of_each_image_what_its_weights_say(tmp_path, kind, flags):
     make_checkers(tmp_path, flags)
-    checker = load_safety_checker(tmp_path, kind, CPU, torch.float32, "mend it")
-    assert flagged(checker) == [flags] * 3
+    verdicts = load(tmp_path, kind).verdicts(IMAGES)
+    assert verdicts.tolist() == [UNSAFE if flags else SAFE] * 3
+    assert verdicts.dtype == torch.int8
+
+
+def test_a_verdict_withholds_all_but_what_is_known_to_be_safe():
+    assert withheld(SAFE) is None
+    assert isinstance(withheld(UNSAFE), UnsafeImage)
+    assert isinstance(withheld(UNCHECKED), SafetyError) and isinstance(withheld(77), SafetyError)
+
+
+class Diffusers:
+    """The clip checker of a folder, as diffusers computes it."""
+
+    def __init__(self, folder):
+        self.module = StableDiffusionSafetyChecker.from_pretrained(folder / "safety_checker").eval()
+        file = folder / PROCESSORS["clip"]
+        self.prepare = Preprocessing.read(file, CPU, default_to_square=False, do_center_crop=True)
+
+    @torch.inference_mode()
+    def embeddings(self, images):
+        return self.module.visual_projection(self.module.vision_model(self.prepare(images))[1])
+
+    def verdicts(self, images):
+        return self.module(self.prepare(images), torch.zeros(len(images), 1))[1]
 
 
 def test_clip_flags_what_is_nearer_to_a_concept_than_its_threshold(tmp_path):
     make_checkers(tmp_path, flags=False)
     path = tmp_path / "safety_checker" / "model.safetensors"
-
-    def change(tensors):
-        state = {key: value.clone() for key, value in load_file(path).items()} | tensors
-        path.unlink()  # what was loaded from it is mapped
-        save_file(state, path, {"format": "pt"})
-        return load_safety_checker(tmp_path, "clip", CPU, torch.float32, "mend it")
-
-    # Small weights, as a fresh model has, see hardly any difference between images.
-    generator = torch.Generator().manual_seed(0)
-    large = {
-        key: torch.randn(value.shape, generator=generator)
-        for key, value in load_file(path).items()
-        if value.ndim > 1 and "embeds" not in key
-    }
-    probe = change(large)
-    embeddings = torch.nn.functional.normalize(probe._decide(IMAGES)[0])
+    rewrite(path, large(torch.Generator().manual_seed(0)))
+    embeddings = F.normalize(Diffusers(tmp_path).embeddings(IMAGES))
     nearest = (embeddings[1] @ embeddings[[0, 2]].T).max().item()
     assert nearest < 0.99  # the checker rounds to a thousandth
-    state = load_file(path)
-    concepts, thresholds = state["concept_embeds"].clone(), state["concept_embeds_weights"].clone()
-    concepts[5], thresholds[5] = embeddings[1], (1 + nearest) / 2
-    checker = change({"concept_embeds": concepts, "concept_embeds_weights": thresholds})
-    assert flagged(checker) == [False, True, False]
+
+    def change(state):
+        state["concept_embeds"][5] = embeddings[1]
+        state["concept_embeds_weights"][5] = (1 + nearest) / 2
+
+    rewrite(path, change)
+    assert load(tmp_path, "clip").verdicts(IMAGES).tolist() == [SAFE, UNSAFE, SAFE]
+
+
+class Compared:
+    """What both ways to compare make of an image is its embedding here."""
+
+    dtype = torch.float32
+
+    def __init__(self, special, concepts, thresholds):
+        self.special_care_embeds, self.concept_embeds = special, concepts
+        self.special_care_embeds_weights = thresholds[: len(special)]
+        self.concept_embeds_weights = thresholds[len(special) :]
+
+    def vision_model(self, pixels):
+        return None, pixels
+
+    def visual_projection(self, pooled):
+        return pooled
+
+    def verdicts(self, embeddings):
+        return SafetyChecker(_clip(lambda _: self, lambda images: images)).verdicts(embeddings).tolist()
+
+    def reference(self, embeddings):
+        _, unsafe = StableDiffusionSafetyChecker.forward(self, embeddings, torch.zeros(len(embeddings), 1))
+        return [UNSAFE if each else SAFE for each in unsafe]
+
+
+def thresholds_at(embeddings, concepts):
+    """Such that half of all images exceed some."""
+    cosines = F.normalize(embeddings) @ F.normalize(concepts).T
+    return cosines.quantile(0.5 ** (1 / len(concepts)), dim=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_clip_compares_as_diffusers_does(seed):
+    generator = torch.Generator().manual_seed(seed)
+    embeddings, special, concepts = (torch.randn(n, 12, generator=generator) for n in (2000, 3, 17))
+    thresholds = torch.cat([thresholds_at(embeddings, special), thresholds_at(embeddings, concepts)])
+    # Without those images whose scores, with special care or without, round by their last bits.
+    unit = F.normalize(torch.cat([special, concepts]).double())
+    thousandths = 1000 * (F.normalize(embeddings.double()) @ unit.T - thresholds)
+    near = ((thousandths - 0.5).abs() < 0.01) | ((thousandths + 9.5).abs() < 0.01)
+    embeddings = embeddings[~near.any(1)]
+    assert len(embeddings) > 1900
+    compared = Compared(special, concepts, thresholds)
+    found = compared.verdicts(embeddings)
+    assert found == compared.reference(embeddings)
+    compared.special_care_embeds_weights.fill_(2.0)  # which none exceeds
+    careless = compared.verdicts(embeddings)
+    assert careless == compared.reference(embeddings)
+    assert {*zip(careless, found, strict=True)} == {(SAFE, SAFE), (SAFE, UNSAFE), (UNSAFE, UNSAFE)}
+
+
+@pytest.mark.parametrize(
+    ("above_special", "above", "verdict"),
+    [
+        (-1, 0.0004, SAFE),  # rounded to a thousandth, it is 0
+        (-1, 0.0006, UNSAFE),
+        (0.0004, -0.005, SAFE),
+        (0.0006, -0.005, UNSAFE),  # special care adds 0.01
+        (0.0006, -0.0094, UNSAFE),
+        (0.0006, -0.0096, SAFE),
+        (0.5, -0.011, SAFE),
+    ],
+)
+def test_clip_rounds_before_it_compares_and_adds_special_care_once(above_special, above, verdict):
+    special, concepts = torch.tensor([[2.0, 0.0]] * 2), torch.tensor([[0.0, 3.0]])
+    thresholds = torch.tensor([0.6 - above_special, 0.6 - above_special, 0.8 - above])
+    compared = Compared(special, concepts, thresholds)
+    embeddings = torch.tensor([[0.6, 0.8], [-0.6, -0.8], [60.0, 80.0]])  # the same, its opposite, and longer
+    assert compared.verdicts(embeddings) == compared.reference(embeddings) == [verdict, SAFE, verdict]
+
+
+def test_clip_says_of_each_embedding_whether_it_could_be_compared():
+    compared = Compared(torch.eye(4)[:1], torch.eye(4)[1:2], torch.tensor([2.0, 0.5]))
+    rows = [[0, 1, 0, 0], [0, 0, 1, 0], [torch.nan, 1, 0, 0], [0, torch.inf, 0, 0], [0, 1e30, 0, 0], [0] * 4]
+    expected = [UNSAFE, SAFE, UNCHECKED, UNCHECKED, UNCHECKED, SAFE]
+    assert compared.verdicts(torch.tensor(rows, dtype=torch.float32)) == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_clip_says_of_images_what_diffusers_says(tmp_path, seed):
+    make_checkers(tmp_path, flags=False)
+    # As the published file has it: bare numbers, of the shorter edge and of a square in the middle.
+    means = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    words = {"size": 32, "crop_size": 32, "resample": 3, **means}
+    (tmp_path / PROCESSORS["clip"]).write_text(json.dumps(words))
+    path = tmp_path / "safety_checker" / "model.safetensors"
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (40, 33, 48, 3), generator=generator, dtype=torch.uint8)
+    rewrite(path, large(generator))
+    embeddings = Diffusers(tmp_path).embeddings(images)
+
+    def change(state):
+        for name in ("concept_embeds", "special_care_embeds"):
+            state[name] = torch.randn(state[name].shape, generator=generator)
+            state[f"{name}_weights"] = thresholds_at(embeddings, state[name])
+
+    rewrite(path, change)
+    expected = Diffusers(tmp_path).verdicts(images)
+    assert load(tmp_path, "clip").verdicts(images).tolist() == [int(unsafe) for unsafe in expected]
+    assert {*expected} == {False, True}
+
+
+@torch.inference_mode()
+def test_vit_flags_what_is_as_likely_unsafe_as_not(tmp_path):
+    make_checkers(tmp_path, flags=False)
+    path = tmp_path / "safety_classifier" / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 33, 48, 3), generator=generator, dtype=torch.uint8)
+    rewrite(path, large(generator))
+    classifier = ViTForImageClassification.from_pretrained(path.parent).eval()
+    pixels = Preprocessing.read(tmp_path / PROCESSORS["vit"], CPU)(images)
+    normal, unsafe = classifier(pixels).logits.T
+    middle = (normal - unsafe).quantile(0.6)  # between two of 40 images
+    rewrite(path, lambda state: state["classifier.bias"][1].add_(middle))
+    expected = [int(each) for each in unsafe + middle >= normal]
+    assert load(tmp_path, "vit").verdicts(images).tolist() == expected
+    assert sum(expected) == 24
+
+
+@pytest.mark.parametrize("kind", ["clip", "vit"])
+def test_no_checker_reads_what_the_device_computes(tmp_path, kind, caplog):
+    """The numbers of a meta tensor cannot be read: item, tolist, cpu, bool and masks all fail."""
+    make_checkers(tmp_path, flags=False)
+    images = torch.empty(5, 40, 24, 3, dtype=torch.uint8, device="meta")
+    verdicts = load(tmp_path, kind, images.device).verdicts(images)
+    assert (verdicts.shape, verdicts.device) == ((5,), images.device)
+    assert not caplog.records  # of a failure
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["clip", "vit"])
+@pytest.mark.parametrize("flags", [False, True])
+def test_a_gpu_checks_without_a_wait(tmp_path, kind, flags):
+    make_checkers(tmp_path, flags)
+    checker = load(tmp_path, kind, torch.device("cuda"))
+    images = IMAGES.cuda()
+    checker.verdicts(images)  # the libraries' own beginnings may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        verdicts = checker.verdicts(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert verdicts.tolist() == [UNSAFE if flags else SAFE] * 3
 
 
 @pytest.mark.parametrize("kind", ["clip", "vit"])
@@ -94,21 +279,38 @@ def test_clip_flags_what_is_nearer_to_a_concept_than_its_threshold(tmp_path):
 def test_a_checker_that_is_not_whole_is_none(tmp_path, kind, damage):
     make_checkers(tmp_path, flags=False)
     path = tmp_path / {"clip": "safety_checker", "vit": "safety_classifier"}[kind] / "model.safetensors"
-    state = {key: value.clone() for key, value in load_file(path).items()}
     last = "visual_projection.weight" if kind == "clip" else "classifier.weight"
-    path.unlink()
-    if damage == "a tensor less":
-        del state[last]
-    elif damage == "nan":
-        state[last][0, 0] = torch.nan
-    if damage != "missing":
-        save_file(state, path, {"format": "pt"})
-    if damage == "nan":
-        checker = load_safety_checker(tmp_path, kind, CPU, torch.float32, "mend it")
-        assert all(isinstance(checker.checked(image), SafetyError) for image in IMAGES)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "a tensor less":
+        rewrite(path, lambda state: state.pop(last))
     else:
-        with pytest.raises(WeightsError, match="run: mend it"):
-            load_safety_checker(tmp_path, kind, CPU, torch.float32, "mend it")
+        rewrite(path, lambda state: state[last][0, 0].fill_(torch.nan))
+        assert load(tmp_path, kind).verdicts(IMAGES).tolist() == [UNCHECKED] * 3
+        return
+    with pytest.raises(WeightsError, match="run: mend it"):
+        load(tmp_path, kind)
+
+
+@pytest.mark.parametrize("name", ["concept_embeds", "special_care_embeds"])
+@pytest.mark.parametrize("end", ["", "_weights"])
+def test_a_concept_that_is_nan_is_no_reason_to_call_an_image_safe(tmp_path, name, end):
+    make_checkers(tmp_path, flags=False)
+    path = tmp_path / "safety_checker" / "model.safetensors"
+    rewrite(path, lambda state: state[name + end][-1].fill_(torch.nan))
+    assert load(tmp_path, "clip").verdicts(IMAGES).tolist() == [UNCHECKED] * 3
+
+
+@pytest.mark.parametrize("kind", ["clip", "vit"])
+@pytest.mark.parametrize("damage", [None, "{", '{"size": 224, "resample": 1}'])
+def test_a_checker_whose_images_nobody_can_prepare_is_none(tmp_path, kind, damage):
+    make_checkers(tmp_path, flags=False)
+    file = tmp_path / PROCESSORS[kind]
+    file.unlink()
+    if damage:
+        file.write_text(damage)
+    with pytest.raises(WeightsError, match=r"preprocessor_config.json is missing or .*; run: mend it"):
+        load(tmp_path, kind)
 
 
 def test_setup_fails_without_the_checker_unless_it_is_switched_off(tmp_path):
@@ -134,22 +336,70 @@ def raises(images):
     raise RuntimeError("broken")
 
 
-@pytest.mark.parametrize(
-    "decide",
-    [
-        raises,
-        lambda images: (torch.full((len(images), 2), torch.nan), [False] * len(images)),
-        lambda images: (torch.tensor([[0.0, torch.inf]]), [False] * len(images)),
-        lambda images: (torch.zeros(len(images), 2), []),
-        lambda images: (torch.zeros(len(images), 2), [False] * (len(images) + 1)),
-        lambda images: (torch.zeros(len(images) + 1, 2), [False] * len(images)),
-        lambda images: None,
-    ],
-)
-def test_whatever_goes_wrong_withholds_the_image(pipeline, monkeypatch, decide):
+def zeros(images):
+    return torch.zeros(len(images), 2, device=images.device)
+
+
+def none_unsafe(images):
+    return torch.zeros(len(images), dtype=torch.bool, device=images.device)
+
+
+BROKEN = {
+    "an error": raises,
+    "nan": lambda images: (zeros(images) + torch.nan, none_unsafe(images)),
+    "infinite": lambda images: (
+        zeros(images).index_fill(1, none_unsafe(images)[:1].long(), torch.inf),
+        none_unsafe(images),
+    ),
+    "no verdicts": lambda images: (zeros(images), none_unsafe(images)[:0]),
+    "too many verdicts": lambda images: (zeros(images), none_unsafe(images).repeat(2)),
+    "too many numbers": lambda images: (zeros(images).repeat(2, 1), none_unsafe(images)),
+    "for another batch": lambda images: (zeros(images).repeat(2, 1), none_unsafe(images).repeat(2)),
+    "nothing": lambda images: None,
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_whatever_goes_wrong_withholds_the_images(pipeline, monkeypatch, caplog, kind):
+    decide = BROKEN[kind]
+    verdicts = SafetyChecker(decide).verdicts(IMAGES)
+    assert verdicts.tolist() == [UNCHECKED] * 3 and verdicts.dtype == torch.int8
+    assert bool(caplog.records) == (kind not in ("nan", "infinite"))
     use(pipeline, monkeypatch, decide)
     [found] = results_of(pipeline, wish())
     assert isinstance(found, SafetyError) and "withheld" in found.sentence
+
+
+def test_a_failure_is_logged(caplog):
+    SafetyChecker(raises).verdicts(IMAGES)
+    [record] = caplog.records
+    assert record.levelname == "ERROR" and "broken" in str(record.exc_info[1])
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_an_images_own_numbers_alone_decide_on_it(row):
+    numbers, unsafe = torch.zeros(3, 2), torch.tensor([True, False, True])
+    numbers[row, 1] = torch.nan
+    expected = [UNSAFE, SAFE, UNSAFE]
+    expected[row] = UNCHECKED
+    assert SafetyChecker(lambda images: (numbers, unsafe)).verdicts(IMAGES).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("an illegal memory access was encountered"),
+        RuntimeError("CUDA error: unspecified launch failure"),
+    ],
+)
+def test_a_device_that_fails_is_not_the_checkers_failure(error):
+    def decide(images):
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        SafetyChecker(decide).verdicts(IMAGES)
+    assert raised.value is error
 
 
 def test_a_checker_that_hangs_costs_its_own_time_and_gives_no_image_out(pipeline, monkeypatch):
@@ -157,7 +407,7 @@ def test_a_checker_that_hangs_costs_its_own_time_and_gives_no_image_out(pipeline
 
     def decide(images):
         goes_on.wait(60)
-        return torch.zeros(len(images), 1), [False] * len(images)
+        return zeros(images), none_unsafe(images)
 
     use(pipeline, monkeypatch, decide)
 
@@ -171,36 +421,40 @@ def test_a_checker_that_hangs_costs_its_own_time_and_gives_no_image_out(pipeline
     assert isinstance(asyncio.run(ask()), GenerationResult)
 
 
+class InTurn:
+    """A checker that notes images in the order in which it sees them, however many at once."""
+
+    def __init__(self, unsafe=(), nan=()):
+        self.seen, self.unsafe, self.nan = [], unsafe, nan
+
+    def __call__(self, images):
+        turns = range(len(self.seen), len(self.seen) + len(images))
+        self.seen.extend(images.cpu().numpy())
+        numbers = torch.tensor([[torch.nan if turn in self.nan else 0.0] for turn in turns])
+        unsafe = torch.tensor([turn in self.unsafe for turn in turns])
+        return numbers.to(images.device), unsafe.to(images.device)
+
+
 def test_flagged_images_are_dropped_and_all_flagged_is_an_error(pipeline, monkeypatch):
-    seen = []
-
-    def decide(images):
-        seen.extend(images)
-        return torch.zeros(1, 1), [len(seen) in (2, 5, 6)]
-
+    decide = InTurn(unsafe=(1, 4, 5))
     use(pipeline, monkeypatch, decide)
     some, none, all_of_it = results_of(pipeline, wish(num_outputs=3), wish(10), wish(20, num_outputs=2))
     assert isinstance(some, GenerationResult) and some.seeds == [0, 2] and some.metrics["flagged"] == 1
-    assert some.images == [seen[0], seen[2]]
+    for given, seen in zip(some.images, (decide.seen[0], decide.seen[2]), strict=True):
+        assert np.array_equal(given, seen)
     assert isinstance(none, GenerationResult) and none.seeds == [10] and none.metrics["flagged"] == 0
     assert isinstance(all_of_it, UnsafeImage)
     assert str(all_of_it).startswith("[unsafe] every picture was flagged")
 
 
 def test_a_failed_check_fails_its_own_request_only(pipeline, monkeypatch):
-    calls = []
-
-    def decide(images):
-        calls.append(images)
-        return (torch.full((1, 1), torch.nan), [False]) if len(calls) == 2 else (torch.zeros(1, 1), [False])
-
-    use(pipeline, monkeypatch, decide)
+    use(pipeline, monkeypatch, InTurn(nan=(1,)))
     ends = results_of(pipeline, wish(1), wish(2), wish(3))
     assert [type(end) for end in ends] == [GenerationResult, SafetyError, GenerationResult]
 
 
 def test_a_request_can_switch_it_off_only_where_the_operator_allows_it(pipeline, monkeypatch):
-    use(pipeline, monkeypatch, lambda images: (torch.zeros(1, 1), [True]))
+    use(pipeline, monkeypatch, lambda images: (zeros(images), ~none_unsafe(images)))
     unchecked = wish(disable_safety_checker=True)
     [found] = results_of(pipeline, unchecked)
     assert isinstance(found, UnsafeImage)
