@@ -55,7 +55,9 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         logger.info("pictures of %s are not checked for safety", spec.name)
     else:
         fix = manifest.fix(spec.fix)
-        pipeline.checker = load_safety_checker(folder, settings.safety, device, dtype, fix)
+        pipeline.checker = load_safety_checker(
+            folder, settings.safety, device, dtype, fix, small=memory.small
+        )
     if place:
         pipeline.engine = OpenVinoEngine(diffusion, pipeline.decoder, place, settings, dtype, size)
     elif settings.engine in COMPILED:

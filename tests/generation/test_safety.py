@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from generating import results_of
-from PIL import Image
-from safetensors.torch import load_file, save_file
 from tiny import as_downloaded, make_checkers, make_folder
 
 from fewstep.coglet.server import free_port, running_server
@@ -18,15 +16,14 @@ from fewstep.errors import DeadlineExceeded, SafetyError, UnsafeImage, WeightsEr
 from fewstep.generation.batcher import Batcher
 from fewstep.generation.load import load_pipeline
 from fewstep.generation.pipeline import GenerationResult
-from fewstep.generation.safety import SafetyChecker, load_safety_checker
+from fewstep.generation.safety import SAFE, UNCHECKED, UNSAFE, SafetyChecker, withheld
 from fewstep.models.save import save_model
 from fewstep.models.specs import get_model
 from fewstep.request import Inputs
 from fewstep.settings import Settings
 
 SD15 = get_model("sd15")
-CPU = torch.device("cpu")
-IMAGES = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8, 3), np.uint8)) for i in range(3)]
+IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -47,69 +44,10 @@ def wish(seed=0, **inputs):
     return Inputs.create(SD15, prompt="a house", seed=seed, steps=1, **size, **inputs)
 
 
-def flagged(checker):
-    """Which of IMAGES are; the others are given out as they are."""
-    found = [checker.checked(image) for image in IMAGES]
-    assert all(one is image or isinstance(one, UnsafeImage) for one, image in zip(found, IMAGES, strict=True))
-    return [isinstance(one, UnsafeImage) for one in found]
-
-
-@pytest.mark.parametrize("kind", ["clip", "vit"])
-@pytest.mark.parametrize("flags", [False, True])
-def test_a_checker_says_of_each_image_what_its_weights_say(tmp_path, kind, flags):
-    make_checkers(tmp_path, flags)
-    checker = load_safety_checker(tmp_path, kind, CPU, torch.float32, "mend it")
-    assert flagged(checker) == [flags] * 3
-
-
-def test_clip_flags_what_is_nearer_to_a_concept_than_its_threshold(tmp_path):
-    make_checkers(tmp_path, flags=False)
-    path = tmp_path / "safety_checker" / "model.safetensors"
-
-    def change(tensors):
-        state = {key: value.clone() for key, value in load_file(path).items()} | tensors
-        path.unlink()  # what was loaded from it is mapped
-        save_file(state, path, {"format": "pt"})
-        return load_safety_checker(tmp_path, "clip", CPU, torch.float32, "mend it")
-
-    # Small weights, as a fresh model has, see hardly any difference between images.
-    generator = torch.Generator().manual_seed(0)
-    large = {
-        key: torch.randn(value.shape, generator=generator)
-        for key, value in load_file(path).items()
-        if value.ndim > 1 and "embeds" not in key
-    }
-    probe = change(large)
-    embeddings = torch.nn.functional.normalize(probe._decide(IMAGES)[0])
-    nearest = (embeddings[1] @ embeddings[[0, 2]].T).max().item()
-    assert nearest < 0.99  # the checker rounds to a thousandth
-    state = load_file(path)
-    concepts, thresholds = state["concept_embeds"].clone(), state["concept_embeds_weights"].clone()
-    concepts[5], thresholds[5] = embeddings[1], (1 + nearest) / 2
-    checker = change({"concept_embeds": concepts, "concept_embeds_weights": thresholds})
-    assert flagged(checker) == [False, True, False]
-
-
-@pytest.mark.parametrize("kind", ["clip", "vit"])
-@pytest.mark.parametrize("damage", ["missing", "a tensor less", "nan"])
-def test_a_checker_that_is_not_whole_is_none(tmp_path, kind, damage):
-    make_checkers(tmp_path, flags=False)
-    path = tmp_path / {"clip": "safety_checker", "vit": "safety_classifier"}[kind] / "model.safetensors"
-    state = {key: value.clone() for key, value in load_file(path).items()}
-    last = "visual_projection.weight" if kind == "clip" else "classifier.weight"
-    path.unlink()
-    if damage == "a tensor less":
-        del state[last]
-    elif damage == "nan":
-        state[last][0, 0] = torch.nan
-    if damage != "missing":
-        save_file(state, path, {"format": "pt"})
-    if damage == "nan":
-        checker = load_safety_checker(tmp_path, kind, CPU, torch.float32, "mend it")
-        assert all(isinstance(checker.checked(image), SafetyError) for image in IMAGES)
-    else:
-        with pytest.raises(WeightsError, match="run: mend it"):
-            load_safety_checker(tmp_path, kind, CPU, torch.float32, "mend it")
+def test_a_verdict_withholds_all_but_what_is_known_to_be_safe():
+    assert withheld(SAFE) is None
+    assert isinstance(withheld(UNSAFE), UnsafeImage)
+    assert isinstance(withheld(UNCHECKED), SafetyError) and isinstance(withheld(77), SafetyError)
 
 
 def test_setup_fails_without_the_checker_unless_it_is_switched_off(tmp_path):
@@ -135,22 +73,70 @@ def raises(images):
     raise RuntimeError("broken")
 
 
-@pytest.mark.parametrize(
-    "decide",
-    [
-        raises,
-        lambda images: (torch.full((len(images), 2), torch.nan), [False] * len(images)),
-        lambda images: (torch.tensor([[0.0, torch.inf]]), [False] * len(images)),
-        lambda images: (torch.zeros(len(images), 2), []),
-        lambda images: (torch.zeros(len(images), 2), [False] * (len(images) + 1)),
-        lambda images: (torch.zeros(len(images) + 1, 2), [False] * len(images)),
-        lambda images: None,
-    ],
-)
-def test_whatever_goes_wrong_withholds_the_image(pipeline, monkeypatch, decide):
+def zeros(images):
+    return torch.zeros(len(images), 2, device=images.device)
+
+
+def none_unsafe(images):
+    return torch.zeros(len(images), dtype=torch.bool, device=images.device)
+
+
+BROKEN = {
+    "an error": raises,
+    "nan": lambda images: (zeros(images) + torch.nan, none_unsafe(images)),
+    "infinite": lambda images: (
+        zeros(images).index_fill(1, none_unsafe(images)[:1].long(), torch.inf),
+        none_unsafe(images),
+    ),
+    "no verdicts": lambda images: (zeros(images), none_unsafe(images)[:0]),
+    "too many verdicts": lambda images: (zeros(images), none_unsafe(images).repeat(2)),
+    "too many numbers": lambda images: (zeros(images).repeat(2, 1), none_unsafe(images)),
+    "for another batch": lambda images: (zeros(images).repeat(2, 1), none_unsafe(images).repeat(2)),
+    "nothing": lambda images: None,
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_whatever_goes_wrong_withholds_the_images(pipeline, monkeypatch, caplog, kind):
+    decide = BROKEN[kind]
+    verdicts = SafetyChecker(decide).verdicts(IMAGES)
+    assert verdicts.tolist() == [UNCHECKED] * 3 and verdicts.dtype == torch.int8
+    assert bool(caplog.records) == (kind not in ("nan", "infinite"))
     use(pipeline, monkeypatch, decide)
     [found] = results_of(pipeline, wish())
     assert isinstance(found, SafetyError) and "withheld" in found.sentence
+
+
+def test_a_failure_is_logged(caplog):
+    SafetyChecker(raises).verdicts(IMAGES)
+    [record] = caplog.records
+    assert record.levelname == "ERROR" and "broken" in str(record.exc_info[1])
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_an_images_own_numbers_alone_decide_on_it(row):
+    numbers, unsafe = torch.zeros(3, 2), torch.tensor([True, False, True])
+    numbers[row, 1] = torch.nan
+    expected = [UNSAFE, SAFE, UNSAFE]
+    expected[row] = UNCHECKED
+    assert SafetyChecker(lambda images: (numbers, unsafe)).verdicts(IMAGES).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("an illegal memory access was encountered"),
+        RuntimeError("CUDA error: unspecified launch failure"),
+    ],
+)
+def test_a_device_that_fails_is_not_the_checkers_failure(error):
+    def decide(images):
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        SafetyChecker(decide).verdicts(IMAGES)
+    assert raised.value is error
 
 
 def test_a_checker_that_hangs_costs_its_own_time_and_gives_no_image_out(pipeline, monkeypatch):
@@ -158,7 +144,7 @@ def test_a_checker_that_hangs_costs_its_own_time_and_gives_no_image_out(pipeline
 
     def decide(images):
         goes_on.wait(60)
-        return torch.zeros(len(images), 1), [False] * len(images)
+        return zeros(images), none_unsafe(images)
 
     use(pipeline, monkeypatch, decide)
 
@@ -172,36 +158,40 @@ def test_a_checker_that_hangs_costs_its_own_time_and_gives_no_image_out(pipeline
     assert isinstance(asyncio.run(ask()), GenerationResult)
 
 
+class InTurn:
+    """A checker that notes images in the order in which it sees them, however many at once."""
+
+    def __init__(self, unsafe=(), nan=()):
+        self.seen, self.unsafe, self.nan = [], unsafe, nan
+
+    def __call__(self, images):
+        turns = range(len(self.seen), len(self.seen) + len(images))
+        self.seen.extend(images.cpu().numpy())
+        numbers = torch.tensor([[torch.nan if turn in self.nan else 0.0] for turn in turns])
+        unsafe = torch.tensor([turn in self.unsafe for turn in turns])
+        return numbers.to(images.device), unsafe.to(images.device)
+
+
 def test_flagged_images_are_dropped_and_all_flagged_is_an_error(pipeline, monkeypatch):
-    seen = []
-
-    def decide(images):
-        seen.extend(images)
-        return torch.zeros(1, 1), [len(seen) in (2, 5, 6)]
-
+    decide = InTurn(unsafe=(1, 4, 5))
     use(pipeline, monkeypatch, decide)
     some, none, all_of_it = results_of(pipeline, wish(num_outputs=3), wish(10), wish(20, num_outputs=2))
     assert isinstance(some, GenerationResult) and some.seeds == [0, 2] and some.metrics["flagged"] == 1
-    assert some.images == [seen[0], seen[2]]
+    for given, seen in zip(some.images, (decide.seen[0], decide.seen[2]), strict=True):
+        assert np.array_equal(given, seen)
     assert isinstance(none, GenerationResult) and none.seeds == [10] and none.metrics["flagged"] == 0
     assert isinstance(all_of_it, UnsafeImage)
     assert str(all_of_it).startswith("[unsafe] every picture was flagged")
 
 
 def test_a_failed_check_fails_its_own_request_only(pipeline, monkeypatch):
-    calls = []
-
-    def decide(images):
-        calls.append(images)
-        return (torch.full((1, 1), torch.nan), [False]) if len(calls) == 2 else (torch.zeros(1, 1), [False])
-
-    use(pipeline, monkeypatch, decide)
+    use(pipeline, monkeypatch, InTurn(nan=(1,)))
     ends = results_of(pipeline, wish(1), wish(2), wish(3))
     assert [type(end) for end in ends] == [GenerationResult, SafetyError, GenerationResult]
 
 
 def test_a_request_can_switch_it_off_only_where_the_operator_allows_it(pipeline, monkeypatch):
-    use(pipeline, monkeypatch, lambda images: (torch.zeros(1, 1), [True]))
+    use(pipeline, monkeypatch, lambda images: (zeros(images), ~none_unsafe(images)))
     unchecked = wish(disable_safety_checker=True)
     [found] = results_of(pipeline, unchecked)
     assert isinstance(found, UnsafeImage)
