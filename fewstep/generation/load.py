@@ -21,7 +21,7 @@ from fewstep.models import fp8
 from fewstep.models.device import device_and_dtype, name_of
 from fewstep.models.load import load_merged, load_tiny_vae
 from fewstep.models.manifest import check_folder
-from fewstep.models.memory import Sizes, plan_memory
+from fewstep.models.memory import Footprint, plan_memory
 from fewstep.models.specs import ModelSpec
 from fewstep.request import Inputs
 from fewstep.settings import COMPILED, FP8, OPENVINO, Settings
@@ -44,7 +44,7 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     manifest = check_folder(folder, fix=spec.fix)
     # First, while nothing else takes memory.
     place = converted(folder, settings, device, dtype) if settings.engine in OPENVINO else None
-    memory = plan_memory(spec, Sizes.of(manifest, settings, dtype), settings, device, dtype)
+    memory = plan_memory(spec, Footprint.of(manifest, settings, dtype), settings, device, dtype)
     logger.info("%s on %s in %s: %s", spec.name, device.type, name_of(dtype), memory)
     diffusion, adapters = load_merged(spec, settings, manifest, device, dtype, memory)
     tiny = load_tiny_vae(folder, manifest, spec.fix, device, dtype) if settings.vae == "tiny" else None

@@ -11,6 +11,7 @@ from diffusers import LCMScheduler
 from torch import Tensor
 
 from fewstep.errors import Stopped
+from fewstep.models.device import to_device
 
 # Latents, timestep and conditions -> the network's prediction.
 UNet: TypeAlias = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
@@ -93,7 +94,7 @@ def sample(
     # On SDXL's schedule even the last timestep would leave a trace of the image.
     if start.image is not None and strength < 1:
         x = steps[0].alpha * start.image + steps[0].sigma * start.noise
-    timesteps = torch.tensor([step.t for step in steps], device=states.device)
+    timesteps = to_device(torch.tensor([step.t for step in steps]), states.device)
     for i, step in enumerate(steps):
         if stopped():
             raise Stopped("every caller of this batch has left")

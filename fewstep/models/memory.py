@@ -39,7 +39,7 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Footprint:
     """What the parts of a model take on a device, in GB."""
 
     unet: float
@@ -49,7 +49,7 @@ class Sizes:
     lora: float
 
     @classmethod
-    def of(cls, manifest: Manifest, settings: Settings, dtype: torch.dtype) -> Sizes:
+    def of(cls, manifest: Manifest, settings: Settings, dtype: torch.dtype) -> Footprint:
         """By the files, which are of 16 bits."""
         parts = {"unet": "unet", "text_encoder": "encoders", "text_encoder_2": "encoders", "vae": "vae"}
         parts |= {TINY_VAE: "vae", LCM_LORA: "lora", SAFETY_FOLDERS.get(settings.safety, "none"): "checker"}
@@ -62,7 +62,7 @@ class Sizes:
 
 
 def plan_memory(
-    spec: ModelSpec, sizes: Sizes, settings: Settings, device: torch.device, dtype: torch.dtype
+    spec: ModelSpec, sizes: Footprint, settings: Settings, device: torch.device, dtype: torch.dtype
 ) -> MemoryPlan:
     """How `spec` is to use `device`, whose memory `settings` may limit; a CPU has no such limits.
 
@@ -78,7 +78,7 @@ def plan_memory(
 
 
 def plan_for(
-    spec: ModelSpec, sizes: Sizes, settings: Settings, memory_gb: float, dtype: torch.dtype
+    spec: ModelSpec, sizes: Footprint, settings: Settings, memory_gb: float, dtype: torch.dtype
 ) -> MemoryPlan:
     """`plan_memory` for a card with `memory_gb` left. Raises as that."""
     scale = spec.native_size**2 / MEGAPIXEL * dtype.itemsize / 2

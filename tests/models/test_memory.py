@@ -6,7 +6,7 @@ import torch
 from fewstep.errors import SettingsError
 from fewstep.models import memory
 from fewstep.models.manifest import Manifest, ManifestFile
-from fewstep.models.memory import MemoryPlan, Sizes, plan_for, plan_memory
+from fewstep.models.memory import Footprint, MemoryPlan, plan_for, plan_memory
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
@@ -26,8 +26,8 @@ FILES = {
 MANIFEST = Manifest("sdxl", tuple(ManifestFile(p, int(s * GB), "", "", "", "") for p, s in FILES.items()), {})
 
 
-def sizes(dtype=torch.float16, **settings) -> Sizes:
-    return Sizes.of(MANIFEST, Settings(**settings), dtype)
+def sizes(dtype=torch.float16, **settings) -> Footprint:
+    return Footprint.of(MANIFEST, Settings(**settings), dtype)
 
 
 def plan(gb: float, **settings) -> MemoryPlan:
@@ -36,7 +36,7 @@ def plan(gb: float, **settings) -> MemoryPlan:
 
 def test_the_parts_of_a_model_are_those_of_its_files():
     found = sizes()
-    assert found == Sizes(unet=5.14, encoders=pytest.approx(1.64), vae=0.17, checker=0.61, lora=0.39)
+    assert found == Footprint(unet=5.14, encoders=pytest.approx(1.64), vae=0.17, checker=0.61, lora=0.39)
     assert sizes(torch.float32).unet == 2 * found.unet
     assert (sizes(safety="vit").checker, sizes(safety="off").checker) == (0.34, 0)
 
