@@ -22,6 +22,7 @@ from fewstep.web.worker_pool import WITHHELD, LocalWorkers, RemoteWorker, visibl
 pytestmark = pytest.mark.slow
 
 SLACK_S = 15
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def processes(group):
@@ -41,7 +42,7 @@ def processes(group):
 @pytest.fixture(scope="module")
 def web(tmp_path_factory):
     folder = tmp_path_factory.mktemp("supervised")
-    environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), "OMP_NUM_THREADS": "1", **NO_GPU}
     pool = LocalWorkers([environ] * 2, 60, folder / "painters.log")
     with running_app(folder, pool) as web:
         began = time.monotonic()
@@ -150,7 +151,7 @@ def keep(folder, until, **environ):
 
     async def main():
         restarts, states = [], []
-        own = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), **environ}
+        own = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), **NO_GPU, **environ}
         pool = LocalWorkers([own], 60, folder / "log")
         [worker] = pool.workers
         pool.start(lambda: states.append(worker.ready), lambda: restarts.append(1))
