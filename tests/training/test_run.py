@@ -143,7 +143,7 @@ def test_two_processes_make_the_step_of_one_from_the_same_fresh_lora(world, tmp_
     launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     run = [*launch, "-m", "fewstep.cli.distill", *map(str, arguments), tmp_path / "2"]
     environ = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "FEWSTEP_VERIFY": "size"}
-    environ |= {"ACCELERATE_USE_CPU": "true"}
+    environ |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(run, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "on 2 processes" in done.stderr, done.stderr[-2000:]
     moments = []

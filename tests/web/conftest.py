@@ -145,7 +145,7 @@ def running_app(folder: Path, pool: Any, model: str = "miniature", **settings: A
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
     """The real thing: coglet with the miniature, as scripts/web starts it, one for all tests of a run."""
     folder = tmp_path_factory.mktemp("web")
-    environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder)}
+    environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), "CUDA_VISIBLE_DEVICES": ""}
     pool = LocalWorkers([environ], 180, folder / "painters.log")
     with running_app(folder, pool) as web:
         web.wait_ready()

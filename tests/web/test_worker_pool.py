@@ -42,6 +42,7 @@ def wait_and_patch():
     engine.unet = failing
 threading.Thread(target=wait_and_patch, daemon=True).start()
 """
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def processes(group):
@@ -62,7 +63,7 @@ def processes(group):
 def web(tmp_path_factory):
     folder = tmp_path_factory.mktemp("supervised")
     (folder / "sitecustomize.py").write_text(LOSES_ITS_GPU)
-    environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), "OMP_NUM_THREADS": "1", **NO_GPU}
     environ |= {"PYTHONPATH": str(folder)}
     pool = LocalWorkers([environ] * 2, 60, folder / "painters.log")
     with running_app(folder, pool) as web:
@@ -183,7 +184,7 @@ def keep(folder, until, **environ):
 
     async def main():
         restarts, states = [], []
-        own = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), **environ}
+        own = {"PATH": "/usr/bin:/bin", "TMPDIR": str(folder), **NO_GPU, **environ}
         pool = LocalWorkers([own], 60, folder / "log")
         [worker] = pool.workers
         pool.start(lambda: states.append(worker.ready), lambda: restarts.append(1))
