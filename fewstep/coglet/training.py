@@ -5,17 +5,22 @@ import codecs
 import contextvars
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from fewstep.coglet.server import ROOT, WATCHED
 from fewstep.errors import Busy, InternalError, error_in
+from fewstep.images.outputs import KEEP_S
 
 TAIL = 10_000  # characters of what it said last, in which the reason of a failure stands
 TRACEBACK = "Traceback (most recent call last)"
+KEPT = "fewstep-training-"  # begins the name of a folder that holds what a training made
 
 _one_at_a_time = asyncio.Lock()
 
@@ -36,6 +41,15 @@ async def run_training(pictures: Path, out: Path, **options: object) -> None:
         status, last = await _run(command, environ)
     if status:
         raise (error_in(last) if last.startswith("[") else None) or InternalError()
+
+
+def keep(result: Path) -> Path:
+    """Move `result` to where Cog reads it once train() has returned; what lay there for ten minutes goes."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{KEPT}*"):
+        with suppress(OSError):  # it is another's, or gone
+            if folder.stat().st_mtime < time.time() - KEEP_S:
+                shutil.rmtree(folder)
+    return Path(shutil.move(result, Path(tempfile.mkdtemp(prefix=KEPT), result.name)))
 
 
 async def _run(command: list[str], environ: dict[str, str]) -> tuple[int, str]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -126,3 +127,15 @@ def test_it_ends_with_the_process_that_waits_for_it(tmp_path):
         process.kill()
     while naming(tmp_path):
         time.sleep(0.01)
+
+
+def test_a_result_is_kept_for_cog_and_removed_after_ten_minutes(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.tempfile, "tempdir", str(tmp_path))
+    results, kept = [tmp_path / name for name in ("old", "new", "newer")], []
+    for result in results:
+        result.write_text(result.name)
+        kept.append(training.keep(result))
+        if result.name == "old":
+            os.utime(kept[0].parent, (0, 0))
+    assert [path.exists() for path in kept] == [False, True, True]
+    assert [path.read_text() for path in kept[1:]] == ["new", "newer"] and not any(map(Path.exists, results))
