@@ -5,13 +5,12 @@ literal; a test holds the defaults to fewstep/training/config.py.
 """
 
 import random
-import shutil
 import tempfile
 
 from cog import BaseModel, Input, Path
 
 from fewstep.coglet.adapter import check_cog, fetched_file, log_to_stderr, mask_unexpected_errors
-from fewstep.coglet.training import run_training
+from fewstep.coglet.training import keep, run_training
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # as scripts/train names what diffusers loads
 
@@ -40,7 +39,4 @@ async def train(
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "run")
             await run_training(fetched_file("images", images), out, seed=random.getrandbits(31) if seed is None else seed, **options)
-            # It outlives this function, since Cog reads it afterwards.
-            kept = Path(tempfile.mkdtemp(prefix="fewstep-training-"), WEIGHTS)
-            shutil.move(out / WEIGHTS, kept)
-        return TrainingOutput(weights=kept)  # type: ignore[call-arg]  # cog makes its __init__
+            return TrainingOutput(weights=Path(keep(out / WEIGHTS)))  # type: ignore[call-arg]  # cog makes its __init__

@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from fewstep.errors import InvalidRequest
 from fewstep.models.save import save_model
 from fewstep.models.specs import MODELS
 from fewstep.request import Inputs
+from fewstep.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -112,6 +114,18 @@ def test_a_push_without_weights_says_how_to_get_them(checkout, tmp_path):
     command = [checkout / "scripts" / "push", "r8.im/me/fewstep"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 1 and "scripts/save-weights sdxl" in done.stderr
+
+
+def test_the_managed_weights_that_are_described_are_what_cog_knows_and_the_container_reads():
+    page = (ROOT / "docs" / "container.md").read_text()
+    [snippet] = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    assert snippet.keys() == {"model", "weights"} and snippet["model"].startswith("r8.im/")
+    assert not snippet.keys() & yaml.safe_load((ROOT / "cog.yaml").read_text()).keys()
+    [weights] = snippet["weights"]
+    assert weights.keys() == {"name", "source", "target"} and weights["source"].keys() == {"uri"}
+    served = Settings.from_env({}).weights_root.relative_to(ROOT) / MODELS["sdxl"].name
+    assert weights["source"]["uri"] == str(served)
+    assert weights["target"] == f"/src/{served}"  # Cog's images have the code there
 
 
 CONFIG = yaml.safe_load((ROOT / "cog-safe-push.yaml").read_text())

@@ -13,6 +13,7 @@ from fewstep import request
 from fewstep.coglet.adapter import COG_VERSION
 from fewstep.coglet.server import CONCURRENCY, SCHEMA
 from fewstep.models.specs import MODELS
+from fewstep.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = json.loads(SCHEMA.read_text())["components"]["schemas"]
@@ -81,4 +82,5 @@ def test_cog_yaml_has_only_keys_that_cog_knows() -> None:
     assert set(cog_yaml) == {"build", "environment", "predict", "train"}
     assert set(cog_yaml["build"]) == {"gpu", "cuda", "python_version", "python_requirements", "sdk_version"}
     assert cog_yaml["predict"] == "predict.py:Predictor"
-    assert "FEWSTEP_MODEL=sdxl" in cog_yaml["environment"]
+    settings = Settings.from_env(dict(line.split("=", 1) for line in cog_yaml["environment"]))
+    assert (settings.model, settings.device, settings.engine) == ("sdxl", "cuda", "compiled")

@@ -4,14 +4,15 @@ import base64
 import io
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from processes import naming
 from safetensors import safe_open
 from uploads import image, zipped
 
@@ -42,6 +43,8 @@ def server(tmp_path_factory) -> Iterator[Server]:
     ):
         running.wait_ready()
         running.folder = folder
+        # Without moving the place in the file at which the server writes.
+        running.logged = lambda: os.pread(log.fileno(), 1 << 30, 0).decode()
         yield running
 
 
@@ -78,13 +81,21 @@ def test_a_zip_of_images_becomes_an_adapter_and_nothing_else_is_left(
     assert [path.name for path in folder.iterdir()] == ["pytorch_lora_weights.safetensors"]
 
 
-def processes_of(server: Server) -> list[bytes]:
-    """What trains for `server`, which works below its folder."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended
-            found.append((process / "cmdline").read_bytes())
-    return [words for words in found if b"fewstep.cli.train" in words and bytes(server.folder) in words]
+def wait_for_nothing_but(files: set[Path], server: Server) -> None:
+    """Return when no training runs and its files are gone: a cancel is answered before it is done."""
+    while naming(server.folder) or set(server.folder.iterdir()) != files:
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_each_of_five_trainings_in_a_row_logs_each_line_once(server, pictures) -> None:
+    for seed in range(5):
+        inputs = {"images": pictures, "steps": 1, "batch_size": 1, "rank": 1, "rehearse": 0, "seed": seed}
+        _, answer = server.post("/trainings", {"input": inputs})
+        assert answer["status"] == "succeeded", answer.get("error")
+        lines = [line for line in answer["logs"].splitlines() if line]
+        assert f"training lcf on 4 images, seed {seed}" in lines
+        assert len(lines) == len(set(lines))
 
 
 def test_one_trains_at_a_time_and_is_gone_when_it_is_cancelled(server, pictures) -> None:
@@ -93,14 +104,30 @@ def test_one_trains_at_a_time_and_is_gone_when_it_is_cancelled(server, pictures)
     with ThreadPoolExecutor() as threads:
         long = threads.submit(server.post, "/trainings", body)
         try:
-            while not processes_of(server):
+            while not naming(server.folder):
                 time.sleep(0.05)
             _, second = server.post("/trainings", {"input": {"images": pictures, "steps": 1}})
         finally:
             assert server.post("/trainings/long/cancel", {})[0] == 200
         assert long.result()[1]["status"] == "canceled"
-    assert processes_of(server) == [] and set(server.folder.iterdir()) == before
+    wait_for_nothing_but(before, server)
     assert code_and_sentence(str(second.get("error"))).startswith("[busy] a training is running already")
+
+
+@pytest.mark.slow
+def test_a_cancel_in_the_middle_of_a_step_leaves_nothing(server, pictures) -> None:
+    before = set(server.folder.iterdir())
+    inputs = {"images": pictures, "steps": 12_345, "batch_size": 2, "rehearse": 0}
+    with ThreadPoolExecutor() as threads:
+        long = threads.submit(server.post, "/trainings", {"id": "steps", "input": inputs})
+        try:
+            while not re.search(r"\b[1-9]\d*/12345\b", server.logged()) and not long.done():
+                time.sleep(0.05)
+        finally:
+            assert server.post("/trainings/steps/cancel", {})[0] == 200
+        status, answer = long.result()
+    assert (status, answer["status"]) == (200, "canceled"), answer
+    wait_for_nothing_but(before, server)
 
 
 @pytest.mark.parametrize(

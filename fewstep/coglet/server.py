@@ -34,7 +34,8 @@ OUTPUTS = "fewstep-outputs-"  # begins the name of each server's own folder
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"}
 # Becomes the server, and leaves a watcher in its process group, which reads a pipe that only our process
 # holds: a line says that all is over, and the pipe's end that we are gone, so that the group has to go too.
-WATCHED = 'exec 3<&0; (read -r _ <&3 || kill -KILL 0) & exec "$@" 3<&- </dev/null'
+# The watcher keeps no output open, since whoever reads that waits for its end.
+WATCHED = 'exec 3<&0; (read -r _ <&3 || kill -KILL 0) >/dev/null 2>&1 & exec "$@" 3<&- </dev/null'
 # coglet answers /health-check late while the model holds the interpreter; it gives up after 10 s itself.
 HEALTH_TIMEOUT_S = 12.0
 UNHEALTHY_POLLS = 20
