@@ -49,8 +49,8 @@ class Predictor(BasePredictor):
 
             self.batcher.model = self.pipeline = await self.batcher.run(load)
             self.styles = LoraResolver(settings, self.pipeline.adapters.read)
-            await self.batcher.run(self.pipeline.warm_up)
             self.batcher.idle_work = self.pipeline.improve
+            await self.batcher.run(self.pipeline.warm_up)
 
     @cog.concurrent(max=8)
     async def predict(

@@ -161,9 +161,9 @@ class WeightMerger:
         return written
 
     def forget(self) -> None:
-        """Take all that a LoRA has changed for unknown, to be written by the next `apply`, since the layers
-        are of another kind now."""
-        self._applied = dict.fromkeys(self._applied)
+        """Take all weights for unknown, to be written by the next `apply`, since layers are of another kind
+        now."""
+        self._applied = dict.fromkeys(self._layers)
 
     def _fitted(self, parts: dict[str, dict[str, Tensor]], alphas: dict[str, float]) -> dict[str, LoraModule]:
         """Return the modules by layer. Raises LoraError unless all fit, are finite and add a fraction."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pytest
 
 from fewstep.errors import DeadlineExceeded, GenerationError, InternalError, InvalidRequest, Stopped
+from fewstep.generation import batcher as batching
 from fewstep.generation.batcher import MAX_OVERTAKEN, Batcher
 
 
@@ -504,6 +505,50 @@ async def test_no_result_is_kept_alive_after_its_caller_has_it(batcher):
     await batcher.run(lambda: None)  # the batch's own turn is over by now
     gc.collect()
     assert alive() is None
+
+
+@scene
+async def test_the_model_works_on_itself_while_nobody_asks_until_it_is_done_or_fails(
+    model, batcher, monkeypatch
+):
+    monkeypatch.setattr(batching, "IDLE_S", 0.01)
+    left, calls = [True, True, False], []
+
+    def work():
+        calls.append(threading.get_ident())
+        return left.pop(0)
+
+    batcher.idle_work = work
+    await batcher.run(lambda: None)  # wakes it up
+    await until(lambda: not left)
+    await asyncio.sleep(0.05)
+    await batcher.submit(wish(1))
+    assert len(calls) == 3 and set(calls) == model.threads
+
+    def failing():
+        calls.append(None)
+        raise RuntimeError("any")
+
+    batcher.idle_work = failing
+    await batcher.run(lambda: None)
+    await until(lambda: len(calls) == 4)
+    await asyncio.sleep(0.05)
+    assert len(calls) == 4 and batcher.healthy() and (await batcher.submit(wish(2))).seed == 2
+
+
+@scene
+async def test_requests_come_before_what_the_model_does_while_idle(model, batcher, monkeypatch):
+    monkeypatch.setattr(batching, "IDLE_S", 0.05)
+    calls = []
+    batcher.idle_work = lambda: calls.append(len(model.batches)) or True
+    first = await held(model, batcher)
+    tasks = await queued(batcher, *(wish(seed, steps=seed) for seed in range(1, 5)))
+    model.gate.set()
+    await asyncio.gather(first, *tasks)
+    served = len(model.batches)
+    await until(lambda: calls)
+    assert calls[0] == served
+    batcher.idle_work = None
 
 
 @options(deadline_s=0.3, grace_s=0.2)

@@ -11,7 +11,7 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from generating import pixels_of as generate
 from generating import results_of
-from PIL import Image
+from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 
 from fewstep.errors import GenerationError, Stopped, WeightsError
@@ -424,3 +424,16 @@ def test_an_lcm_lora_that_does_not_fit_ends_the_start_with_the_count_and_the_rem
     expected = rf"^\[weights\] weights/miniature/lcm_lora.safetensors {said}.*; run: git checkout -- weights/"
     with pytest.raises(WeightsError, match=expected):
         load_pipeline(MINIATURE, Settings(weights_root=tmp_path))
+
+
+def test_what_is_kept_under_a_mask_is_pillows_composite_to_the_last_bit():
+    rng = np.random.default_rng(0)
+    size = (48, 72)
+    image, other = (Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for _ in range(2))
+    mask = Image.fromarray(rng.integers(0, 256, size, np.uint8), "L")
+    seam = mask.filter(ImageFilter.GaussianBlur(tensors.SEAM_PX))
+    assert len(np.unique(seam)) > 20  # of all shares
+    found = tensors.keep_unmasked(
+        torch.from_numpy(np.array(other))[None], replace(wish(), image=image, mask=mask)
+    )
+    assert np.array_equal(found[0], Image.composite(other, image, seam))
