@@ -64,6 +64,16 @@ def toy(monkeypatch, tmp_path):
     return tmp_path / "weights"
 
 
+def test_a_random_style_fits_what_was_made_and_changes_as_much_as_the_lcm_lora(toy, tmp_path):
+    full_size.make_random("sdxl", toy)
+    pipeline = load_pipeline(get_model("sdxl-random"), Settings(weights_root=toy, verify="size"))
+    full_size.make_random_style("sdxl", tmp_path / "style.safetensors")
+    style, lcm = pipeline.adapters.read(tmp_path / "style.safetensors", "any"), pipeline.adapters.lcm_lora
+    assert style.modules.keys() == lcm.modules.keys() and style.size == lcm.size
+    [layer, *_] = style.modules
+    assert not style.modules[layer].down.equal(lcm.modules[layer].down)
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sd15"])
 def test_what_is_made_loads_and_generates(toy, name):
     folder = full_size.make_random(name, toy)
