@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from fewstep.benchmark.gpu import Run, Stage, run_stages
 from fewstep.benchmark.gpu_figures import PARTS, Figures
 from fewstep.benchmark.gpu_systems import COMPILED, Extent, Systems
 from fewstep.benchmark.measure import nvidia_smi
+from fewstep.errors import Refused
 from fewstep.models.device import device_and_dtype
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
@@ -30,13 +31,15 @@ def measure(
     until: float,
     report: Callable[[str], None],
     *,
-    device: str,
-    size: int,
+    device: str = "auto",
+    size: int = 0,
+    only: Collection[str] = (),
 ) -> list[str]:
     """Write every row to the CSV at `path`, until `time.monotonic()` is `until`, and return what failed.
 
-    `device` is as Settings has it, `size` the side of images in px, or 0 for the model's native one. Raises
-    SettingsError for a device that is not there.
+    `device` is as Settings has it, `size` the side of images in px, or 0 for the model's native one; `only`
+    names stages or engines, of which alone there are to be rows. Raises SettingsError for a device that is
+    not there, Refused for a name that no stage has.
     """
     where, _ = device_and_dtype(Settings(device=device))
     extent = Extent(size or get_model(model).native_size)
@@ -47,7 +50,15 @@ def measure(
         machine |= {"gpu": nvidia_smi("name"), "driver": nvidia_smi("driver_version")}
     run = Run(where, path, until, machine, report)
     with Systems(run, model, weights, extent) as systems:
-        return run_stages(run, stages_of(run, systems, extent))
+        return run_stages(run, _chosen(stages_of(run, systems, extent), only))
+
+
+def _chosen(stages: list[Stage], only: Collection[str]) -> list[Stage]:
+    names = [{stage.name, stage.columns.get("engine", "")} - {""} for stage in stages]
+    known = sorted(set().union(*names))
+    if unknown := set(only) - set(known):
+        raise Refused(f"no stage or engine is {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return [stage for stage, of_it in zip(stages, names, strict=True) if not only or of_it & set(only)]
 
 
 def stages_of(run: Run, systems: Systems, extent: Extent) -> list[Stage]:

@@ -17,7 +17,7 @@ from typing import Any
 from fewstep.cli.run import say, status_of
 
 SUITES = ("miniature", "full", "full-1024", "throughput", "startup", "page", "visitors")
-GPU, OF_GPU = "gpu", {"model", "device", "size", "seconds", "out"}
+GPU, OF_GPU = "gpu", {"model", "device", "size", "only", "seconds", "out"}
 ROUNDS = 3
 
 
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu.add_argument("--model", choices=["sdxl-random", "miniature"], help="(sdxl-random)")
     gpu.add_argument("--device", choices=["auto", "cpu", "cuda"], help="(auto)")
     gpu.add_argument("--size", type=int, help="of images, in px (the model's native size)")
+    gpu.add_argument("--only", help="stages or engines to measure, between commas (all)")
     gpu.add_argument("--seconds", type=float, help="that all of it may take (480)")
     gpu.add_argument("--out", type=Path, help=f"the CSV (benchmarks/{GPU}.csv)")
     chosen = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
@@ -52,18 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure_gpu(
     started: float,
     model: str = "sdxl-random",
-    device: str = "auto",
-    size: int = 0,
+    only: str = "",
     seconds: float = 480.0,
     out: Path | None = None,
+    **chosen: Any,
 ) -> list[str]:
     # Nothing else of the benchmark is imported, such as what only this repository's own environment has.
-    from fewstep.benchmark import gpu_stages
+    from fewstep.benchmark.gpu_stages import measure
     from fewstep.benchmark.measure import BENCHMARKS
     from fewstep.settings import Settings
 
     path, weights = out or BENCHMARKS / f"{GPU}.csv", Settings.from_env().weights_root
-    return gpu_stages.measure(model, weights, path, started + seconds, say, device=device, size=size)
+    names = [name for name in only.split(",") if name]
+    return measure(model, weights, path, started + seconds, say, only=names, **chosen)
 
 
 def _run(name: str, rounds: int) -> None:

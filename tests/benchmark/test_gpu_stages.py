@@ -18,6 +18,7 @@ from fewstep.benchmark.gpu import COLUMNS, FAILED, LEFT_OUT, MEASURED, Run, run_
 from fewstep.benchmark.gpu_figures import Figures
 from fewstep.benchmark.gpu_systems import Extent, Systems
 from fewstep.coglet.server import ROOT
+from fewstep.errors import Refused
 from fewstep.evaluation.tables import commit
 from fewstep.settings import Settings
 
@@ -107,8 +108,7 @@ def test_the_miniature_on_a_cpu_runs_to_its_end_where_little_is_installed(tmp_pa
 def test_without_time_every_stage_is_one_row_and_nothing_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_systems, "load_own", None)
     path = tmp_path / "gpu.csv"
-    options = {"device": "cpu", "size": 0}
-    assert gpu_stages.measure("miniature", WEIGHTS, path, time.monotonic(), str, **options) == []
+    assert gpu_stages.measure("miniature", WEIGHTS, path, time.monotonic(), str, device="cpu") == []
     rows = rows_in(path)
     assert Counter(row["stage"] for row in rows) == stage_names(tmp_path / "any.csv")
     assert {row["status"] for row in rows} == {LEFT_OUT}
@@ -164,6 +164,48 @@ def test_a_style_comes_and_goes_and_what_stays_behind_is_seen(systems, small):
     merger.apply = lambda mix: apply(mix) if mix.styles else 0  # which takes nothing back
     figures.styles("torch")
     assert systems.run.rows[-1]["note"] == "not all"
+
+
+@pytest.mark.slow
+def test_random_weights_are_measured_as_the_miniature_is(toy, small, tmp_path):
+    run = run_on_cpu(tmp_path / "gpu.csv")
+    with Systems(run, "sdxl-random", toy, small) as systems:
+        stages = [
+            stage
+            for stage in gpu_stages.stages_of(run, systems, small)
+            if stage.name in ("load", "quality", "styles")
+        ]
+        assert run_stages(run, stages) == [], run.rows
+    rows = {row["what"]: row for row in run.rows if row["status"] == MEASURED}
+    assert float(rows["random weights made"]["value"]) > 0 and rows["PSNR to fp32"]["psnr"] > 20
+    assert rows["applied"]["value"] > 10 and rows["tensors with their bits after it"]["note"] == "all"
+
+
+def test_only_what_is_named_is_measured(tmp_path):
+    path, until = tmp_path / "gpu.csv", time.monotonic()
+    gpu_stages.measure("miniature", WEIGHTS, path, until, str, device="cpu", only=("judge", "diffusers"))
+    rows = [(row["stage"], row["engine"]) for row in rows_in(path)]
+    assert rows == [
+        ("diffusers", "diffusers"),
+        ("judge", "torch"),
+        ("judge", "compiled-fp8"),
+        ("judge", "compiled"),
+        ("diffusers", "diffusers"),
+    ]
+    with pytest.raises(
+        Refused, match="no stage or engine is x; there are after, attention, compile, compiled"
+    ):
+        gpu_stages.measure("miniature", WEIGHTS, path, until, str, device="cpu", only=("x", "judge"))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs an NVIDIA GPU")
+def test_the_miniature_on_a_gpu_is_measured_by_every_stage(tmp_path):
+    path = tmp_path / "gpu.csv"
+    assert gpu_stages.measure("miniature", WEIGHTS, path, time.monotonic() + 250, str, device="cuda") == []
+    whole = [row for row in rows_in(path) if (row["stage"], row["status"]) == ("whole", MEASURED)]
+    assert whole and all(0 < float(row["peak_gb"] or 1) < 100 and row["gpu"] for row in whole)
 
 
 @pytest.mark.slow

@@ -154,7 +154,9 @@ def test_serve_refuses_a_port_that_is_none(port, capsys, monkeypatch):
         (["gpu", "--rounds", "2"], "the suite gpu does not read --rounds"),
     ],
 )
-def test_an_option_of_another_benchmark_is_refused(arguments, unread, capsys):
+def test_an_option_of_another_benchmark_is_refused(arguments, unread, capsys, monkeypatch):
+    for name in ("_run", "_measure_gpu"):
+        monkeypatch.setattr(benchmark, name, None)
     with pytest.raises(SystemExit, match="2"):
         benchmark.main(arguments)
     assert unread in capsys.readouterr().err
