@@ -32,7 +32,7 @@ STYLE_HOSTS = tuple(
     "replicate.delivery *.replicate.delivery".split()
 )
 REPOSITORY = Path(__file__).resolve().parents[1]
-OF_SCRIPTS = {"FEWSTEP_TORCH_INDEX"}  # variables of the family that scripts/python reads
+OF_SCRIPTS = {"FEWSTEP_PYTHON", "FEWSTEP_TORCH_INDEX"}  # variables of the family that scripts/python reads
 
 # Makes a setting of a variable's text, which is never empty. Raises ValueError that says what it may hold.
 Parser = Callable[[str], Any]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.errors import SettingsError
-from fewstep.settings import Settings, Shape
+from fewstep.settings import OF_SCRIPTS, Settings, Shape
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -121,7 +121,13 @@ def test_a_bad_value_is_refused_by_variable_and_choices(name, value, allowed):
 def test_a_misspelt_variable_is_warned_of_by_name_only(caplog):
     with caplog.at_level(logging.WARNING, logger="fewstep"):
         Settings.from_env(
-            {"FEWSTEP_DEVISE": "a-secret", "FEWSTEP_TORCH_INDEX": "x", "OTHER": "y", "FEWSTEP_DEVICE": "cpu"}
+            {
+                "FEWSTEP_DEVISE": "a-secret",
+                "OTHER": "y",
+                "FEWSTEP_DEVICE": "cpu",
+                "FEWSTEP_PYTHON": "x",
+                "FEWSTEP_TORCH_INDEX": "x",
+            }
         )
     assert [record.args for record in caplog.records] == [("FEWSTEP_DEVISE",)]
     assert "a-secret" not in caplog.text
@@ -136,6 +142,7 @@ def test_every_variable_has_a_line_in_the_documentation():
     page = (REPOSITORY / "docs" / "settings.md").read_text()
     rows = re.findall(r"^\| (`[A-Z_]+`(?:, `[A-Z_]+`)*) \|", page, re.MULTILINE)
     assert set(re.findall("[A-Z_]+", " ".join(rows))) == {variable for variable, *_ in GIVEN.values()}
+    assert all(f"`{variable}` is " in page for variable in OF_SCRIPTS)
 
 
 @pytest.mark.parametrize(

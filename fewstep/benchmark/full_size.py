@@ -36,14 +36,17 @@ for name, base in (("ssd-1b", "sdxl"), ("lcm-dreamshaper-v7", "sd15")):
     UNETS[name] = UNETS[base] | UNETS[name]
 
 
-def make_random(name: str, weights_root: Path) -> Path:
-    """Write `weights/<name>-random/`, in fp16, and return it; the miniature lends its tokenizer."""
+def make_random(name: str, weights_root: Path, device: str | torch.device = "cpu") -> Path:
+    """Write `weights/<name>-random/`, in fp16, and return it; the miniature lends its tokenizer.
+
+    The numbers are drawn on `device`, each kind of which has its own: SDXL's 3.4 billion take a CPU a minute.
+    """
     spec = get_model(f"{name}-random")
     folder = weights_root / f".{name}-random"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir(parents=True)
     try:
-        _make_parts(name, spec, folder)
+        _make_parts(name, spec, folder, torch.Generator(device).manual_seed(0))
         files = []
         for repo in get_model(name).sources:
             made = replace(repo, name="fewstep", revision="random", licence="none")
@@ -55,8 +58,15 @@ def make_random(name: str, weights_root: Path) -> Path:
         shutil.rmtree(folder)
 
 
-def _make_parts(name: str, spec: ModelSpec, folder: Path) -> None:
-    generator, is_sdxl = torch.Generator().manual_seed(0), spec.family == "sdxl"
+def make_random_style(name: str, path: Path, device: str | torch.device = "cpu") -> None:
+    """Write a style LoRA for the model `name` that changes as many layers as its LCM-LoRA, at its rank."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS[name])
+    save_file(_random_lora(unet, torch.Generator(device).manual_seed(1)), path, metadata={"format": "pt"})
+
+
+def _make_parts(name: str, spec: ModelSpec, folder: Path, generator: torch.Generator) -> None:
+    is_sdxl = spec.family == "sdxl"
     clips = [("text_encoder", CLIPTextModel, CLIP_L), ("text_encoder_2", CLIPTextModelWithProjection, BIG_G)]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNETS[name])
@@ -89,11 +99,12 @@ def _save(module: Any, folder: Path, generator: torch.Generator) -> None:
 
 
 def _random(key: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return weights that keep the variance of what passes through, so that nothing overflows in fp16."""
+    """Return weights, on the CPU, that keep the variance of what passes through, so that nothing overflows in
+    fp16."""
     if len(shape) < 2:
         return torch.ones(shape, dtype=torch.float16) if key.endswith("weight") else torch.zeros(shape).half()
     scale = 0.02 if "embedding" in key else 0.5 * shape[1:].numel() ** -0.5
-    return torch.randn(shape, generator=generator).mul_(scale).half()
+    return torch.randn(shape, generator=generator, device=generator.device).mul_(scale).half().cpu()
 
 
 def _random_lora(unet: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ def measure(model: str, **inputs: int) -> dict[str, Any]:
             **{f"{part}_s": round(metrics[f"{part}_ms"] / 1000, 2) for part in ("text", "steps", "decode")},
             "setup_peak_gb": setup_peak,
             "painting_peak_gb": _peak_gb(server),
-            "gpu_gb": _gpu("memory.used"),
+            "gpu_gb": nvidia_smi("memory.used"),
         }
 
 
@@ -140,7 +140,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": cpu[1] if cpu else platform.machine(),
         "cores": os.cpu_count(),
         "memory_gb": round(memory / 1e9),
-        "gpu": _gpu("name"),
+        "gpu": nvidia_smi("name"),
         "torch": version("torch"),
         "diffusers": version("diffusers"),
     }
@@ -166,12 +166,15 @@ def _peak_gb(server: Server, forget: bool = False) -> float:
     return round(total / 1e9, 2)
 
 
-def _gpu(field: str) -> str:
-    """Return what nvidia-smi says of the first GPU, empty without one; memory in GB."""
-    if not shutil.which("nvidia-smi"):
+def nvidia_smi(field: str) -> str:
+    """Return what nvidia-smi says of the GPU that CUDA takes first, empty without one; memory in GB."""
+    # An index or a UUID; what comes after it is of other GPUs, and none or -1 hides them all.
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if first in ("", "-1") or not shutil.which("nvidia-smi"):
         return ""
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
-    value = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", f"--id={first}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    value = "" if done.returncode else done.stdout.strip()
     return f"{int(value) * 2**20 / 1e9:.2f}" if field.startswith("memory") and value.isdecimal() else value
 
 

@@ -47,10 +47,23 @@ def flops_of(folder: Path, scenario: Scenario) -> float:
     return float(scenario.batch * (evaluations * generated.get_total_flops() + decoded.get_total_flops()))
 
 
-def matmul_rate(dtype: torch.dtype, side: int = 4096, repeats: int = 5) -> float:
-    """Return the FLOP/s of `side` x `side` matrices, the median of `repeats`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def matmul_rate(
+    dtype: torch.dtype, side: int = 0, repeats: int = 5, device: str | torch.device | None = None
+) -> float:
+    """Return the FLOP/s of products of `side` x `side` matrices, the median of `repeats`.
+
+    By default it is of a GPU, if there is one, with 8192 a side: of less, a fast one spends the time on
+    beginning and ending.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = device.type == "cuda"
+    side, products = side or (8192 if on_gpu else 4096), 10 if on_gpu else 1
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    # float() waits for a GPU.
-    seconds = timeit.repeat(lambda: float((a @ b)[0, 0]), number=1, repeat=1 + repeats)
-    return 2 * side**3 / statistics.median(seconds[1:])
+
+    def multiply() -> float:
+        for _ in range(products):
+            product = a @ b
+        return float(product[0, 0])  # which waits for a GPU
+
+    seconds = timeit.repeat(multiply, number=1, repeat=1 + repeats)
+    return products * 2 * side**3 / statistics.median(seconds[1:])

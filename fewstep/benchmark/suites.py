@@ -10,16 +10,17 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from PIL import Image
 
 from fewstep.benchmark.measure import only, predict, serving, spread
 from fewstep.benchmark.roofline import roofline
-from fewstep.benchmark.systems import PROMPT, Scenario
+from fewstep.benchmark.systems import ON_CUDA, PROMPT, Scenario
 from fewstep.errors import ServerFailed
 from fewstep.evaluation.figures import plot_bars
 from fewstep.evaluation.metrics import psnr
@@ -55,6 +56,22 @@ class Suite:
         size, one_size = self.scenarios[0].size, system.startswith("fewstep-openvino")
         return [scenario for scenario in self.scenarios if scenario.size == size or not one_size]
 
+    def on(self, cuda: bool) -> Suite:
+        """Return what a machine with or without CUDA compares: OpenVINO is for CPUs."""
+        if not cuda:
+            return self
+        systems = [name for name in self.systems if "openvino" not in name]
+        return replace(self, systems=(*systems, *ON_CUDA))
+
+
+@dataclass
+class Results:
+    """What has been measured so far."""
+
+    samples: dict[Measured, list[Sample]] = field(default_factory=lambda: defaultdict(list))
+    qualities: dict[Measured, dict[str, float]] = field(default_factory=dict)  # of the first round's images
+    failures: dict[str, str] = field(default_factory=dict)  # of systems: the sentence
+
 
 JUDGED = Scenario(128)
 COMPARED = (
@@ -89,37 +106,52 @@ SUITES = {
 }
 
 
-def measure(name: str, weights: Path, rounds: int, report: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Return a row for every system and scenario of a suite, and for the roofline."""
-    suite = SUITES[name]
-    samples, qualities = run(suite, weights, rounds, report)
-    rows = [
-        {"suite": name, "system": system, **vars(scenario), **summarised(taken), "psnr": "", "right": ""}
-        | qualities.get((system, scenario), {})
-        for (system, scenario), taken in samples.items()
-    ]
-    dtype = next(row["dtype"] for row in rows if row["system"] == "fewstep")
-    bounds = roofline(weights / suite.model, suite.scenarios, dtype)
-    return rows + [{"suite": name, **row} for row in bounds]
+def measure(
+    name: str, weights: Path, rounds: int, report: Callable[[str], None]
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield, after every round, a row for every system and scenario of a suite, for every system that failed,
+    which has an `error` and no figures of later rounds, and for the roofline."""
+    suite = SUITES[name].on(cuda=torch.cuda.is_available())
+    bounds: list[dict[str, Any]] = []
+    for results in run(suite, weights, rounds, report):
+        rows = [
+            {"suite": name, "system": system, **vars(scenario), **summarised(taken), "psnr": "", "right": ""}
+            | results.qualities.get((system, scenario), {})
+            for (system, scenario), taken in results.samples.items()
+        ]
+        dtypes = [row["dtype"] for row in rows if row["system"] == "fewstep"]
+        if dtypes and not bounds:
+            bounds = roofline(weights / suite.model, suite.scenarios, dtypes[0])
+        rows += [{"suite": name, "system": system, "error": why} for system, why in results.failures.items()]
+        yield rows + [{"suite": name, **row} for row in bounds]
 
 
-def run(
-    suite: Suite, weights: Path, rounds: int, report: Callable[[str], None]
-) -> tuple[dict[Measured, list[Sample]], dict[Measured, dict[str, float]]]:
-    """Return every system's samples of every scenario, and how good the images of the first round are."""
-    samples: dict[Measured, list[Sample]] = defaultdict(list)
+def run(suite: Suite, weights: Path, rounds: int, report: Callable[[str], None]) -> Iterator[Results]:
+    """Yield all results so far after every round; a system that has failed is left out of those that follow.
+
+    Raises ServerFailed when none is left.
+    """
+    results = Results()
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds):
-            for system in suite.systems:
+            for system in [name for name in suite.systems if name not in results.failures]:
                 report(f"round {i + 1} of {rounds}: {system}")
-                if system == HTTP:
-                    taken = _served(suite, weights)
-                else:
-                    images = Path(folder, str(i), system)
-                    taken = _in_process(system, suite, weights, images, 0 if i else suite.captions)
-                for scenario, sample in taken:
-                    samples[system, scenario].append(sample)
-        return samples, _qualities(suite, weights, Path(folder, "0"))
+                captions = 0 if i else suite.captions
+                try:
+                    if system == HTTP:
+                        taken = _served(suite, weights)
+                    else:
+                        taken = _in_process(system, suite, weights, Path(folder, str(i), system), captions)
+                    for scenario, sample in list(taken):  # all or none
+                        results.samples[system, scenario].append(sample)
+                except ServerFailed as error:
+                    results.failures[system] = str(error)
+                    report(str(error))
+            if len(results.failures) == len(suite.systems):
+                raise ServerFailed(f"none of the systems came up: {'; '.join(results.failures.values())}")
+            if i == 0:
+                results.qualities = _qualities(suite, weights, Path(folder, "0"), results.failures)
+            yield results
 
 
 def _in_process(
@@ -156,13 +188,17 @@ def _served(suite: Suite, weights: Path) -> Iterator[tuple[Scenario, Sample]]:
                     yield scenario, {"seconds": seconds, **parts}
 
 
-def _qualities(suite: Suite, weights: Path, images: Path) -> dict[Measured, dict[str, float]]:
-    """Judge the images of all but HTTP, whose files are compressed and come from the same pipeline."""
+def _qualities(
+    suite: Suite, weights: Path, images: Path, failures: Container[str]
+) -> dict[Measured, dict[str, float]]:
+    """Judge the images of all but what failed and HTTP, whose files are compressed and come from the same
+    pipeline."""
     qualities: dict[Measured, dict[str, float]] = defaultdict(dict)
-    for system in suite.systems:
-        for scenario in suite.of(system) if system != HTTP else ():
+    systems = [system for system in suite.systems if system != HTTP and system not in failures]
+    for system in systems:
+        for scenario in suite.of(system):
             row = qualities[system, scenario]
-            if system != EXACT and EXACT in suite.systems:
+            if system != EXACT and EXACT in systems:
                 both = [_load(images / name, scenario.name) for name in (system, EXACT)]
                 row["psnr"] = round(psnr(*both), 1)
             if scenario == JUDGED and suite.captions:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import io
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -22,11 +24,14 @@ from fewstep.evaluation.generate import fuse_lora
 from fewstep.generation.engines.openvino import OpenVinoEngine
 from fewstep.generation.engines.openvino_conversion import Decoder, converted, examples, write
 from fewstep.generation.load import load_pipeline
+from fewstep.generation.pipeline import Pipeline
 from fewstep.models.device import name_of
 from fewstep.models.sources import LCM_LORA
 from fewstep.models.specs import get_model
-from fewstep.settings import Settings
+from fewstep.settings import Settings, Shape
 
+# Those that a CPU has no use for: it multiplies no fp16, and OpenVINO is its compiler.
+ON_CUDA = ("fewstep-compiled", "diffusers-fp16")
 PROMPT = "a red house in a meadow with mountains at sunset, in the middle"
 
 
@@ -70,16 +75,42 @@ class System:
 
 
 def fewstep(model: str, weights: Path, size: int, **options: Any) -> System:
-    """Load `Pipeline`, as the container runs it but for the encoding of files; `options` are of Settings."""
-    settings = Settings(
-        model=model, weights_root=weights, openvino_size=(size, size), verify="size", safety="off", **options
-    )
-    pipeline = load_pipeline(get_model(model), settings)
+    """Load `Pipeline`, as the container runs it but for the encoding of files, with all compiled that its
+    engine compiles; `options` are of Settings."""
+    pipeline = load_own(model, weights, size, **options)
+    compile_all(pipeline)
+    return system_of(pipeline)
+
+
+def load_own(model: str, weights: Path, size: int, **options: Any) -> Pipeline:
+    """Load `Pipeline`, for squares of `size` px where an engine is made for some sizes."""
+    spec, sizes = get_model(model), {}
+    if size != spec.native_size:
+        sizes = {"openvino_size": (size, size), "compiled": (Shape(size, size),)}
+    how: dict[str, Any] = {"verify": "size", "safety": "off", **sizes, **options}
+    return load_pipeline(spec, Settings(model=model, weights_root=weights, **how))
+
+
+def compile_all(pipeline: Pipeline, until: float = math.inf) -> bool:
+    """Have `pipeline` compile all that its engine does, one part after the other, unless `time.monotonic()`
+    passes `until`; return whether nothing is left."""
+    improve: Callable[[], bool] = getattr(pipeline, "improve", lambda: False)
+    while time.monotonic() < until:
+        if not improve():
+            return True
+    return False
+
+
+def system_of(pipeline: Pipeline) -> System:
+    """Return what generates by `pipeline`."""
 
     def generate(scenario: Scenario, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         return pipeline.images(prompts, seeds, **scenario.inputs)
 
-    system, engines = _system(pipeline.diffusion, pipeline.dtype), {pipeline.engine, pipeline.eager}
+    system = plain_system_of(pipeline.diffusion, pipeline.dtype)
+    # Not the encoders alone: they may be replayed as a CUDA graph, in which nothing can be timed.
+    system.timed["text"] = [(pipeline, "encode")]
+    engines = {pipeline.engine, pipeline.eager}
     for part, name in (("unet", "unet"), ("vae", "decode")):
         system.timed[part] = [(engine, name) for engine in engines]
     return replace(system, generate=generate)
@@ -87,13 +118,13 @@ def fewstep(model: str, weights: Path, size: int, **options: Any) -> System:
 
 def diffusers(model: str, weights: Path, size: int, dtype: torch.dtype = torch.float32) -> System:
     """Load `StableDiffusionXLPipeline` with `load_lora_weights`, `fuse_lora` and `LCMScheduler`."""
-    return _system(_with_lcm_lora(weights / model, dtype), dtype)
+    return plain_system_of(load_plain(weights / model, dtype), dtype)
 
 
 def reference(model: str, weights: Path, size: int) -> System:
     """Load what the few-step container does that is copied most: slices, tiles and an fp32 VAE against a lack
     of memory, channels_last, fused QKV, emptied caches and a PNG with every image."""
-    pipe = _with_lcm_lora(weights / model, torch.float32)
+    pipe = load_plain(weights / model, torch.float32)
     pipe.enable_attention_slicing()
     pipe.vae.enable_slicing()
     pipe.vae.enable_tiling()
@@ -101,7 +132,7 @@ def reference(model: str, weights: Path, size: int) -> System:
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.fuse_qkv_projections()
 
-    system = _system(pipe, torch.float32)
+    system = plain_system_of(pipe, torch.float32)
 
     def generate(scenario: Scenario, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         gc.collect()
@@ -143,7 +174,7 @@ def openvino(model: str, weights: Path, size: int) -> System:
     pipe.unet.forward = unet
     pipe.vae.decoder.forward = lambda latents: engine(latents.shape[-1]).decode(latents)
     pipe.vae.post_quant_conv = nn.Identity()  # which is in the decoder that was converted
-    return _system(pipe, torch.bfloat16)
+    return plain_system_of(pipe, torch.bfloat16)
 
 
 def _load(folder: Path, dtype: torch.dtype, **parts: Any) -> Any:
@@ -154,13 +185,18 @@ def _load(folder: Path, dtype: torch.dtype, **parts: Any) -> Any:
     return pipe
 
 
-def _with_lcm_lora(folder: Path, dtype: torch.dtype) -> Any:
+def load_plain(folder: Path, dtype: torch.dtype, device: str = "") -> Any:
+    """Return diffusers' pipeline of the model in `folder` with its LCM-LoRA fused, as diffusers documents it,
+    on `device`, by default a GPU if there is one."""
     pipe = _load(folder, dtype)
+    pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     fuse_lora(pipe, folder / LCM_LORA)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipe
 
 
-def _system(pipe: Any, dtype: torch.dtype) -> System:
+def plain_system_of(pipe: Any, dtype: torch.dtype) -> System:
+    """Return what generates by diffusers' pipeline `pipe`, whose networks are of `dtype`."""
+
     def generate(scenario: Scenario, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         size = {"width": scenario.size, "height": scenario.size}
         options = {"num_inference_steps": scenario.steps, "guidance_scale": scenario.guidance, **size}
@@ -178,6 +214,7 @@ def _system(pipe: Any, dtype: torch.dtype) -> System:
 # Each loads a model, by where its weights are, for a size in px.
 SYSTEMS: dict[str, Callable[[str, Path, int], System]] = {
     "fewstep": fewstep,
+    "fewstep-compiled": partial(fewstep, engine="compiled"),
     "fewstep-openvino": partial(fewstep, engine="openvino"),
     "fewstep-openvino-int8": partial(fewstep, engine="openvino-int8"),
     "fewstep-openvino-int8-tiny-vae": partial(fewstep, engine="openvino-int8", vae="tiny"),
@@ -185,5 +222,6 @@ SYSTEMS: dict[str, Callable[[str, Path, int], System]] = {
     "openvino": openvino,
     "diffusers": diffusers,
     "diffusers-bf16": partial(diffusers, dtype=torch.bfloat16),
+    "diffusers-fp16": partial(diffusers, dtype=torch.float16),
     "reference": reference,
 }

@@ -9,21 +9,15 @@ is a folder for what was generated: these and, of the miniature, one image of ea
 from __future__ import annotations
 
 import json
-import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 from zlib import crc32
 
 from PIL import Image
 
-from fewstep.benchmark.measure import memory_bytes
+from fewstep.benchmark.clock import now, peak_gb, stopwatches
 from fewstep.benchmark.systems import SYSTEMS, Scenario, System, prompts_and_seeds
 from fewstep.miniature.world.scenes import complete_captions, unseen_scenes
 
@@ -42,12 +36,12 @@ def main(arguments: Sequence[str]) -> None:
         for repeat in range(int(repeats)):
             # Another one for every image, and the same for every system.
             prompts, seeds = prompts_and_seeds(scenario, crc32(f"{scenario.name}-{repeat}".encode()) // 4)
-            with stopwatches(system) as spent:
-                started = time.perf_counter()
+            with stopwatches(system.timed) as spent:
+                started = now()
                 images += system.generate(scenario, prompts, seeds)
-                seconds = time.perf_counter() - started
-            weight = {"peak_gb": memory_bytes(os.getpid(), "VmHWM") / 1e9}
-            print(json.dumps({"seconds": seconds, **spent, "dtype": system.dtype, **weight}), flush=True)
+                seconds = now() - started
+            figures = {"seconds": seconds, **spent, "dtype": system.dtype, "peak_gb": peak_gb()}
+            print(json.dumps(figures), flush=True)
         _save(images, Path(folder), scenario.name)
     if int(captions):
         _save(generate_captions(system, int(captions)), Path(folder), "caption")
@@ -69,25 +63,6 @@ def _save(images: Sequence[Image.Image], folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(folder / f"{name}-{i}.png", compress_level=1)
-
-
-@contextmanager
-def stopwatches(system: System) -> Iterator[dict[str, float]]:
-    """Count the seconds that are spent within each network; what is left is everybody's own overhead."""
-    spent = dict.fromkeys(system.timed, 0.0)
-
-    def timed(part: str, call: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return call(*arguments, **named)
-        finally:
-            spent[part] += time.perf_counter() - started
-
-    with ExitStack() as stack:
-        for part, methods in system.timed.items():
-            for owner, name in methods:
-                stack.enter_context(patch.object(owner, name, partial(timed, part, getattr(owner, name))))
-        yield spent
 
 
 if __name__ == "__main__":

@@ -40,9 +40,11 @@ def make(name: str, again: bool) -> None:
     root = Settings.from_env().weights_root
     folder = root / f"{name}-random"
     if again or not folder.exists():
-        from fewstep.benchmark.full_size import make_random  # imports torch, which takes seconds
+        import torch  # takes seconds
 
-        make_random(name, root)
+        from fewstep.benchmark.full_size import make_random
+
+        make_random(name, root, "cuda" if torch.cuda.is_available() else "cpu")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
     say(f"weights/{folder.name} is ready, {size:.2f} GB")
 

@@ -23,14 +23,19 @@ def commit() -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows that may differ in their columns; `commit` is added to those that have none."""
+    """Write rows that may differ in their columns; `commit` is added to those that have none.
+
+    The file is whole at any time: the former one, and then this one.
+    """
     stamped: list[dict[str, Any]] = [{"commit": commit(), **row} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8", newline="") as file:
         columns = list(dict.fromkeys(column for row in stamped for column in row))
         writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows(stamped)
+    part.replace(path)
 
 
 def append_csv(path: Path, row: Mapping[str, Any]) -> None:

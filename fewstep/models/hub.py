@@ -21,7 +21,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
@@ -255,6 +254,8 @@ def _get(file: Download) -> None:
 @contextmanager
 def _failures_explained(repo: HubRepo, what: str) -> Iterator[None]:
     """Turn what the client, the network and the disk raise into one sentence."""
+    import httpx2  # what the client speaks by; whoever only makes weights needs none
+
     try:
         yield
         return

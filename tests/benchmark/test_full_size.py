@@ -5,8 +5,6 @@ import csv
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from tiny import SHARED, WIDTHS
-from tiny import UNETS as TINY_UNETS
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from fewstep.benchmark import full_size
@@ -15,7 +13,7 @@ from fewstep.evaluation.tables import append_csv, commit
 from fewstep.generation.load import load_pipeline
 from fewstep.lora.merge import layers_by_name
 from fewstep.models.manifest import read_manifest
-from fewstep.models.specs import MODELS, get_model
+from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
 
@@ -51,17 +49,14 @@ def test_the_other_networks_have_their_published_sizes():
     assert (count(vae), count(encoder)) == (83_653_863, 694_659_840)
 
 
-@pytest.fixture
-def toy(monkeypatch, tmp_path):
-    """Full size at toy size: the same making, of smaller networks."""
-    unets = {name: {**SHARED, **TINY_UNETS[MODELS[name].family]} for name in ("sdxl", "sd15")}
-    monkeypatch.setattr(full_size, "UNETS", unets)
-    vae = {**full_size.VAE, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 8}
-    monkeypatch.setattr(full_size, "VAE", vae)
-    for name, width in (("CLIP_L", WIDTHS[0]), ("BIG_G", WIDTHS[1])):
-        sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 2}
-        monkeypatch.setattr(full_size, name, {**sizes, "num_attention_heads": 2})
-    return tmp_path / "weights"
+def test_a_random_style_fits_what_was_made_and_changes_as_much_as_the_lcm_lora(toy, tmp_path):
+    full_size.make_random("sdxl", toy)
+    pipeline = load_pipeline(get_model("sdxl-random"), Settings(weights_root=toy, verify="size"))
+    full_size.make_random_style("sdxl", tmp_path / "style.safetensors")
+    style, lcm = pipeline.adapters.read(tmp_path / "style.safetensors", "any"), pipeline.adapters.lcm_lora
+    assert style.modules.keys() == lcm.modules.keys() and style.size == lcm.size
+    [layer, *_] = style.modules
+    assert not style.modules[layer].down.equal(lcm.modules[layer].down)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd15"])

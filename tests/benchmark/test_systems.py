@@ -10,12 +10,20 @@ from PIL import Image
 
 from fewstep.benchmark.full_size import UNETS, VAE
 from fewstep.benchmark.roofline import flops_of, matmul_rate
-from fewstep.benchmark.systems import SYSTEMS, Scenario, System, prompts_and_seeds
+from fewstep.benchmark.systems import (
+    ON_CUDA,
+    SYSTEMS,
+    Scenario,
+    System,
+    compile_all,
+    load_own,
+    prompts_and_seeds,
+)
 from fewstep.benchmark.worker import main
 from fewstep.evaluation.metrics import psnr
 from fewstep.generation.load import load_pipeline
 from fewstep.models.specs import get_model
-from fewstep.settings import Settings
+from fewstep.settings import Settings, Shape
 
 pytestmark = pytest.mark.slow
 
@@ -60,8 +68,8 @@ NUMERIC = ("fewstep", "fewstep-openvino", "diffusers", "reference")
     [
         pytest.param(name, marks=pytest.mark.numeric if name in NUMERIC else ())
         for name in SYSTEMS
-        # A tiny VAE is coarser by intent: test_tiny_vae.py.
-        if name != "fewstep-fp32" and not name.endswith("tiny-vae")
+        # A tiny VAE is coarser by intent: test_tiny_vae.py. On a CPU, compiling and fp16 take minutes.
+        if name not in ("fewstep-fp32", *ON_CUDA) and not name.endswith("tiny-vae")
     ],
 )
 def test_all_systems_generate_the_same_images(name, expected, request):
@@ -107,3 +115,27 @@ def test_the_roofline_counts_what_sdxl_is_known_to_take(tmp_path, scenario, tera
 
 def test_the_rate_is_a_rate():
     assert 1e8 < matmul_rate(torch.float32, side=256, repeats=2) < 1e15
+
+
+def test_all_is_compiled_unless_the_time_is_over():
+    class Compiling:
+        parts = 3
+
+        def improve(self):
+            self.parts -= 1
+            return self.parts > 0
+
+    pipeline = Compiling()
+    assert not compile_all(pipeline, until=0) and pipeline.parts == 3
+    assert compile_all(pipeline) and pipeline.parts == 0
+
+
+def test_an_engine_is_made_for_the_size_that_is_measured(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "fewstep.benchmark.systems.load_pipeline", lambda spec, settings: made.append(settings)
+    )
+    for size in (64, 128):
+        load_own("miniature", WEIGHTS, size, engine="compiled")
+    assert [settings.compiled for settings in made] == [(Shape(64, 64),), ()]
+    assert {settings.engine for settings in made} == {"compiled"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fewstep.cli import predict, serve
+from fewstep.cli import benchmark, predict, serve
 from fewstep.errors import Refused
 from fewstep.images.codec import encode_image
 from fewstep.images.metadata import save_options
@@ -144,6 +144,31 @@ def test_serve_refuses_a_port_that_is_none(port, capsys, monkeypatch):
     monkeypatch.setenv("PORT", port)
     assert serve.main([]) == 1
     assert "PORT must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unread"),
+    [
+        (["full", "--model", "miniature"], "the suite full does not read --model"),
+        (["page", "--out", "a.csv"], "the suite page does not read --out"),
+        (["gpu", "--rounds", "2"], "the suite gpu does not read --rounds"),
+    ],
+)
+def test_an_option_of_another_benchmark_is_refused(arguments, unread, capsys, monkeypatch):
+    for name in ("_run", "_measure_gpu"):
+        monkeypatch.setattr(benchmark, name, None)
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(arguments)
+    assert unread in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("failed", "status"), [([], 0), (["whole", "quality"], 1)])
+def test_a_benchmark_with_stages_that_failed_says_which(failed, status, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "_measure_gpu", lambda started, **options: failed)
+    assert benchmark.main(["gpu"]) == status
+    assert ("2 stages failed, and their rows say why: whole, quality" in capsys.readouterr().err) == bool(
+        failed
+    )
 
 
 class TestRecipe:

@@ -114,6 +114,27 @@ def test_help_needs_no_environment(name, tmp_path):
     assert not list(tmp_path.glob(".venv*"))
 
 
+OTHER_PYTHON = """#!/bin/sh
+echo "$PYTHONPATH: $*"
+"""
+
+
+def test_a_python_that_is_named_is_used_with_what_it_has(tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    other = tmp_path / "other"
+    other.write_text(OTHER_PYTHON)
+    other.chmod(0o755)
+    done = subprocess.run(
+        [tmp_path / "scripts" / "benchmark", "gpu", "--out", "a b.csv"],
+        env={"PATH": "/usr/bin:/bin", "FEWSTEP_PYTHON": str(other), "PYTHONPATH": "wheels"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"{tmp_path}:wheels: -P -m fewstep.cli.benchmark gpu --out a b.csv\n"
+    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "FEWSTEP_PYTHON is set" in done.stderr
+    assert not list(tmp_path.glob(".venv*"))
+
+
 LISTING_PYTHON = """#!/usr/bin/env bash
 case "$*" in *get_cpu_capability*) echo "$CAPABILITY"; exit ;; esac
 shift 3  # of the extras, -m and pytest
