@@ -1,8 +1,13 @@
 """What is done on cards of so many GB: nothing where there is room, else less at once, or 8 bits."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
+from fewstep.benchmark.full_size import UNETS
 from fewstep.errors import SettingsError
 from fewstep.models import memory
 from fewstep.models.manifest import Manifest, ManifestFile
@@ -12,6 +17,7 @@ from fewstep.settings import Settings
 
 SDXL = get_model("sdxl")
 GB = 10**9
+README = Path(__file__).resolve().parents[2] / "README.md"
 # The files of weights/sdxl, in GB: 7.55 with the checker, as it was counted.
 FILES = {
     "unet/x.safetensors": 5.14,
@@ -93,3 +99,19 @@ def test_larger_images_and_dtypes_take_more(monkeypatch):
     assert in_fp32.small and not plan(16).small
     monkeypatch.setattr(memory, "UNET_GB", 0.34)
     assert plan(12).max_batch < 8
+
+
+@pytest.mark.parametrize("name", ["sdxl", "ssd-1b", "sd15", "lcm-dreamshaper-v7"])
+def test_the_readme_says_what_is_computed(name):
+    spec = get_model(name)
+    with torch.device("meta"):
+        unet = sum(value.numel() for value in UNet2DConditionModel(**UNETS[name]).parameters())
+    encoders = 1.64 if spec.family == "sdxl" else 0.25
+    own = Footprint(unet=2 * unet / GB, encoders=encoders, vae=0.17, checker=0.61, lora=0)
+    whole = plan_for(spec, own, Settings(max_batch=4), 11, torch.float16)
+    assert (whole.max_batch, whole.small) == (4, False)
+    with pytest.raises(SettingsError) as refused:
+        plan_for(spec, own, Settings(), 1, torch.float16)
+    least = re.search(r"needs (\S+) GB", str(refused.value))[1]
+    held = whole.needed_gb - (own.unet + own.encoders + own.lora if whole.keep_pristine else 0)
+    assert f"| {held:.1f} / {least} GB |" in re.search(rf"\| `{name}` \|.*", README.read_text())[0]
