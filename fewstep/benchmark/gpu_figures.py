@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,15 +17,9 @@ import torch
 from torch import Tensor
 
 from fewstep.benchmark import gpu_parts
-from fewstep.benchmark.clock import (
-    forget_peak,
-    now,
-    peak_gb,
-    seconds_of,
-    stopwatches,
-)
+from fewstep.benchmark.clock import forget_peak, now, peak_gb, seconds_of, stopwatches
 from fewstep.benchmark.full_size import make_random_style
-from fewstep.benchmark.gpu import LEFT_OUT, Run
+from fewstep.benchmark.gpu import Run
 from fewstep.benchmark.gpu_systems import Extent, Own, Plain, Systems
 from fewstep.benchmark.measure import in_turns, spread
 from fewstep.benchmark.systems import prompts_and_seeds
@@ -36,7 +29,7 @@ from fewstep.lora.types import Mix
 from fewstep.miniature.judge import load_judge
 from fewstep.miniature.world.scenes import unseen_scenes
 from fewstep.models.specs import RANDOM
-from fewstep.settings import REPOSITORY, Settings
+from fewstep.settings import REPOSITORY
 
 FRESH = count(1000, 100)  # a number for the prompts of a batch, that none before had
 PARTS = {"text": "text", "steps": "unet", "decode": "vae"}  # a System's, by what the column calls them
@@ -169,9 +162,6 @@ class Figures:
 
     def memory(self, gigabytes: int) -> None:
         """What an image costs with the model fitted to a smaller card, by FEWSTEP_MEMORY."""
-        if "memory_gb" not in {setting.name for setting in fields(Settings)}:
-            self.run.row(status=LEFT_OUT, note="this version has no setting for it")
-            return
         try:
             own = self.systems.own(memory_gb=gigabytes)
             self._batches(own, f"fitted to {gigabytes} GB", batches=(1, 4))

@@ -1,16 +1,15 @@
-"""Figures of the machine and of single parts: its rates, what follows the decoder, memory's orders, the
-kernels of attention, and products in 8 bits."""
+"""Figures of the machine and of single parts: its rates, what follows the decoder, memory's orders, and the
+kernels of attention."""
 
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeAlias
+from typing import Any
 from unittest.mock import Mock, patch
 
 import torch
@@ -36,10 +35,6 @@ BACKENDS = (
     SDPBackend.MATH,
 )
 COPY_BYTES = {"cuda": 2 * 10**9, "cpu": 10**8}
-FP8 = torch.float8_e4m3fn
-Quantized: TypeAlias = tuple[Tensor, Tensor]  # a matrix (N, K) in 8 bits, and the scale of each row (N, 1)
-# Of SDXL's linear layers, by inputs and outputs: attention and feed-forward at 1280 and at 640 channels.
-LINEAR = ((1280, 1280), (1280, 10240), (5120, 1280), (640, 5120), (2560, 640))
 
 
 def machine(run: Run, extent: Extent) -> None:
@@ -168,40 +163,6 @@ def _attend(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> T
 def _attend_plainly(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     scores = torch.bmm(query, key.transpose(1, 2)) * query.shape[-1] ** -0.5
     return torch.bmm(torch.softmax(scores, -1), value)
-
-
-def fp8(run: Run, extent: Extent) -> None:
-    """SDXL's linear layers as they are and in 8 bits, where rows of activations and of weights have a scale
-    each: the product alone, and with quantizing before it and its ratio of signal to noise."""
-    dtype = fast_dtype(run.device)
-    like: dict[str, Any] = {"device": run.device, "dtype": dtype}
-    for inputs, outputs in LINEAR:
-        rows = (extent.size // (32 if 1280 in (inputs, outputs) else 16)) ** 2
-        what = f"{rows} x {inputs} x {outputs}"
-        x, weight = torch.randn(rows, inputs, **like), torch.randn(outputs, inputs, **like)
-        run.time(f"{what}, {name_of(dtype)}", partial(F.linear, x, weight), often=3)
-        with run.attempt(f"{what}, 8 bits"):
-            small = _quantized(weight)
-            run.time(f"{what}, 8 bits", partial(_product, _quantized(x), small), often=3)
-            exact = F.linear(x.float(), weight.float())
-            noise = (_product(_quantized(x), small).float() - exact).square().mean()
-            ratio = 10 * math.log10((exact.square().mean() / noise).item())
-            both = partial(_quantized_product, x, small)
-            run.time(f"{what}, 8 bits with quantizing", both, often=3, value=round(ratio, 1), unit="dB")
-
-
-def _quantized(matrix: Tensor) -> Quantized:
-    scale = matrix.abs().amax(1, keepdim=True).float().clamp(min=1e-6) / torch.finfo(FP8).max
-    return (matrix / scale).to(FP8), scale
-
-
-def _product(x: Quantized, weight: Quantized) -> Tensor:
-    """(N, K) and (M, K) -> (N, M)."""
-    return torch._scaled_mm(x[0], weight[0].t(), x[1], weight[1].t(), out_dtype=torch.bfloat16)
-
-
-def _quantized_product(x: Tensor, weight: Quantized) -> Tensor:
-    return _product(_quantized(x), weight)
 
 
 def _version(name: str) -> str:

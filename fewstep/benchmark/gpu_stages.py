@@ -14,12 +14,12 @@ import torch
 from fewstep.benchmark import gpu_parts
 from fewstep.benchmark.gpu import Run, Stage, run_stages
 from fewstep.benchmark.gpu_figures import PARTS, Figures
-from fewstep.benchmark.gpu_systems import COMPILED, Extent, Systems
+from fewstep.benchmark.gpu_systems import Extent, Systems
 from fewstep.benchmark.measure import nvidia_smi
 from fewstep.errors import Refused
 from fewstep.models.device import device_and_dtype
 from fewstep.models.specs import get_model
-from fewstep.settings import Settings
+from fewstep.settings import COMPILED, Settings
 
 MEMORIES = (8, 12)  # GB, of cards that people have
 
@@ -83,7 +83,6 @@ def _stages(run: Run, systems: Systems, extent: Extent) -> Iterator[Stage]:
     yield _styles(figures, "compiled-fp8")
     yield _judged(figures, "torch")
     yield Stage("attention", partial(gpu_parts.attention, run, extent), 5, 20)
-    yield Stage("fp8", partial(gpu_parts.fp8, run, extent), 5, 20)
     yield from _of_engine(figures, "torch", "tiny")
     yield from _of_engine(figures, "compiled", "tiny", compile_s=40)
     yield _judged(figures, "compiled-fp8")

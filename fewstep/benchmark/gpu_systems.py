@@ -31,13 +31,12 @@ from fewstep.benchmark.systems import (
 from fewstep.generation.pipeline import Pipeline
 from fewstep.models.device import fast_dtype
 from fewstep.models.specs import RANDOM, get_model
-from fewstep.settings import Shape
+from fewstep.settings import COMPILED, Shape
 
 T = TypeVar("T")
 
 MEMORY = Path("/dev/shm")  # Linux's disk in memory
 ROOM_BYTES = 12 * 10**9  # for SDXL's files, twice as much as the largest, and what else is there
-COMPILED = ("compiled", "compiled-fp8")  # the engines that compile
 SEED = 7  # of the images whose quality is compared
 
 

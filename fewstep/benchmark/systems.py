@@ -94,9 +94,8 @@ def load_own(model: str, weights: Path, size: int, **options: Any) -> Pipeline:
 def compile_all(pipeline: Pipeline, until: float = math.inf) -> bool:
     """Have `pipeline` compile all that its engine does, one part after the other, unless `time.monotonic()`
     passes `until`; return whether nothing is left."""
-    improve: Callable[[], bool] = getattr(pipeline, "improve", lambda: False)
     while time.monotonic() < until:
-        if not improve():
+        if not pipeline.improve():
             return True
     return False
 

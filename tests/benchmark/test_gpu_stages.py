@@ -86,7 +86,7 @@ def test_the_miniature_on_a_cpu_runs_to_its_end_where_little_is_installed(tmp_pa
     assert {engine for _, engine, _ in names - measured} == {"compiled", "compiled-fp8", "torch"}
     assert {stage for stage, engine, _ in names - measured if engine == "torch"} == {"memory"}
     assert set(left_out.values()) == {"it needs CUDA"}
-    assert {row["stage"] for row in rows if row["status"] == FAILED} <= {"attention", "fp8"}  # other kernels
+    assert {row["stage"] for row in rows if row["status"] == FAILED} <= {"attention"}  # other kernels
     whole = [
         row
         for row in rows
