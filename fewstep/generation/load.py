@@ -64,10 +64,11 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
         if settings.engine == FP8 and not memory.small:  # whose UNet has 8 bits already, for memory
             multiply_in_fp8(pipeline)
         keep_compiled(folder.parent / CACHE / spec.name)
-        record = cuda_recorder() if device.type == "cuda" else None
-        if record and not memory.small:  # else they are not where they were recorded
-            pipeline.text.record(record)
-        pipeline.compile(CompiledEngine(diffusion.unet, pipeline.decoder, record), settings.compiled)
+        on_cuda = device.type == "cuda"
+        if on_cuda and not memory.small:  # else they are not where they were recorded
+            pipeline.text.record(cuda_recorder())
+        engine = CompiledEngine(diffusion.unet, pipeline.decoder, cuda_recorder() if on_cuda else None)
+        pipeline.compile(engine, settings.compiled)
     return pipeline
 
 

@@ -143,7 +143,7 @@ class Pipeline:
 
     def improve(self) -> bool:
         """Do a part, of some seconds, of what makes the engine faster; whether more of it is left."""
-        with _lost_devices_named():
+        with _device_errors_named():
             return self.engine.improve()
 
     def max_images(self, request: Request) -> int:
@@ -164,9 +164,12 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode(self, request: Request) -> EncodedRequest:
-        """Add the request's LoRAs to the weights, and encode its prompts by them. Raises DeviceLost."""
+        """Add the request's LoRAs to the weights, and encode its prompts by them.
+
+        Raises DeviceLost, and OutOfMemory.
+        """
         stopwatch = Stopwatch(self.device)
-        with _lost_devices_named():
+        with _device_errors_named():
             with stopwatch.stage("weights_ms"):
                 self.adapters.apply(request.mix)
             with stopwatch.stage("text_ms"):
@@ -203,7 +206,7 @@ class Pipeline:
         ]
         stopwatch = Stopwatch(self.device)
         images: list[Image.Image | FewstepError] = []
-        with _lost_devices_named():
+        with _device_errors_named():
             with stopwatch.stage("weights_ms"):
                 self.adapters.apply(request.mix)
             batch_size = min(self.max_images(request), len(jobs))
@@ -274,10 +277,13 @@ class Pipeline:
 
 
 @contextmanager
-def _lost_devices_named() -> Iterator[None]:
-    """Turn an error after which the device answers nothing more into DeviceLost."""
+def _device_errors_named() -> Iterator[None]:
+    """Turn an error after which the device answers nothing more into DeviceLost, and a lack of memory, outside
+    of a batch, into OutOfMemory."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory("the GPU's memory is full; ask again later, or for less") from error
     except Exception as error:
         if is_device_error(error):
             raise DeviceLost("the GPU failed; the server has to be started anew") from error

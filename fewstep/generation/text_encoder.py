@@ -67,11 +67,14 @@ class TextEncoder:
         self._kept = LRUCache[Hashable, PromptEmbeds](KEPT_BYTES, getsizeof=lambda prompt: prompt.size)
 
     def record(self, record: Record) -> None:
-        """Have `record` make CUDA graphs of the encoders, for one prompt at a time."""
-        for i, encoder in enumerate(self._encoders):
-            recorded = Recorded(encoder.call, record)
-            # Copies, since a prompt's embeddings are kept while others are encoded.
-            self._encoders[i] = replace(encoder, call=lambda *given, call=recorded: owned(call(*given)))
+        """Have `record` make CUDA graphs of the encoders, for a plain prompt each."""
+
+        def recorded(call: Callable[[Tensor, Tensor | None], Any]) -> Callable[[Tensor, Tensor | None], Any]:
+            replayed = Recorded(call, record)
+            # A mask is looked through, which cannot be recorded. Copies, since embeddings are kept.
+            return lambda ids, mask: owned(replayed(ids, None)) if mask is None else call(ids, mask)
+
+        self._encoders = [replace(encoder, call=recorded(encoder.call)) for encoder in self._encoders]
 
     def count_chunks(self, name: str, parts: tuple[Part, ...]) -> int:
         """How many times the text encoders' length a prompt fills, on any thread; at least 1.

@@ -24,6 +24,8 @@ DEVICE_ERRORS = (
     "CUBLAS_STATUS_EXECUTION_FAILED",
 )
 
+CAPTURE = "captur"  # in all of CUDA's errors of a graph that cannot be recorded, which harm nothing else
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -70,7 +72,7 @@ def is_device_error(error: BaseException | None) -> bool:
 
     After one, all that is asked of the device fails, until the process is started anew.
     """
-    if error is None or isinstance(error, torch.OutOfMemoryError):
+    if error is None or isinstance(error, torch.OutOfMemoryError) or CAPTURE in str(error):
         return False
     lost = isinstance(error, RuntimeError) and any(text in str(error) for text in DEVICE_ERRORS)
     return lost or isinstance(error, torch.AcceleratorError) or is_device_error(error.__cause__)

@@ -97,9 +97,15 @@ def test_a_lost_device_is_named(miniature, place):
     assert caught.value.__cause__ is LOST
 
 
-def test_a_device_that_is_lost_while_prompts_are_encoded_is_named(miniature, monkeypatch):
-    monkeypatch.setattr(miniature.text, "encode", fails)
-    with pytest.raises(DeviceLost):
+@pytest.mark.parametrize(
+    ("error", "named"), [(LOST, DeviceLost), (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemory)]
+)
+def test_what_fails_while_prompts_are_encoded_is_named(miniature, monkeypatch, error, named):
+    def encode(*_):
+        raise error
+
+    monkeypatch.setattr(miniature.text, "encode", encode)
+    with pytest.raises(named):
         results_of(miniature, wish(0))
 
 

@@ -7,6 +7,11 @@ import torch
 
 from fewstep.generation.engines.compiled import CompiledEngine
 from fewstep.generation.engines.graphs import Recorded, owned
+from fewstep.generation.text_encoder import TextEncoder
+from fewstep.models.specs import get_model
+from fewstep.request import Inputs
+
+MINIATURE = get_model("miniature")
 
 
 class Recorder:
@@ -66,12 +71,13 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_is_not_tried_again(caplog):
 
     def fails(function, inputs):
         tried.append(inputs)
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
 
     call = Recorded(lambda x: x + 1, fails)
     with caplog.at_level(logging.WARNING):
         assert [call(torch.ones(1)).item() for _ in range(4)] == [2] * 4
-    assert len(tried) == 1 and "no CUDA graph" in caplog.text
+        assert call(torch.ones(2)).tolist() == call(torch.ones(2)).tolist() == [2, 2]
+    assert len(tried) == 2 and caplog.text.count("no CUDA graph") == 2  # each shape once
 
 
 def test_a_lack_of_memory_in_a_recording_is_the_batchs_and_a_lost_device_everybodys():
@@ -105,3 +111,23 @@ def test_an_engine_records_the_unet_by_padded_batches_and_the_decoder_by_sizes(m
         miniature.engine = plain
     unets = {shapes[0][0] for shapes in recorder.recorded if len(shapes) > 1}
     assert unets == {4, 1} and recorder.replayed > 0
+
+
+def test_prompts_are_encoded_by_recordings_to_the_last_bit_and_kept_whatever_comes_after(miniature):
+    recorder = Recorder()
+    text = TextEncoder(miniature.diffusion)
+    text.record(recorder)
+    prompts = [
+        "a red house",
+        "a blue car at night",
+        "a (white)1.3 castle",
+        "a tree",
+        "a red house in the snow",
+    ]
+    parts = [Inputs.create(MINIATURE, prompt=prompt).prompt_parts for prompt in prompts]
+    found = [text.encode(each, 1, skip) for each in parts for skip in (0, 1)]
+    plain = TextEncoder(miniature.diffusion)
+    expected = [plain.encode(each, 1, skip) for each in parts for skip in (0, 1)]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.states, other.states) and torch.equal(one.pooled, other.pooled)
+    assert recorder.replayed > 4 and all(shapes[1] is None for shapes in recorder.recorded)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -54,8 +55,7 @@ class Recorded:
                     raise
                 # Something in it cannot be recorded: it goes on as it is, which is right and slower.
                 logger.warning("no CUDA graph for inputs of %s: %s", key, error)
-                self._record = None
-                return self.function(*inputs)
+                self._replays[key] = partial(self.function)  # another object: it is not tried again
         return self._replays[key](*inputs)
 
     def forget(self) -> None:
@@ -64,7 +64,8 @@ class Recorded:
 
 
 def cuda_recorder() -> Record:
-    """What records CUDA graphs, all in one pool of memory: they never run side by side."""
+    """What records CUDA graphs, all in one pool of memory: they never run side by side. The pool is given
+    back when the last of them is forgotten."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(function: Function, inputs: tuple[Tensor | None, ...]) -> Function:
