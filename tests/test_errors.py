@@ -20,6 +20,8 @@ def test_codes_and_statuses_are_the_published_ones():
         "dataset": 500,
         "training": 500,
         "generation_failed": 500,
+        "out_of_memory": 503,
+        "device_lost": 503,
         "safety_check_failed": 500,
         "unsafe": 422,
         "deadline": 503,

@@ -37,6 +37,7 @@ GIVEN = {
     "verify": ("FEWSTEP_VERIFY", "size"),
     "deadline_s": ("FEWSTEP_DEADLINE_S", "7.5", 7.5),
     "max_batch": ("FEWSTEP_MAX_BATCH", "3", 3),
+    "memory_gb": ("FEWSTEP_MEMORY", "12", 12),
     "coglet_root": ("FEWSTEP_COGLET_ROOT", "/c", Path("/c")),
     "safety": ("FEWSTEP_SAFETY", "vit"),
     "allow_unsafe": ("FEWSTEP_ALLOW_UNSAFE", "1", True),
@@ -89,7 +90,8 @@ def test_a_relative_folder_is_fixed_when_it_is_read_and_not_made(tmp_path, monke
     [
         ("FEWSTEP_DEVICE", "qqq", "auto, cpu, cuda"),
         ("FEWSTEP_DTYPE", "fp8-qqq", "auto, fp32, bf16, fp16"),
-        ("FEWSTEP_ENGINE", "tensorrt", "torch, compiled, openvino, openvino-int8"),
+        ("FEWSTEP_MEMORY", "8GB", "a whole number from 1 to 10000"),
+        ("FEWSTEP_ENGINE", "tensorrt", "torch, compiled, compiled-fp8, openvino, openvino-int8"),
         ("FEWSTEP_OPENVINO_SIZE", "512qqq", "such as 512x768"),
         ("FEWSTEP_OPENVINO_SIZE", "512x-8", "such as 512x768"),
         ("FEWSTEP_OPENVINO_SIZE", "516x512", "multiples of 8"),

@@ -73,7 +73,7 @@ class Pipeline:
         self.checker: SafetyChecker | None = None
         self.allow_unsafe = False
         self.usual_size = (spec.native_size, spec.native_size)  # in px, of images that the engine is made for
-        self.text = TextEncoder(diffusion)
+        self.text = TextEncoder(diffusion, diffusion.unet.device)  # wherever they are between their calls
         self.decoder: Any = tiny_vae or diffusion.vae  # its latents are scaled by its own factor
         self.eager = Engine(diffusion.unet, self.decoder)
         self.engine = self.eager  # `eager` takes what it does not serve
@@ -278,8 +278,8 @@ class Pipeline:
 
 @contextmanager
 def _device_errors_named() -> Iterator[None]:
-    """Turn an error after which the device answers nothing more into DeviceLost, and a lack of memory, outside
-    of a batch, into OutOfMemory."""
+    """Turn an error after which the device answers nothing more into DeviceLost, and a lack of memory outside
+    of a batch into OutOfMemory."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -49,14 +49,16 @@ class PromptEmbeds:
 class TextEncoder:
     """The text encoders of a pipeline and their tokenizers: SDXL has two, SD one."""
 
-    def __init__(self, diffusion: Diffusion) -> None:
+    def __init__(self, diffusion: Diffusion, device: torch.device | None = None) -> None:
+        """`device` is where they compute, by default where they are now."""
+        device = device or diffusion.text_encoder.device
         self._tokenizers = [diffusion.tokenizer]
-        self._encoders = [_encoder(diffusion.text_encoder, diffusion.unet.device)]
+        self._encoders = [_encoder(diffusion.text_encoder, device)]
         # SDXL was trained on the states before the last layer, without its norm.
         self._states = "LAST_HIDDEN_STATES_NORMALIZED"
         if isinstance(diffusion, StableDiffusionXLPipeline):
             self._tokenizers.append(diffusion.tokenizer_2)
-            self._encoders.append(_encoder(diffusion.text_encoder_2, diffusion.unet.device))
+            self._encoders.append(_encoder(diffusion.text_encoder_2, device))
             self._states = "PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED"
         for tokenizer in self._tokenizers:  # "will result in indexing errors", which chunks do not
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from fewstep.generation.engines.compiled import CompiledEngine
 from fewstep.generation.engines.graphs import Recorded, owned
@@ -30,7 +31,10 @@ class Recorder:
             for mine, theirs in zip(held, given, strict=True):
                 if mine is not None:
                     mine.copy_(theirs)
-            return result.copy_(function(*held))
+            for kept, made in zip(tree_leaves(result), tree_leaves(function(*held)), strict=True):
+                if kept is not None:
+                    kept.copy_(made)
+            return result
 
         return replay
 
