@@ -34,7 +34,7 @@ from fewstep.generation.tensors import EncodedRequest, Job
 from fewstep.generation.text_encoder import TextEncoder
 from fewstep.lora.merge import WeightMerger
 from fewstep.lora.types import Lora
-from fewstep.models.device import is_device_error, to_device
+from fewstep.models.device import is_device_error, is_out_of_memory, to_device
 from fewstep.models.load import Diffusion
 from fewstep.models.specs import ModelSpec
 from fewstep.request import SCHEDULE_STEPS, Inputs, Request
@@ -229,7 +229,9 @@ class Pipeline:
             with stopwatch.stage("steps_ms"):
                 latents = self._sample(engine, jobs, stopped)
             return tensors.decode_latents(engine.decode, self.decoder, latents, jobs, self.checker, stopwatch)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             logger.warning("%d images at once do not fit the GPU's memory: %s", len(jobs), error)
         return None  # out of the except clause, whose traceback holds the tensors
 
@@ -282,9 +284,9 @@ def _device_errors_named() -> Iterator[None]:
     of a batch into OutOfMemory."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory("the GPU's memory is full; ask again later, or for less") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory("the GPU's memory is full; ask again later, or for less") from error
         if is_device_error(error):
             raise DeviceLost("the GPU failed; the server has to be started anew") from error
         raise

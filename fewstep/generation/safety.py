@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.errors import SafetyError, UnsafeImage, WeightsError
 from fewstep.generation.preprocessing import Preprocessing
-from fewstep.models.device import is_device_error
+from fewstep.models.device import is_device_error, is_out_of_memory
 from fewstep.models.load import use_only_while_called
 from fewstep.models.sources import SAFETY_FOLDERS
 
@@ -55,7 +55,7 @@ class SafetyChecker:
                 raise ValueError("the checker's answer is not one for each image")
             return unsafe.to(torch.int8).masked_fill(~finite, UNCHECKED)
         except Exception as error:  # whatever it was, the images were not checked
-            if isinstance(error, torch.OutOfMemoryError) or is_device_error(error):
+            if is_out_of_memory(error) or is_device_error(error):
                 raise
             logger.error("the safety checker failed", exc_info=error)
             return torch.full(images.shape[:1], UNCHECKED, dtype=torch.int8, device=images.device)

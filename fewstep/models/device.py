@@ -16,15 +16,11 @@ logger = logging.getLogger(__name__)
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 # Turing's, of the T4 and the 20 series: the oldest whose matrix units multiply fp16.
 LEAST_CAPABILITY = (7, 5)
-# What libraries say of a device that answers no more; torch's own errors have a type.
-DEVICE_ERRORS = (
-    "CUDA error",
-    "cuDNN error",
-    "CUDNN_STATUS_EXECUTION_FAILED",
-    "CUBLAS_STATUS_EXECUTION_FAILED",
-)
-
-CAPTURE = "captur"  # in all of CUDA's errors of a graph that cannot be recorded, which harm nothing else
+# What libraries say of a device that answers no more, torch's own errors having a type; of its memory; and, in
+# some form, of a graph that cannot be recorded, which harms nothing else.
+DEVICE_ERRORS = ("CUDA error", "cuDNN error")
+NO_MEMORY = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+CAPTURE = "captur"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -68,14 +64,21 @@ def _cuda_problem() -> str:
 
 
 def is_device_error(error: BaseException | None) -> bool:
-    """Whether `error` says that the device is lost to this process: any of CUDA's but a lack of memory.
+    """Whether `error` says that the device is lost to this process: any of CUDA's but a lack of memory, and
+    what ends the recording of a graph.
 
     After one, all that is asked of the device fails, until the process is started anew.
     """
-    if error is None or isinstance(error, torch.OutOfMemoryError) or CAPTURE in str(error):
+    if error is None or is_out_of_memory(error) or CAPTURE in str(error):
         return False
     lost = isinstance(error, RuntimeError) and any(text in str(error) for text in DEVICE_ERRORS)
     return lost or isinstance(error, torch.AcceleratorError) or is_device_error(error.__cause__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the GPU's memory does not do, by torch's own or a library's allocation."""
+    by_others = isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
+    return by_others or isinstance(error, torch.OutOfMemoryError)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

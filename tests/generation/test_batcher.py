@@ -537,6 +537,17 @@ async def test_the_model_works_on_itself_while_nobody_asks_until_it_is_done_or_f
 
 
 @scene
+async def test_a_pause_between_two_requests_is_not_idle(model, batcher, monkeypatch):
+    monkeypatch.setattr(batching, "IDLE_S", 60)
+    calls = []
+    batcher.idle_work = lambda: calls.append(0)
+    for seed in (1, 2):
+        await batcher.submit(wish(seed))
+        await asyncio.sleep(0.1)
+    assert calls == []
+
+
+@scene
 async def test_requests_come_before_what_the_model_does_while_idle(model, batcher, monkeypatch):
     monkeypatch.setattr(batching, "IDLE_S", 0.05)
     calls = []

@@ -19,6 +19,7 @@ from fewstep.models.specs import get_model
 from fewstep.request import Inputs
 
 MINIATURE = get_model("miniature")
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 LOST = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 
@@ -33,6 +34,7 @@ class Card(Engine):
     def __init__(self, model: Pipeline, most: int, place: str = "unet") -> None:
         super().__init__(model.diffusion.unet, model.decoder)
         self.most, self.place, self.passes, self.released = most, place, [], 0
+        self.full = FULL
 
     def unet(self, latents, timestep, condition):
         self._allocate("unet", latents)
@@ -49,7 +51,7 @@ class Card(Engine):
         if place == self.place:
             self.passes.append(len(latents))
             if latents.shape[2:].numel() * len(latents) > 64 * self.most:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+                raise self.full
 
 
 def on(card: Card, miniature: Pipeline) -> Pipeline:
@@ -77,6 +79,12 @@ def test_eight_images_of_which_three_fit_come_in_twos_and_later_ones_as_well(min
     assert model.max_images(model.request(requests[0])) == 2 < model.max_images(large)  # each has its own
 
 
+def test_a_librarys_own_lack_of_memory_is_one_too(miniature):
+    card = Card(miniature, most=1)
+    card.full = torch.AcceleratorError("CUDA error: out of memory")
+    assert len(results_of(on(card, miniature), wish(0), wish(1))) == 2 and card.passes[:2] == [2, 1]
+
+
 def test_one_image_that_does_not_fit_fails_with_a_sentence_and_the_next_is_generated(miniature):
     model = on(Card(miniature, most=1), miniature)
     with pytest.raises(OutOfMemory, match="does not hold an image of 128x128 px; ask for a smaller one"):
@@ -97,9 +105,7 @@ def test_a_lost_device_is_named(miniature, place):
     assert caught.value.__cause__ is LOST
 
 
-@pytest.mark.parametrize(
-    ("error", "named"), [(LOST, DeviceLost), (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemory)]
-)
+@pytest.mark.parametrize(("error", "named"), [(LOST, DeviceLost), (FULL, OutOfMemory)])
 def test_what_fails_while_prompts_are_encoded_is_named(miniature, monkeypatch, error, named):
     def encode(*_):
         raise error

@@ -354,6 +354,35 @@ def test_a_failure_in_the_middle_is_made_good_by_the_next_call(model, adapters, 
     assert not same(half_done, styled) and not same(half_done, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_kept_weights_are_the_files_and_stay_so(tmp_path, dtype):
+    """Once kept, no file is looked at; where it holds more than the network, as in fp16, it is the file's."""
+    plain, kept = load_unet(dtype), load_unet(dtype)
+    mergers = [
+        WeightMerger(FOLDER, {"unet": unet}, keep=keep) for unet, keep in ((plain, False), (kept, True))
+    ]
+    for merger in mergers:
+        merger.lcm_lora = merger.read(LORA, "lcm")
+    style = mergers[0].read(write(tmp_path / "style", "kohya", 2 * ALPHA), "style")
+    for mix in (Mix(), Mix(((style, 0.5),)), Mix(lcm_scale=0.0), Mix(((style, -1.0),), 0.7), Mix()):
+        assert len({merger.apply(mix) for merger in mergers}) == 1
+        assert same(state(plain), state(kept))
+    in_file, held = (merger._pristine for merger in mergers)
+    assert same(in_file, held) and any(held[name] is not in_file[name] for name in held)
+
+
+def test_what_is_forgotten_is_written_anew_whoever_changed_it(model, adapters):
+    adapters.apply(Mix())
+    before = weights(model)
+    untouched = model.unet.time_embedding.linear_1.weight.data
+    untouched.zero_()
+    adapters.apply(Mix())
+    assert not same(before, weights(model))
+    adapters.forget()
+    adapters.apply(Mix())
+    assert same(before, weights(model))
+
+
 def test_a_file_written_over_in_place_does_not_change_what_was_read(model, adapters, tmp_path):
     path = write_style(model, tmp_path / "style", seed=9)
     style = adapters.read(path, "style")

@@ -16,6 +16,7 @@ from fewstep.models.device import (
     device_and_dtype,
     fast_dtype,
     is_device_error,
+    is_out_of_memory,
     to_device,
     to_host,
 )
@@ -131,11 +132,14 @@ def test_what_says_that_a_device_is_lost():
     wrapped = RuntimeError("the encoder failed")
     wrapped.__cause__ = lost[0]
     assert is_device_error(wrapped)
-    others = (
+    full = (
         torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("shapes differ"),
-        ValueError("CUDA error"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
     )
+    assert all(map(is_out_of_memory, full)) and not any(map(is_out_of_memory, lost))
+    recording = torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+    others = (*full, recording, RuntimeError("shapes differ"), ValueError("CUDA error"))
     assert not any(map(is_device_error, (None, *others)))
 
 

@@ -15,7 +15,7 @@ from cachetools import LRUCache
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fewstep.models.device import is_device_error
+from fewstep.models.device import is_device_error, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Recorded:
             try:
                 self._replays[key] = self._record(self.function, inputs)
             except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError) or is_device_error(error):
+                if is_out_of_memory(error) or is_device_error(error):
                     raise
                 # Something in it cannot be recorded: it goes on as it is, which is right and slower.
                 logger.warning("no CUDA graph for inputs of %s: %s", key, error)
