@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 # Turing's, of the T4 and the 20 series: the oldest whose matrix units multiply fp16.
 LEAST_CAPABILITY = (7, 5)
-# What libraries say of a device that answers no more, torch's own errors having a type; of its memory; and, in
-# some form, of a graph that cannot be recorded, which harms nothing else.
+# What libraries say of a device that answers no more, torch's own errors having a type; of its memory; and of
+# a graph that cannot be recorded, in some form, which harms nothing else.
 DEVICE_ERRORS = ("CUDA error", "cuDNN error")
 NO_MEMORY = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 CAPTURE = "captur"
