@@ -84,7 +84,7 @@ class Figures:
     def judged(self, engine: str) -> None:
         """What the judge says of the miniature's images of captions that it has not seen."""
         own = self.systems.miniature(engine, BATCH)
-        own.compile(min(self.run.until, time.monotonic() + 45))
+        own.compile(min(self.run.until, time.monotonic() + 30))
         captions = self.extent.captions
         images = generate_captions(own.system, captions)
         judge = load_judge(self.systems.weights / "miniature")
@@ -147,7 +147,8 @@ class Figures:
         self.run.row(
             "read and checked", seconds=round(now() - started, 3), value=round(style.size / 1e6, 1), unit="MB"
         )
-        weights = own.pipeline.diffusion.unet.state_dict()
+        unet = own.pipeline.diffusion.unet
+        weights = unet.state_dict() | dict(unet.named_buffers())  # the scales of 8 bits among them
         before = {name: weight.clone() for name, weight in weights.items()}
         styled = Mix(styles=((style, 0.8),))
         layers = merger.apply(styled)

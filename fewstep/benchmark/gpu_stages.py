@@ -99,7 +99,7 @@ def _of_engine(figures: Figures, engine: str, vae: str = "full", compile_s: floa
     cuda = engine in COMPILED
     if compile_s:
         work = partial(figures.compile, engine, vae, compile_s)
-        yield Stage("compile", work, 45, compile_s + 45, columns, cuda)
+        yield Stage("compile", work, 45, compile_s + 80, columns, cuda)
     yield Stage("whole", partial(figures.whole, engine, vae), 15, 60, columns, cuda)
     if vae == "full":
         for part in PARTS:
@@ -114,4 +114,4 @@ def _styles(figures: Figures, engine: str) -> Stage:
 
 def _judged(figures: Figures, engine: str) -> Stage:
     columns = {"model": "miniature", "engine": engine, "vae": "full"}
-    return Stage("judge", partial(figures.judged, engine), 15, 75, columns, engine in COMPILED)
+    return Stage("judge", partial(figures.judged, engine), 15, 110, columns, engine in COMPILED)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import torch
 
-from fewstep.errors import InvalidRequest, SettingsError
+from fewstep.errors import DeviceLost, FewstepError, InvalidRequest, SettingsError
 from fewstep.generation.engines.compiled import FOLDER as CACHE
 from fewstep.generation.engines.compiled import CompiledEngine, keep_compiled
 from fewstep.generation.engines.graphs import cuda_recorder
@@ -51,6 +51,8 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     pipeline = Pipeline(spec, diffusion, adapters, memory.max_batch, tiny)
     pipeline.revision, pipeline.usual_size = manifest.revision, size
     pipeline.allow_unsafe = settings.allow_unsafe
+    if settings.engine == FP8 and not memory.small:  # whose UNet has 8 bits already, for memory
+        multiply_in_fp8(pipeline)  # before there is a checker, which might take offence at the probe
     if settings.safety == "off" or not spec.needs_safety_checker:
         logger.info("pictures of %s are not checked for safety", spec.name)
     else:
@@ -61,14 +63,12 @@ def load_pipeline(spec: ModelSpec, settings: Settings) -> Pipeline:
     if place:
         pipeline.engine = OpenVinoEngine(diffusion, pipeline.decoder, place, settings, dtype, size)
     elif settings.engine in COMPILED:
-        if settings.engine == FP8 and not memory.small:  # whose UNet has 8 bits already, for memory
-            multiply_in_fp8(pipeline)
         keep_compiled(folder.parent / CACHE / spec.name)
-        on_cuda = device.type == "cuda"
-        if on_cuda and not memory.small:  # else they are not where they were recorded
+        recorder = None
+        if device.type == "cuda" and not memory.small:  # which recordings would fill
             pipeline.text.record(cuda_recorder())
-        engine = CompiledEngine(diffusion.unet, pipeline.decoder, cuda_recorder() if on_cuda else None)
-        pipeline.compile(engine, settings.compiled)
+            recorder = cuda_recorder
+        pipeline.compile(CompiledEngine(diffusion.unet, pipeline.decoder, recorder), settings.compiled)
     return pipeline
 
 
@@ -88,8 +88,8 @@ def _usual_size(spec: ModelSpec, settings: Settings) -> tuple[int, int]:
 
 
 def multiply_in_fp8(pipeline: Pipeline) -> None:
-    """Let the UNet's linear layers multiply in 8 bits, unless an image comes out unlike that of 16 bits, or
-    the GPU cannot; a line in the log says which."""
+    """Let the UNet's linear layers multiply in 8 bits, unless that fails, or an image comes out unlike that
+    of 16 bits, or the GPU cannot; a line in the log says which. Raises DeviceLost."""
     device, unet = pipeline.device, pipeline.diffusion.unet
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < fp8.LEAST_CAPABILITY:
         logger.warning("this GPU does not multiply in 8 bits: FEWSTEP_ENGINE is taken for compiled")
@@ -99,13 +99,19 @@ def multiply_in_fp8(pipeline: Pipeline) -> None:
     fp8.to_fp8(unet, multiply=True)
     pipeline.adapters.forget()
     pipeline.adapters.apply(Mix())
-    [found] = pipeline.images(prompts, seeds)
-    error = np.square(np.asarray(exact, dtype=float) - np.asarray(found, dtype=float)).mean()
-    psnr = math.inf if error == 0 else 10 * math.log10(255**2 / error)
-    if psnr >= LEAST_PSNR:
-        logger.info("linear layers multiply in 8 bits: an image is %.1f dB from that of 16 bits", psnr)
-        return
-    logger.warning("in 8 bits an image is %.1f dB from that of 16, which is too far: 16 bits are used", psnr)
+    try:
+        [found] = pipeline.images(prompts, seeds)
+        error = np.square(np.asarray(exact, dtype=float) - np.asarray(found, dtype=float)).mean()
+        psnr = math.inf if error == 0 else 10 * math.log10(255**2 / error)
+        if psnr >= LEAST_PSNR:
+            logger.info("linear layers multiply in 8 bits: an image is %.1f dB from that of 16 bits", psnr)
+            return
+        why = f"an image is {psnr:.1f} dB from that of 16 bits, which is too far"
+    except DeviceLost:
+        raise
+    except (FewstepError, RuntimeError) as failure:
+        why = str(failure)
+    logger.warning("linear layers do not multiply in 8 bits: %s", why)
     fp8.from_fp8(unet, pipeline.dtype)
     pipeline.adapters.forget()
     pipeline.adapters.apply(Mix())

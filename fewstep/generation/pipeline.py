@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -81,6 +81,7 @@ class Pipeline:
         self.dtype: torch.dtype = diffusion.unet.dtype
         # How many images at once fit where more did not, by what decides about memory.
         self._fits: dict[tuple[int, int, bool], int] = {}
+        self._warm_ups = count()
         self._plan = lru_cache(PLANS_KEPT)(self._make_plan)  # it takes a millisecond or two
 
     def request(self, inputs: Inputs, loras: Sequence[Lora] = ()) -> Request:
@@ -118,7 +119,8 @@ class Pipeline:
         guidance = 2.0 if shape.guided else None
         size: dict[str, Any] = {"aspect_ratio": "custom", "width": shape.width, "height": shape.height}
         with suppress(UnsafeImage):  # it was generated all the same
-            prompts, seeds = ["warm up"] * shape.batch, range(shape.batch)
+            # Prompts that are encoded, and not known already.
+            prompts, seeds = [f"warm up {next(self._warm_ups)}"] * shape.batch, range(shape.batch)
             self.images(prompts, seeds, steps=1, guidance=guidance, **size)
 
     def compile(self, engine: CompiledEngine, shapes: Sequence[Shape]) -> None:
@@ -168,22 +170,31 @@ class Pipeline:
 
         Raises DeviceLost, and OutOfMemory.
         """
-        stopwatch = Stopwatch(self.device)
         with _device_errors_named():
-            with stopwatch.stage("weights_ms"):
-                self.adapters.apply(request.mix)
-            with stopwatch.stage("text_ms"):
-                # One at a time: in a batch, the mates' number would choose the kernels and so the last bits.
-                inputs = request.inputs
-                styles = [(lora.sha256, scale) for lora, scale in request.mix.styles if lora.changes_text]
-                how = (request.chunks, inputs.clip_skip, tuple(styles))
-                prompt, negative = self.text.encode(inputs.prompt_parts, *how), None
-                if inputs.guided:
-                    negative = (
-                        self.text.encode(inputs.negative_parts, *how)
-                        if inputs.negative_prompt
-                        else self.text.encode_nothing(prompt, *how)
-                    )
+            try:
+                return self._encode(request)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._release()
+            return self._encode(request)
+
+    def _encode(self, request: Request) -> EncodedRequest:
+        stopwatch = Stopwatch(self.device)
+        with stopwatch.stage("weights_ms"):
+            self.adapters.apply(request.mix)
+        with stopwatch.stage("text_ms"):
+            # One at a time: in a batch, the mates' number would choose the kernels and so the last bits.
+            inputs = request.inputs
+            styles = [(lora.sha256, scale) for lora, scale in request.mix.styles if lora.changes_text]
+            how = (request.chunks, inputs.clip_skip, tuple(styles))
+            prompt, negative = self.text.encode(inputs.prompt_parts, *how), None
+            if inputs.guided:
+                negative = (
+                    self.text.encode(inputs.negative_parts, *how)
+                    if inputs.negative_prompt
+                    else self.text.encode_nothing(prompt, *how)
+                )
         return EncodedRequest(request, prompt, negative, stopwatch)
 
     @torch.inference_mode()
@@ -209,14 +220,17 @@ class Pipeline:
         with _device_errors_named():
             with stopwatch.stage("weights_ms"):
                 self.adapters.apply(request.mix)
-            batch_size = min(self.max_images(request), len(jobs))
+            engine, batch_size = self._engine_for(request), min(self.max_images(request), len(jobs))
+            may_release = True
             while len(images) < len(jobs):
                 together = jobs[len(images) :][: self.max_images(request)]
-                made = self._together(self._engine_for(request), together, stopped, stopwatch)
-                if made is None:
-                    batch_size = self._halve(request, len(together))
-                else:
+                made = self._together(engine, together, stopped, stopwatch)
+                if made is not None:
                     images += made
+                elif may_release and self._release():
+                    may_release = False  # once: it may be enough, and comes back with the next recordings
+                else:
+                    batch_size = self._halve(request, len(together))
         metrics = _sum_of([encoded.stopwatch.read() for encoded in batch] + [stopwatch.read()])
         in_turn, metrics["batch_size"] = iter(images), batch_size
         return [_result(encoded.request.inputs, in_turn, metrics) for encoded in batch]
@@ -225,6 +239,7 @@ class Pipeline:
         self, engine: Engine, jobs: Sequence[Job], stopped: Callable[[], bool], stopwatch: Stopwatch
     ) -> list[Image.Image | FewstepError] | None:
         """The images of jobs of one shape that go through the model at once; None when memory does not do."""
+        engine.begin()
         try:
             with stopwatch.stage("steps_ms"):
                 latents = self._sample(engine, jobs, stopped)
@@ -240,9 +255,7 @@ class Pipeline:
 
         Raises OutOfMemory after one.
         """
-        self._engine_for(request).release()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._release()
         inputs = request.inputs
         if images == 1:
             raise OutOfMemory(
@@ -251,6 +264,13 @@ class Pipeline:
             )
         self._fits[_memory_key(inputs)] = images // 2
         return images // 2
+
+    def _release(self) -> bool:
+        """Give back what is held for speed alone; whether there was any."""
+        released = self.engine.release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return released
 
     def _is_unchecked(self, encoded: EncodedRequest) -> bool:
         return self.allow_unsafe and encoded.request.inputs.unchecked

@@ -132,7 +132,7 @@ def decode_latents(
     again = (made.began_finite & ~made.finite).nonzero().flatten().tolist()
     if again and decoder.dtype != torch.float32:
         logger.warning("%d of %d images are decoded again in fp32", len(again), len(jobs))
-        exact = Engine(None, copy.deepcopy(decoder).float())
+        exact = Engine(None, _in_fp32(decoder))
         for i in again:
             only = slice(i, i + 1)
             one = _decode(exact.decode, latents[only], jobs[only], checker, stopwatch)
@@ -170,6 +170,13 @@ def _decode(
         if checker and not all(job.unchecked for job in jobs):
             verdicts = checker.verdicts(images)
     return _Decoded(*to_host(images, all_finite, _finite(latents), verdicts))
+
+
+def _in_fp32(decoder: Any) -> Any:
+    copied = copy.deepcopy(decoder).float()
+    for module in copied.modules():
+        vars(module).pop("forward", None)  # an engine's, which is bound to what was copied
+    return copied
 
 
 def keep_unmasked(generated: Tensor, inputs: Inputs) -> Tensor:

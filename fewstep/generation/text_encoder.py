@@ -73,8 +73,14 @@ class TextEncoder:
 
         def recorded(call: Callable[[Tensor, Tensor | None], Any]) -> Callable[[Tensor, Tensor | None], Any]:
             replayed = Recorded(call, record)
-            # A mask is looked through, which cannot be recorded. Copies, since embeddings are kept.
-            return lambda ids, mask: owned(replayed(ids, None)) if mask is None else call(ids, mask)
+
+            def called(ids: Tensor, mask: Tensor | None) -> Any:
+                if mask is not None:  # it would be looked through, which cannot be recorded
+                    return call(ids, mask)
+                replayed.turn += 1
+                return owned(replayed(ids, None))  # a copy, since embeddings are kept
+
+            return called
 
         self._encoders = [replace(encoder, call=recorded(encoder.call)) for encoder in self._encoders]
 

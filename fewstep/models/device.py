@@ -17,10 +17,10 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 # Turing's, of the T4 and the 20 series: the oldest whose matrix units multiply fp16.
 LEAST_CAPABILITY = (7, 5)
 # What libraries say of a device that answers no more, torch's own errors having a type; of its memory; and of
-# a graph that cannot be recorded, in some form, which harms nothing else.
+# what cannot be recorded, in some form, or is not offered, which harms nothing else.
 DEVICE_ERRORS = ("CUDA error", "cuDNN error")
 NO_MEMORY = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED")
-CAPTURE = "captur"
+HARMLESS = ("captur", "STATUS_NOT_SUPPORTED", "STATUS_INVALID_VALUE", "STATUS_BAD_PARAM")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,12 +64,12 @@ def _cuda_problem() -> str:
 
 
 def is_device_error(error: BaseException | None) -> bool:
-    """Whether `error` says that the device is lost to this process: any of CUDA's but a lack of memory, and
-    what ends the recording of a graph.
+    """Whether `error` says that the device is lost to this process: any of CUDA's but a lack of memory,
+    what ends the recording of a graph, and what a library does not offer.
 
     After one, all that is asked of the device fails, until the process is started anew.
     """
-    if error is None or is_out_of_memory(error) or CAPTURE in str(error):
+    if error is None or is_out_of_memory(error) or any(text in str(error) for text in HARMLESS):
         return False
     lost = isinstance(error, RuntimeError) and any(text in str(error) for text in DEVICE_ERRORS)
     return lost or isinstance(error, torch.AcceleratorError) or is_device_error(error.__cause__)

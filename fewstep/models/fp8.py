@@ -23,7 +23,7 @@ STEP = 16
 LEAST_CAPABILITY = (8, 9)
 
 
-class _Stored:
+class Stored:
     """What both kinds of layers share: `weight` in 8 bits, and its scale (out, 1, ...) in fp32."""
 
     weight: Any
@@ -40,14 +40,14 @@ class _Stored:
         return loaded.to(dtype)
 
 
-class StoredLinear(_Stored, nn.Linear):
+class StoredLinear(Stored, nn.Linear):
     """A linear layer that keeps 8 bits, and multiplies in the dtype of its inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self._loaded(x.dtype), self.bias)
 
 
-class StoredConv2d(_Stored, nn.Conv2d):
+class StoredConv2d(Stored, nn.Conv2d):
     """A convolution that keeps 8 bits, and multiplies in the dtype of its inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,11 +55,11 @@ class StoredConv2d(_Stored, nn.Conv2d):
         return made
 
 
-class Fp8Linear(_Stored, nn.Linear):
+class Fp8Linear(Stored, nn.Linear):
     """A linear layer that multiplies in 8 bits."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
+        rows = x.flatten(0, -2).contiguous()  # a permuted image of one is not
         scale = _scale_of(rows, torch.float32)
         quantized = (rows / scale).clamp(-LARGEST, LARGEST).to(FP8)
         # bf16, since CUTLASS' kernels for scales by row and column write nothing else.
@@ -70,11 +70,12 @@ class Fp8Linear(_Stored, nn.Linear):
         return (product if self.bias is None else product + self.bias).view(*x.shape[:-1], -1)
 
 
-def to_fp8(unet: Any, *, multiply: bool) -> None:
+def to_fp8(unet: Any, *, multiply: bool, device: torch.device | None = None) -> None:
     """Turn the layers of the UNet's blocks into layers of 8 bits, in place; what is neither (embeddings of
     time, the first and the last convolution, norms) is a fiftieth, and keeps its precision.
 
-    With `multiply`, linear layers whose sides allow it multiply in 8 bits, and nothing else changes.
+    With `multiply`, linear layers whose sides allow it multiply in 8 bits, and nothing else changes. Weights
+    that become 8 bits go to `device` first, if it is given.
     """
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         for layer in block.modules() if block is not None else ():
@@ -84,7 +85,7 @@ def to_fp8(unet: Any, *, multiply: bool) -> None:
             else:
                 kind = {nn.Linear: StoredLinear, nn.Conv2d: StoredConv2d}.get(type(layer))
             if kind:
-                weight = layer.weight.data
+                weight = layer.weight.data.to(device)
                 layer.__class__ = kind
                 layer.weight = nn.Parameter(torch.empty_like(weight, dtype=FP8), requires_grad=False)
                 places = (len(weight), *(1,) * (weight.ndim - 1))
@@ -96,7 +97,7 @@ def from_fp8(unet: Any, dtype: torch.dtype) -> None:
     """Turn them back into layers of `dtype`, in place, whose weights are to be written anew."""
     plain = {StoredLinear: nn.Linear, Fp8Linear: nn.Linear, StoredConv2d: nn.Conv2d}
     for layer in unet.modules():
-        if isinstance(layer, _Stored):
+        if isinstance(layer, Stored):
             weight: Any = layer._loaded(dtype)
             layer.__class__ = plain[type(layer)]
             del layer.scale

@@ -57,7 +57,7 @@ def load_merged(
     networks = {name: diffusion.components[name] for name in NETWORKS[spec.family]}
     merger = WeightMerger(folder, networks, keep=plan is not None and plan.keep_pristine)
     if small:
-        to_fp8(diffusion.unet, multiply=False)
+        to_fp8(diffusion.unet, multiply=False, device=device)
         for name in ("unet", "vae"):
             diffusion.components[name].to(device)
         for name in NETWORKS[spec.family][1:]:
@@ -98,7 +98,7 @@ def use_only_while_called(network: nn.Module, device: torch.device) -> None:
 
     network.to("cpu")
     network.register_forward_pre_hook(fetch)
-    network.register_forward_hook(give_back)
+    network.register_forward_hook(give_back, always_call=True)  # after a failure, too
 
 
 def _load_verified(

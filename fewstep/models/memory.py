@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 # guidance, and the decoder's.
 CONTEXT_GB = 0.5
 UNET_GB, DECODER_GB, TINY_DECODER_GB = 0.17, 1.61, 0.40
+QUANTIZING_GB = 0.3  # the largest layer, while it is written into 8 bits or read out of them
 MEGAPIXEL = 1024 * 1024
 # Of what is free, for what lies scattered between the tensors.
 USABLE = 0.95
@@ -72,8 +73,9 @@ def plan_memory(
         return MemoryPlan(settings.max_batch)
     free, total = (size / GIGABYTE for size in torch.cuda.mem_get_info(device))
     if settings.memory_gb:
-        # So that it holds, whatever the plan forgets: what is above it is out of memory.
-        torch.cuda.set_per_process_memory_fraction(min(1.0, settings.memory_gb / total), device)
+        # So that it holds, whatever the plan forgets: what is above it is out of memory. It is of the current
+        # device; one without an index would be refused.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (settings.memory_gb - CONTEXT_GB) / total))
     return plan_for(spec, sizes, settings, min(free, settings.memory_gb or free), dtype)
 
 
@@ -84,7 +86,7 @@ def plan_for(
     scale = spec.native_size**2 / MEGAPIXEL * dtype.itemsize / 2
     decoder = scale * (TINY_DECODER_GB if settings.vae == "tiny" else DECODER_GB)
     image = scale * UNET_GB
-    fp8 = sizes.unet / 2 if settings.engine == FP8 else 0.0  # beside the weights, while it starts
+    fp8 = QUANTIZING_GB if settings.engine == FP8 else 0.0
     weights = sizes.unet + fp8 + sizes.encoders + sizes.vae + sizes.checker
     budget = memory_gb * USABLE - CONTEXT_GB
 
@@ -103,7 +105,8 @@ def plan_for(
     if whole.max_batch >= min(settings.max_batch, 4):
         return whole
     # The text encoders are gone when the decoder begins.
-    small = planned(sizes.unet / dtype.itemsize + sizes.vae + max(decoder, sizes.encoders), small=True)
+    in_8_bits = sizes.unet / dtype.itemsize + QUANTIZING_GB
+    small = planned(in_8_bits + sizes.vae + max(decoder, sizes.encoders), small=True)
     best = max((whole, small), key=lambda plan: plan.max_batch)
     if best.max_batch == 0:
         least = small.needed_gb + image

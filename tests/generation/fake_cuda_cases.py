@@ -25,6 +25,7 @@ from fewstep.generation.safety import load_safety_checker
 from fewstep.lora.merge import NETWORKS, WeightMerger
 from fewstep.lora.types import Mix
 from fewstep.models.device import to_device, to_host
+from fewstep.models.fp8 import to_fp8
 from fewstep.models.sources import LCM_LORA
 from fewstep.models.specs import get_model
 from fewstep.request import Inputs
@@ -47,6 +48,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "batch": [{"prompt": f"a house {i}", "num_outputs": i} for i in (1, 2)],
     "style": [{"prompt": "a pink house", "style": "postcard", "style_scale": 1.0}],
     "tiny VAE": [{"prompt": "a red house"}],
+    "8 bits": [{"prompt": "a red house"}],
+    "8 bits, a batch": [{"prompt": f"a house {i}"} for i in range(3)],
 }
 # Of the UNet's output: what must not be in the loop.
 FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -160,13 +163,15 @@ def main(folder: Path) -> None:
     make_checkers(folder, flags=False)
     with fake_cuda() as device:
         pipelines = []
-        for vae, checker in (("full", "clip"), ("tiny", "vit")):
+        for vae, checker in (("full", "clip"), ("tiny", "vit"), ("full", "clip")):
             pipeline = load_pipeline(MINIATURE, replace(SETTINGS, vae=vae))
             pipeline.checker = load_safety_checker(folder, checker, pipeline.device, pipeline.dtype, fix="")
             pipelines.append(pipeline)
-        full, tiny = pipelines
+        full, tiny, in_8_bits = pipelines
+        to_fp8(in_8_bits.diffusion.unet, multiply=True)
+        of_case = {"tiny VAE": tiny, "8 bits": in_8_bits, "8 bits, a batch": in_8_bits}
         found = {
-            "cases": {case: generate(tiny if case == "tiny VAE" else full, device, case) for case in CASES},
+            "cases": {case: generate(of_case.get(case, full), device, case) for case in CASES},
             "faults": {fault: generate_wrongly(full, device, fault) for fault in FAULTS},
             "calls": {
                 name: trace(device, lambda call=call: call(torch.ones(4, device="cuda")))

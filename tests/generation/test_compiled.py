@@ -1,5 +1,6 @@
 """What is compiled is compiled while nobody asks, block by block, and no request compiles anything."""
 
+import math
 import os
 import shutil
 import stat
@@ -118,6 +119,35 @@ def test_a_block_that_cannot_be_compiled_runs_as_it_is_and_the_others_are(monkey
     second = found.engine._regions[1]._modules
     assert not any("forward" in vars(module) for module in second)
     generate(found, wish(LISTED[0]))
+
+
+def test_what_leaves_the_range_of_16_bits_is_decoded_in_fp32_by_blocks_that_are_compiled_as_well(monkeypatch):
+    found = load_pipeline(MINIATURE, Settings(dtype="bf16", verify="size"))
+    compile_none_at_start(found, LISTED[:1])
+    while found.improve():
+        pass
+    [expected] = generate(found, wish(LISTED[0]))
+    decode = found.engine.decode
+    monkeypatch.setattr(found.engine, "decode", lambda latents: torch.full_like(decode(latents), math.inf))
+    assert np.abs(generate(found, wish(LISTED[0]))[0] - expected).max() < 16
+
+
+def test_only_what_was_compiled_is_recorded_anew(monkeypatch):
+    made, kept = [], []
+    found = loaded()
+    found.engine = engine = CompiledEngine(
+        found.diffusion.unet, found.decoder, lambda: lambda function, _: made.append(1) or function, "eager"
+    )
+    engine.prepare((Shape(64, 64), Shape(64, 96)), found.warm_up)
+    assert len(made) == 4  # UNet and decoder of each
+    for _ in range(2):
+        while engine._left[0][1]:
+            engine._left.pop(0)
+        found.improve()
+        kept.append(len(made))
+    assert kept == [6, 8]
+    record = engine._recorded_unet.record
+    assert engine.release() and not engine.release() and engine._recorded_unet.record is not record
 
 
 def test_a_lost_device_is_not_taken_for_a_block_that_cannot_be_compiled():

@@ -34,7 +34,7 @@ class Card(Engine):
     def __init__(self, model: Pipeline, most: int, place: str = "unet") -> None:
         super().__init__(model.diffusion.unet, model.decoder)
         self.most, self.place, self.passes, self.released = most, place, [], 0
-        self.full = FULL
+        self.full, self.held = FULL, 0  # what is held for speed, in latents
 
     def unet(self, latents, timestep, condition):
         self._allocate("unet", latents)
@@ -46,6 +46,9 @@ class Card(Engine):
 
     def release(self):
         self.released += 1
+        self.most += self.held
+        held, self.held = self.held, 0
+        return held > 0
 
     def _allocate(self, place, latents):
         if place == self.place:
@@ -70,13 +73,24 @@ def test_eight_images_of_which_three_fit_come_in_twos_and_later_ones_as_well(min
         [expected] = generate(miniature, request)
         assert np.abs(np.asarray(found.images[0], dtype=int) - expected).max() <= 1
     assert [result.seeds for result in results] == [[seed] for seed in range(8)]
-    assert results[0].metrics["batch_size"] == 2 and card.released == 2
+    assert results[0].metrics["batch_size"] == 2 and card.released
     assert set(card.passes) == {8, 4, 2} and card.passes.count(8) == 1
     card.passes.clear()
     results_of(model, *requests)
     assert set(card.passes) == {2}
     large = model.request(wish(0, width=128, height=128))
     assert model.max_images(model.request(requests[0])) == 2 < model.max_images(large)  # each has its own
+
+
+def test_what_is_held_for_speed_is_given_back_before_a_batch_is_halved(miniature):
+    card = Card(miniature, most=4)
+    card.held = 4
+    model = on(card, miniature)
+    assert len(results_of(model, *map(wish, range(8)))) == 8
+    assert set(card.passes) == {8} and card.released == 1
+    card.most = 4
+    assert results_of(model, *map(wish, range(8)))[0].metrics["batch_size"] == 4
+    assert model.max_images(model.request(wish(0))) == 4
 
 
 def test_a_librarys_own_lack_of_memory_is_one_too(miniature):
@@ -113,6 +127,21 @@ def test_what_fails_while_prompts_are_encoded_is_named(miniature, monkeypatch, e
     monkeypatch.setattr(miniature.text, "encode", encode)
     with pytest.raises(named):
         results_of(miniature, wish(0))
+
+
+def test_prompts_that_find_no_memory_are_encoded_once_what_is_held_for_speed_is_given_back(
+    miniature, monkeypatch
+):
+    card, encode = Card(miniature, most=8), miniature.text.encode
+    model = on(card, miniature)
+
+    def encode_with_room(*given):
+        if not card.released:
+            raise FULL
+        return encode(*given)
+
+    monkeypatch.setattr(model.text, "encode", encode_with_room)
+    assert results_of(model, wish(0))[0].seeds == [0] and card.released == 1
 
 
 def test_after_a_lost_device_the_server_is_never_healthy_again(miniature):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from generating import pixels_of as generate
 
+from fewstep.errors import DeviceLost
 from fewstep.generation import load
 from fewstep.generation.load import load_pipeline, multiply_in_fp8
 from fewstep.generation.pipeline import Pipeline
@@ -77,9 +78,26 @@ def test_8_bits_that_change_an_image_too_much_are_not_used(monkeypatch, miniatur
     pipeline = loaded(monkeypatch)
     with caplog.at_level(logging.WARNING):
         multiply_in_fp8(pipeline)
-    assert "which is too far: 16 bits are used" in caplog.text
+    assert "do not multiply in 8 bits: an image is" in caplog.text and "which is too far" in caplog.text
     assert np.array_equal(generate(pipeline, wish())[0], generate(miniature, wish())[0])
     assert layers(pipeline, Fp8Linear) == [] and same(state(pipeline), state(miniature))
+
+
+def test_8_bits_that_fail_are_not_used_unless_the_device_is_lost(monkeypatch, miniature, caplog):
+    pipeline = loaded(monkeypatch)
+    for error in (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul"), None):
+
+        def fails(*given, error=error, **named):
+            raise error or torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(torch, "_scaled_mm", fails)
+        if error:
+            multiply_in_fp8(pipeline)
+            assert "CUBLAS_STATUS_NOT_SUPPORTED" in caplog.text and layers(pipeline, Fp8Linear) == []
+            assert np.array_equal(generate(pipeline, wish())[0], generate(miniature, wish())[0])
+        else:
+            with pytest.raises(DeviceLost):
+                multiply_in_fp8(pipeline)
 
 
 def test_a_gpu_that_does_not_multiply_in_8_bits_multiplies_in_16(monkeypatch, caplog):

@@ -139,7 +139,8 @@ def test_what_says_that_a_device_is_lost():
     )
     assert all(map(is_out_of_memory, full)) and not any(map(is_out_of_memory, lost))
     recording = torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
-    others = (*full, recording, RuntimeError("shapes differ"), ValueError("CUDA error"))
+    unsupported = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul")
+    others = (*full, recording, unsupported, RuntimeError("shapes differ"), ValueError("CUDA error"))
     assert not any(map(is_device_error, (None, *others)))
 
 

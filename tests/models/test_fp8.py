@@ -69,7 +69,7 @@ def test_in_place_for_memory_all_layers_of_the_blocks_and_for_speed_the_linear_o
     size = sum(
         layer.weight.nbytes for layer in unet.modules() if isinstance(layer, StoredLinear | StoredConv2d)
     )
-    assert size == sum(layer.weight.numel() for layer in unet.modules() if isinstance(layer, fp8._Stored))
+    assert size == sum(layer.weight.numel() for layer in unet.modules() if isinstance(layer, fp8.Stored))
     multiplying = make_unet()
     to_fp8(multiplying, multiply=True)
     assert set(kinds(multiplying)) == {"Linear", "Conv2d", "Fp8Linear"}

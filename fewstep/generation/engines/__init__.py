@@ -24,6 +24,9 @@ class Engine:
         """Whether it can generate, and is meant to, what `request` asks."""
         return True
 
+    def begin(self) -> None:
+        """Learn that what follows belongs to another batch."""
+
     def unet(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
         """(N, C, H / 8, W / 8) -> what `UNet2DConditionModel` predicts, of the same shape."""
         output: Tensor = self._unet(latents, timestep, **condition, return_dict=False)[0]
@@ -38,5 +41,6 @@ class Engine:
         """Do a part of what makes it faster, for some seconds; whether more of it is left."""
         return False
 
-    def release(self) -> None:
-        """Give back what memory is held for speed alone."""
+    def release(self) -> bool:
+        """Give back what memory is held for speed alone; whether there was any."""
+        return False

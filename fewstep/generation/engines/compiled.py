@@ -107,14 +107,19 @@ class _Blocks:
 class CompiledEngine(Engine):
     """The model's own networks, for batches of 1, 2, 4, 8 and so on: others are padded to these.
 
-    It serves everything: what is not compiled is not slower here than elsewhere. `record` makes CUDA graphs;
-    without it there are none.
+    It serves everything: what is not compiled is not slower here than elsewhere. `recorder` makes what makes
+    CUDA graphs; without it there are none.
     """
 
     def __init__(
-        self, unet: Any, decoder: Any, record: Record | None = None, backend: str = "inductor"
+        self,
+        unet: Any,
+        decoder: Any,
+        recorder: Callable[[], Record] | None = None,
+        backend: str = "inductor",
     ) -> None:
         super().__init__(unet, decoder)
+        self._recorder, record = recorder, recorder and recorder()
         names = ("text_embeds", "time_ids")
 
         def evaluate(latents: Tensor, timestep: Tensor, states: Tensor, *others: Tensor | None) -> Tensor:
@@ -139,6 +144,7 @@ class CompiledEngine(Engine):
         self._left: list[tuple[Shape, _Blocks | None]] = []
         self._generate: Callable[[Shape], object] = lambda shape: None
         self._as_it_is = False  # no recording is looked for, nor made
+        self._anew = False  # what was recorded is dropped
 
     def prepare(self, shapes: Sequence[Shape], generate: Callable[[Shape], object]) -> None:
         """Have `generate` make batches of each of `shapes` by this engine, recorded as they are; compiling
@@ -164,7 +170,6 @@ class CompiledEngine(Engine):
         started = time.perf_counter()
         try:
             if region is None:
-                self.release()
                 self._record(shape)
                 logger.info("%s is compiled; its recording took %.1f s", shape, time.perf_counter() - started)
             else:
@@ -186,22 +191,37 @@ class CompiledEngine(Engine):
         count, added = len(latents), condition.get("added_cond_kwargs", {})
         given = [condition["encoder_hidden_states"], added.get("text_embeds"), added.get("time_ids")]
         rows = (padded(each) for each in (*given, condition.get("timestep_cond")))
-        call = self._recorded_unet.function if self._as_it_is else self._recorded_unet
-        output: Tensor = call(padded(latents), timestep, *rows)
+        output: Tensor = self._call(self._recorded_unet, padded(latents), timestep, *rows)
         return output[:count]
 
     def decode(self, latents: Tensor) -> Tensor:
-        call = self._recorded_decoder.function if self._as_it_is else self._recorded_decoder
-        pixels: Tensor = call(latents.to(self._decoder.dtype))
+        pixels: Tensor = self._call(self._recorded_decoder, latents.to(self._decoder.dtype))
         return pixels
 
-    def release(self) -> None:
-        self._recorded_unet.forget()
-        self._recorded_decoder.forget()
+    def begin(self) -> None:
+        for recorded in (self._recorded_unet, self._recorded_decoder):
+            recorded.turn += 1
+
+    def release(self) -> bool:
+        both = (self._recorded_unet, self._recorded_decoder)
+        released = any([recorded.forget() for recorded in both])
+        if released and self._recorder:
+            record = self._recorder()
+            for recorded in both:
+                recorded.record = record
+        return released
 
     def _record(self, shape: Shape) -> None:
-        for _ in range(2):  # as it is, and recorded
+        """Have it generated as it is, and recorded."""
+        self._anew = True
+        try:
             self._generate(shape)
+        finally:
+            self._anew = False
+        self._generate(shape)
+
+    def _call(self, recorded: Recorded, *inputs: Tensor | None) -> Any:
+        return recorded.function(*inputs) if self._as_it_is else recorded(*inputs, anew=self._anew)
 
 
 def padded(rows: Tensor | None) -> Tensor | None:
