@@ -112,7 +112,10 @@ for (const rating of STARS) {
   $("stars").append(el("label", { title }, input, icon("star")));
 }
 
+$("review-form").addEventListener("input", (event) => (event.currentTarget.dataset.touched = "yes"));
+
 onClick("reviews-open", async () => {
+  delete $("review-form").dataset.touched;
   $("reviews").showModal();
   $("reviews-list").replaceChildren();
   state("reviews-state", "Loading");
@@ -143,6 +146,7 @@ $("review-form").addEventListener("submit", async (event) => {
   $("review-send").disabled = true;
   try {
     await call("PUT", "/api/review", { rating, text: $("review-text").value });
+    delete event.target.dataset.touched;
     await Promise.all([loadReviews(), loadMe()]);
     toast("Thank you. Your review is saved.");
   } catch (error) {
@@ -160,6 +164,7 @@ async function loadMe() {
   $("you-facts").textContent =
     pictures === 1 ? "1 of your pictures is in the gallery." : `${pictures} of your pictures are in the gallery.`;
   $("review-send").textContent = review ? "Save changes" : "Send review";
+  if ($("review-form").dataset.touched) return; // what somebody writes meanwhile is theirs
   $("review-text").value = review?.text ?? "";
   for (const input of $("review-form").elements.rating) input.checked = Number(input.value) === review?.rating;
 }
