@@ -182,7 +182,7 @@ class CompiledEngine(Engine):
             logger.warning("a kind of block is not compiled, and runs as it is", exc_info=error)
             if region:
                 region.leave()
-            self._left = [(shape, other) for shape, other in self._left if other is not region]
+                self._left = [(shape, other) for shape, other in self._left if other is not region]
         finally:
             self._as_it_is = False
         return bool(self._left)
