@@ -19,6 +19,7 @@ from fewstep.images.codec import open_image, open_mask
 from fewstep.images.outputs import Outputs
 from fewstep.lora.resolve import LoraResolver
 from fewstep.models.specs import get_model
+from fewstep.models.vocabulary import load_vocabulary, unknown_words_sentence
 from fewstep.request import Inputs
 from fewstep.settings import Settings
 
@@ -39,6 +40,7 @@ class Predictor(BasePredictor):
             settings = Settings.from_env()
             self.outputs, self.recipes = Outputs(settings.output_root, settings.coglet_root), settings.recipes
             self.outputs.prepare()
+            self.vocabulary = load_vocabulary(get_model(settings.model), settings.weights_root)
             atexit.register(self.outputs.remove_all)
             self.batcher = Batcher(deadline_s=settings.deadline_s)
 
@@ -92,6 +94,9 @@ class Predictor(BasePredictor):
             files = await asyncio.to_thread(self.outputs.save, result.images, recipes, checked.output_format, checked.output_quality)
             for name, value in {**result.metrics, "encode_ms": 1000 * (time.perf_counter() - started)}.items():
                 self.record_metric(name, round(value, 1) if isinstance(value, float) else value)
+            if self.vocabulary and (unknown := self.vocabulary.unknown(prompt)):
+                self.record_metric("unknown_words", unknown)
+                logger.info("%s", unknown_words_sentence(self.pipeline.spec.name, unknown))
             logger.info("seed %d: painted %d of %dx%d in %d steps", checked.seed, checked.num_outputs, checked.width, checked.height, checked.real_steps)
             return [Path(file) for file in files]
 

@@ -24,6 +24,7 @@ from typing import Any
 from fewstep.cli.run import command_parser, say
 from fewstep.coglet.server import SCHEMA, code_and_sentence, end_as_by_ctrl_c, free_port, running_server
 from fewstep.errors import FewstepError, Refused
+from fewstep.models.vocabulary import unknown_words_sentence
 
 Inputs = dict[str, Any]
 LONGEST_MESSAGE = 500
@@ -230,7 +231,7 @@ def _ask(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
                 ready = time.monotonic()
                 say(f"ready after {ready - began:.1f} s; painting")
                 status, answer = server.post("/predictions", {"id": uuid.uuid4().hex, "input": inputs})
-                _report(status, answer, time.monotonic() - ready)
+                _report(status, answer, time.monotonic() - ready, model or "miniature")
                 outputs: list[str] = answer["output"]
                 return outputs
         except FewstepError as error:
@@ -241,8 +242,8 @@ def _ask(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
             raise
 
 
-def _report(status: int, answer: Any, seconds: float) -> None:
-    """Say how it went; Refused with the server's reason when nothing was painted."""
+def _report(status: int, answer: Any, seconds: float, model: str) -> None:
+    """Say how it went, and which words meant nothing to `model`; Refused with the server's reason when nothing was painted."""
     if status == 422 and isinstance(answer, dict):
         reasons = [f"{'.'.join(detail['loc'][2:])}: {detail['msg']}" for detail in answer["detail"]]
         raise Refused(f"the server refused the inputs: {'; '.join(reasons)}")
@@ -252,6 +253,8 @@ def _report(status: int, answer: Any, seconds: float) -> None:
     metrics = answer["metrics"]
     size = f"{metrics['width']}x{metrics['height']}"
     say(f"painted {size} in {metrics['steps']} steps with seed {metrics['seed']}: {seconds:.2f} s")
+    if unknown := metrics.get("unknown_words"):
+        say(unknown_words_sentence(model, unknown))
 
 
 if __name__ == "__main__":

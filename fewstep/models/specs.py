@@ -24,6 +24,7 @@ class ModelSpec:
     max_clip_skip: int = 4  # of the text encoders' layers; their images grow vague long before this
     in_checkpoint: tuple[str, ...] = ()  # the networks that a single-file checkpoint brings, if any
     examples: tuple[str, ...]  # prompts that the page offers to begin with
+    vocabulary: str | None = None  # beside its weights: the few words that it knows; None for all others
     licence: str
     fix: str  # the command that mends missing or damaged weights
 

@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import httpx2
@@ -23,10 +23,12 @@ _PARTS = ("text_ms", "steps_ms", "decode_ms", "safety_ms", "encode_ms", "weights
 
 @dataclass(frozen=True, slots=True)
 class BackendResult:
-    """Files as they came, and the milliseconds that the model says it took, or that the call took."""
+    """Files as they came, the milliseconds that the model says it took, or that the call took, and the words
+    that mean nothing to it, each with one to try instead or none."""
 
     files: list[bytes]
     generate_ms: float
+    unknown_words: Mapping[str, str] = field(default_factory=dict)
 
 
 class BackendUnavailable(Exception):
@@ -143,7 +145,10 @@ def _read_answer(answer: Mapping[str, Any], took_ms: float) -> BackendResult:
         raise GenerationError("the model gave no picture; ask again")
     metrics = answer.get("metrics") or {}
     known = [metrics[part] for part in _PARTS if part in metrics]
-    return BackendResult([_content(url) for url in output], sum(known) if known else took_ms)
+    files, unknown = [_content(url) for url in output], metrics.get("unknown_words")
+    return BackendResult(
+        files, sum(known) if known else took_ms, unknown if isinstance(unknown, dict) else {}
+    )
 
 
 def _content(url: object) -> bytes:

@@ -195,6 +195,7 @@ class LiveSession:
             "height": height,
             "paint_ms": round(result.generate_ms, 1),
             "wait_ms": round((queued.sent - prompt.came) * 1000, 1),
+            "unknown_words": dict(result.unknown_words),
             "images": [self.recent.add(self.client, content, recipe) for content, recipe in images],
         }
         self._shown = time.monotonic()

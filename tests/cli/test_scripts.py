@@ -42,11 +42,12 @@ def left_in(folder):
 
 
 def test_predict_writes_the_file_and_prints_its_path_alone(tmp_path):
-    arguments = ["-i", "prompt=a red house", "-i", "seed=7", "-o", "out.webp"]
+    arguments = ["-i", "prompt=a red house and a helicopter", "-i", "seed=7", "-o", "out.webp"]
     done = run_script("predict", *arguments, cwd=tmp_path, TMPDIR=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, "out.webp\n"), done.stderr
     assert (tmp_path / "out.webp").read_bytes()[:4] == b"RIFF"
     assert "miniature" in done.stderr and "seed 7" in done.stderr
+    assert "the miniature does not know: helicopter (try rocket)" in done.stderr
     assert left_in(tmp_path) == ["out.webp"]
 
 

@@ -119,7 +119,13 @@ def test_a_prompt_is_answered_with_an_image_and_its_metrics(generator):
     expected = {"seed": 7, "width": 128, "height": 128, "steps": 4, "batch_size": 1}
     assert answer["metrics"].items() >= expected.items()
     assert all(answer["metrics"][f"{stage}_ms"] >= 0 for stage in ("text", "steps", "decode", "encode"))
-    assert "seed 7" in answer["logs"]
+    assert "seed 7" in answer["logs"] and "unknown_words" not in answer["metrics"]
+
+
+def test_words_that_no_training_has_seen_are_named(generator):
+    status, answer = generator.ask(prompt="a red helicopter by a blorb", steps=1)
+    assert status == 200 and answer["metrics"]["unknown_words"] == {"helicopter": "rocket", "blorb": ""}
+    assert "the miniature does not know: helicopter (try rocket), blorb" in answer["logs"]
 
 
 def test_styles_come_and_go_without_a_trace_in_the_images(generator, reference):

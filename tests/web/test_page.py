@@ -134,6 +134,18 @@ def test_what_is_typed_key_by_key_is_seen(tab):
     assert tab.page.evaluate("document.documentElement.dataset.shownPrompt") == TEXT
 
 
+def test_unknown_words_are_named_once_typing_rests_and_a_known_one_is_a_click_away(tab):
+    hint = tab.page.locator("#unknown")
+    tab.type("a red helicopter in the sn")
+    assert hint.is_hidden()  # half a word is no news
+    hint.wait_for(timeout=60_000)
+    assert hint.inner_text() == "The miniature does not know: helicopter (try rocket), sn"
+    tab.image_after(hint.get_by_role("button").click)
+    assert tab.page.input_value("#prompt") == "a red rocket in the sn"
+    tab.image_after(lambda: tab.type("ow"))
+    hint.wait_for(state="hidden", timeout=60_000)
+
+
 def test_the_page_is_light_quick_and_asks_nobody_else(browser, web):
     with opened(browser, web) as tab:
         tab.page.wait_for_load_state("networkidle")

@@ -4,6 +4,7 @@ import "./shell.js";
 import "./actions.js";
 import "./answers.js";
 import "./keys.js";
+import "./unknown.js";
 import { api } from "./api.js";
 import { ask, changed, halt, isBlank } from "./asking.js";
 import { config } from "./config.js";
