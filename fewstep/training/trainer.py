@@ -41,12 +41,13 @@ class Schedule:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
+    flat: float = 0.4  # share of the steps at the full rate
     checkpoint_every: int = 100  # steps
     checkpoints_kept: int = 2
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate: warm-up to `lr`, flat for the first 40 %, then linear to zero."""
-        fall = max(1.0, self.steps * 0.6)
+        """Return the learning rate: warm-up to `lr`, `flat` for a share of the steps, then linear to zero."""
+        fall = max(1.0, self.steps * (1 - self.flat))
         return self.lr * min((step + 1) / self.warmup, 1.0, (self.steps - step) / fall)
 
 

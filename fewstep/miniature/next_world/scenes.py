@@ -1,0 +1,172 @@
+"""The miniature's world: what a scene is, which scenes are held out, and the many ways to say one.
+
+A scene is one thing or two on a ground, before a backdrop, under a sky ("a fox and a red mushroom in the snow
+with mountains at night"). Images of it are drawn by `drawing`; the judge reads back from pixels what stands
+on the left, in the middle and on the right, and the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+from fewstep.miniature.next_world.things import OWN, THINGS
+from fewstep.miniature.next_world.words import ATTRIBUTES, COLOURS, WORDS
+
+# Drawn, tokenised and judged, but never shown to the base model: a style or a fine-tune can be taught
+# something that is provably new to it.
+HELD_OUT_THINGS, HELD_OUT_BACKDROP = ("flamingo", "tractor"), "pyramids"
+HELD_OUT_SHARE = 0.10
+TWO_THINGS_SHARE = 0.2
+OWN_COLOURS_SHARE = 0.45  # of what takes others
+PLACES = ATTRIBUTES["position"]
+NOTHING = 0  # the label of an empty place; things and colours come after it
+# How often an attribute is said. Where nothing is said of the sky it is often day.
+SAID = {"ground": 0.55, "backdrop": 0.5, "sky": 0.7, "day": 0.4, "position": 0.4}
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A thing in a colour, OWN or one of its hues."""
+
+    name: str
+    colour: str = OWN
+
+
+@dataclass(frozen=True, slots=True)
+class NextScene:
+    """One thing at `position`, or two: then the first stands on the left or right and the second opposite."""
+
+    things: tuple[Placed, ...]
+    ground: str
+    backdrop: str
+    sky: str
+    position: str
+
+    @property
+    def places(self) -> dict[str, Placed]:
+        """What stands where."""
+        others = [place for place in ("left", "right") if place != self.position]
+        return dict(zip([self.position, *others], self.things, strict=False))
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """What the judge reads: of each place the thing, then of each place the colour (0: nothing), then
+        ground, backdrop and sky."""
+        names, colours = list(THINGS), (OWN, *COLOURS)
+        stands = [self.places.get(place) for place in PLACES]
+        return (
+            *(1 + names.index(one.name) if one else NOTHING for one in stands),
+            *(1 + colours.index(one.colour) if one else NOTHING for one in stands),
+            *(ATTRIBUTES[name].index(getattr(self, name)) for name in ("ground", "backdrop", "sky")),
+        )
+
+    @property
+    def new_to_base(self) -> list[str]:
+        """What the base model never saw."""
+        new = [thing.name for thing in self.things if thing.name in HELD_OUT_THINGS]
+        return new + [self.backdrop] * (self.backdrop == HELD_OUT_BACKDROP)
+
+    @property
+    def reserved(self) -> bool:
+        """One of the 10 % of combinations that are set aside for tests."""
+        return hashlib.sha256(repr(self.labels).encode()).digest()[0] < 256 * HELD_OUT_SHARE
+
+
+def random_scene(rng: random.Random, name: str) -> NextScene:
+    """Return a scene with the thing `name` in it, and in every fifth another."""
+    names = [name]
+    if rng.random() < TWO_THINGS_SHARE:
+        names.append(rng.choice([other for other in THINGS if other != name]))
+    return NextScene(
+        tuple(Placed(name, _colour(rng, name)) for name in names),
+        rng.choice(ATTRIBUTES["ground"]),
+        rng.choice(ATTRIBUTES["backdrop"]),
+        rng.choice((*ATTRIBUTES["sky"], "day")),
+        rng.choice(PLACES if len(names) == 1 else ("left", "right")),
+    )
+
+
+def _colour(rng: random.Random, name: str) -> str:
+    hues = THINGS[name].hues
+    share = OWN_COLOURS_SHARE if len(hues) > 3 else 0.6
+    return rng.choice(hues) if hues and rng.random() >= share else OWN
+
+
+def draw_scenes(count: int, seed: int, reserved: bool | None = False, new: bool = False) -> list[NextScene]:
+    """Return `count` scenes, every thing about as often as any other, always the same ones.
+
+    `reserved` combinations only, none of them, or with None both; what is `new` to the base is left out
+    unless it is asked for.
+    """
+    rng, scenes, names = random.Random(f"scenes {seed}"), list[NextScene](), list[str]()
+    while len(scenes) < count:
+        names = names or rng.sample(list(THINGS), len(THINGS))
+        scene = random_scene(rng, names[-1])
+        if scene.new_to_base and not new:
+            if names[-1] in HELD_OUT_THINGS:
+                names.pop()
+            continue
+        if reserved is None or scene.reserved == reserved:
+            scenes.append(scene)
+            names.pop()
+    return scenes
+
+
+def caption(scene: NextScene, rng: random.Random, complete: bool = False) -> str:
+    """Return one of the many ways to say `scene`.
+
+    Unless `complete`, about half of the attributes are left unsaid: what a prompt leaves open the model then
+    chooses itself, by its noise. A colour that is not the thing's own is always said.
+    """
+
+    def words(attribute: str) -> str:
+        value = getattr(scene, attribute)
+        said = complete or rng.random() < SAID.get(value, SAID[attribute])
+        return rng.choice(WORDS[attribute][value]) if said else ""
+
+    nouns = [_noun(thing, rng) for thing in scene.things]
+    ground, backdrop, sky, position = (words(name) for name in ("ground", "backdrop", "sky", "position"))
+    if backdrop:
+        backdrop = rng.choice(WORDS["before_a_backdrop"]).format(backdrop)
+    if position and len(nouns) == 2:  # of the first
+        nouns[0], position = f"{nouns[0]} {position}", ""
+        if rng.random() < 0.5:
+            [other] = [place for place in ("left", "right") if place != scene.position]
+            nouns[1] = f"{nouns[1]} {rng.choice(WORDS['position'][other])}"
+    noun = f" {rng.choice(WORDS['between_things'])} ".join(nouns)
+    parts = [part for part in (ground, backdrop, sky) if part]
+    if rng.random() < 0.35:
+        rng.shuffle(parts)
+    if position:
+        parts.insert(rng.choice((0, len(parts))), position)
+    between = ", " if rng.random() < 0.25 else " "
+    text = between.join([noun, *parts])
+    if sky and between == " " and rng.random() < 0.12:  # "at night, a red car in the snow"
+        parts.remove(sky)
+        text = f"{sky}, {' '.join([noun, *parts])}"
+    if rng.random() < 0.25:
+        text = f"{rng.choice(WORDS['openings'])}{text}{rng.choice(WORDS['endings'])}"
+    return text
+
+
+def _noun(thing: Placed, rng: random.Random) -> str:
+    word = rng.choice(THINGS[thing.name].words)
+    text = word if thing.colour == OWN else f"{rng.choice(WORDS['colour'][thing.colour])} {word}"
+    article = "an" if text[0] in "aeio" else "a"
+    if rng.random() < 0.2:
+        article = rng.choice(("the", "", "one"))
+    return f"{article} {text}".strip()
+
+
+def complete_captions(scenes: list[NextScene]) -> list[str]:
+    """Return one complete caption of each of `scenes`, in many wordings, always the same ones."""
+    rng = random.Random(11)
+    return [caption(scene, rng, complete=True) for scene in scenes]
+
+
+def open_captions(scenes: list[NextScene]) -> list[str]:
+    """Return one caption of each of `scenes` that leaves about half of it open, always the same ones."""
+    rng = random.Random(12)
+    return [caption(scene, rng) for scene in scenes]

@@ -1,0 +1,138 @@
+"""The things that stand in the miniature's world: small pictures of them, in their own colours or in another.
+
+They are 3D emoji that Microsoft's Fluent set and its package name as MIT-licensed (see NOTICE); one committed
+sheet holds those that are used. `python -m fewstep.miniature.next_world.things ASSETS` makes it from the
+package's folder of images, named by code point.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from fewstep.miniature.next_world.words import COLOURS
+
+SHEET = Path(__file__).with_name("things.webp")
+CELL, COLUMNS = 152, 10  # px; a thing fills its cell in one direction
+OWN = "own"  # no colour but its own
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """One kind of thing: its code point, the words for it, the colours that it takes, and whether it
+    hovers."""
+
+    name: str
+    code: str
+    words: tuple[str, ...]
+    hues: tuple[str, ...]
+    floats: bool
+    paint: float | None  # the hue that another takes the place of, in degrees; None is its commonest
+
+    @property
+    def colours(self) -> tuple[str, ...]:
+        """Its own and others."""
+        return (OWN, *self.hues)
+
+
+def _read() -> dict[str, Thing]:
+    table = tomllib.loads(Path(__file__).with_name("things.toml").read_text(encoding="utf-8"))
+    things = {}
+    for name, row in table.items():
+        hues = row.get("hues", ())
+        hues = COLOURS if hues == "all" else tuple(hues)
+        things[name] = Thing(
+            name, row["code"], tuple(row["words"]), hues, row.get("floats", False), row.get("paint")
+        )
+    return things
+
+
+THINGS = _read()
+
+
+@cache
+def picture(name: str, colour: str = OWN) -> Image.Image:
+    """Return the thing `name`, RGBA, cut out, in its own colours or in `colour`."""
+    place = list(THINGS).index(name)
+    left, top = place % COLUMNS * CELL, place // COLUMNS * CELL
+    cell = _sheet().crop((left, top, left + CELL, top + CELL))
+    box = cell.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox()
+    return recolour(cell.crop(box), colour, THINGS[name].paint)
+
+
+@cache
+def _sheet() -> Image.Image:
+    with Image.open(SHEET) as file:
+        return file.convert("RGBA")
+
+
+# Of each colour: hue in degrees, what saturation is multiplied by, and value's multiplier and least.
+_TARGETS = {
+    "red": (356, 1.15, 0.95, 0.0),
+    "orange": (26, 1.15, 1.08, 0.05),
+    "yellow": (48, 1.1, 1.15, 0.15),
+    "green": (135, 1.0, 0.88, 0.0),
+    "blue": (216, 1.1, 0.98, 0.0),
+    "purple": (276, 0.95, 0.85, 0.05),
+    "pink": (334, 0.62, 1.2, 0.2),
+    "white": (220, 0.06, 0.45, 0.55),
+    "black": (240, 0.18, 0.30, 0.02),
+}
+
+
+def recolour(image: Image.Image, colour: str, paint: float | None = None) -> Image.Image:
+    """Return RGBA `image` with the hue `paint`, or its commonest, 40 degrees to both sides, turned into
+    `colour`; what is grey or of another hue stays."""
+    if colour == OWN:
+        return image
+    hsv = np.asarray(image.convert("RGB").convert("HSV"), np.float64) / 255
+    hue, saturation, value = hsv[..., 0] * 360, hsv[..., 1], hsv[..., 2]
+    alpha = np.asarray(image.getchannel("A"), np.float64) / 255
+    weight = alpha * saturation * value
+    counts, _ = np.histogram(hue, 72, (0, 360), weights=weight)
+    smooth = sum(np.roll(counts, shift) for shift in range(-4, 5))
+    main = 5 * int(np.argmax(smooth)) + 2.5 if paint is None else paint
+    away = np.abs((hue - main + 180) % 360 - 180)
+    share = np.clip((52 - away) / 12, 0, 1) * np.clip((saturation - 0.12) / 0.15, 0, 1)
+    target, more, times, least = _TARGETS[colour]
+    turned = (target + 0.25 * ((hue - main + 180) % 360 - 180)) % 360
+    reference = float(np.average(value, weights=weight * share + 1e-9))
+    value_new = np.clip(least + (1 - least) * times * value * (0.92 / max(reference, 0.3)), 0, 1)
+    if colour in ("white", "black"):
+        value_new = np.clip(least + times * value / max(reference, 0.3), 0, 1)
+    new = np.stack([turned / 360, np.clip(saturation * more, 0, 1), value_new], -1)
+    rgb = np.asarray(Image.fromarray((new * 255).round().astype(np.uint8), "HSV").convert("RGB"), np.float64)
+    old = np.asarray(image.convert("RGB"), np.float64)
+    mixed = old + (rgb - old) * share[..., None]
+    pixels: npt.NDArray[np.uint8] = np.dstack([mixed, alpha * 255]).round().astype(np.uint8)
+    return Image.fromarray(pixels, "RGBA")
+
+
+def make_sheet(assets: Path) -> Image.Image:
+    """Return the sheet of all things, drawn from the package's images."""
+    rows = -(-len(THINGS) // COLUMNS)
+    sheet = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
+    for place, thing in enumerate(THINGS.values()):
+        names = (thing.code, f"{thing.code}-fe0f")
+        [path] = [assets / f"{name}.webp" for name in names if (assets / f"{name}.webp").exists()]
+        with Image.open(path) as file:
+            image = file.convert("RGBA")
+        image = image.crop(image.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
+        scale = (CELL - 4) / max(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        # Premultiplied, so that what is transparent lends no colour to the edge.
+        image = image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+        left, top = place % COLUMNS * CELL, place // COLUMNS * CELL
+        sheet.paste(image, (left + (CELL - size[0]) // 2, top + (CELL - size[1]) // 2))
+    return sheet
+
+
+if __name__ == "__main__":
+    make_sheet(Path(sys.argv[1])).save(SHEET, quality=90, alpha_quality=100, method=6)
