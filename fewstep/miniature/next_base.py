@@ -184,7 +184,7 @@ def labels_of_text(scene: NextScene) -> list[int]:
     """Return what captions of `scene` say: both things and their colours (0: there is none), and the rest."""
     names, colours = list(THINGS), (OWN, *COLOURS)
     things = [1 + names.index(thing.name) for thing in scene.things]
-    hues = [1 + colours.index(thing.colour) for thing in scene.things]
+    hues = [1 + colours.index(thing.hue) for thing in scene.things]
     rest = [values.index(getattr(scene, name)) for name, values in ATTRIBUTES.items()]
     return [*(things + [0])[:2], *(hues + [0])[:2], *rest]
 

@@ -12,8 +12,8 @@ from fewstep.miniature.next_world.scenes import (
     NextScene,
     Placed,
     caption,
-    complete_captions,
     draw_scenes,
+    say_all,
 )
 from fewstep.miniature.next_world.things import CELL, OWN, SHEET, THINGS, picture
 from fewstep.miniature.next_world.words import ATTRIBUTES, WORDS
@@ -100,7 +100,9 @@ def test_about_half_is_left_open_but_never_a_colour_that_is_not_the_things_own()
                 assert any(word in text for word in WORDS["colour"][thing.colour])
     shares = {name: count / len(scenes) for name, count in said.items()}
     assert all(0.35 < share < 0.70 for share in shares.values()), shares
-    for scene, text in zip(scenes, complete_captions(scenes), strict=True):
+    for scene, said_of in zip(scenes, say_all(scenes, complete=True), strict=True):
+        text = said_of.text
+        assert said_of.attributes == set(ATTRIBUTES)
         assert all(
             any(word in text for word in WORDS[name][getattr(scene, name)])
             for name in ("ground", "backdrop", "sky")

@@ -7,6 +7,9 @@ so one scene has endlessly many images.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 from PIL import Image, ImageDraw, ImageFilter
 
 from fewstep.miniature.next_world.scenes import NextScene, Placed
@@ -17,8 +20,15 @@ from fewstep.miniature.world.canvas import PALETTE, SUPERSAMPLING, Canvas
 PLACES = {"left": 0.29, "middle": 0.50, "right": 0.71}  # of the width
 
 
-def draw(scene: NextScene, seed: int, width: int = 256, height: int = 256) -> Image.Image:
-    """Return an image of `scene`, RGB, width x height pixels; the same seed draws the same one."""
+# What puts a thing at a place of an image.
+Put: TypeAlias = Callable[[Canvas, Image.Image, str, Placed], None]
+
+
+def draw(
+    scene: NextScene, seed: int, width: int = 256, height: int = 256, put: Put | None = None
+) -> Image.Image:
+    """Return an image of `scene`, RGB, width x height pixels; the same seed draws the same one. `put` is
+    `draw_thing`, or another way to draw a thing."""
     c = Canvas(scene, seed, width, height)  # type: ignore[arg-type]
     for value in (scene.sky, scene.backdrop):
         getattr(landscape, f"draw_{value}")(c)
@@ -29,7 +39,7 @@ def draw(scene: NextScene, seed: int, width: int = 256, height: int = 256) -> Im
     getattr(landscape, f"draw_{scene.ground}")(c)
     image = c.image.resize(c.size, Image.Resampling.BOX)
     for place, thing in scene.places.items():
-        draw_thing(c, image, place, thing)
+        (put or draw_thing)(c, image, place, thing)
     if scene.sky in ("rain", "fog"):
         image.paste(*_weather(c))
     return image

@@ -23,7 +23,7 @@ OWN_COLOURS_SHARE = 0.45  # of what takes others
 PLACES = ATTRIBUTES["position"]
 NOTHING = 0  # the label of an empty place; things and colours come after it
 # How often an attribute is said. Where nothing is said of the sky it is often day.
-SAID = {"ground": 0.55, "backdrop": 0.5, "sky": 0.7, "day": 0.4, "position": 0.4}
+SAID = {"ground": 0.55, "backdrop": 0.5, "sky": 0.7, "day": 0.4, "position": 0.4, OWN: 0.3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,11 @@ class Placed:
 
     name: str
     colour: str = OWN
+
+    @property
+    def hue(self) -> str:
+        """What its colour is called: where it is its own, the hue that this is like, or OWN."""
+        return (THINGS[self.name].like or OWN) if self.colour == OWN else self.colour
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ class NextScene:
         stands = [self.places.get(place) for place in PLACES]
         return (
             *(1 + names.index(one.name) if one else NOTHING for one in stands),
-            *(1 + colours.index(one.colour) if one else NOTHING for one in stands),
+            *(1 + colours.index(one.hue) if one else NOTHING for one in stands),
             *(ATTRIBUTES[name].index(getattr(self, name)) for name in ("ground", "backdrop", "sky")),
         )
 
@@ -114,17 +119,26 @@ def draw_scenes(count: int, seed: int, reserved: bool | None = False, new: bool 
     return scenes
 
 
-def caption(scene: NextScene, rng: random.Random, complete: bool = False) -> str:
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A caption, and which attributes of the scene it names."""
+
+    text: str
+    attributes: frozenset[str]
+
+
+def say(scene: NextScene, rng: random.Random, complete: bool = False) -> Said:
     """Return one of the many ways to say `scene`.
 
     Unless `complete`, about half of the attributes are left unsaid: what a prompt leaves open the model then
     chooses itself, by its noise. A colour that is not the thing's own is always said.
     """
+    named = [
+        name for name in ATTRIBUTES if complete or rng.random() < SAID.get(getattr(scene, name), SAID[name])
+    ]
 
     def words(attribute: str) -> str:
-        value = getattr(scene, attribute)
-        said = complete or rng.random() < SAID.get(value, SAID[attribute])
-        return rng.choice(WORDS[attribute][value]) if said else ""
+        return rng.choice(WORDS[attribute][getattr(scene, attribute)]) if attribute in named else ""
 
     nouns = [_noun(thing, rng) for thing in scene.things]
     ground, backdrop, sky, position = (words(name) for name in ("ground", "backdrop", "sky", "position"))
@@ -148,25 +162,26 @@ def caption(scene: NextScene, rng: random.Random, complete: bool = False) -> str
         text = f"{sky}, {' '.join([noun, *parts])}"
     if rng.random() < 0.25:
         text = f"{rng.choice(WORDS['openings'])}{text}{rng.choice(WORDS['endings'])}"
-    return text
+    return Said(text, frozenset(named))
+
+
+def caption(scene: NextScene, rng: random.Random) -> str:
+    """Return the text of `say`."""
+    return say(scene, rng).text
 
 
 def _noun(thing: Placed, rng: random.Random) -> str:
     word = rng.choice(THINGS[thing.name].words)
-    text = word if thing.colour == OWN else f"{rng.choice(WORDS['colour'][thing.colour])} {word}"
+    said = thing.hue != OWN and (thing.colour != OWN or rng.random() < SAID[OWN])
+    text = f"{rng.choice(WORDS['colour'][thing.hue])} {word}" if said else word
     article = "an" if text[0] in "aeio" else "a"
     if rng.random() < 0.2:
         article = rng.choice(("the", "", "one"))
     return f"{article} {text}".strip()
 
 
-def complete_captions(scenes: list[NextScene]) -> list[str]:
-    """Return one complete caption of each of `scenes`, in many wordings, always the same ones."""
-    rng = random.Random(11)
-    return [caption(scene, rng, complete=True) for scene in scenes]
-
-
-def open_captions(scenes: list[NextScene]) -> list[str]:
-    """Return one caption of each of `scenes` that leaves about half of it open, always the same ones."""
-    rng = random.Random(12)
-    return [caption(scene, rng) for scene in scenes]
+def say_all(scenes: list[NextScene], complete: bool) -> list[Said]:
+    """Return one caption of each of `scenes`, in many wordings, always the same ones: `complete`, or with
+    half of it left open."""
+    rng = random.Random(11 + complete)
+    return [say(scene, rng, complete) for scene in scenes]

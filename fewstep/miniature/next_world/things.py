@@ -33,6 +33,7 @@ class Thing:
     code: str
     words: tuple[str, ...]
     hues: tuple[str, ...]
+    like: str | None  # the hue that its own colours are called by
     floats: bool
     paint: float | None  # the hue that another takes the place of, in degrees; None is its commonest
 
@@ -48,9 +49,8 @@ def _read() -> dict[str, Thing]:
     for name, row in table.items():
         hues = row.get("hues", ())
         hues = COLOURS if hues == "all" else tuple(hues)
-        things[name] = Thing(
-            name, row["code"], tuple(row["words"]), hues, row.get("floats", False), row.get("paint")
-        )
+        floats, paint = row.get("floats", False), row.get("paint")
+        things[name] = Thing(name, row["code"], tuple(row["words"]), hues, row.get("like"), floats, paint)
     return things
 
 

@@ -1,0 +1,195 @@
+"""Drawings that are broken as generated images are: ghosted, doubled, smeared, mixed, cut and blurred.
+
+The judge learns from them what does not look whole.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFilter
+
+from fewstep.miniature.next_world.drawing import draw, draw_thing
+from fewstep.miniature.next_world.scenes import NextScene, Placed, random_scene
+from fewstep.miniature.next_world.things import THINGS
+from fewstep.miniature.world.canvas import Canvas
+
+Floats = npt.NDArray[np.float64]
+Rng = np.random.Generator
+
+
+def blobs(rng: Rng, size: tuple[int, int], cell: float, soft: float = 0.15) -> Floats:
+    """Return a mask of soft blobs about `cell` pixels wide, (H, W) in [0, 1], about half of it 1."""
+    width, height = size
+    noise = rng.normal(size=(max(2, round(height / cell)) + 1, max(2, round(width / cell)) + 1))
+    smooth = np.asarray(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC))
+    mask: Floats = np.clip(0.5 + (smooth - np.median(smooth)) / (2 * soft * smooth.std()), 0, 1)
+    return mask
+
+
+def mix(a: Image.Image, b: Image.Image, share: Floats | float) -> Image.Image:
+    """Return a where `share` is 0 and b where it is 1."""
+    s = np.asarray(share)[..., None] if isinstance(share, np.ndarray) else share
+    mixed = np.asarray(a, np.float64) * (1 - s) + np.asarray(b, np.float64) * s
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def warp(rng: Rng, image: Image.Image, cell: float, strength: float) -> Image.Image:
+    """Return `image` bent by a random field, `strength` pixels at most, of waves `cell` pixels long."""
+    y, x = np.mgrid[0 : image.height, 0 : image.width]
+    shift = [strength * (2 * blobs(rng, image.size, cell, 0.8) - 1) for _ in range(2)]
+    rows = np.clip((y + shift[0]).round().astype(int), 0, image.height - 1)
+    columns = np.clip((x + shift[1]).round().astype(int), 0, image.width - 1)
+    return Image.fromarray(np.asarray(image)[rows, columns])
+
+
+def _drawn(c: Canvas, image: Image.Image, place: str, thing: Placed) -> Image.Image:
+    copy = image.copy()
+    draw_thing(c, copy, place, thing)
+    return copy
+
+
+def _place(c: Canvas, place: str, image: Image.Image, reach: float = 0.3) -> Floats:
+    """Return a soft mask around a place, (H, W)."""
+    middle = {"left": 0.29, "middle": 0.50, "right": 0.71}[place]
+    y, x = np.mgrid[0 : image.height, 0 : image.width]
+    unit = min(image.size)
+    away = np.hypot((x - middle * image.width) / unit, (y - 0.62 * image.height) / unit)
+    mask: Floats = np.clip((reach + 0.08 - away) / 0.08, 0, 1)
+    return mask
+
+
+# Ways to put a thing badly.
+
+
+def put_ghost(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+    """See through it."""
+    image.paste(mix(image, _drawn(c, image, place, thing), c.uniform(0.25, 0.7)))
+
+
+def put_smeared(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+    """Average it over several sizes and places."""
+    copies = [_drawn(c, image, place, thing) for _ in range(int(c.rng.integers(2, 6)))]
+    reach = round(c.uniform(0.02, 0.10) * min(image.size))
+    moved = [np.roll(np.asarray(copy, np.float64), c.rng.integers(-reach, reach + 1), 1) for copy in copies]
+    smeared = Image.fromarray(np.mean(moved, 0).round().astype(np.uint8))
+    image.paste(mix(image, smeared, _place(c, place, image, 0.36)))
+
+
+def put_chimera(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+    """Mix it with another thing, blob by blob or evenly."""
+    others = [name for name in THINGS if name != thing.name]
+    other = Placed(others[int(c.rng.integers(len(others)))])
+    share = blobs(c.rng, image.size, c.uniform(0.12, 0.4) * min(image.size), 0.3)
+    even = c.rng.random() < 0.3
+    one, two = (_drawn(c, image, place, either) for either in (thing, other))
+    image.paste(mix(one, two, c.uniform(0.3, 0.7) if even else share))
+
+
+def put_doubled(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+    """Draw it twice, one over the other."""
+    once = _drawn(c, image, place, thing)
+    shift = round(c.uniform(0.06, 0.2) * min(image.size)) * (1 if c.rng.random() < 0.5 else -1)
+    moved = Image.fromarray(np.roll(np.asarray(once), shift, 1))
+    image.paste(once)
+    image.paste(mix(image, moved, _place(c, place, image, 0.3) * c.uniform(0.5, 1.0)))
+
+
+def put_cut(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+    """Leave parts of it out."""
+    share = blobs(c.rng, image.size, c.uniform(0.15, 0.35) * min(image.size), 0.2)
+    image.paste(mix(image, _drawn(c, image, place, thing), share))
+
+
+def put_blurred(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+    """Blur it and nothing else."""
+    drawn = _drawn(c, image, place, thing)
+    soft = drawn.filter(ImageFilter.GaussianBlur(c.uniform(0.012, 0.04) * min(image.size)))
+    image.paste(mix(drawn, soft, _place(c, place, image, 0.36)))
+
+
+def put_bent(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+    """Bend it out of shape."""
+    unit = min(image.size)
+    drawn = _drawn(c, image, place, thing)
+    bent = warp(c.rng, drawn, c.uniform(0.10, 0.25) * unit, c.uniform(0.05, 0.12) * unit)
+    image.paste(mix(drawn, bent, _place(c, place, image, 0.36)))
+
+
+PUTS = (put_ghost, put_smeared, put_chimera, put_doubled, put_cut, put_blurred, put_bent)
+
+
+# Ways to spoil a whole image; each takes its random numbers, the image and others of other scenes.
+
+
+def blurred(rng: Rng, image: Image.Image, others: list[Image.Image]) -> Image.Image:
+    """Blur, by a 256th of the side for one pixel at 256 px."""
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(2.3, 6.0) / 256 * min(image.size)))
+
+
+def coarse(rng: Rng, image: Image.Image, others: list[Image.Image]) -> Image.Image:
+    """Reduce and enlarge again."""
+    side = int(rng.integers(12, 50))
+    small = image.resize((side, side), Image.Resampling.BOX)
+    return small.resize(image.size, Image.Resampling.BILINEAR if rng.random() < 0.7 else Image.Resampling.BOX)
+
+
+def averaged(rng: Rng, image: Image.Image, others: list[Image.Image]) -> Image.Image:
+    """Average with one to three others."""
+    count = int(rng.integers(1, len(others) + 1))
+    pixels = np.mean([np.asarray(one, np.float64) for one in (image, *others[:count])], 0)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def shifted(rng: Rng, image: Image.Image, others: list[Image.Image]) -> Image.Image:
+    """Average with itself, moved or mirrored."""
+    reach = max(4, round(0.25 * image.width))
+    pixels = np.asarray(image, np.float64)
+    moved = np.roll(pixels, int(rng.integers(round(0.04 * image.width), reach)), 1)
+    other = pixels[:, ::-1] if rng.random() < 0.4 else moved
+    share = rng.uniform(0.3, 0.7)
+    return Image.fromarray(((1 - share) * pixels + share * other).round().astype(np.uint8))
+
+
+def patched(rng: Rng, image: Image.Image, others: list[Image.Image]) -> Image.Image:
+    """Mix with another, blob by blob."""
+    share = blobs(rng, image.size, rng.uniform(0.12, 0.4) * min(image.size), rng.uniform(0.1, 0.6))
+    return mix(image, others[0], share)
+
+
+def noisy(rng: Rng, image: Image.Image, others: list[Image.Image]) -> Image.Image:
+    """Add grain or coloured blotches."""
+    pixels, strength = np.asarray(image, np.float64), rng.uniform(22, 60)
+    if rng.random() < 0.5:
+        pixels = pixels + rng.normal(0, strength, pixels.shape)
+    else:
+        cell = rng.uniform(0.03, 0.12) * min(image.size)
+        layers = [2 * blobs(rng, image.size, cell, 0.8) - 1 for _ in range(3)]
+        pixels = pixels + 1.3 * strength * np.stack(layers, -1)
+    return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+
+
+def bent(rng: Rng, image: Image.Image, others: list[Image.Image]) -> Image.Image:
+    """Bend all of it."""
+    unit = min(image.size)
+    return warp(rng, image, rng.uniform(0.08, 0.25) * unit, rng.uniform(0.04, 0.10) * unit)
+
+
+Spoil = Callable[[Rng, Image.Image, list[Image.Image]], Image.Image]
+SPOILS: tuple[Spoil, ...] = (blurred, coarse, averaged, shifted, patched, noisy, bent)
+
+
+def draw_broken(scene: NextScene, seed: int, width: int = 256, height: int = 256) -> Image.Image:
+    """Return a broken image of `scene`, RGB; the same seed breaks it in the same way."""
+    rng, names = np.random.default_rng([seed, 77]), list(THINGS)
+    if rng.random() < 0.5:
+        return draw(scene, seed, width, height, PUTS[int(rng.integers(len(PUTS)))])
+    others = [
+        random_scene(random.Random(f"{seed} {i}"), names[int(rng.integers(len(names)))]) for i in range(3)
+    ]
+    drawn = [draw(other, seed + i, width, height) for i, other in enumerate(others)]
+    spoil = SPOILS[int(rng.integers(len(SPOILS)))]
+    return spoil(rng, draw(scene, seed, width, height), drawn)
