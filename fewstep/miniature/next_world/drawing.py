@@ -54,7 +54,7 @@ def _weather(c: Canvas) -> tuple[Image.Image, tuple[int, int], Image.Image]:
     return layer.convert("RGB"), (0, 0), layer.getchannel("A")
 
 
-def draw_thing(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+def draw_thing(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str = "3d") -> None:
     """Put `thing` into `image` at `place`, with its shadow, lit by the sky; smaller where there are two."""
     unit, alone = c.unit / SUPERSAMPLING, len(c.scene.things) == 1  # type: ignore[attr-defined]
     floats = THINGS[thing.name].floats
@@ -62,7 +62,7 @@ def draw_thing(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None
     size = unit * (c.uniform(0.50, 0.58) if alone else c.uniform(0.40, 0.46))
     foot = image.height * c.uniform(0.86, 0.91)
     lift = unit * c.uniform(0.05, 0.10) * floats
-    cut = picture(thing.name, thing.colour)
+    cut = picture(thing.name, thing.colour, hand)
     scale = size / max(cut.size)
     cut = cut.resize((round(cut.width * scale), round(cut.height * scale)), Image.Resampling.LANCZOS)
     if c.rng.random() < 0.5:

@@ -1,12 +1,14 @@
 """The things that stand in the miniature's world: small pictures of them, in their own colours or in another.
 
-They are 3D emoji that Microsoft's Fluent set and its package name as MIT-licensed (see NOTICE); one committed
-sheet holds those that are used. `python -m fewstep.miniature.next_world.things ASSETS` makes it from the
-package's folder of images, named by code point.
+They are emoji of Microsoft's Fluent set in three hands, MIT-licensed (see NOTICE); a committed sheet for each
+holds those that are used. `python -m fewstep.miniature.next_world.things PACKAGES` makes the sheets from a
+folder in which the packages of NOTICE lie unpacked; it takes `pip install resvg-py==0.5.0` besides.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -15,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 
 from fewstep.miniature.next_world.words import COLOURS
 
-SHEET = Path(__file__).with_name("things.webp")
+SHEETS = {hand: Path(__file__).with_name(f"things-{hand}.webp") for hand in ("3d", "flat", "ink")}
 CELL, COLUMNS = 152, 10  # px; a thing fills its cell in one direction
+PAPER = (250, 244, 230)  # what lines of ink enclose
 OWN = "own"  # no colour but its own
 
 
@@ -58,18 +61,18 @@ THINGS = _read()
 
 
 @cache
-def picture(name: str, colour: str = OWN) -> Image.Image:
-    """Return the thing `name`, RGBA, cut out, in its own colours or in `colour`."""
+def picture(name: str, colour: str = OWN, hand: str = "3d") -> Image.Image:
+    """Return the thing `name`, RGBA, cut out, in its own colours or in `colour`; ink has none."""
     place = list(THINGS).index(name)
     left, top = place % COLUMNS * CELL, place // COLUMNS * CELL
-    cell = _sheet().crop((left, top, left + CELL, top + CELL))
+    cell = _sheet(hand).crop((left, top, left + CELL, top + CELL))
     box = cell.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox()
-    return recolour(cell.crop(box), colour, THINGS[name].paint)
+    return recolour(cell.crop(box), OWN if hand == "ink" else colour, THINGS[name].paint)
 
 
 @cache
-def _sheet() -> Image.Image:
-    with Image.open(SHEET) as file:
+def _sheet(hand: str) -> Image.Image:
+    with Image.open(SHEETS[hand]) as file:
         return file.convert("RGBA")
 
 
@@ -115,24 +118,71 @@ def recolour(image: Image.Image, colour: str, paint: float | None = None) -> Ima
     return Image.fromarray(pixels, "RGBA")
 
 
-def make_sheet(assets: Path) -> Image.Image:
-    """Return the sheet of all things, drawn from the package's images."""
-    rows = -(-len(THINGS) // COLUMNS)
+def make_sheet(images: list[Image.Image]) -> Image.Image:
+    """Return a sheet of one RGBA image for each thing, cut out and made to fill its cell."""
+    rows = -(-len(images) // COLUMNS)
     sheet = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
-    for place, thing in enumerate(THINGS.values()):
-        names = (thing.code, f"{thing.code}-fe0f")
-        [path] = [assets / f"{name}.webp" for name in names if (assets / f"{name}.webp").exists()]
-        with Image.open(path) as file:
-            image = file.convert("RGBA")
-        image = image.crop(image.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
-        scale = (CELL - 4) / max(image.size)
-        size = (round(image.width * scale), round(image.height * scale))
+    for place, image in enumerate(images):
+        cut = image.crop(image.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
+        scale = (CELL - 4) / max(cut.size)
+        size = (round(cut.width * scale), round(cut.height * scale))
         # Premultiplied, so that what is transparent lends no colour to the edge.
-        image = image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+        cut = cut.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
         left, top = place % COLUMNS * CELL, place // COLUMNS * CELL
-        sheet.paste(image, (left + (CELL - size[0]) // 2, top + (CELL - size[1]) // 2))
+        sheet.paste(cut, (left + (CELL - size[0]) // 2, top + (CELL - size[1]) // 2))
     return sheet
 
 
+def _rendered(thing: Thing, assets: Path) -> Image.Image:
+    [path] = [path for end in ("", "-fe0f") if (path := assets / f"{thing.code}{end}.webp").exists()]
+    with Image.open(path) as file:
+        return file.convert("RGBA")
+
+
+def _drawn(thing: Thing, package: Path) -> Image.Image:
+    """Return the icon of an Iconify package, whose chars.json names it by code point."""
+    import resvg_py
+
+    icons, names = (json.loads((package / f"{name}.json").read_text()) for name in ("icons", "chars"))
+    name = names.get(thing.code) or names[f"{thing.code}-fe0f"]
+    body = icons["icons"][icons.get("aliases", {}).get(name, {}).get("parent", name)]["body"]
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{body}</svg>'
+    with Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=256))) as file:
+        return file.convert("RGBA")
+
+
+def _on_paper(ink: Image.Image) -> Image.Image:
+    """Return lines of ink with paper in what they enclose, which is not reached from the image's edge."""
+    padded = ImageOps.expand(ink.getchannel("A").point(lambda a: 255 * (a > 100)), 1, 0)
+    ImageDraw.floodfill(padded, (0, 0), 128)
+    inside = padded.crop((1, 1, padded.width - 1, padded.height - 1)).point(lambda a: 255 * (a != 128))
+    sheet = Image.new("RGBA", ink.size, (*PAPER, 0))
+    sheet.putalpha(ImageChops.lighter(inside, ink.getchannel("A")))
+    solid = Image.new("RGB", ink.size, PAPER)
+    solid.paste((28, 26, 34), (0, 0), ink.getchannel("A"))
+    solid.putalpha(sheet.getchannel("A"))
+    return solid
+
+
+def main() -> None:
+    """Make the sheets."""
+    packages = Path(sys.argv[1])
+
+    def package(start: str) -> Path:
+        [folder] = packages.glob(f"{start}*/package")
+        return folder
+
+    hands = {
+        "3d": [_rendered(thing, package("lobehub-fluent-emoji-3d") / "assets") for thing in THINGS.values()],
+        "flat": [_drawn(thing, package("iconify-json-fluent-emoji-flat")) for thing in THINGS.values()],
+        "ink": [
+            _on_paper(_drawn(thing, package("iconify-json-fluent-emoji-high-contrast")))
+            for thing in THINGS.values()
+        ],
+    }
+    for hand, images in hands.items():
+        make_sheet(images).save(SHEETS[hand], quality=90, method=6)
+
+
 if __name__ == "__main__":
-    make_sheet(Path(sys.argv[1])).save(SHEET, quality=90, alpha_quality=100, method=6)
+    main()
