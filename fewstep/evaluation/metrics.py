@@ -72,6 +72,55 @@ def frechet_distance(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> 
     return float(means @ means + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * shared)
 
 
+def kernel_distance(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
+    """Return the squared maximum mean discrepancy of two sets of features, (N, D) and (M, D), by the kernel
+    (x.y / D + 1)^3: what KID is in Inception's (arXiv 1801.01401, section 4).
+
+    It is unbiased: unlike Fréchet's distance it means the same for any number of images, and is about 0, a
+    little above or below, for two sets of one kind.
+    """
+
+    def kernel(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        values: npt.NDArray[np.float64] = (x @ y.T / x.shape[1] + 1) ** 3
+        return values
+
+    def within(x: npt.NDArray[np.float64]) -> float:
+        values, count = kernel(x, x), len(x)
+        return float((values.sum() - np.trace(values)) / (count * (count - 1)))
+
+    return within(a) + within(b) - 2 * float(kernel(a, b).mean())
+
+
+def precision_recall(
+    generated: npt.NDArray[np.float64], real: npt.NDArray[np.float64], k: int = 3
+) -> tuple[float, float]:
+    """Return the share of `generated` that lies within the reach of `real`, and the reverse: how good images
+    are, and how much of the world they cover (arXiv 1904.06991). Features (N, D) and (M, D).
+
+    The reach of a set is the union of the balls around its members out to their `k`-th neighbour in the set.
+    """
+
+    def distances(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        squares = (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T
+        far: npt.NDArray[np.float64] = np.sqrt(squares.clip(min=0))
+        return far
+
+    def covered(x: npt.NDArray[np.float64], members: npt.NDArray[np.float64]) -> float:
+        reach = np.sort(distances(members, members), 1)[:, k]  # column 0 is the member itself
+        return float((distances(x, members) <= reach).any(1).mean())
+
+    return covered(generated, real), covered(real, generated)
+
+
+def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % interval of a share of which `right` of `count` were seen (Wilson, 1927), which unlike
+    the normal approximation does not shrink to nothing at 0 and 1."""
+    share, spread = right / count, z**2 / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def psnr(images: Sequence[Image.Image], expected: Sequence[Image.Image]) -> float:
     """Return the peak signal-to-noise ratio in dB, the median of the images; inf where they are the same."""
     ratios = []
