@@ -19,7 +19,7 @@ from fewstep.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")  # AdamW's, and Muon's, of each parameter
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -103,9 +103,10 @@ class Checkpoints:
             for i, (parameter, average) in enumerate(zip(self.parameters, self.ema, strict=True)):
                 parameter.copy_(file.get_tensor(f"{i}.value"))
                 average.copy_(file.get_tensor(f"{i}.ema"))
-                if f"{i}.exp_avg" in names:
-                    state = {name: file.get_tensor(f"{i}.{name}").to(parameter.device) for name in MOMENTS}
-                    for name in ("exp_avg", "exp_avg_sq"):
+                found = [name for name in MOMENTS if f"{i}.{name}" in names]
+                if found:
+                    state = {name: file.get_tensor(f"{i}.{name}").to(parameter.device) for name in found}
+                    for name in (name for name in found if name != "step"):
                         # In the parameter's own order of memory: the fused AdamW reads both side by side.
                         state[name] = torch.empty_like(parameter).copy_(state[name])
                     self.optimizer.state[parameter] = state

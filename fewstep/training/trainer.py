@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from fewstep.errors import TrainingError
 from fewstep.training.checkpoint import Checkpoints
+from fewstep.training.muon import Muon, matrices_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Schedule:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     flat: float = 0.4  # share of the steps at the full rate
+    muon: bool = False  # for the weights that are matrices, instead of AdamW
     checkpoint_every: int = 100  # steps
     checkpoints_kept: int = 2
 
@@ -156,7 +158,8 @@ def optimise(
         raise TrainingError("weights that are shared out (FSDP, DeepSpeed) cannot be trained; configure DDP")
     check_shares(schedule, accelerator)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
+    matrices = matrices_of(module) if schedule.muon else set()
+    optimizer = Muon(parameters, matrices, schedule.lr, schedule.weight_decay)
     ema = [p.detach() for p in average.parameters()] if average else [p.detach().clone() for p in parameters]
     run, kept = json.dumps(config or {}, sort_keys=True, default=str), schedule.checkpoints_kept
     saved = Checkpoints(checkpoints, parameters, ema, optimizer, run, kept, accelerator.scaler)
