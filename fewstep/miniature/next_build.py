@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import CLIPTokenizer
 
 from fewstep.miniature.next_base import (
@@ -29,12 +31,14 @@ from fewstep.miniature.next_base import (
     train_base,
     train_text,
 )
+from fewstep.miniature.next_judge import FILE, NextJudge, train_looks, train_reader
+from fewstep.miniature.next_vae import sharpen_decoder, train_vae
+from fewstep.miniature.next_world.breaking import draw_broken, draw_in_any_hand
 from fewstep.miniature.next_world.drawing import draw
 from fewstep.miniature.next_world.scenes import NextScene, draw_scenes
-from fewstep.miniature.vae import encode, reconstruction_loss
-from fewstep.miniature.world.dataset import Pixels, to_tensor
-from fewstep.models.device import autocast
-from fewstep.training.trainer import Schedule, Shard, optimise, step_generator
+from fewstep.miniature.vae import encode
+from fewstep.miniature.world.dataset import Pixels
+from fewstep.training.trainer import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +49,17 @@ SQUARE = (128, 128)
 OTHER_SHAPES = ((144, 112), (112, 144), (152, 104), (104, 152), (168, 96), (96, 168), (192, 80), (80, 192))
 
 
-def draw_many(scenes: list[NextScene], seed: int, width: int, height: int) -> Pixels:
+Draw: TypeAlias = Callable[[NextScene, int, int, int], Image.Image]
+
+
+def draw_many(scenes: list[NextScene], seed: int, width: int, height: int, how: Draw = draw) -> Pixels:
     """Return images of `scenes`, uint8 (N, height, width, 3); image i is drawn with seed `seed + i`."""
-    return np.stack([np.asarray(draw(scene, seed + i, width, height)) for i, scene in enumerate(scenes)])
+    return np.stack([np.asarray(how(scene, seed + i, width, height)) for i, scene in enumerate(scenes)])
 
 
-def cached_images(path: Path, scenes: list[NextScene], seed: int, width: int, height: int) -> Pixels:
+def cached_images(
+    path: Path, scenes: list[NextScene], seed: int, width: int, height: int, how: Draw = draw
+) -> Pixels:
     """Return `draw_many` by all cores, kept in the .npy file `path` and memory-mapped from there."""
     if not path.exists():
         logger.info("drawing %d pictures of %d x %d", len(scenes), width, height)
@@ -59,7 +68,7 @@ def cached_images(path: Path, scenes: list[NextScene], seed: int, width: int, he
         out = np.lib.format.open_memmap(part, "w+", np.uint8, (len(scenes), height, width, 3))
         starts = range(0, len(scenes), 256)
         with ProcessPoolExecutor() as pool:
-            jobs = [pool.submit(draw_many, scenes[s : s + 256], seed + s, width, height) for s in starts]
+            jobs = [pool.submit(draw_many, scenes[s : s + 256], seed + s, width, height, how) for s in starts]
             for start, job in zip(starts, jobs, strict=True):
                 out[start : start + 256] = job.result()
         out.flush()
@@ -67,31 +76,43 @@ def cached_images(path: Path, scenes: list[NextScene], seed: int, width: int, he
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
 
 
-def train_vae(work: Path, images: int = 5000, steps: int = 1200, crop: int = 64, batch: int = 16) -> None:
-    """Go on with today's VAE on crops of the new world's drawings at 256 px."""
-    scenes = draw_scenes(images, 1, new=True)
-    pictures = cached_images(work / "vae-pictures.npy", scenes, 20_000_000, 256, 256)
-    vae = AutoencoderKL.from_pretrained(START / "vae").float().to(memory_format=torch.channels_last)
-    vae.train().requires_grad_(True)
-
-    def loss(step: int, share: Shard) -> Tensor:
-        generator = step_generator(2, step)
-        index = torch.randint(len(pictures), (batch,), generator=generator)
-        corners = torch.randint(256 - crop + 1, (batch, 2), generator=generator)
-        places = zip(index.tolist(), corners.tolist(), strict=True)
-        crops = np.stack([pictures[i, y : y + crop, x : x + crop] for i, (y, x) in places])
-        x = to_tensor(crops).to(memory_format=torch.channels_last)
-        with autocast(CPU):
-            posterior = vae.encode(x).latent_dist
-            generated = vae.decode(posterior.sample()).sample
-        kl: Tensor = posterior.kl().mean() / (crop // 8) ** 2  # per latent pixel
-        return reconstruction_loss(generated.float(), x) + 1e-4 * kl
-
-    schedule = Schedule(steps, lr=1.5e-3, warmup=100, batch=batch, weight_decay=1e-4, checkpoint_every=200)
-    optimise("VAE", vae, loss, schedule, work / "vae")
-    vae.eval().requires_grad_(False)
-    vae.register_to_config(scaling_factor=float(1.0 / encode(vae, pictures[:512]).std()))
+def build_vae(work: Path, images: int = 5000) -> None:
+    """Take the VAE further: today's at first, then what an earlier stage has left."""
+    pictures = cached_images(
+        work / "vae-pictures.npy", draw_scenes(images, 1, new=True), 20_000_000, 256, 256
+    )
+    folder = WEIGHTS / "vae" if (WEIGHTS / "vae").exists() else START / "vae"
+    vae = AutoencoderKL.from_pretrained(folder).float().to(memory_format=torch.channels_last)
+    schedule = Schedule(1200, lr=1.5e-3, warmup=100, batch=16, weight_decay=1e-4, checkpoint_every=200)
+    train_vae(vae, pictures, schedule, work / "vae")
     vae.half().save_pretrained(WEIGHTS / "vae")
+
+
+def build_sharp_decoder(work: Path, images: int = 5000) -> None:
+    """Sharpen the VAE's decoder, once latents are to stay what they are."""
+    pictures = cached_images(
+        work / "vae-pictures.npy", draw_scenes(images, 1, new=True), 20_000_000, 256, 256
+    )
+    vae = AutoencoderKL.from_pretrained(WEIGHTS / "vae").float().to(memory_format=torch.channels_last)
+    schedule = Schedule(900, lr=3e-4, warmup=50, batch=16, weight_decay=0.0, checkpoint_every=200)
+    sharpen_decoder(vae, pictures, schedule, work / "sharp")
+    vae.half().save_pretrained(WEIGHTS / "vae")
+
+
+def train_judge(work: Path, steps: tuple[int, int] = (1100, 900)) -> None:
+    """Train both networks of the judge on drawings of all the world, and freeze them."""
+    scenes = draw_scenes(24_000, 7, reserved=None, new=True)
+    read = cached_images(work / "read-pictures.npy", scenes, 300_000_000, *SQUARE)
+    others = draw_scenes(5_000, 8, reserved=None, new=True)
+    whole = cached_images(work / "whole-pictures.npy", others, 310_000_000, 256, 256, draw_in_any_hand)
+    spoilt = draw_scenes(7_000, 9, reserved=None, new=True)
+    broken = cached_images(work / "broken-pictures.npy", spoilt, 320_000_000, 256, 256, draw_broken)
+    judge = NextJudge()
+    judge.reader = train_reader(read, scenes, steps[0], work / "reader")
+    judge.looks = train_looks(whole, broken, steps[1], work / "looks")
+    path = WEIGHTS / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.half().contiguous() for key, value in judge.state_dict().items()}, path)
 
 
 @dataclass(frozen=True)
@@ -109,7 +130,7 @@ class BaseStage:
 
 # A stage's number is the seed of its scenes, so that every stage sees new ones.
 STAGES = {
-    1: BaseStage(128, 2000, 64, 22_000),
+    1: BaseStage(128, 1600, 64, 22_000),
 }
 
 
@@ -151,7 +172,14 @@ def train_stage(number: int, work: Path) -> None:
     base.train().requires_grad_(True)
     sampler = NextBatchSampler(base, sets, stage.batch, seed=40 + number)
     schedule = Schedule(
-        stage.steps, stage.lr, stage.batch, warmup=100, ema_decay=0.998, flat=stage.flat, checkpoint_every=200
+        stage.steps,
+        stage.lr,
+        stage.batch,
+        warmup=100,
+        ema_decay=0.998,
+        flat=stage.flat,
+        muon=True,
+        checkpoint_every=200,
     )
     train_base(base, sampler, schedule, work / f"base-{number}")
     save_base(base, vae)
@@ -182,19 +210,29 @@ def save_base(base: NextMiniature, vae: AutoencoderKL) -> None:
     # A stage's tokenizer is the first one's, whatever has joined the world since.
     source = Path(base.tokenizer.name_or_path)
     files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES}
-    for folder, (name, content) in product(("tokenizer", "tokenizer_2"), files.items()):
-        (WEIGHTS / folder / name).write_bytes(content)
+    for folder in ("tokenizer", "tokenizer_2"):
+        shutil.rmtree(WEIGHTS / folder)
+        (WEIGHTS / folder).mkdir()
+        for name, content in files.items():
+            (WEIGHTS / folder / name).write_bytes(content)
+
+
+OTHER_STAGES: dict[str, Callable[[Path], None]] = {
+    "vae": build_vae,
+    "judge": train_judge,
+    "sharp-decoder": build_sharp_decoder,
+}
 
 
 def main() -> None:
-    """Run one stage: vae, or a number of the base's."""
+    """Run one stage, or one of the base's by its number."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("vae", *map(str, STAGES)))
+    parser.add_argument("stage", choices=(*OTHER_STAGES, *map(str, STAGES)))
     parser.add_argument("--work", type=Path, default=Path("build/next"))
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if chosen.stage == "vae":
-        train_vae(chosen.work)
+    if chosen.stage in OTHER_STAGES:
+        OTHER_STAGES[chosen.stage](chosen.work)
     else:
         train_stage(int(chosen.stage), chosen.work)
 

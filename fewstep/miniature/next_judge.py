@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.miniature.judge import augment
@@ -22,6 +23,7 @@ from fewstep.miniature.next_world.words import ATTRIBUTES, COLOURS
 from fewstep.miniature.world.dataset import Images, Pixels, to_tensor
 from fewstep.training.trainer import Schedule, Shard, optimise, step_generator
 
+FILE = "judge/judge.safetensors"  # within the miniature's weights
 READER_PX, LOOKS_PX = 128, 256  # images of any size are read at these
 BATCH = 64
 PLACES, REST = len(ATTRIBUTES["position"]), ("ground", "backdrop", "sky")
@@ -86,12 +88,33 @@ class Looks(nn.Module):
         """Return how whole each image looks; above 0 it does."""
         return torch.cat([self(x) for x in batches(images, LOOKS_PX)]).double().numpy()
 
+    @torch.inference_mode()
+    def describe(self, images: Images) -> npt.NDArray[np.float64]:
+        """Return what it sees where, (N, 16 x 96): the features that distances compare."""
+        maps = [F.adaptive_avg_pool2d(self.features(x), 4).flatten(1) for x in batches(images, LOOKS_PX)]
+        return torch.cat(maps).double().numpy()
+
 
 def batches(images: Images, side: int) -> Iterator[Tensor]:
     """Yield uint8 (N, H, W, 3) or PIL images of one size as (B, 3, side, side) in [-1, 1]."""
     for start in range(0, len(images), BATCH):
         x = to_tensor(np.stack([np.asarray(image) for image in images[start : start + BATCH]]))
         yield F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+
+
+class NextJudge(nn.Module):
+    """Both networks, in one file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader, self.looks = Reader(), Looks()
+
+
+def load_judge(weights: Path) -> NextJudge:
+    """Load the frozen judge out of the miniature's weights, in fp32 on the CPU."""
+    judge = NextJudge()
+    judge.load_state_dict({key: value.float() for key, value in load_file(weights / FILE).items()})
+    return judge.eval().requires_grad_(False)
 
 
 def right_attributes(

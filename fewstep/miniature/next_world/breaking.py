@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from fewstep.miniature.next_world.drawing import draw, draw_thing
+from fewstep.miniature.next_world.restyling import golden_hour
 from fewstep.miniature.next_world.scenes import NextScene, Placed, random_scene
 from fewstep.miniature.next_world.things import THINGS
 from fewstep.miniature.world.canvas import Canvas
@@ -46,9 +47,9 @@ def warp(rng: Rng, image: Image.Image, cell: float, strength: float) -> Image.Im
     return Image.fromarray(np.asarray(image)[rows, columns])
 
 
-def _drawn(c: Canvas, image: Image.Image, place: str, thing: Placed) -> Image.Image:
+def _drawn(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> Image.Image:
     copy = image.copy()
-    draw_thing(c, copy, place, thing)
+    draw_thing(c, copy, place, thing, hand)
     return copy
 
 
@@ -65,56 +66,56 @@ def _place(c: Canvas, place: str, image: Image.Image, reach: float = 0.3) -> Flo
 # Ways to put a thing badly.
 
 
-def put_ghost(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+def put_ghost(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
     """See through it."""
-    image.paste(mix(image, _drawn(c, image, place, thing), c.uniform(0.25, 0.7)))
+    image.paste(mix(image, _drawn(c, image, place, thing, hand), c.uniform(0.25, 0.7)))
 
 
-def put_smeared(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+def put_smeared(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
     """Average it over several sizes and places."""
-    copies = [_drawn(c, image, place, thing) for _ in range(int(c.rng.integers(2, 6)))]
+    copies = [_drawn(c, image, place, thing, hand) for _ in range(int(c.rng.integers(2, 6)))]
     reach = round(c.uniform(0.02, 0.10) * min(image.size))
     moved = [np.roll(np.asarray(copy, np.float64), c.rng.integers(-reach, reach + 1), 1) for copy in copies]
     smeared = Image.fromarray(np.mean(moved, 0).round().astype(np.uint8))
     image.paste(mix(image, smeared, _place(c, place, image, 0.36)))
 
 
-def put_chimera(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+def put_chimera(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
     """Mix it with another thing, blob by blob or evenly."""
     others = [name for name in THINGS if name != thing.name]
     other = Placed(others[int(c.rng.integers(len(others)))])
     share = blobs(c.rng, image.size, c.uniform(0.12, 0.4) * min(image.size), 0.3)
     even = c.rng.random() < 0.3
-    one, two = (_drawn(c, image, place, either) for either in (thing, other))
+    one, two = (_drawn(c, image, place, either, hand) for either in (thing, other))
     image.paste(mix(one, two, c.uniform(0.3, 0.7) if even else share))
 
 
-def put_doubled(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+def put_doubled(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
     """Draw it twice, one over the other."""
-    once = _drawn(c, image, place, thing)
+    once = _drawn(c, image, place, thing, hand)
     shift = round(c.uniform(0.06, 0.2) * min(image.size)) * (1 if c.rng.random() < 0.5 else -1)
     moved = Image.fromarray(np.roll(np.asarray(once), shift, 1))
     image.paste(once)
     image.paste(mix(image, moved, _place(c, place, image, 0.3) * c.uniform(0.5, 1.0)))
 
 
-def put_cut(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+def put_cut(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
     """Leave parts of it out."""
     share = blobs(c.rng, image.size, c.uniform(0.15, 0.35) * min(image.size), 0.2)
-    image.paste(mix(image, _drawn(c, image, place, thing), share))
+    image.paste(mix(image, _drawn(c, image, place, thing, hand), share))
 
 
-def put_blurred(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+def put_blurred(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
     """Blur it and nothing else."""
-    drawn = _drawn(c, image, place, thing)
+    drawn = _drawn(c, image, place, thing, hand)
     soft = drawn.filter(ImageFilter.GaussianBlur(c.uniform(0.012, 0.04) * min(image.size)))
     image.paste(mix(drawn, soft, _place(c, place, image, 0.36)))
 
 
-def put_bent(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
+def put_bent(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
     """Bend it out of shape."""
     unit = min(image.size)
-    drawn = _drawn(c, image, place, thing)
+    drawn = _drawn(c, image, place, thing, hand)
     bent = warp(c.rng, drawn, c.uniform(0.10, 0.25) * unit, c.uniform(0.05, 0.12) * unit)
     image.paste(mix(drawn, bent, _place(c, place, image, 0.36)))
 
@@ -182,14 +183,28 @@ Spoil = Callable[[Rng, Image.Image, list[Image.Image]], Image.Image]
 SPOILS: tuple[Spoil, ...] = (blurred, coarse, averaged, shifted, patched, noisy, bent)
 
 
-def draw_broken(scene: NextScene, seed: int, width: int = 256, height: int = 256) -> Image.Image:
-    """Return a broken image of `scene`, RGB; the same seed breaks it in the same way."""
+def draw_in_any_hand(scene: NextScene, seed: int, width: int, height: int) -> Image.Image:
+    """Return a drawing of `scene` as it is, or in one of the styles; the same seed draws the same one."""
+    hand, golden = _hand(seed)
+    image = draw(scene, seed, width, height, hand)
+    return golden_hour(image, np.random.default_rng(seed)) if golden else image
+
+
+def _hand(seed: int) -> tuple[str, bool]:
+    rng = random.Random(f"hand {seed}")
+    return rng.choices(("3d", "flat", "ink"), (0.7, 0.15, 0.15))[0], rng.random() < 0.1
+
+
+def draw_broken(scene: NextScene, seed: int, width: int, height: int) -> Image.Image:
+    """Return a broken image of `scene`, RGB, in any hand; the same seed breaks it in the same way."""
     rng, names = np.random.default_rng([seed, 77]), list(THINGS)
+    hand, golden = _hand(seed)
     if rng.random() < 0.5:
-        return draw(scene, seed, width, height, PUTS[int(rng.integers(len(PUTS)))])
-    others = [
-        random_scene(random.Random(f"{seed} {i}"), names[int(rng.integers(len(names)))]) for i in range(3)
-    ]
-    drawn = [draw(other, seed + i, width, height) for i, other in enumerate(others)]
-    spoil = SPOILS[int(rng.integers(len(SPOILS)))]
-    return spoil(rng, draw(scene, seed, width, height), drawn)
+        image = draw(scene, seed, width, height, hand, PUTS[int(rng.integers(len(PUTS)))])
+    else:
+        random_names = [names[int(rng.integers(len(names)))] for _ in range(3)]
+        others = [random_scene(random.Random(f"{seed} {name}"), name) for name in random_names]
+        drawn = [draw(other, seed + i, width, height, hand) for i, other in enumerate(others)]
+        spoil = SPOILS[int(rng.integers(len(SPOILS)))]
+        image = spoil(rng, draw(scene, seed, width, height, hand), drawn)
+    return golden_hour(image, rng) if golden else image

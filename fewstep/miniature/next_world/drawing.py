@@ -10,25 +10,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from fewstep.miniature.next_world.scenes import NextScene, Placed
-from fewstep.miniature.next_world.things import THINGS, picture
+from fewstep.miniature.next_world.things import PAPER, THINGS, picture
 from fewstep.miniature.world import landscape
 from fewstep.miniature.world.canvas import PALETTE, SUPERSAMPLING, Canvas
 
 PLACES = {"left": 0.29, "middle": 0.50, "right": 0.71}  # of the width
 
 
-# What puts a thing at a place of an image.
-Put: TypeAlias = Callable[[Canvas, Image.Image, str, Placed], None]
+# What puts a thing at a place of an image, in a hand.
+Put: TypeAlias = Callable[[Canvas, Image.Image, str, Placed, str], None]
+INK = (44, 46, 58)
 
 
 def draw(
-    scene: NextScene, seed: int, width: int = 256, height: int = 256, put: Put | None = None
+    scene: NextScene,
+    seed: int,
+    width: int = 256,
+    height: int = 256,
+    hand: str = "3d",
+    put: Put | None = None,
 ) -> Image.Image:
-    """Return an image of `scene`, RGB, width x height pixels; the same seed draws the same one. `put` is
-    `draw_thing`, or another way to draw a thing."""
+    """Return an image of `scene`, RGB, width x height pixels; the same seed draws the same one.
+
+    `hand` is 3d, flat (its things only) or ink (all of it); `put` is `draw_thing` or another way to draw one.
+    """
     c = Canvas(scene, seed, width, height)  # type: ignore[arg-type]
     for value in (scene.sky, scene.backdrop):
         getattr(landscape, f"draw_{value}")(c)
@@ -38,11 +47,21 @@ def draw(
     c.image.paste(c.gradient((far, near), c.horizon, c.h), (0, round(c.horizon)))
     getattr(landscape, f"draw_{scene.ground}")(c)
     image = c.image.resize(c.size, Image.Resampling.BOX)
+    if hand == "ink":
+        image = wash(image)
     for place, thing in scene.places.items():
-        (put or draw_thing)(c, image, place, thing)
+        (put or draw_thing)(c, image, place, thing, hand)
     if scene.sky in ("rain", "fog"):
         image.paste(*_weather(c))
     return image
+
+
+def wash(image: Image.Image) -> Image.Image:
+    """Return an image as a wash of ink on paper: four tones and what lies between, as a brush has them."""
+    grey = np.asarray(image.convert("L"), np.float64)[..., None] / 255
+    tones = 0.55 * grey + 0.45 * np.round(grey * 4) / 4
+    washed = np.array(INK) + (np.array(PAPER) - np.array(INK)) * (0.25 + 0.75 * tones)
+    return Image.fromarray(washed.round().astype(np.uint8))
 
 
 def _weather(c: Canvas) -> tuple[Image.Image, tuple[int, int], Image.Image]:
@@ -54,7 +73,7 @@ def _weather(c: Canvas) -> tuple[Image.Image, tuple[int, int], Image.Image]:
     return layer.convert("RGB"), (0, 0), layer.getchannel("A")
 
 
-def draw_thing(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str = "3d") -> None:
+def draw_thing(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
     """Put `thing` into `image` at `place`, with its shadow, lit by the sky; smaller where there are two."""
     unit, alone = c.unit / SUPERSAMPLING, len(c.scene.things) == 1  # type: ignore[attr-defined]
     floats = THINGS[thing.name].floats

@@ -8,23 +8,8 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from fewstep.miniature.next_world.drawing import draw, draw_thing
-from fewstep.miniature.next_world.scenes import NextScene, Placed
-from fewstep.miniature.next_world.things import PAPER
-from fewstep.miniature.world.canvas import Canvas
-
-INK = (44, 46, 58)
-
-
-def put_ink(c: Canvas, image: Image.Image, place: str, thing: Placed) -> None:
-    """Turn what is drawn so far into a wash of ink on paper, and put `thing` into it as lines."""
-    if place == c.scene.position:  # the first
-        grey = np.asarray(image.convert("L"), np.float64)[..., None] / 255
-        # Four tones and what lies between, as a brush has them.
-        tones = 0.55 * grey + 0.45 * np.round(grey * 4) / 4
-        washed = np.array(INK) + (np.array(PAPER) - np.array(INK)) * (0.25 + 0.75 * tones)
-        image.paste(Image.fromarray(washed.round().astype(np.uint8)))
-    draw_thing(c, image, place, thing, "ink")
+from fewstep.miniature.next_world.drawing import draw
+from fewstep.miniature.next_world.scenes import NextScene
 
 
 def golden_hour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -40,7 +25,7 @@ def _golden(scene: NextScene, seed: int, width: int, height: int) -> Image.Image
 
 
 STYLES: dict[str, Callable[[NextScene, int, int, int], Image.Image]] = {
-    "flat": partial(draw, put=partial(draw_thing, hand="flat")),
-    "ink": partial(draw, put=put_ink),
+    "flat": partial(draw, hand="flat"),
+    "ink": partial(draw, hand="ink"),
     "golden-hour": _golden,
 }
