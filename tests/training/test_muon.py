@@ -76,6 +76,17 @@ def test_what_is_no_matrix_moves_as_by_adamw_and_a_matrix_by_as_much_as_the_rate
             assert torch.equal(mine, adamw)
 
 
+def test_a_matrix_goes_on_where_it_was_going():
+    weight = nn.Parameter(torch.zeros(20, 30))
+    optimizer = Muon([weight], {weight}, 1e-2, 0.0)
+    torch.manual_seed(3)
+    gradient = torch.randn(20, 30)
+    for grad in (gradient, torch.zeros(20, 30)):
+        before, weight.grad = weight.detach().clone(), grad
+        optimizer.step()
+        assert F.cosine_similarity((before - weight).flatten(), gradient.flatten(), dim=0) > 0.8
+
+
 def test_it_learns_and_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
     target = network()
     for parameter in target.parameters():
