@@ -19,7 +19,7 @@ from fewstep.images.codec import open_image, open_mask
 from fewstep.images.outputs import Outputs
 from fewstep.lora.resolve import LoraResolver
 from fewstep.models.specs import get_model
-from fewstep.models.vocabulary import load_vocabulary, unknown_words_sentence
+from fewstep.models.vocabulary import load_vocabulary
 from fewstep.request import Inputs
 from fewstep.settings import Settings
 
@@ -96,7 +96,7 @@ class Predictor(BasePredictor):
                 self.record_metric(name, round(value, 1) if isinstance(value, float) else value)
             if self.vocabulary and (unknown := self.vocabulary.unknown(prompt)):
                 self.record_metric("unknown_words", unknown)
-                logger.info("%s", unknown_words_sentence(self.pipeline.spec.name, unknown))
+                logger.info("%d words of the prompt are unknown to this model; the metric unknown_words names them", len(unknown))
             logger.info("seed %d: painted %d of %dx%d in %d steps", checked.seed, checked.num_outputs, checked.width, checked.height, checked.real_steps)
             return [Path(file) for file in files]
 
