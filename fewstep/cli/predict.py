@@ -243,7 +243,8 @@ def _ask(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
 
 
 def _report(status: int, answer: Any, seconds: float, model: str) -> None:
-    """Say how it went, and which words meant nothing to `model`; Refused with the server's reason when nothing was painted."""
+    """Say how it went, and which words mean nothing to `model`; Refused with the server's reason when nothing
+    was painted."""
     if status == 422 and isinstance(answer, dict):
         reasons = [f"{'.'.join(detail['loc'][2:])}: {detail['msg']}" for detail in answer["detail"]]
         raise Refused(f"the server refused the inputs: {'; '.join(reasons)}")
