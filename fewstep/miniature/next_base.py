@@ -27,7 +27,7 @@ from fewstep.training.trainer import WHOLE, Schedule, Shard, StepRandom, optimis
 TOKENS = 48
 TEXT_WIDTH = 96
 TEXT_BATCH = 128
-UNPROMPTED_SHARE, SQUARE_SHARE = 0.1, 0.85
+UNPROMPTED_SHARE = 0.1
 # Things that may join the world: their words are tokens from the start.
 LATER = """\
 airplane alien astronaut banana beach umbrella balloon bat bear bee bird boat candle carrot cherries
@@ -140,15 +140,17 @@ class NextMiniature(nn.Module):
 
 @dataclass(frozen=True)
 class NextLatentSet:
-    """Scaled latents (N, 4, H, W), fp16, of images of one shape, and what each shows."""
+    """Scaled latents (N, 4, H, W), fp16, of images of one shape, what each shows, and how often a batch is of
+    them: `share`, relative to that of other sets."""
 
     latents: Tensor
     scenes: list[NextScene]
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
 class NextBatchSampler:
-    """Draws training batches: mostly square, now and then one of SDXL's other shapes."""
+    """Draws training batches, each of one shape."""
 
     base: NextMiniature
     sets: Sequence[NextLatentSet]
@@ -158,8 +160,7 @@ class NextBatchSampler:
     def __call__(self, step: int, share: Shard = WHOLE) -> Batch:
         generator = step_generator(self.seed, step)
         rng = random.Random(f"{self.seed} {step}")
-        square, *others = self.sets
-        chosen = rng.choice(others) if others and rng.random() > SQUARE_SHARE else square
+        [chosen] = rng.choices(self.sets, [part.share for part in self.sets])
         index = torch.randint(len(chosen.scenes), (self.batch,), generator=generator)
         device = self.base.unet.device
         latents = chosen.latents[share.of(index)].float().to(device, memory_format=torch.channels_last)

@@ -1,5 +1,5 @@
-"""The next miniature's training, in stages that each begin from what the last one left in
-`weights/miniature-next`: python -m fewstep.miniature.next_build STAGE
+"""The stages of the miniature's training, from drawings to a folder of weights, each of which begins from
+what the one before has left there: python -m fewstep.miniature.next_build [STAGE ...]
 
 It takes the place of `build` when its weights take the place of today's.
 """
@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from fewstep.miniature.next_base import (
@@ -31,210 +30,290 @@ from fewstep.miniature.next_base import (
     train_base,
     train_text,
 )
-from fewstep.miniature.next_judge import FILE, NextJudge, train_looks, train_reader
-from fewstep.miniature.next_vae import sharpen_decoder, train_vae
+from fewstep.miniature.next_judge import FILE, NextJudge, labels_in_any_hand, train_looks, train_reader
+from fewstep.miniature.next_vae import make_vae, sharpen_decoder, train_vae
 from fewstep.miniature.next_world.breaking import draw_broken, draw_in_any_hand
+from fewstep.miniature.next_world.dataset import Draw, cached_images
 from fewstep.miniature.next_world.drawing import draw
+from fewstep.miniature.next_world.restyling import STYLES
 from fewstep.miniature.next_world.scenes import NextScene, draw_scenes
-from fewstep.miniature.vae import encode
+from fewstep.miniature.vae import encode, train_tiny_vae
 from fewstep.miniature.world.dataset import Pixels
-from fewstep.training.trainer import Schedule
+from fewstep.models.sources import LCM_LORA, TINY_VAE
+from fewstep.training import distill
+from fewstep.training.config import preset
+from fewstep.training.consistency import NoiseSchedule
+from fewstep.training.export import save_lora
+from fewstep.training.trainer import Schedule, optimise
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, START = Path("weights/miniature-next"), Path("weights/miniature")
-CPU = torch.device("cpu")
-SQUARE = (128, 128)
-# SDXL's other training shapes, an eighth of their size: seen in every seventh batch.
+SMALL, LARGE = 128, 256  # px, of squares; the miniature's own size is the large one
+# SDXL's other training shapes, an eighth of their size.
 OTHER_SHAPES = ((144, 112), (112, 144), (152, 104), (104, 152), (168, 96), (96, 168), (192, 80), (80, 192))
-
-
-Draw: TypeAlias = Callable[[NextScene, int, int, int], Image.Image]
-
-
-def draw_many(scenes: list[NextScene], seed: int, width: int, height: int, how: Draw = draw) -> Pixels:
-    """Return images of `scenes`, uint8 (N, height, width, 3); image i is drawn with seed `seed + i`."""
-    return np.stack([np.asarray(how(scene, seed + i, width, height)) for i, scene in enumerate(scenes)])
-
-
-def cached_images(
-    path: Path, scenes: list[NextScene], seed: int, width: int, height: int, how: Draw = draw
-) -> Pixels:
-    """Return `draw_many` by all cores, kept in the .npy file `path` and memory-mapped from there."""
-    if not path.exists():
-        logger.info("drawing %d pictures of %d x %d", len(scenes), width, height)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.npy")
-        out = np.lib.format.open_memmap(part, "w+", np.uint8, (len(scenes), height, width, 3))
-        starts = range(0, len(scenes), 256)
-        with ProcessPoolExecutor() as pool:
-            jobs = [pool.submit(draw_many, scenes[s : s + 256], seed + s, width, height, how) for s in starts]
-            for start, job in zip(starts, jobs, strict=True):
-                out[start : start + 256] = job.result()
-        out.flush()
-        part.replace(path)
-    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
-
-
-def build_vae(work: Path, images: int = 5000) -> None:
-    """Take the VAE further: today's at first, then what an earlier stage has left."""
-    pictures = cached_images(
-        work / "vae-pictures.npy", draw_scenes(images, 1, new=True), 20_000_000, 256, 256
-    )
-    folder = WEIGHTS / "vae" if (WEIGHTS / "vae").exists() else START / "vae"
-    vae = AutoencoderKL.from_pretrained(folder).float().to(memory_format=torch.channels_last)
-    schedule = Schedule(1200, lr=1.5e-3, warmup=100, batch=16, weight_decay=1e-4, checkpoint_every=200)
-    train_vae(vae, pictures, schedule, work / "vae")
-    vae.half().save_pretrained(WEIGHTS / "vae")
-
-
-def build_sharp_decoder(work: Path, images: int = 5000) -> None:
-    """Sharpen the VAE's decoder, once latents are to stay what they are."""
-    pictures = cached_images(
-        work / "vae-pictures.npy", draw_scenes(images, 1, new=True), 20_000_000, 256, 256
-    )
-    vae = AutoencoderKL.from_pretrained(WEIGHTS / "vae").float().to(memory_format=torch.channels_last)
-    schedule = Schedule(900, lr=3e-4, warmup=50, batch=16, weight_decay=0.0, checkpoint_every=200)
-    sharpen_decoder(vae, pictures, schedule, work / "sharp")
-    vae.half().save_pretrained(WEIGHTS / "vae")
-
-
-def train_judge(work: Path, steps: tuple[int, int] = (1100, 900)) -> None:
-    """Train both networks of the judge on drawings of all the world, and freeze them."""
-    scenes = draw_scenes(24_000, 7, reserved=None, new=True)
-    read = cached_images(work / "read-pictures.npy", scenes, 300_000_000, *SQUARE)
-    others = draw_scenes(5_000, 8, reserved=None, new=True)
-    whole = cached_images(work / "whole-pictures.npy", others, 310_000_000, 256, 256, draw_in_any_hand)
-    spoilt = draw_scenes(7_000, 9, reserved=None, new=True)
-    broken = cached_images(work / "broken-pictures.npy", spoilt, 320_000_000, 256, 256, draw_broken)
-    judge = NextJudge()
-    judge.reader = train_reader(read, scenes, steps[0], work / "reader")
-    judge.looks = train_looks(whole, broken, steps[1], work / "looks")
-    path = WEIGHTS / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.half().contiguous() for key, value in judge.state_dict().items()}, path)
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+PARTS = ("text_encoder/model", "text_encoder_2/model", "unet/diffusion_pytorch_model")
+LORA = preset("miniature", "lora")
 
 
 @dataclass(frozen=True)
 class BaseStage:
-    """One stage of the base's training: on which sides, how long, at what rate."""
+    """One stage of the base's training: on squares of which side in px, how long, and at what rate."""
 
-    side: int  # px, of the squares; other shapes have their area
+    side: int
     steps: int
     batch: int
-    images: int
-    lr: float = 1e-3
-    flat: float = 1.0
-    others: int = 300  # images of each other shape
+    images: int  # squares
+    others: int = 300  # of each other shape
+    flat: float = 1.0  # share of the steps before the rate falls
 
 
-# A stage's number is the seed of its scenes, so that every stage sees new ones.
-STAGES = {
-    1: BaseStage(128, 1600, 64, 22_000),
-}
+@dataclass(frozen=True)
+class NextSizes:
+    """How much of everything."""
+
+    vae_images: int = 5_000
+    vae_steps: int = 1_200
+    reader_images: int = 24_000
+    reader_steps: int = 1_100
+    whole_images: int = 5_000
+    broken_images: int = 7_000
+    looks_steps: int = 900
+    text_steps: int = 700
+    base: tuple[BaseStage, ...] = (
+        BaseStage(SMALL, 1_600, 64, 22_000),
+        BaseStage(SMALL, 2_600, 64, 32_000),
+    )
+    sharp_steps: int = 900
+    lora_steps: int = LORA.schedule.steps
+    lora_batch: int = LORA.schedule.batch
+    style_images: int = 1_500  # of each, of each size
+    style_steps: int = 250
+    style_batch: int = 32
+    tiny_vae_steps: int = 2_000
 
 
-def latent_sets(stage: BaseStage, number: int, vae: AutoencoderKL, work: Path) -> list[NextLatentSet]:
-    """Return scaled latents of drawn scenes, square ones first, encoded once."""
-    sets, scale = [], stage.side // 128
-    for i, shape in enumerate((SQUARE, *OTHER_SHAPES)):
-        width, height = (side * scale for side in shape)
-        scenes = draw_scenes(stage.others if i else stage.images, 100 * number + i)
-        name = f"{number}-{width}x{height}"
-        path = work / f"latents-{name}.safetensors"
+class NextBuild:
+    """The stages by name, each a method that trains and writes into `weights`, or into `styles`; drawings,
+    latents and checkpoints are kept in `work`, where an interrupted stage goes on."""
+
+    def __init__(
+        self, weights: Path, styles: Path, work: Path, sizes: NextSizes, device: torch.device
+    ) -> None:
+        self.weights, self.styles, self.work, self.sizes, self.device = weights, styles, work, sizes, device
+        base = {f"base-{i + 1}": partial(self.train_base, i) for i in range(len(sizes.base))}
+        self.stages: dict[str, Callable[[], None]] = {
+            "vae": self.train_vae,
+            "judge": self.train_judge,
+            **base,
+            "decoder": self.sharpen_decoder,
+            "lora": self.train_lora,
+            "styles": self.train_styles,
+            "tiny-vae": self.train_tiny_vae,
+        }
+
+    def run(self, names: Sequence[str]) -> None:
+        """Run the stages in `names`, in their own order."""
+        for name, stage in self.stages.items():
+            if name in names:
+                logger.info("stage %s", name)
+                stage()
+
+    def vae(self) -> AutoencoderKL:
+        """Return the VAE that a stage has left, or a new one, in fp32."""
+        folder = self.weights / "vae"
+        vae = AutoencoderKL.from_pretrained(folder) if folder.exists() else make_vae()
+        return vae.float().to(self.device, memory_format=torch.channels_last)
+
+    def train_vae(self) -> None:
+        """Train the VAE, or take it further."""
+        vae, steps = self.vae(), self.sizes.vae_steps
+        schedule = Schedule(
+            steps, lr=1.5e-3, batch=16, warmup=100, weight_decay=1e-4, muon=True, checkpoint_every=200
+        )
+        train_vae(vae, self._vae_pictures(), schedule, self.work / "vae")
+        vae.half().save_pretrained(self.weights / "vae")
+
+    def sharpen_decoder(self) -> None:
+        """Sharpen the VAE's decoder; latents stay what they are."""
+        vae, steps = self.vae(), self.sizes.sharp_steps
+        schedule = Schedule(steps, lr=3e-4, batch=16, weight_decay=0.0)
+        sharpen_decoder(vae, self._vae_pictures(), schedule, self.work / "decoder")
+        vae.half().save_pretrained(self.weights / "vae")
+
+    def _vae_pictures(self) -> Pixels:
+        scenes = draw_scenes(self.sizes.vae_images, 1, new=True)
+        return cached_images(self.work / "vae-pictures.npy", scenes, 20_000_000, LARGE, LARGE)
+
+    def train_judge(self) -> None:
+        """Train both networks of the judge on drawings of all the world, and freeze them."""
+        sizes, judge = self.sizes, NextJudge()
+
+        def drawn(name: str, count: int, seed: int, side: int, how: Draw) -> tuple[list[NextScene], Pixels]:
+            scenes = draw_scenes(count, seed // 10_000_000, reserved=None, new=True)
+            return scenes, cached_images(self.work / f"{name}-pictures.npy", scenes, seed, side, side, how)
+
+        scenes, read = drawn("reader", sizes.reader_images, 300_000_000, SMALL, draw_in_any_hand)
+        labels, checkpoints = labels_in_any_hand(scenes, 300_000_000), self.work / "reader"
+        judge.reader = train_reader(read, labels, sizes.reader_steps, checkpoints, self.device)
+        _, whole = drawn("whole", sizes.whole_images, 310_000_000, LARGE, draw_in_any_hand)
+        _, broken = drawn("broken", sizes.broken_images, 320_000_000, LARGE, draw_broken)
+        judge.looks = train_looks(whole, broken, sizes.looks_steps, self.work / "looks", self.device)
+        path = self.weights / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.half().contiguous() for key, value in judge.state_dict().items()}, path)
+
+    def latents(self, number: int) -> list[NextLatentSet]:
+        """Return scaled latents of what the base's stage `number` learns from, encoded once.
+
+        A stage at the large size sees small images in every fifth batch, so that both stay known. Every stage
+        sees new scenes.
+        """
+        stage, sets = self.sizes.base[number], list[NextLatentSet]()
+        for side in dict.fromkeys((stage.side, SMALL)):
+            share = 1.0 if side == stage.side else 0.25
+            for i, shape in enumerate(((SMALL, SMALL), *OTHER_SHAPES)):
+                size = side // SMALL * shape[0], side // SMALL * shape[1]
+                scenes = draw_scenes(stage.others if i else stage.images, 100 * (number + 1) + i)
+                seed = 10_000_000 * (number + 1) + 1_000_000 * i
+                latents = self._encoded(f"{number + 1}", scenes, seed, size)
+                sets.append(NextLatentSet(latents, scenes, share * (0.15 / len(OTHER_SHAPES) if i else 0.85)))
+        return sets
+
+    def _encoded(
+        self, name: str, scenes: list[NextScene], seed: int, size: tuple[int, int], how: Draw = draw
+    ) -> Tensor:
+        name = f"{name}-{size[0]}x{size[1]}"
+        path, pictures = (self.work / f"{kind}-{name}" for kind in ("latents", "pictures"))
+        path, pictures = path.with_suffix(".safetensors"), pictures.with_suffix(".npy")
         if not path.exists():
-            pictures = work / f"pictures-{name}.npy"
-            drawn = cached_images(pictures, scenes, 10_000_000 * number + 1_000_000 * i, width, height)
-            latents = encode(vae, drawn) * vae.config.scaling_factor
-            save_file({"latents": latents.half().contiguous()}, path.with_suffix(".part"))
+            vae = self.vae().eval().requires_grad_(False)
+            latents = encode(vae, cached_images(pictures, scenes, seed, *size, how))
+            latents = (latents * vae.config.scaling_factor).half().contiguous()
+            save_file({"latents": latents}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
             pictures.unlink()
-        sets.append(NextLatentSet(load_file(path)["latents"], scenes))
-    return sets
+        return load_file(path)["latents"]
 
+    def base(self) -> NextMiniature:
+        """Return the base that a stage has left, or a new one, in fp32."""
+        torch.manual_seed(3)
+        tokenizer = self.weights / "tokenizer"
+        if not tokenizer.exists():
+            return NextMiniature(make_tokenizer(self.work / "tokenizer")).to(self.device)
+        base = NextMiniature(CLIPTokenizer.from_pretrained(tokenizer)).to(self.device)
+        for file in PARTS:
+            state = {k: value.float() for k, value in load_file(self.weights / f"{file}.safetensors").items()}
+            base.get_submodule(file.split("/")[0]).load_state_dict(state)
+        return base
 
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-PARTS = ("text_encoder/model", "text_encoder_2/model", "unet/diffusion_pytorch_model")
+    def train_base(self, number: int) -> None:
+        """Take the base through one of its stages, the first of which teaches it to read before."""
+        stage, sets, base = self.sizes.base[number], self.latents(number), self.base()
+        if number == 0:
+            train_text(base, self.sizes.text_steps, self.work / "text")
+        sampler = NextBatchSampler(base.train().requires_grad_(True), sets, stage.batch, seed=41 + number)
+        schedule = Schedule(
+            stage.steps,
+            lr=1e-3,
+            batch=stage.batch,
+            warmup=100,
+            ema_decay=0.998,
+            flat=stage.flat,
+            muon=True,
+            checkpoint_every=200,
+        )
+        train_base(base, sampler, schedule, self.work / f"base-{number + 1}")
+        self._save_base(base)
 
+    def _save_base(self, base: NextMiniature) -> None:
+        """Write the diffusers folder, in fp16, with CLIP's tokenizer files as SDXL has them."""
+        diffusion = StableDiffusionXLPipeline(
+            vae=self.vae(),
+            text_encoder=base.text_encoder,
+            text_encoder_2=base.text_encoder_2,
+            tokenizer=base.tokenizer,
+            tokenizer_2=base.tokenizer,
+            unet=base.unet,
+            scheduler=make_scheduler(),
+            force_zeros_for_empty_prompt=True,
+            add_watermarker=False,
+        )
+        diffusion.to(torch.float16).save_pretrained(self.weights)
+        # A later stage's tokenizer is the first one's, whatever has joined the world since.
+        source = Path(base.tokenizer.name_or_path)
+        files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES}
+        for folder in (self.weights / "tokenizer", self.weights / "tokenizer_2"):
+            shutil.rmtree(folder)
+            folder.mkdir()
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
 
-def train_stage(number: int, work: Path) -> None:
-    """Go on with the base, or begin it, and leave its average in `weights/miniature-next`."""
-    stage = STAGES[number]
-    vae = AutoencoderKL.from_pretrained(WEIGHTS / "vae").float().eval().requires_grad_(False)
-    sets = latent_sets(stage, number, vae, work)
-    torch.manual_seed(3)
-    if number == 1:
-        base = NextMiniature(make_tokenizer(work / "tokenizer"))
-        train_text(base, 700, work / "text")
-    else:
-        base = NextMiniature(CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer"))
-        load_parts(base)
-    base.train().requires_grad_(True)
-    sampler = NextBatchSampler(base, sets, stage.batch, seed=40 + number)
-    schedule = Schedule(
-        stage.steps,
-        stage.lr,
-        stage.batch,
-        warmup=100,
-        ema_decay=0.998,
-        flat=stage.flat,
-        muon=True,
-        checkpoint_every=200,
-    )
-    train_base(base, sampler, schedule, work / f"base-{number}")
-    save_base(base, vae)
+    def _teacher(self) -> NextMiniature:
+        base = self.base().eval().requires_grad_(False)
+        distill.order_for_training(base.unet)
+        return base
 
+    def train_lora(self) -> None:
+        """Distil the base into its LCM-LoRA, on what its last stage learnt from."""
+        base, student = self._teacher(), LORA.student
+        assert isinstance(student, distill.LoraStudent)
+        torch.manual_seed(6)
+        distill.add_lora(base.unet, student)
+        latents = self.latents(len(self.sizes.base) - 1)
+        sampler = NextBatchSampler(base, latents, self.sizes.lora_batch, seed=7)
+        batches, noise_schedule = torch.no_grad()(sampler), NoiseSchedule.of(make_scheduler(), self.device)
+        roles = distill.lora_roles(base.unet)
+        loss = distill.consistency_training(roles, batches, noise_schedule, student, seed=5)
+        schedule = replace(LORA.schedule, steps=self.sizes.lora_steps, batch=sampler.batch)
+        optimise("LCM-LoRA", base.unet, loss, schedule, self.work / "lora")
+        save_lora(base.unet, self.weights / LCM_LORA)
 
-def load_parts(base: NextMiniature) -> None:
-    """Load what the stage before has left."""
-    for file in PARTS:
-        state = {k: value.float() for k, value in load_file(WEIGHTS / f"{file}.safetensors").items()}
-        base.get_submodule(file.split("/")[0]).load_state_dict(state)
+    def train_styles(self) -> None:
+        """Train one LoRA over the base for each style of the drawn world."""
+        noise_schedule = NoiseSchedule.of(make_scheduler(), self.device)
+        steps, batch = self.sizes.style_steps, self.sizes.style_batch
+        schedule = Schedule(steps, lr=1e-3, batch=batch, weight_decay=0.0, ema_decay=0.98)
+        for i, (name, how) in enumerate(STYLES.items()):
+            base, sets = self._teacher(), list[NextLatentSet]()
+            torch.manual_seed(8)
+            distill.add_lora(base.unet, distill.StyleStudent())
+            for side in (SMALL, LARGE):
+                scenes = draw_scenes(self.sizes.style_images, 2000 + 10 * i + side // SMALL)
+                latents = self._encoded(f"style-{name}", scenes, 400_000_000, (side, side), how)
+                sets.append(NextLatentSet(latents, scenes, 0.5))
+            sampler = NextBatchSampler(base, sets, batch, seed=9)
+            loss = distill.style_training(base.unet, torch.no_grad()(sampler), noise_schedule, seed=6)
+            optimise(name, base.unet, loss, schedule, self.work / f"style-{name}")
+            save_lora(base.unet, self.styles / f"{name}.safetensors")
 
-
-def save_base(base: NextMiniature, vae: AutoencoderKL) -> None:
-    """Write the diffusers folder, in fp16, with CLIP's tokenizer files as SDXL has them."""
-    diffusion = StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=base.text_encoder,
-        text_encoder_2=base.text_encoder_2,
-        tokenizer=base.tokenizer,
-        tokenizer_2=base.tokenizer,
-        unet=base.unet,
-        scheduler=make_scheduler(),
-        force_zeros_for_empty_prompt=True,
-        add_watermarker=False,
-    )
-    diffusion.to(torch.float16).save_pretrained(WEIGHTS)
-    diffusion.to(torch.float32)  # its modules are ours
-    # A stage's tokenizer is the first one's, whatever has joined the world since.
-    source = Path(base.tokenizer.name_or_path)
-    files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES}
-    for folder in ("tokenizer", "tokenizer_2"):
-        shutil.rmtree(WEIGHTS / folder)
-        (WEIGHTS / folder).mkdir()
-        for name, content in files.items():
-            (WEIGHTS / folder / name).write_bytes(content)
-
-
-OTHER_STAGES: dict[str, Callable[[Path], None]] = {
-    "vae": build_vae,
-    "judge": train_judge,
-    "sharp-decoder": build_sharp_decoder,
-}
+    def train_tiny_vae(self) -> None:
+        """Distil the VAE's decoder into the tiny one."""
+        vae = self.vae().eval().requires_grad_(False)
+        latents = [part.latents for part in self.latents(len(self.sizes.base) - 1)]
+        steps, checkpoints = self.sizes.tiny_vae_steps, self.work / "tiny-vae"
+        tiny = train_tiny_vae(vae, latents, steps, checkpoints, self.device)
+        tiny.half().save_pretrained(self.weights / TINY_VAE)
 
 
 def main() -> None:
-    """Run one stage, or one of the base's by its number."""
+    """Run stages on the GPU if there is one, else on all cores."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=(*OTHER_STAGES, *map(str, STAGES)))
-    parser.add_argument("--work", type=Path, default=Path("build/next"))
+    parser.add_argument("stages", nargs="*", help="which of them (all)")
+    for name, folder in (
+        ("--weights", "weights/miniature-next"),
+        ("--styles", "styles/miniature-next"),
+        ("--work", "build/next"),
+    ):
+        parser.add_argument(name, type=Path, default=Path(folder), help="(%(default)s)")
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if chosen.stage in OTHER_STAGES:
-        OTHER_STAGES[chosen.stage](chosen.work)
-    else:
-        train_stage(int(chosen.stage), chosen.work)
+    torch.set_num_threads(os.cpu_count() or 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    build = NextBuild(chosen.weights, chosen.styles, chosen.work, NextSizes(), device)
+    if unknown := set(chosen.stages) - set(build.stages):
+        parser.error(f"there is no stage {', '.join(unknown)}; there are {', '.join(build.stages)}")
+    build.run(chosen.stages or list(build.stages))
 
 
 if __name__ == "__main__":

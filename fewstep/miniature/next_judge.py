@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.miniature.judge import augment
+from fewstep.miniature.next_world.breaking import hand_of
 from fewstep.miniature.next_world.scenes import NextScene, Said
 from fewstep.miniature.next_world.things import THINGS
 from fewstep.miniature.next_world.words import ATTRIBUTES, COLOURS
@@ -25,7 +26,7 @@ from fewstep.training.trainer import Schedule, Shard, optimise, step_generator
 
 FILE = "judge/judge.safetensors"  # within the miniature's weights
 READER_PX, LOOKS_PX = 128, 256  # images of any size are read at these
-BATCH = 64
+BATCH, UNREAD = 64, -100
 PLACES, REST = len(ATTRIBUTES["position"]), ("ground", "backdrop", "sky")
 THING_COUNT, COLOUR_COUNT = 1 + len(THINGS), 2 + len(COLOURS)  # with nothing, and with its own colour
 
@@ -142,29 +143,40 @@ def right_attributes(
     return right | {name: (seen == meant) | ~named[name] for name, seen, meant in rest}
 
 
-def train_reader(images: Pixels, scenes: Sequence[NextScene], steps: int, checkpoints: Path) -> Reader:
-    """Train on drawn `images` of `scenes`, two thirds of each batch damaged as decoders do."""
-    torch.manual_seed(1)
-    reader = Reader()
+def labels_in_any_hand(scenes: Sequence[NextScene], seed: int) -> Tensor:
+    """Return the labels of `draw_in_any_hand`'s images of `scenes` from `seed` on, (N, 9): ink has no
+    colours, and whoever cannot read them must not guess."""
     labels = torch.tensor([scene.labels for scene in scenes])
+    ink = torch.tensor([hand_of(seed + i)[0] == "ink" for i in range(len(scenes))])
+    labels[ink, PLACES : 2 * PLACES] = UNREAD
+    return labels
+
+
+def train_reader(
+    images: Pixels, labels: Tensor, steps: int, checkpoints: Path, device: torch.device
+) -> Reader:
+    """Train on drawn `images` and their `labels` (N, 9), two thirds of each batch damaged as decoders do."""
+    torch.manual_seed(1)
+    reader, labels = Reader().to(device), labels.to(device)
 
     def loss(step: int, share: Shard) -> Tensor:
         generator = step_generator(1, step)
-        index = torch.randint(len(scenes), (96,), generator=generator).sort().values
+        index = torch.randint(len(labels), (96,), generator=generator).sort().values
         x = F.interpolate(to_tensor(images[index.numpy()]), (READER_PX,) * 2, mode="bilinear", antialias=True)
-        x = torch.cat([augment(x[:64], generator), x[64:]]).contiguous(memory_format=torch.channels_last)
-        rows = zip(reader(x), labels[index].T, strict=True)
+        x = torch.cat([augment(x[:64], generator), x[64:]]).to(device, memory_format=torch.channels_last)
+        rows = zip(reader(x), labels[index.to(device)].T, strict=True)
+        # What is UNREAD is -100, which cross_entropy leaves out.
         return torch.stack([F.cross_entropy(row, target, label_smoothing=0.02) for row, target in rows]).sum()
 
     optimise("reader", reader, loss, Schedule(steps, lr=2e-3, batch=96, ema_decay=0.99), checkpoints)
-    return reader.eval().requires_grad_(False)
+    return reader.cpu().eval().requires_grad_(False)
 
 
-def train_looks(whole: Pixels, broken: Pixels, steps: int, checkpoints: Path) -> Looks:
+def train_looks(whole: Pixels, broken: Pixels, steps: int, checkpoints: Path, device: torch.device) -> Looks:
     """Train on drawings that are whole, as far as decoders leave them so, and on others that are broken."""
     torch.manual_seed(2)
-    looks = Looks()
-    target = torch.tensor([1.0] * 24 + [0.0] * 24)
+    looks = Looks().to(device)
+    target = torch.tensor([1.0] * 24 + [0.0] * 24, device=device)
 
     def loss(step: int, share: Shard) -> Tensor:
         generator = step_generator(2, step)
@@ -172,11 +184,11 @@ def train_looks(whole: Pixels, broken: Pixels, steps: int, checkpoints: Path) ->
         for images in (whole, broken):
             index = torch.randint(len(images), (24,), generator=generator).sort().values
             parts.append(to_tensor(images[index.numpy()]))
-        x = soften(torch.cat(parts), generator).contiguous(memory_format=torch.channels_last)
+        x = soften(torch.cat(parts), generator).to(device, memory_format=torch.channels_last)
         return F.binary_cross_entropy_with_logits(looks(x), 0.02 + 0.96 * target)
 
     optimise("looks", looks, loss, Schedule(steps, lr=2e-3, batch=48, ema_decay=0.99), checkpoints)
-    return looks.eval().requires_grad_(False)
+    return looks.cpu().eval().requires_grad_(False)
 
 
 def soften(x: Tensor, generator: torch.Generator) -> Tensor:

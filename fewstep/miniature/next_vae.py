@@ -31,12 +31,28 @@ def random_crops(images: Pixels, generator: torch.Generator) -> Tensor:
     return to_tensor(crops).to(memory_format=torch.channels_last)
 
 
+def make_vae() -> AutoencoderKL:
+    """Return a new one, of 3.1 M parameters."""
+    torch.manual_seed(2)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 96, 128),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=256,
+        mid_block_add_attention=False,  # so that it decodes any size in linear time
+        force_upcast=False,
+    )
+
+
 def train_vae(vae: AutoencoderKL, images: Pixels, schedule: Schedule, checkpoints: Path) -> None:
-    """Go on training `vae` in place; `config.scaling_factor` then gives latents unit variance."""
+    """Train `vae` in place; `config.scaling_factor` then gives latents unit variance."""
     vae.train().requires_grad_(True)
 
     def loss(step: int, share: Shard) -> Tensor:
-        x = random_crops(images, step_generator(2, step))
+        x = random_crops(images, step_generator(2, step)).to(vae.device)
         with autocast(x.device):
             posterior = vae.encode(x).latent_dist
             generated = vae.decode(posterior.sample()).sample
@@ -76,11 +92,11 @@ def sharpen_decoder(vae: AutoencoderKL, images: Pixels, schedule: Schedule, chec
     vae.requires_grad_(False)
     trained = nn.ModuleList([vae.decoder.requires_grad_(True), vae.post_quant_conv.requires_grad_(True)])
     torch.manual_seed(3)
-    adversary = Discriminator()
+    adversary = Discriminator().to(vae.device)
     trained.append(adversary)
 
     def loss(step: int, share: Shard) -> Tensor:
-        x = random_crops(images, step_generator(3, step))
+        x = random_crops(images, step_generator(3, step)).to(vae.device)
         with autocast(x.device):
             with torch.no_grad():
                 latents = vae.encode(x).latent_dist.mode()

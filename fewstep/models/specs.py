@@ -17,6 +17,7 @@ class ModelSpec:
     name: str
     family: Literal["sdxl", "sd"]
     native_size: int  # side in px of the square images that it was trained on
+    quick_size: int | None = None  # the same of smaller squares that it generates well, and much quicker
     max_pixels: int  # width times height, above which a size is refused
     default_guidance: float = 1.0  # used when a request names none
     embedded_guidance: bool = False  # a full LCM: guidance is an input of the UNet, not a second evaluation

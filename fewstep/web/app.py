@@ -25,7 +25,6 @@ from fewstep.models.specs import ModelSpec
 from fewstep.settings import Settings
 from fewstep.web.app_state import GRACE_S, AppState, app_state
 from fewstep.web.auth import HEADERS, LOOPBACK, Guard
-from fewstep.web.cog_inputs import has_quick_size
 from fewstep.web.error_responses import error_response, on_error, on_http_exception
 from fewstep.web.gallery import routes as gallery_routes
 from fewstep.web.live import LiveSession
@@ -134,7 +133,7 @@ async def _config(request: Request) -> Response:
             "strength": limits.STRENGTH,
             "default_strength": 0.8,
             "live": state.worker_pool.live,
-            "quick": has_quick_size(spec),
+            "quick": spec.quick_size is not None,
             "rest_ms": REST_MS,
             "improve": state.enhancer is not None,
             "examples": spec.examples,

@@ -15,8 +15,6 @@ from fewstep.errors import InvalidRequest
 from fewstep.models.specs import ModelSpec
 from fewstep.request import SIDE, Inputs
 
-# In px: a model gives up below half of what it was trained on, and the miniature before that.
-QUICK_SIDE = 512
 AT_ONCE = 2
 Opened = Callable[[Path, str], Image.Image]
 # What the page may send, and what other routes of ours add.
@@ -60,8 +58,8 @@ class CogInputs:
         sent = {"prompt": ""} | {name: value for name, value in fields.items() if value is not None}
         request = Inputs.create(spec, **sent, image=image, mask=mask)
         width, height = request.width, request.height
-        if quick and has_quick_size(spec):
-            scale = QUICK_SIDE / spec.native_size
+        if quick and spec.quick_size:
+            scale = spec.quick_size / spec.native_size
             width, height = (max(64, round(side * scale / 8) * 8) for side in (width, height))
         inputs: dict[str, Any] = {name: getattr(request, name) for name in AS_CHECKED}
         inputs |= {"aspect_ratio": "custom", "width": width, "height": height}
@@ -93,11 +91,6 @@ class CogInputs:
         """What generates each image again, alone."""
         seeds = ((self.inputs["seed"] + i) % 2**31 for i in range(self.inputs["num_outputs"]))
         return [{**self.recipe, "seed": seed, "num_outputs": 1} for seed in seeds]
-
-
-def has_quick_size(spec: ModelSpec) -> bool:
-    """Tell whether the model generates well at a size that is much quicker than its own."""
-    return spec.native_size > QUICK_SIDE
 
 
 class ImageReader:

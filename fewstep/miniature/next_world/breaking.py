@@ -185,12 +185,13 @@ SPOILS: tuple[Spoil, ...] = (blurred, coarse, averaged, shifted, patched, noisy,
 
 def draw_in_any_hand(scene: NextScene, seed: int, width: int, height: int) -> Image.Image:
     """Return a drawing of `scene` as it is, or in one of the styles; the same seed draws the same one."""
-    hand, golden = _hand(seed)
+    hand, golden = hand_of(seed)
     image = draw(scene, seed, width, height, hand)
     return golden_hour(image, np.random.default_rng(seed)) if golden else image
 
 
-def _hand(seed: int) -> tuple[str, bool]:
+def hand_of(seed: int) -> tuple[str, bool]:
+    """Return in which hand a seed draws, and whether in the light of a golden hour."""
     rng = random.Random(f"hand {seed}")
     return rng.choices(("3d", "flat", "ink"), (0.7, 0.15, 0.15))[0], rng.random() < 0.1
 
@@ -198,7 +199,7 @@ def _hand(seed: int) -> tuple[str, bool]:
 def draw_broken(scene: NextScene, seed: int, width: int, height: int) -> Image.Image:
     """Return a broken image of `scene`, RGB, in any hand; the same seed breaks it in the same way."""
     rng, names = np.random.default_rng([seed, 77]), list(THINGS)
-    hand, golden = _hand(seed)
+    hand, golden = hand_of(seed)
     if rng.random() < 0.5:
         image = draw(scene, seed, width, height, hand, PUTS[int(rng.integers(len(PUTS)))])
     else:
