@@ -82,7 +82,8 @@ class NextSizes:
     text_steps: int = 700
     base: tuple[BaseStage, ...] = (
         BaseStage(SMALL, 1_600, 64, 22_000),
-        BaseStage(SMALL, 2_600, 64, 32_000),
+        BaseStage(SMALL, 800, 64, 32_000),
+        BaseStage(LARGE, 1_700, 16, 9_000, 200),
     )
     sharp_steps: int = 900
     lora_steps: int = LORA.schedule.steps
@@ -166,17 +167,18 @@ class NextBuild:
     def latents(self, number: int) -> list[NextLatentSet]:
         """Return scaled latents of what the base's stage `number` learns from, encoded once.
 
-        A stage at the large size sees small images in every fifth batch, so that both stay known. Every stage
-        sees new scenes.
+        Every stage sees new scenes. One at the large size sees those of the last small one in every fifth
+        batch, so that both sizes stay known.
         """
-        stage, sets = self.sizes.base[number], list[NextLatentSet]()
-        for side in dict.fromkeys((stage.side, SMALL)):
-            share = 1.0 if side == stage.side else 0.25
+        stages, sets = self.sizes.base, list[NextLatentSet]()
+        small = [i for i in range(number) if stages[i].side == SMALL != stages[number].side]
+        for which, share in ((number, 1.0), *((i, 0.25) for i in small[-1:])):
+            stage = stages[which]
             for i, shape in enumerate(((SMALL, SMALL), *OTHER_SHAPES)):
-                size = side // SMALL * shape[0], side // SMALL * shape[1]
-                scenes = draw_scenes(stage.others if i else stage.images, 100 * (number + 1) + i)
-                seed = 10_000_000 * (number + 1) + 1_000_000 * i
-                latents = self._encoded(f"{number + 1}", scenes, seed, size)
+                size = stage.side // SMALL * shape[0], stage.side // SMALL * shape[1]
+                scenes = draw_scenes(stage.others if i else stage.images, 100 * (which + 1) + i)
+                seed = 10_000_000 * (which + 1) + 1_000_000 * i
+                latents = self._encoded(f"{which + 1}", scenes, seed, size)
                 sets.append(NextLatentSet(latents, scenes, share * (0.15 / len(OTHER_SHAPES) if i else 0.85)))
         return sets
 

@@ -21,6 +21,7 @@ from fewstep.training.trainer import Schedule, Shard, optimise, step_generator
 CROP_PX, BATCH = 64, 16
 TINY_CROP, TINY_BATCH = 8, 32  # the crop in latent pixels
 KL_WEIGHT = 1e-4
+PIXELS_AT_ONCE = 2**18  # of images that are encoded or decoded: more outgrow a CPU's cache, and take longer
 
 
 def reconstruction_loss(generated: Tensor, drawn: Tensor) -> Tensor:
@@ -68,9 +69,9 @@ def train_vae(images: Pixels, steps: int, checkpoints: Path, device: torch.devic
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, images: Pixels) -> Tensor:
     """uint8 (N, H, W, 3) -> unscaled latents (N, 4, H / 8, W / 8), fp32 on the CPU."""
-    latents = []
-    for start in range(0, len(images), 64):
-        x = to_tensor(images[start : start + 64]).to(vae.device, memory_format=torch.channels_last)
+    latents, count = [], max(1, PIXELS_AT_ONCE // (images.shape[1] * images.shape[2]))
+    for start in range(0, len(images), count):
+        x = to_tensor(images[start : start + count]).to(vae.device, memory_format=torch.channels_last)
         with autocast(vae.device):
             latents.append(vae.encode(x).latent_dist.mean.float().cpu())
     return torch.cat(latents)
@@ -79,8 +80,8 @@ def encode(vae: AutoencoderKL, images: Pixels) -> Tensor:
 @torch.inference_mode()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Pixels:
     """Unscaled latents -> uint8 (N, H, W, 3)."""
-    images = []
-    for part in torch.split(latents.to(vae.device), 64):
+    images, count = [], max(1, PIXELS_AT_ONCE // (64 * latents.shape[2] * latents.shape[3]))
+    for part in torch.split(latents.to(vae.device), count):
         x = vae.decode(part.to(vae.dtype)).sample.float() * 127.5 + 127.5
         images.append(x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
     return torch.cat(images).numpy()
