@@ -230,6 +230,9 @@ class NextBuild:
 
     def _save_base(self, base: NextMiniature) -> None:
         """Write the diffusers folder, in fp16, with CLIP's tokenizer files as SDXL has them."""
+        # A later stage's tokenizer is the first one's, whatever has joined the world since.
+        source = Path(base.tokenizer.name_or_path)
+        files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES}
         diffusion = StableDiffusionXLPipeline(
             vae=self.vae(),
             text_encoder=base.text_encoder,
@@ -242,9 +245,6 @@ class NextBuild:
             add_watermarker=False,
         )
         diffusion.to(torch.float16).save_pretrained(self.weights)
-        # A later stage's tokenizer is the first one's, whatever has joined the world since.
-        source = Path(base.tokenizer.name_or_path)
-        files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES}
         for folder in (self.weights / "tokenizer", self.weights / "tokenizer_2"):
             shutil.rmtree(folder)
             folder.mkdir()

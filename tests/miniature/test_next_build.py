@@ -33,6 +33,10 @@ def weights_of(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_all_stages_make_a_folder_that_generates(built):
     pipeline = StableDiffusionXLPipeline.from_pretrained(built.weights, torch_dtype=torch.float32)
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
@@ -57,7 +61,9 @@ def test_a_stage_begins_with_what_the_one_before_has_left(built, tmp_path):
     again.run(["decoder"])
     assert all(torch.equal(value, encoder[name]) for name, value in again.vae().encoder.state_dict().items())
     assert not all(torch.equal(value, vae[name]) for name, value in again.vae().state_dict().items())
+    tokenizer = contents(built.weights / "tokenizer")
     again.run(["base-2"])
+    assert contents(built.weights / "tokenizer") == contents(built.weights / "tokenizer_2") == tokenizer
     changed = [not torch.equal(value, base[name]) for name, value in again.base().state_dict().items()]
     assert any(changed)
 
