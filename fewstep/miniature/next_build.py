@@ -65,6 +65,7 @@ class BaseStage:
     batch: int
     images: int  # squares
     others: int = 300  # of each other shape
+    lr: float = 1e-3
     flat: float = 1.0  # share of the steps before the rate falls
 
 
@@ -83,7 +84,7 @@ class NextSizes:
     base: tuple[BaseStage, ...] = (
         BaseStage(SMALL, 1_600, 64, 22_000),
         BaseStage(SMALL, 800, 64, 32_000),
-        BaseStage(LARGE, 1_700, 16, 9_000, 200),
+        BaseStage(LARGE, 1_380, 16, 9_000, 200, lr=5e-4, flat=0.72),
     )
     sharp_steps: int = 900
     lora_steps: int = LORA.schedule.steps
@@ -217,7 +218,7 @@ class NextBuild:
         sampler = NextBatchSampler(base.train().requires_grad_(True), sets, stage.batch, seed=41 + number)
         schedule = Schedule(
             stage.steps,
-            lr=1e-3,
+            lr=stage.lr,
             batch=stage.batch,
             warmup=100,
             ema_decay=0.998,
