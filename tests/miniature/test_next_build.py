@@ -61,8 +61,8 @@ def test_a_stage_begins_with_what_the_one_before_has_left(built, tmp_path):
     again.run(["decoder"])
     assert all(torch.equal(value, encoder[name]) for name, value in again.vae().encoder.state_dict().items())
     assert not all(torch.equal(value, vae[name]) for name, value in again.vae().state_dict().items())
-    tokenizer = contents(built.weights / "tokenizer")
     again.run(["base-2"])
+    tokenizer = contents(built.work / "tokenizer")
     assert contents(built.weights / "tokenizer") == contents(built.weights / "tokenizer_2") == tokenizer
     changed = [not torch.equal(value, base[name]) for name, value in again.base().state_dict().items()]
     assert any(changed)
