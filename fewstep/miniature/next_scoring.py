@@ -110,10 +110,9 @@ def _solver(diffusion: Diffusion, guidance: float, spacing: str) -> Sampler:
     return spaced(name, DPMSolverMultistepScheduler, diffusion, guidance, spacing, **options)
 
 
-def better_spacing(evaluator: NextEvaluator, how: MakeSampler, base: Diffusion, steps: int) -> Sampler:
-    """Return the sampler with the timesteps of which more of some first images are right: few steps are worth
+def better_spacing(some: NextEvaluator, how: MakeSampler, base: Diffusion, steps: int) -> Sampler:
+    """Return the sampler with the timesteps by which more of some images are right: few steps are worth
     little with "leading" ones, as SDXL is published, which begin far below pure noise."""
-    some = evaluator.first(PROBES)
     ways = [how(base, TEACHER_GUIDANCE, spacing) for spacing in ("trailing", "leading")]
     scores = [some.generate_and_score(way.name, partial(way.generate, steps=steps)) for way in ways]
     # Where neither is ever right, the nearer to drawings is the better.
@@ -126,7 +125,7 @@ def score_all(
 ) -> list[NextScore]:
     """Return every row of the model card's table; the base's own samplers are asked for the first `rivals`
     of the captions only, since they evaluate it often."""
-    side, some = evaluator.side, evaluator.first(rivals)
+    side, some, probes = evaluator.side, evaluator.first(rivals), evaluator.first(min(PROBES, rivals))
     drawn = draw_many(evaluator.scenes, 10**9, side, side)
     scores = [evaluator.score("drawings", drawn)]
     assert isinstance(base.vae, AutoencoderKL)
@@ -137,7 +136,7 @@ def score_all(
             scores.append(evaluator.generate_and_score(name, few_steps(model, steps, name)))
     for how in (ddim, _solver):
         for steps in STEPS:
-            way = better_spacing(some, how, base, steps)
+            way = better_spacing(probes, how, base, steps)
             name = f"{way.name}, {steps} step{'s' if steps > 1 else ''}"
             scores.append(some.generate_and_score(name, partial(way.generate, steps=steps)))
     teacher = partial(ddim(base, TEACHER_GUIDANCE, "trailing").generate, steps=TEACHER_STEPS)
