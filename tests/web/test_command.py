@@ -116,7 +116,8 @@ def test_without_inodes_for_a_moment_it_generates_again_and_is_not_ready_meanwhi
         def ask(seed):
             while not ending.is_set():
                 answer = generate(url, num_inference_steps=1, seed=seed)
-                (images if answer.status_code == 200 else errors).append(time.monotonic())
+                if not ending.is_set():  # after which they are turned away
+                    (images if answer.status_code == 200 else errors).append(time.monotonic())
 
         list(until_ready(process))
         before = children(process.pid)
