@@ -85,6 +85,7 @@ class NextSizes:
         BaseStage(SMALL, 1_600, 64, 22_000),
         BaseStage(SMALL, 800, 64, 32_000),
         BaseStage(LARGE, 1_380, 16, 9_000, 200, lr=5e-4, flat=0.72),
+        BaseStage(LARGE, 3_800, 48, 20_000, 400, lr=8e-4, flat=0.21),
     )
     sharp_steps: int = 900
     lora_steps: int = LORA.schedule.steps
