@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from fewstep.miniature.next_world.drawing import draw, draw_thing
-from fewstep.miniature.next_world.restyling import golden_hour
-from fewstep.miniature.next_world.scenes import NextScene, Placed, random_scene
-from fewstep.miniature.next_world.things import THINGS
 from fewstep.miniature.world.canvas import Canvas
+from fewstep.miniature.world.drawing import PLACE_X, draw, draw_thing
+from fewstep.miniature.world.restyling import golden_hour
+from fewstep.miniature.world.scenes import Placed, Scene, random_scene
+from fewstep.miniature.world.things import THINGS
 
 Floats = npt.NDArray[np.float64]
 Rng = np.random.Generator
@@ -31,7 +31,7 @@ def blobs(rng: Rng, size: tuple[int, int], cell: float, soft: float = 0.15) -> F
     return mask
 
 
-def mix(a: Image.Image, b: Image.Image, share: Floats | float) -> Image.Image:
+def blend(a: Image.Image, b: Image.Image, share: Floats | float) -> Image.Image:
     """Return a where `share` is 0 and b where it is 1."""
     s = np.asarray(share)[..., None] if isinstance(share, np.ndarray) else share
     mixed = np.asarray(a, np.float64) * (1 - s) + np.asarray(b, np.float64) * s
@@ -55,10 +55,9 @@ def _drawn(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) 
 
 def _place(c: Canvas, place: str, image: Image.Image, reach: float = 0.3) -> Floats:
     """Return a soft mask around a place, (H, W)."""
-    middle = {"left": 0.29, "middle": 0.50, "right": 0.71}[place]
     y, x = np.mgrid[0 : image.height, 0 : image.width]
     unit = min(image.size)
-    away = np.hypot((x - middle * image.width) / unit, (y - 0.62 * image.height) / unit)
+    away = np.hypot((x - PLACE_X[place] * image.width) / unit, (y - 0.62 * image.height) / unit)
     mask: Floats = np.clip((reach + 0.08 - away) / 0.08, 0, 1)
     return mask
 
@@ -68,7 +67,7 @@ def _place(c: Canvas, place: str, image: Image.Image, reach: float = 0.3) -> Flo
 
 def put_ghost(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
     """See through it."""
-    image.paste(mix(image, _drawn(c, image, place, thing, hand), c.uniform(0.25, 0.7)))
+    image.paste(blend(image, _drawn(c, image, place, thing, hand), c.uniform(0.25, 0.7)))
 
 
 def put_smeared(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
@@ -77,7 +76,7 @@ def put_smeared(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: 
     reach = round(c.uniform(0.02, 0.10) * min(image.size))
     moved = [np.roll(np.asarray(copy, np.float64), c.rng.integers(-reach, reach + 1), 1) for copy in copies]
     smeared = Image.fromarray(np.mean(moved, 0).round().astype(np.uint8))
-    image.paste(mix(image, smeared, _place(c, place, image, 0.36)))
+    image.paste(blend(image, smeared, _place(c, place, image, 0.36)))
 
 
 def put_chimera(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
@@ -87,7 +86,7 @@ def put_chimera(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: 
     share = blobs(c.rng, image.size, c.uniform(0.12, 0.4) * min(image.size), 0.3)
     even = c.rng.random() < 0.3
     one, two = (_drawn(c, image, place, either, hand) for either in (thing, other))
-    image.paste(mix(one, two, c.uniform(0.3, 0.7) if even else share))
+    image.paste(blend(one, two, c.uniform(0.3, 0.7) if even else share))
 
 
 def put_doubled(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
@@ -96,20 +95,20 @@ def put_doubled(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: 
     shift = round(c.uniform(0.06, 0.2) * min(image.size)) * (1 if c.rng.random() < 0.5 else -1)
     moved = Image.fromarray(np.roll(np.asarray(once), shift, 1))
     image.paste(once)
-    image.paste(mix(image, moved, _place(c, place, image, 0.3) * c.uniform(0.5, 1.0)))
+    image.paste(blend(image, moved, _place(c, place, image, 0.3) * c.uniform(0.5, 1.0)))
 
 
 def put_cut(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
     """Leave parts of it out."""
     share = blobs(c.rng, image.size, c.uniform(0.15, 0.35) * min(image.size), 0.2)
-    image.paste(mix(image, _drawn(c, image, place, thing, hand), share))
+    image.paste(blend(image, _drawn(c, image, place, thing, hand), share))
 
 
 def put_blurred(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
     """Blur it and nothing else."""
     drawn = _drawn(c, image, place, thing, hand)
     soft = drawn.filter(ImageFilter.GaussianBlur(c.uniform(0.012, 0.04) * min(image.size)))
-    image.paste(mix(drawn, soft, _place(c, place, image, 0.36)))
+    image.paste(blend(drawn, soft, _place(c, place, image, 0.36)))
 
 
 def put_bent(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
@@ -117,7 +116,7 @@ def put_bent(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str
     unit = min(image.size)
     drawn = _drawn(c, image, place, thing, hand)
     bent = warp(c.rng, drawn, c.uniform(0.10, 0.25) * unit, c.uniform(0.05, 0.12) * unit)
-    image.paste(mix(drawn, bent, _place(c, place, image, 0.36)))
+    image.paste(blend(drawn, bent, _place(c, place, image, 0.36)))
 
 
 PUTS = (put_ghost, put_smeared, put_chimera, put_doubled, put_cut, put_blurred, put_bent)
@@ -158,7 +157,7 @@ def shifted(rng: Rng, image: Image.Image, others: list[Image.Image]) -> Image.Im
 def patched(rng: Rng, image: Image.Image, others: list[Image.Image]) -> Image.Image:
     """Mix with another, blob by blob."""
     share = blobs(rng, image.size, rng.uniform(0.12, 0.4) * min(image.size), rng.uniform(0.1, 0.6))
-    return mix(image, others[0], share)
+    return blend(image, others[0], share)
 
 
 def noisy(rng: Rng, image: Image.Image, others: list[Image.Image]) -> Image.Image:
@@ -183,7 +182,7 @@ Spoil = Callable[[Rng, Image.Image, list[Image.Image]], Image.Image]
 SPOILS: tuple[Spoil, ...] = (blurred, coarse, averaged, shifted, patched, noisy, bent)
 
 
-def draw_in_any_hand(scene: NextScene, seed: int, width: int, height: int) -> Image.Image:
+def draw_in_any_hand(scene: Scene, seed: int, width: int, height: int) -> Image.Image:
     """Return a drawing of `scene` as it is, or in one of the styles; the same seed draws the same one."""
     hand, golden = hand_of(seed)
     image = draw(scene, seed, width, height, hand)
@@ -196,7 +195,7 @@ def hand_of(seed: int) -> tuple[str, bool]:
     return rng.choices(("3d", "flat", "ink"), (0.7, 0.15, 0.15))[0], rng.random() < 0.1
 
 
-def draw_broken(scene: NextScene, seed: int, width: int, height: int) -> Image.Image:
+def draw_broken(scene: Scene, seed: int, width: int, height: int) -> Image.Image:
     """Return a broken image of `scene`, RGB, in any hand; the same seed breaks it in the same way."""
     rng, names = np.random.default_rng([seed, 77]), list(THINGS)
     hand, golden = hand_of(seed)
