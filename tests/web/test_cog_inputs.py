@@ -27,7 +27,7 @@ def test_a_prompt_alone_becomes_inputs_with_the_size_and_the_seed_settled():
     assert 0 <= seed < 2**31
     assert cog.inputs == {
         "prompt": "a red house", "steps": 4, "guidance": 1.0, "num_outputs": 1, "aspect_ratio": "custom",
-        "width": 128, "height": 128, "output_format": "webp", "output_quality": 90,
+        "width": 256, "height": 256, "output_format": "webp", "output_quality": 90,
     }  # fmt: skip
 
 
