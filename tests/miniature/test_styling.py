@@ -7,16 +7,21 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from fewstep.miniature.scoring import Evaluator
 from fewstep.miniature.styling import SCALES, load_style, score_style
 from fewstep.miniature.world.dataset import draw_many
-from fewstep.miniature.world.restyling import STYLES, StyleMeter, draw_restyled
-from fewstep.miniature.world.scenes import ATTRIBUTES, unseen_scenes
+from fewstep.miniature.world.restyling import STYLES, StyleMeter
+from fewstep.miniature.world.scenes import unseen_scenes
 from fewstep.settings import Settings
 
 pytestmark = pytest.mark.slow
 
 FOLDER = Settings().styles_root / "miniature"
 SCENES = unseen_scenes(300, seed=9)
+
+
+def styled_drawings(name, scenes=SCENES, seed=5):
+    return draw_many(scenes, seed, 128, 128, STYLES[name].draw)
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +31,27 @@ def plain():
 
 @pytest.fixture(scope="module", params=STYLES)
 def styled(request):
-    return request.param, draw_restyled(request.param, SCENES, 5, 128, 128)
+    return request.param, styled_drawings(request.param)
 
 
-def test_the_same_seed_draws_the_same_image_and_another_does_not(styled):
+def test_the_same_seed_draws_the_same_image_and_another_does_not(styled, plain):
     name, images = styled
-    assert np.array_equal(images[:3], draw_restyled(name, SCENES[:3], 5, 128, 128))
-    assert not np.array_equal(images[:3], draw_restyled(name, SCENES[:3], 6, 128, 128))
-    assert draw_restyled(name, SCENES[:2], 5, 192, 80).shape == (2, 80, 192, 3)
+    assert np.array_equal(images[:3], styled_drawings(name, SCENES[:3]))
+    assert not np.array_equal(images[:3], styled_drawings(name, SCENES[:3], 6))
+    assert np.abs(images.astype(int) - plain).mean() > 2
+    [wide] = draw_many(SCENES[:1], 5, 192, 80, STYLES[name].draw)
+    assert wide.shape == (80, 192, 3)
 
 
-def test_the_judge_still_reads_what_a_style_leaves_alone(styled, judge):
-    name, images = styled
-    read = dict(zip(ATTRIBUTES, judge.score(images, SCENES).mean(0), strict=True))
-    assert {attribute for attribute, share in read.items() if share >= 0.98} >= set(STYLES[name].leaves)
+@pytest.mark.numeric
+def test_the_judge_reads_what_a_style_leaves_alone(judge):
+    evaluator = Evaluator(judge, SCENES[:100])
+    for name, style in STYLES.items():
+        drawn = draw_many(evaluator.scenes, 5, 256, 256, style.draw)
+        seen = judge.look(drawn)
+        attributes = evaluator.attributes(seen)
+        read = {"whole": seen.whole.mean(), **{which: attributes[which].mean() for which in style.leaves}}
+        assert min(read.values()) >= 0.93, (name, read)
 
 
 def test_the_meter_tells_how_much_of_a_style_images_have(styled, plain):
@@ -55,9 +67,9 @@ def test_the_meter_tells_how_much_of_a_style_images_have(styled, plain):
 
 
 def test_the_meter_of_one_style_does_not_take_another_for_it(plain):
-    card, gold = (draw_restyled(name, SCENES, 5, 128, 128) for name in ("postcard", "golden-hour"))
+    flat, gold = (styled_drawings(name) for name in ("flat", "golden-hour"))
     meter = StyleMeter(plain[:200], gold[:200])
-    assert meter(card[200:]).mean() < 0.2
+    assert meter(flat[200:]).mean() < 0.2
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -72,7 +84,7 @@ def test_a_style_grows_with_its_scale_and_leaves_the_rest_right(pipeline, judge,
 @pytest.mark.parametrize("name", STYLES)
 def test_the_files_are_small_and_of_rank_8(name):
     path = FOLDER / f"{name}.safetensors"
-    assert path.stat().st_size < 1_000_000
+    assert path.stat().st_size < 1_200_000
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.r"] == 8
 

@@ -82,7 +82,7 @@ def test_a_run_leaves_what_a_user_needs(distilled):
     assert any(name.startswith("fewstep/events") for name in names), "TensorBoard's"
     assert len(list((distilled / "encoded").iterdir())) == 6
     with Image.open(distilled / "samples" / "step-000003.webp") as row:
-        assert row.size == (4 * 128, 128)
+        assert row.size == (4 * 256, 256)
     card = (distilled / "README.md").read_text()
     assert "samples/step-000003.webp" in card and "| rank | 8 |" in card and "base_model: miniature" in card
     made = {"method": "lora", "model": "miniature", "step": 3, "rank": 8, "steps": 3, "batch": 4}
