@@ -17,7 +17,7 @@ from fewstep.settings import Settings
 pytestmark = pytest.mark.slow
 
 FOLDER = Settings().styles_root / "miniature"
-SCENES = unseen_scenes(300, seed=9)
+SCENES = unseen_scenes(700, seed=9)  # to 400 of them meters are fitted, as elsewhere
 
 
 def styled_drawings(name, scenes=SCENES, seed=5):
@@ -56,11 +56,11 @@ def test_the_judge_reads_what_a_style_leaves_alone(judge):
 
 def test_the_meter_tells_how_much_of_a_style_images_have(styled, plain):
     _, images = styled
-    meter = StyleMeter(plain[:200], images[:200])
+    meter = StyleMeter(plain[:400], images[:400])
     shares = (0.0, 0.25, 0.5, 0.75, 1.0)
     found = []
     for share in shares:  # images that it has not seen, ever more of their styled selves
-        mixed = (1 - share) * plain[200:] + share * images[200:]
+        mixed = (1 - share) * plain[400:] + share * images[400:]
         found.append(meter(mixed.round().astype(np.uint8)).mean())
     assert found == sorted(found)
     assert abs(found[0]) < 0.1 and abs(found[-1] - 1) < 0.15
@@ -68,8 +68,8 @@ def test_the_meter_tells_how_much_of_a_style_images_have(styled, plain):
 
 def test_the_meter_of_one_style_does_not_take_another_for_it(plain):
     flat, gold = (styled_drawings(name) for name in ("flat", "golden-hour"))
-    meter = StyleMeter(plain[:200], gold[:200])
-    assert meter(flat[200:]).mean() < 0.2
+    meter = StyleMeter(plain[:400], gold[:400])
+    assert meter(flat[400:]).mean() < 0.2
 
 
 @pytest.mark.parametrize("name", STYLES)

@@ -44,7 +44,8 @@ class Style:
 UNCOLOURED = ("things", *ATTRIBUTES)
 STYLES = {
     "flat": Style(partial(draw, hand="flat"), (*UNCOLOURED, "colours")),
-    "ink": Style(partial(draw, hand="ink"), UNCOLOURED),
+    # A wash leaves little between a desert and snow.
+    "ink": Style(partial(draw, hand="ink"), tuple(one for one in UNCOLOURED if one != "ground")),
     "golden-hour": Style(_golden, (*UNCOLOURED, "colours")),
 }
 
