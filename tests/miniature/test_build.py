@@ -1,7 +1,6 @@
 """The build at its smallest: every stage, each from what the one before has left, and a folder that
 generates."""
 
-import json
 import random
 from functools import partial
 
@@ -134,9 +133,9 @@ def test_every_word_of_the_world_is_one_token_of_a_new_tokenizer_and_of_the_comm
             assert all(token.endswith("</w>") for token in one.tokenize(text)), text
 
 
-def test_the_tokenizer_is_made_the_same_every_time(tokenizer, tmp_path):
-    again = make_tokenizer(tmp_path / "again")
-    assert again.get_vocab() == tokenizer.get_vocab()
+def test_a_tokenizer_that_is_made_again_has_the_same_tokens(tokenizer, tmp_path):
+    """The order of those that are as common as each other is left open by the library that finds them."""
+    assert make_tokenizer(tmp_path / "again").get_vocab().keys() == tokenizer.get_vocab().keys()
 
 
 @pytest.mark.parametrize("text", ["Zebra 42", "ünïcode 漢字 🦊", "{} <b> \\ \" '", "q" * 300, "\t \n x"])
@@ -151,7 +150,7 @@ def test_any_text_is_accepted(tokenizer, text):
 def test_the_text_encoders_learn_to_read_positions(tokenizer, tmp_path):
     torch.manual_seed(0)
     base, rng = Miniature(tokenizer), random.Random(2)
-    train_text(base, 60, tmp_path / "text")
+    train_text(base, 150, tmp_path / "text")
     scenes = [scene for scene in draw_scenes(500, 8) if len(scene.things) == 1][:360]
     with torch.inference_mode():
         _, pooled = base.encode_prompts([say(scene, rng, complete=True).text for scene in scenes])
