@@ -30,11 +30,14 @@ def tiny():
 
 @pytest.mark.slow
 def test_the_judge_reads_its_images_as_well(miniature, tiny):
-    evaluator = Evaluator(load_judge(WEIGHTS / "miniature"), unseen_scenes(48))
+    judge = load_judge(WEIGHTS / "miniature")
+    evaluator = Evaluator(judge, unseen_scenes(48))
     size = {"aspect_ratio": "custom", "width": 256, "height": 256}
     ways = [few_steps(pipeline, 4, **size) for pipeline in (miniature, tiny)]
     images = [way(evaluator.prompts, range(48)) for way in ways]
-    right = [evaluator.measure(one)["all_right"] for one in images]
+    # Read: that they are less sharp than those of the VAE is in the card.
+    read = [evaluator.attributes(judge.look(one)).values() for one in images]
+    right = [100 * np.all([*one], 0).mean() for one in read]
     assert right[1] >= right[0] - 5
     assert 25 < psnr(images[1], images[0]) < 60
 

@@ -89,7 +89,7 @@ def test_a_run_leaves_what_a_user_needs(distilled):
     for name in FILES:
         with safe_open(distilled / name, framework="pt") as file:
             metadata = json.loads(file.metadata()["fewstep"])
-        assert metadata | made | {"guidance": [0.8, 1.6]} == metadata
+        assert metadata | made | {"guidance": [1.5, 2.5]} == metadata
 
 
 def test_plain_diffusers_and_the_server_generate_with_it_alike(distilled, pipeline, monkeypatch):
