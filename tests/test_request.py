@@ -181,9 +181,9 @@ def test_sizes_by_name_fit_the_model_and_the_name(spec, aspect):
     assert inputs.width / inputs.height == pytest.approx(wide / high, rel=0.05)
 
 
-def test_sizes_by_name_at_1024_and_128():
+def test_sizes_by_name_at_1024_and_256():
     wide, tall = create(SDXL, aspect_ratio="16:9"), create(MINIATURE, aspect_ratio="9:21")
-    assert (wide.width, wide.height, tall.width, tall.height) == (1344, 768, 80, 192)
+    assert (wide.width, wide.height, tall.width, tall.height) == (1344, 768, 160, 384)
 
 
 def test_mirrored_names_are_mirrored_sizes():
@@ -214,7 +214,7 @@ def test_custom_needs_both_sides_and_the_others_none():
             assert "aspect_ratio=custom" in refusal(aspect_ratio=aspect, **inputs)
 
 
-@pytest.mark.parametrize(("spec", "side"), [(SDXL, 1536), (MINIATURE, 256)])
+@pytest.mark.parametrize(("spec", "side"), [(SDXL, 1536), (MINIATURE, 512)])
 def test_too_many_pixels_once_rounded_are_refused_with_the_limit(spec, side):
     for width in (side, side + 3):
         assert create(spec, aspect_ratio="custom", width=width, height=side).width == side

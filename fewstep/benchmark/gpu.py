@@ -37,7 +37,7 @@ COLUMNS = (
     "seconds",  # of what happens once, such as loading
     "peak_gb",  # the most that torch reserved on the GPU; on a CPU, that the process held since its start
     "psnr",  # in dB, to the images of plain diffusers in fp32
-    "right",  # of the judge's captions of the miniature, percent with all six attributes right
+    "right",  # of the judge's captions of the miniature, percent that are right and whole
     *("value", "unit"),  # of what has no column of its own
     "note",
 )

@@ -27,6 +27,7 @@ from fewstep.benchmark.worker import BATCH, generate_captions
 from fewstep.evaluation.metrics import psnr
 from fewstep.lora.types import Mix
 from fewstep.miniature.judge import load_judge
+from fewstep.miniature.scoring import Evaluator
 from fewstep.miniature.world.scenes import unseen_scenes
 from fewstep.models.specs import RANDOM
 from fewstep.settings import REPOSITORY
@@ -88,7 +89,7 @@ class Figures:
         captions = self.extent.captions
         images = generate_captions(own.system, captions)
         judge = load_judge(self.systems.weights / "miniature")
-        right = 100 * float(judge.score(images, unseen_scenes(captions)).all(1).mean())
+        right = 100 * float(Evaluator(judge, unseen_scenes(captions)).right(judge.look(images)).mean())
         self.run.row("the judge", right=round(right, 1), n=captions, **_kind(own))
 
     def compile(self, engine: str, vae: str, most_s: float) -> None:
@@ -181,7 +182,7 @@ class Figures:
 
     def _style(self) -> Path:
         if not self.systems.model.endswith(RANDOM):
-            return REPOSITORY / "styles" / self.systems.model / "postcard.safetensors"
+            return REPOSITORY / "styles" / self.systems.model / "flat.safetensors"
         path = self.systems.scratch / "style.safetensors"
         if not path.exists():
             make_random_style(self.systems.model.removesuffix(RANDOM), path, self.run.device)

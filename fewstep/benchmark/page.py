@@ -12,11 +12,11 @@ from fewstep.errors import SettingsError
 
 KEY_MS = 120  # between keystrokes: a hundred words a minute
 PROMPTS = (
-    "a red house in the snow at night",
+    "a fox in the snow at night",
     "a blue sailboat on a lake at sunset",
     "a green tree in a meadow with mountains",
     "a white castle in the desert by day",
-    "a pink balloon over a lavender field",
+    "a fox in a lavender field",
 )
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
            "--disable-sync", "--no-first-run"]  # fmt: skip

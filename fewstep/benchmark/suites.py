@@ -25,6 +25,7 @@ from fewstep.errors import ServerFailed
 from fewstep.evaluation.figures import plot_bars
 from fewstep.evaluation.metrics import psnr
 from fewstep.miniature.judge import load_judge
+from fewstep.miniature.scoring import Evaluator
 from fewstep.miniature.world.scenes import unseen_scenes
 
 HTTP = "fewstep-http"  # the container's server, from the request to the bytes of the image in hand
@@ -73,7 +74,7 @@ class Results:
     failures: dict[str, str] = field(default_factory=dict)  # of systems: the sentence
 
 
-JUDGED = Scenario(128)
+JUDGED = Scenario(256)
 COMPARED = (
     "fewstep",
     "fewstep-openvino",
@@ -92,11 +93,11 @@ SUITES = {
         (
             *(
                 Scenario(size, steps, guidance)
-                for size in (128, 64, 192, 256)  # OpenVINO is compiled for the first
+                for size in (256, 128, 192, 384)  # OpenVINO is compiled for the first
                 for steps in (1, 2, 4, 8)
                 for guidance in (1.0, 1.5)
             ),
-            Scenario(128, batch=8),
+            Scenario(256, batch=8),
         ),
         repeats=3,
         captions=300,
@@ -202,10 +203,9 @@ def _qualities(
                 both = [_load(images / name, scenario.name) for name in (system, EXACT)]
                 row["psnr"] = round(psnr(*both), 1)
             if scenario == JUDGED and suite.captions:
-                right = load_judge(weights / "miniature").score(
-                    _load(images / system, "caption"), unseen_scenes(suite.captions)
-                )
-                row["right"] = round(float(100 * right.all(1).mean()), 1)
+                evaluator = Evaluator(load_judge(weights / "miniature"), unseen_scenes(suite.captions))
+                right = evaluator.right(evaluator.judge.look(_load(images / system, "caption")))
+                row["right"] = round(100 * float(right.mean()), 1)
     return qualities
 
 

@@ -30,7 +30,7 @@ REQUESTS = 96  # of each number of callers
 # After the server said that it has no room, doubled from the one up to the other. It has room for a caller
 # again a moment after the caller has its answer.
 RETRY_S = (0.001, 0.2)
-GENERATE = Scenario(128, batch=SLOTS)
+GENERATE = Scenario(256, batch=SLOTS)
 # In a round, of SLOTS callers between images of `Pipeline.generate`; they ask for twice as many images as
 # others do, since the first batch of a load and the last are seldom full.
 TURNS = 4

@@ -1,6 +1,7 @@
 """Many clients who type at once, before scripts/web as people start it: what they wait, and its memory.
 
-Each types a sentence at ten keys a second, waits until its image is there, and types the next. A fair share
+Each types a sentence at ten keys a second, small images following as the page has it, waits until the full
+one is there, and types the next. A fair share
 is a turn after each of the others has had one: clients / images a second.
 """
 
@@ -75,8 +76,8 @@ async def _type(port: int, i: int, session: Session) -> None:
             watching = asyncio.create_task(_watch(socket, n + len(sentence), session))
             for end in range(1, len(sentence) + 1):
                 n += 1
-                request = {"prompt": sentence[:end], "seed": i}
-                await socket.send(json.dumps({"type": "paint", "n": n, "quick": False, "request": request}))
+                request, quick = {"prompt": sentence[:end], "seed": i}, end < len(sentence)
+                await socket.send(json.dumps({"type": "paint", "n": n, "quick": quick, "request": request}))
                 await asyncio.sleep(KEY_S)
             began = time.monotonic() - KEY_S
             await asyncio.wait_for(watching, 120)

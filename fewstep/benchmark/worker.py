@@ -19,7 +19,7 @@ from PIL import Image
 
 from fewstep.benchmark.clock import now, peak_gb, stopwatches
 from fewstep.benchmark.systems import SYSTEMS, Scenario, System, prompts_and_seeds
-from fewstep.miniature.world.scenes import complete_captions, unseen_scenes
+from fewstep.miniature.world.scenes import say_half, unseen_scenes
 
 BATCH = 4
 
@@ -49,12 +49,12 @@ def main(arguments: Sequence[str]) -> None:
 
 def generate_captions(system: System, count: int) -> list[Image.Image]:
     """Generate one image in 4 steps of each of the judge's first `count` captions."""
-    captions = complete_captions(unseen_scenes(count))
+    captions = [said.text for said in say_half(unseen_scenes(count))]
     images: list[Image.Image] = []
     for start in range(0, count, BATCH):
         prompts = captions[start : start + BATCH]
         seeds = range(start, start + len(prompts))
-        images += system.generate(Scenario(128, batch=len(prompts)), prompts, seeds)
+        images += system.generate(Scenario(256, batch=len(prompts)), prompts, seeds)
     return images
 
 

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--captions", type=int, default=300, help="how many of the miniature's (%(default)s)")
     parser.add_argument("--clip", type=Path, help="a folder of a transformers CLIP model")
     parser.add_argument("--features", type=Path, help="a folder of a transformers vision model")
-    parser.add_argument("--guidance", type=float, help="of base and full LCM (2 for the miniature, else 8)")
+    parser.add_argument("--guidance", type=float, help="of base and full LCM (3 for the miniature, else 8)")
     parser.add_argument("--lcm", type=Path, help="the unet folder of a full LCM that scripts/distill wrote")
     parser.add_argument("--lora", type=Path, help="an LCM-LoRA (the model's own)")
     parser.add_argument("--model", default="miniature", help="a model or a diffusers folder (%(default)s)")
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="(1 2 4 8 16 32)")
     parser.add_argument("--teacher-steps", type=int, default=50, help="of DDIM; 0: none (%(default)s)")
     chosen = parser.parse_args(arguments)
+    if chosen.captions < 2:
+        parser.error("--captions must be at least 2")
     if min(chosen.steps) < 1:
         parser.error("--steps must be at least 1")
     if chosen.model != "miniature" and not chosen.prompts:
@@ -50,6 +52,7 @@ def _evaluate(chosen: argparse.Namespace) -> None:
     from fewstep.errors import DatasetError
     from fewstep.evaluation.compare import compare, samplers
     from fewstep.evaluation.metrics import Metric, clip_score, feature_distance
+    from fewstep.miniature.scoring import TEACHER_GUIDANCE
     from fewstep.models.device import device_and_dtype
     from fewstep.models.sources import LCM_LORA
     from fewstep.models.specs import MODELS
@@ -64,7 +67,8 @@ def _evaluate(chosen: argparse.Namespace) -> None:
         lines = chosen.prompts.read_text(encoding="utf-8").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
     else:
-        from fewstep.miniature.judge import Evaluator, load_judge
+        from fewstep.miniature.judge import load_judge
+        from fewstep.miniature.scoring import Evaluator
         from fewstep.miniature.world.scenes import unseen_scenes
 
         judge = load_judge(settings.weights_root / "miniature")
@@ -81,7 +85,7 @@ def _evaluate(chosen: argparse.Namespace) -> None:
     lora = chosen.lora
     if lora is None and chosen.model in MODELS and MODELS[chosen.model].lcm_lora:
         lora = settings.weights_root / chosen.model / LCM_LORA
-    usual = 2.0 if chosen.model == "miniature" else 8.0
+    usual = TEACHER_GUIDANCE if chosen.model == "miniature" else 8.0
     guidance = usual if chosen.guidance is None else chosen.guidance
     every = samplers(partial(load_base, chosen.model, settings, device), guidance, lora, chosen.lcm)
     about = f"{len(prompts)} prompts, guidance {guidance:g}."

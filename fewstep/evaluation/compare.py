@@ -29,7 +29,7 @@ TEACHER = "DDIM"
 TITLES = {
     "all_right": "all right, %",
     "clip_score": "CLIP score",
-    "distance": "Fréchet distance",
+    "distance": "kernel distance (KID)",
     "feature_distance": "Fréchet distance of features",
 }
 
@@ -71,7 +71,6 @@ class Comparison:
     path: Path
     asked: Mapping[str, tuple[Sequence[str], Sequence[Metric]]]
     shown: int = 0
-    digits: int = 2
     rows: list[dict[str, Any]] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
 
@@ -83,7 +82,7 @@ class Comparison:
                 images = sampler.generate(prompts, steps=count)
                 self.images += images[: self.shown] if i == 0 else []
                 for name, value in (figure for metric in metrics for figure in metric(images).items()):
-                    self.rows[-1][prefix + name] = round(value, self.digits)
+                    self.rows[-1][prefix + name] = float(f"{value:.4g}")
             logger.info("%s", self.rows[-1])
             write_csv(self.path, self.rows)
 
@@ -124,9 +123,9 @@ def compare(
 def table(rows: Sequence[dict[str, Any]], figure: str) -> str:
     """Return one figure as Markdown, samplers down and steps across."""
     steps = sorted({row["steps"] for row in rows})
-    lines = []
+    lines, digits = [], 3 if figure == "distance" else 1
     for name in dict.fromkeys(row["sampler"] for row in rows):
-        values = {row["steps"]: f"{row[figure]:.1f}" for row in rows if row["sampler"] == name}
+        values = {row["steps"]: f"{row[figure]:.{digits}f}" for row in rows if row["sampler"] == name}
         lines.append([name, *(values.get(count, "") for count in steps)])
     return markdown(["", *map(str, steps)], lines)
 
@@ -137,6 +136,6 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for figure, title in TITLES.items():
         if figure in rows[0]:
             lines = lines_of(rows, "sampler", "steps", figure)
-            scale = "log" if figure.endswith("distance") else "linear"
+            scale = "log" if figure == "feature_distance" else "linear"  # a kernel's may be below 0
             panels.append(Panel(lines, "steps", title=title, ticks=True, x_scale="log", y_scale=scale))
     plot_lines([panels], path)

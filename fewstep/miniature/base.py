@@ -16,7 +16,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, all_scenes, caption, training_scenes
+from fewstep.miniature.world.scenes import Scene, caption, draw_scenes
+from fewstep.miniature.world.things import OWN, THINGS
+from fewstep.miniature.world.words import ATTRIBUTES, COLOURS
 from fewstep.models.device import autocast
 from fewstep.training import consistency as cm
 from fewstep.training.distill import Batch, order_for_training, predict
@@ -25,14 +27,23 @@ from fewstep.training.trainer import WHOLE, Schedule, Shard, StepRandom, optimis
 TOKENS = 48
 TEXT_WIDTH = 96
 TEXT_BATCH = 128
-UNPROMPTED_SHARE, SQUARE_SHARE = 0.1, 0.85
+UNPROMPTED_SHARE = 0.1
+# Words of things that are not in this world, tokens all the same: it can grow without a new tokenizer.
+LATER = """\
+airplane alien astronaut banana beach umbrella balloon bat bear bee bird boat candle carrot cherries
+chicken church cloud coffee cookie cow crab deer dolphin duck eagle fire fish flame flower football frog
+garden gift present grapes hat heart hedgehog helicopter horse ice cream koala ladybug lamp lemon light
+bulb lollipop monkey moon mouse motorcycle octopus orange pagoda parrot peach pear pig pineapple pine
+christmas tree planet princess rainbow rose santa shark sheep ship skull snail snake soccer ball
+squirrel sun temple tent tomato trophy umbrella watermelon windmill wizard wolf zebra"""
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
     """Write CLIP's byte-level BPE with merges learnt from the world's captions: every word of the world is
     one token, and any other text falls apart into pieces and bytes."""
     rng = random.Random(0)
-    words = [caption(scene, rng) for scene in rng.sample(all_scenes(), 5000)]
+    words = [caption(scene, rng) for scene in draw_scenes(6000, 0, reserved=None, new=True)]
+    words += [LATER] * 40
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -59,7 +70,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 def make_scheduler() -> EulerDiscreteScheduler:
     """Return SDXL's noise schedule, rescaled to end in pure noise (zero terminal SNR, arXiv 2305.08891).
 
-    Otherwise what is left of the image at the last timestep tells the network on which side the object
+    Otherwise what is left of the image at the last timestep tells the network on which side the thing
     stands, and the prompt's word for it is never learnt. Pure noise holds no answer in terms of noise, so the
     network predicts v, as SDXL's own fine-tunes on this schedule do.
     """
@@ -96,11 +107,12 @@ class Miniature(nn.Module):
         self.text_encoder = CLIPTextModel(text)
         self.text_encoder_2 = CLIPTextModelWithProjection(text)
         self.unet = UNet2DConditionModel(
-            sample_size=16,
+            sample_size=32,
             block_out_channels=(64, 128, 192),
             layers_per_block=1,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 1, 2),  # most of them where pixels are few, as in SDXL
             attention_head_dim=(2, 4, 6),
             use_linear_projection=True,
             cross_attention_dim=2 * TEXT_WIDTH,
@@ -128,15 +140,17 @@ class Miniature(nn.Module):
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Scaled latents (N, 4, H, W), fp16, of images of one shape, and what each shows."""
+    """Scaled latents (N, 4, H, W), fp16, of images of one shape, what each shows, and how often a batch is of
+    them: `share`, relative to that of other sets."""
 
     latents: Tensor
     scenes: list[Scene]
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """Draws training batches: mostly square, now and then one of SDXL's other shapes."""
+    """Draws training batches, each of one shape."""
 
     base: Miniature
     sets: Sequence[LatentSet]
@@ -146,8 +160,7 @@ class BatchSampler:
     def __call__(self, step: int, share: Shard = WHOLE) -> Batch:
         generator = step_generator(self.seed, step)
         rng = random.Random(f"{self.seed} {step}")
-        square, *others = self.sets
-        chosen = rng.choice(others) if others and rng.random() > SQUARE_SHARE else square
+        [chosen] = rng.choices(self.sets, [part.share for part in self.sets])
         index = torch.randint(len(chosen.scenes), (self.batch,), generator=generator)
         device = self.base.unet.device
         latents = chosen.latents[share.of(index)].float().to(device, memory_format=torch.channels_last)
@@ -168,22 +181,31 @@ def _with_strange_words(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
+def labels_of_text(scene: Scene) -> list[int]:
+    """Return what captions of `scene` say: both things and their colours (0: there is none), and the rest."""
+    names, colours = list(THINGS), (OWN, *COLOURS)
+    things = [1 + names.index(thing.name) for thing in scene.things]
+    hues = [1 + colours.index(thing.hue) for thing in scene.things]
+    rest = [values.index(getattr(scene, name)) for name, values in ATTRIBUTES.items()]
+    return [*(things + [0])[:2], *(hues + [0])[:2], *rest]
+
+
 def train_text(base: Miniature, steps: int, checkpoints: Path) -> None:
     """Teach the text encoders of `base` to read, as SDXL's have learnt it before SDXL: by what captions say.
 
     From the diffusion loss alone they learn a word only as fast as it shows in noisy latents. After 200 such
     steps a base knows positions within 200 of its own; without them, it confuses left and middle after 2,700.
-    A linear layer reads a scene's attributes from each of what the UNet is given of them: the penultimate
-    states (at the end of the text) and the pooled embedding.
+    A linear layer reads a scene from each of what the UNet is given of it: the penultimate states (at the end
+    of the text) and the pooled embedding.
     """
-    scenes, device = training_scenes(), base.unet.device
-    sizes = [len(values) for values in ATTRIBUTES.values()]
+    scenes, device = draw_scenes(60_000, 3), base.unet.device
+    sizes = [1 + len(THINGS)] * 2 + [2 + len(COLOURS)] * 2 + [len(values) for values in ATTRIBUTES.values()]
     heads = nn.ModuleList(nn.Linear(TEXT_WIDTH, sum(sizes)) for _ in range(3)).to(device)
 
     def loss(step: int, share: Shard) -> Tensor:
         rng = random.Random(f"text {step}")
         shown = rng.choices(scenes, k=TEXT_BATCH)
-        labels = torch.tensor([scene.labels for scene in shown], device=device)
+        labels = torch.tensor([labels_of_text(scene) for scene in shown], device=device)
         captions = [caption(scene, rng) for scene in shown]
         end = (base.tokens(captions) == base.tokenizer.eos_token_id).int().argmax(1)
         states, pooled = base.encode_prompts(captions)
@@ -198,7 +220,7 @@ def train_text(base: Miniature, steps: int, checkpoints: Path) -> None:
     optimise("text", trained, loss, Schedule(steps, lr=2e-3, batch=TEXT_BATCH), checkpoints)
 
 
-def train_base(base: Miniature, sampler: BatchSampler, steps: int, checkpoints: Path) -> None:
+def train_base(base: Miniature, sampler: BatchSampler, schedule: Schedule, checkpoints: Path) -> None:
     """Train `base` in place; its text encoders learn from the same loss as its UNet: the mean squared error
     of v at stratified timesteps, one batch row in ten without its prompt."""
     noise_schedule = cm.NoiseSchedule.of(make_scheduler(), base.unet.device)
@@ -223,4 +245,4 @@ def train_base(base: Miniature, sampler: BatchSampler, steps: int, checkpoints: 
         output = predict(base.unet, alpha * batch.latents + sigma * noise, t, prompted)
         return F.mse_loss(output, alpha * noise - sigma * batch.latents)
 
-    optimise("base", base, loss, Schedule(steps, lr=1e-3, warmup=100, batch=sampler.batch), checkpoints)
+    optimise("base", base, loss, schedule, checkpoints)

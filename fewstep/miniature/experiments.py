@@ -3,7 +3,7 @@
     python -m fewstep.miniature.experiments NAME --work build/experiments --out benchmarks
 
 NAME is curve (quality over training steps), ablation (over k and w), universal (the LCM-LoRA on a fine-tuned
-base, alone and beside a style) or finetuning (a new object, taught without a teacher). Each writes
+base, alone and beside a style) or finetuning (a new thing, taught without a teacher). Each writes
 training-NAME.csv and a plot or a grid. A run that is started again goes on where it was.
 """
 
@@ -25,10 +25,17 @@ from safetensors import safe_open
 from fewstep.evaluation.compare import TITLES, Comparison
 from fewstep.evaluation.figures import Panel, grid, lines_of, plot_lines
 from fewstep.evaluation.generate import Sampler, ddim, fuse_lora, lcm_lora
-from fewstep.miniature.judge import Evaluator, load_judge
-from fewstep.miniature.scoring import TEACHER_GUIDANCE, TEACHER_STEPS
-from fewstep.miniature.world.dataset import pick_scenes, training_captions, write_images, write_world
-from fewstep.miniature.world.scenes import Scene, all_scenes, training_scenes, unseen_scenes
+from fewstep.miniature.judge import load_judge
+from fewstep.miniature.scoring import TEACHER_GUIDANCE, TEACHER_STEPS, Evaluator
+from fewstep.miniature.world.dataset import training_captions, write_images, write_world
+from fewstep.miniature.world.scenes import (
+    HELD_OUT_BACKDROP,
+    HELD_OUT_THINGS,
+    Scene,
+    draw_scenes,
+    scenes_with,
+    unseen_scenes,
+)
 from fewstep.models.load import Diffusion
 from fewstep.models.sources import LCM_LORA
 from fewstep.settings import Settings
@@ -43,9 +50,11 @@ from fewstep.training.run import Data, train, train_model
 from fewstep.training.trainer import Schedule, optimise
 
 CPU = torch.device("cpu")
+SIDE = 128  # px, the smaller of the sizes that the base knows, at a quarter of the larger one's cost
 SETTINGS = Settings(verify="size")
 WEIGHTS = SETTINGS.weights_root / "miniature"
 STYLE = "golden-hour"
+TAUGHT = HELD_OUT_THINGS[0]
 COLUMNS = 6  # images of each row of a grid
 
 
@@ -54,10 +63,10 @@ class ExperimentSizes:
     """How much of everything; where it is None, as much as the preset says."""
 
     captions: int = 150
-    new_captions: int = 100  # of the object that is taught
+    new_captions: int = 100  # of the thing that is taught
     world: int = 4_000  # images to distil on
     learnt: int = 600  # images of a new backdrop, and as many of known ones
-    taught: int = 200  # images of a new object
+    taught: int = 200  # images of a new thing
     rehearsed: int | None = None
     steps: tuple[int, ...] = (1, 2, 4, 8)  # to generate in
     teacher_steps: int = TEACHER_STEPS
@@ -79,8 +88,10 @@ class Experiment:
     sizes: ExperimentSizes = ExperimentSizes()
 
     def base(self) -> Diffusion:
-        """Load a fresh base, which may be changed."""
-        return load_base("miniature", SETTINGS, CPU)
+        """Load a fresh base, which may be changed; its own size is SIDE."""
+        diffusion = load_base("miniature", SETTINGS, CPU)
+        diffusion.unet.register_to_config(sample_size=SIDE // diffusion.vae_scale_factor)
+        return diffusion
 
     def table(self, name: str, **new: Sequence[Scene]) -> Comparison:
         """Return the empty table `name`: of scenes with a new thing, if any, and of known things in new
@@ -88,9 +99,9 @@ class Experiment:
         known, judge = unseen_scenes(self.sizes.captions), load_judge(WEIGHTS)
         asked = {f"new {thing}: ": scenes for thing, scenes in new.items()}
         asked |= {"known scenes: " if new else "": known}
-        evaluators = {prefix: Evaluator(judge, scenes) for prefix, scenes in asked.items()}
+        evaluators = {prefix: Evaluator(judge, scenes, SIDE) for prefix, scenes in asked.items()}
         measured = {prefix: (one.prompts, [one.measure]) for prefix, one in evaluators.items()}
-        return Comparison(self.out / f"training-{name}.csv", measured, COLUMNS, digits=1)
+        return Comparison(self.out / f"training-{name}.csv", measured, COLUMNS)
 
     def encoded(self, folder: Path) -> Data:
         """Encode the images in a folder, or take what an earlier run has encoded."""
@@ -100,7 +111,7 @@ class Experiment:
     @cached_property
     def world(self) -> Data:
         """What the base was trained on, encoded."""
-        write_world(self.work / "world", self.sizes.world)
+        write_world(self.work / "world", self.sizes.world, SIDE)
         return self.encoded(self.work / "world")
 
     def distilled(self, name: str, plan: Plan) -> Path:
@@ -173,26 +184,16 @@ def ablation(experiment: Experiment) -> None:
     experiment.plot("ablation", panels, "value", ticks=True)
 
 
-def _write_new(
-    attribute: str, folder: Path, shown: int, asked: int, seeds: tuple[int, int, int]
-) -> list[Scene]:
-    """Write images of scenes that only in `attribute` are new to the base, `shown` of them, and return as
-    many as are `asked` that are not among them; seeds of both choices, and of the images."""
-    new = [scene for scene in all_scenes() if scene.new_to_base == [attribute]]
-    taught = [scene for scene in new if not scene.reserved]
-    write_images(folder, pick_scenes(taught, shown, seeds[0]), seeds[2])
-    return pick_scenes([scene for scene in new if scene.reserved], asked, seeds[1])
-
-
 def universal(experiment: Experiment) -> None:
     """Measure the LCM-LoRA that was distilled on the base, on a base that has learnt a new backdrop since."""
     sizes, work = experiment.sizes, experiment.work
-    asked = _write_new("backdrop", work / "pyramids", sizes.learnt, sizes.captions, (1, 4, 110_000_000))
-    write_images(work / "known", pick_scenes(training_scenes(), sizes.learnt, seed=2), 120_000_000)
-    encoded = [path for name in ("pyramids", "known") for path in experiment.encoded(work / name).encoded]
+    write_images(work / "new", scenes_with(HELD_OUT_BACKDROP, sizes.learnt, 1), 110_000_000, SIDE)
+    write_images(work / "known", draw_scenes(sizes.learnt, 2), 120_000_000, SIDE)
+    encoded = [path for name in ("new", "known") for path in experiment.encoded(work / name).encoded]
     tuned = experiment.base()
     _tune(tuned, encoded, sizes, work / "universal")
 
+    asked = scenes_with(HELD_OUT_BACKDROP, sizes.captions, 4, reserved=True)
     table = experiment.table("universal", backdrop=asked)
     table.add(experiment.few_steps(), [4], system="base, LCM-LoRA")
     table.add(ddim(tuned, TEACHER_GUIDANCE), [sizes.teacher_steps], system="fine-tuned base")
@@ -219,17 +220,20 @@ def _tune(diffusion: Diffusion, encoded: Sequence[Path], sizes: ExperimentSizes,
 
 
 def finetuning(experiment: Experiment) -> None:
-    """Teach images of an object that the model has never seen, by the two methods of `scripts/train`."""
+    """Teach images of a thing that the model has never seen, by the two methods of `scripts/train`."""
     sizes, work = experiment.sizes, experiment.work
-    new = work / "windmills"
-    asked = _write_new("object", new, sizes.taught, sizes.new_captions, (5, 6, 130_000_000))
-    table = experiment.table("finetuning", object=asked)
+    new = work / TAUGHT
+    write_images(new, scenes_with(TAUGHT, sizes.taught, 5), 130_000_000, SIDE)
+    asked = scenes_with(TAUGHT, sizes.new_captions, 6, reserved=True)
+    table = experiment.table("finetuning", thing=asked)
     table.add(experiment.few_steps(), [4], system="before")
     for method, rehearse in product(("lcf", "style"), (sizes.rehearsed, 0)):
         name = method if rehearse != 0 else f"{method}, without rehearsal"
         steps = sizes.taught_steps or preset("miniature", method).schedule.steps
         steps = steps if rehearse != 0 else steps // 2  # as many for the new images in both
-        options = TrainingOptions(method, steps, sizes.batch, rehearse=rehearse, watch_every=0)
+        options = TrainingOptions(
+            method, steps, sizes.batch, rehearse=rehearse, watch_every=0, resolution=SIDE
+        )
         folder = work / f"finetuning-{name}"
         lora = train_model(
             "miniature", SETTINGS, options, lambda: find(new), folder, prior_prompts=training_captions

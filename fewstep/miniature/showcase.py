@@ -1,4 +1,6 @@
-"""Generate the README's images, and a strip for every input: python -m fewstep.miniature.showcase docs
+"""Generate the README's images, a strip for every input, and sheets of all things:
+
+    python -m fewstep.miniature.showcase docs
 
 Their inputs stand in showcase.toml.
 """
@@ -21,6 +23,8 @@ from fewstep.generation.pipeline import Pipeline
 from fewstep.images.codec import encode_image
 from fewstep.miniature.scoring import TEACHER_GUIDANCE
 from fewstep.miniature.styling import load_style
+from fewstep.miniature.world.scenes import HELD_OUT_THINGS
+from fewstep.miniature.world.things import THINGS
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 from fewstep.training.networks import load_base
@@ -31,7 +35,8 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     name: [strip.get("all", {}) | each for each in strip["each"]]
     for name, strip in SHOWCASE["strips"].items()
 }
-COLUMNS = 6
+COLUMNS, SHEET_COLUMNS = 6, 8
+SHEET_SEEDS, SHEET_PX = (1, 2, 3), 144
 STEPS, BASE_STEPS = (1, 2, 4, 8), 2
 HEIGHT = 96  # of a strip
 SETTINGS = Settings(dtype="fp32")
@@ -80,9 +85,20 @@ def _generate(pipeline: Pipeline, example: dict[str, Any]) -> list[Image.Image]:
     return [Image.open(io.BytesIO(encode_image(image, kind, quality))).convert("RGB") for image in images]
 
 
+def things(pipeline: Pipeline, seed: int) -> Image.Image:
+    """Return a sheet of four-step images of every thing that the base knows, in their order: of the plain
+    word for it and nothing else, all of them of one seed."""
+    words = [thing.words[0] for name, thing in THINGS.items() if name not in HELD_OUT_THINGS]
+    prompts = [f"an {word}" if word[0] in "aeio" else f"a {word}" for word in words]
+    images = few_steps(pipeline, 4)(prompts, [seed] * len(prompts))
+    small = [image.resize((SHEET_PX, SHEET_PX), Image.Resampling.LANCZOS) for image in images]
+    return grid(small, SHEET_COLUMNS)
+
+
 def main() -> None:
     """Write pictures.webp: all prompts in four steps; images.webp: image to image and inpainting; steps.webp:
-    six prompts by the base, then by the LCM-LoRA; and inputs/NAME.webp for every input."""
+    six prompts by the base, then by the LCM-LoRA; things-SEED.webp: every thing; and inputs/NAME.webp for
+    every input."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the pictures go")
     folder = parser.parse_args().folder
@@ -94,6 +110,8 @@ def main() -> None:
     rows += [image for steps in STEPS for image in few_steps(pipeline, steps)(*first)]
     for name, images in (("pictures", pictures), ("images", repaintings(pipeline)), ("steps", rows)):
         grid(images, COLUMNS).save(folder / f"{name}.webp", quality=92)
+    for seed in SHEET_SEEDS:
+        things(pipeline, seed).save(folder / f"things-{seed}.webp", quality=88)
     (folder / "inputs").mkdir(parents=True, exist_ok=True)
     for name, examples in EXAMPLES.items():
         strip(pipeline, examples).save(folder / "inputs" / f"{name}.webp", quality=90)

@@ -13,6 +13,8 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import numpy as np
+
 from fewstep.evaluation.figures import grid
 from fewstep.evaluation.generate import few_steps
 from fewstep.evaluation.tables import ROOT, markdown
@@ -20,16 +22,18 @@ from fewstep.generation.load import load_pipeline
 from fewstep.generation.pipeline import Pipeline
 from fewstep.lora.types import Lora
 from fewstep.miniature.judge import Judge, load_judge
+from fewstep.miniature.scoring import Evaluator
 from fewstep.miniature.vae import reconstruct
 from fewstep.miniature.world.dataset import draw_many
-from fewstep.miniature.world.restyling import STYLES, StyleMeter, draw_restyled
-from fewstep.miniature.world.scenes import ATTRIBUTES, Scene, complete_captions, unseen_scenes
+from fewstep.miniature.world.drawing import draw
+from fewstep.miniature.world.restyling import STYLES, StyleMeter
+from fewstep.miniature.world.scenes import Scene, unseen_scenes
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 
 SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 GRID_STEPS = (1, 2, 4, 8)
-GRID_PROMPT, GRID_SEED = "a red house in a meadow with mountains at sunset, in the middle", 3
+GRID_PROMPT, GRID_SEED = "a fox in the snow with mountains at night", 3
 CAPTIONS = 200
 
 
@@ -48,18 +52,20 @@ def score_style(
     drawings: int = 400,
 ) -> list[tuple[float, float]]:
     """Return how much of a style images have, from 0 as plain drawings to 1 as restyled ones, and in how many
-    percent of them all that it leaves alone is right; for each of `scales`."""
+    percent of them all that it leaves alone is right and looks whole; for each of `scales`."""
+    side = pipeline.spec.native_size
     # Fitted to drawings that went through the VAE, as all that is generated does.
     drawn, vae = unseen_scenes(drawings, seed=9), pipeline.diffusion.vae
-    plain, styled = draw_many(drawn, 5, 128, 128), draw_restyled(name, drawn, 5, 128, 128)
+    plain, styled = (draw_many(drawn, 5, side, side, how) for how in (draw, STYLES[name].draw))
     meter = StyleMeter(reconstruct(vae, plain), reconstruct(vae, styled))
-    kept = [list(ATTRIBUTES).index(attribute) for attribute in STYLES[name].leaves]
-    prompts, scores = complete_captions(scenes), []
+    evaluator, scores = Evaluator(judge, scenes, side), []
     for scale in scales:
         title = f"{name} at {scale:g}"
         generate = few_steps(pipeline, 4, title, loras=[style], style=name, style_scale=scale)
-        images = generate(prompts, range(len(prompts)))
-        right = judge.score(images, scenes)[:, kept].all(1)
+        images = generate(evaluator.prompts, range(len(evaluator.prompts)))
+        seen = judge.look(images)
+        attributes = evaluator.attributes(seen)
+        right = np.all([seen.whole, *(attributes[attribute] for attribute in STYLES[name].leaves)], 0)
         scores.append((float(meter(images).mean()), 100 * float(right.mean())))
     return scores
 

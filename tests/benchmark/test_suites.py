@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.numeric
 def test_a_run_measures_every_system_and_draws_it(tmp_path):
-    first = Scenario(128, 1)
+    first = Scenario(256, 1)
     systems = ("fewstep", HTTP, "fewstep-openvino", "diffusers")
     scenarios = (first, Scenario(64, 1), JUDGED)
     suite = replace(SUITES["miniature"], systems=systems, scenarios=scenarios, repeats=2, captions=5)
@@ -65,7 +65,7 @@ def test_a_system_that_fails_is_named_and_the_others_are_measured(tmp_path, monk
 
 
 def test_where_nothing_comes_up_there_is_no_measurement(tmp_path):
-    suite = replace(SUITES["miniature"], systems=("diffusers",), scenarios=(Scenario(128, 1),))
+    suite = replace(SUITES["miniature"], systems=("diffusers",), scenarios=(Scenario(256, 1),))
     with pytest.raises(ServerFailed, match="diffusers ended with status 1"):
         list(run(suite, tmp_path, 1, str))  # where there are no weights
 

@@ -135,7 +135,7 @@ def test_an_engine_is_made_for_the_size_that_is_measured(monkeypatch):
     monkeypatch.setattr(
         "fewstep.benchmark.systems.load_pipeline", lambda spec, settings: made.append(settings)
     )
-    for size in (64, 128):
+    for size in (64, 256):
         load_own("miniature", WEIGHTS, size, engine="compiled")
     assert [settings.compiled for settings in made] == [(Shape(64, 64),), ()]
     assert {settings.engine for settings in made} == {"compiled"}

@@ -180,7 +180,7 @@ class TestRecipe:
     def asked(self, tmp_path, monkeypatch):
         recipe = {"fewstep": "0.1.0", "model": "miniature", "revision": "c0ffee", "prompt": "a house"}
         recipe |= {"seed": 3, "negative_prompt": "", "steps": 4, "guidance": 1.0, "width": 152, "height": 104}
-        recipe |= {"lcm_scale": 1.0, "styles": [{"style": "postcard", "style_scale": 0.5, "sha256": "ab"}]}
+        recipe |= {"lcm_scale": 1.0, "styles": [{"style": "flat", "style_scale": 0.5, "sha256": "ab"}]}
         recipe |= {"prompt_strength": 0.4, "image_sha256": hashlib.sha256(self.SENT).hexdigest()}
 
         def image(recipe):
@@ -206,7 +206,7 @@ class TestRecipe:
         assert inputs == {
             **{"prompt": "a house", "negative_prompt": "", "seed": 9, "steps": 4, "guidance": 1.0},
             **{"aspect_ratio": "custom", "width": 152, "height": 104, "lcm_scale": 1.0},
-            **{"prompt_strength": 0.4, "style": "postcard", "style_scale": 0.5, "output_format": "webp"},
+            **{"prompt_strength": 0.4, "style": "flat", "style_scale": 0.5, "output_format": "webp"},
         }
         assert "the weights are others" in capsys.readouterr().err
 

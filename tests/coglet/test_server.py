@@ -115,8 +115,8 @@ def test_a_prompt_is_answered_with_an_image_and_its_metrics(generator):
     image = Image.open(io.BytesIO(base64.b64decode(body)))
     image.load()
     assert status == 200 and head == "data:image/webp;base64"
-    assert (image.format, image.size) == ("WEBP", (128, 128))
-    expected = {"seed": 7, "width": 128, "height": 128, "steps": 4, "batch_size": 1}
+    assert (image.format, image.size) == ("WEBP", (256, 256))
+    expected = {"seed": 7, "width": 256, "height": 256, "steps": 4, "batch_size": 1}
     assert answer["metrics"].items() >= expected.items()
     assert all(answer["metrics"][f"{stage}_ms"] >= 0 for stage in ("text", "steps", "decode", "encode"))
     assert "seed 7" in answer["logs"] and "unknown_words" not in answer["metrics"]
@@ -131,17 +131,17 @@ def test_words_that_no_training_has_seen_are_named(generator):
 
 def test_styles_come_and_go_without_a_trace_in_the_images(generator, reference):
     requests: dict[str, dict[str, object]] = {
-        "postcard": {"style": "postcard"},
-        "spotlight": {"style": "spotlight"},
-        "less of the postcard": {"style": "postcard", "style_scale": 0.4},
-        "both": {"style": "postcard", "extra_style": "spotlight"},
+        "flat": {"style": "flat"},
+        "ink": {"style": "ink"},
+        "less of the flat": {"style": "flat", "style_scale": 0.4},
+        "both": {"style": "flat", "extra_style": "ink"},
         "less of the LCM-LoRA": {"lcm_scale": 0.8},
     }
     found = {name: generator.generate(**inputs)[0] for name, inputs in requests.items()}
-    assert np.array_equal(read(generator.generate(style="postcard", style_scale=0)[0]), read(reference))
+    assert np.array_equal(read(generator.generate(style="flat", style_scale=0)[0]), read(reference))
     assert generator.generate()[0] == reference
     assert len({reference, *found.values()}) == 1 + len(requests)
-    assert generator.generate(style="postcard")[0] == found["postcard"]
+    assert generator.generate(style="flat")[0] == found["flat"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_styles_come_and_go_without_a_trace_in_the_images(generator, reference):
     [
         [{"prompt": prompt} for prompt in ["a blue tree in the snow", PROMPT] * 4],
         [{"prompt": prompt} for prompt in [LONG, PROMPT] * 4],
-        [{"style": style} if style else {} for style in ["", "postcard", "", "spotlight"] * 2],
+        [{"style": style} if style else {} for style in ["", "flat", "", "ink"] * 2],
     ],
     ids=["prompts", "lengths", "styles"],
 )
@@ -208,7 +208,7 @@ def test_it_generates_from_an_image(generator, photo, image_format):
 
 def test_the_size_is_the_images_or_ones_own_in_eights_and_reported(generator, photo):
     own = {"aspect_ratio": "custom", "width": 100, "height": 70}
-    for inputs, size in (({"image": data_url(photo.resize((300, 200)))}, (160, 104)), (own, (104, 72))):
+    for inputs, size in (({"image": data_url(photo.resize((300, 200)))}, (312, 208)), (own, (104, 72))):
         status, answer = generator.ask(**inputs)
         assert (status, answer["status"]) == (200, "succeeded")
         assert (answer["metrics"]["width"], answer["metrics"]["height"]) == size
@@ -216,11 +216,11 @@ def test_the_size_is_the_images_or_ones_own_in_eights_and_reported(generator, ph
 
 def test_it_repaints_where_the_mask_is_white(generator, photo):
     mask = Image.new("L", photo.size, 0)
-    mask.paste(255, (64, 0, 128, 128))
+    mask.paste(255, (128, 0, 256, 256))
     images = {"image": data_url(photo), "mask": data_url(mask)}
     [found] = generator.pixels(prompt="a night sky", prompt_strength=1, **images)
     difference = np.abs(found - np.asarray(photo, dtype=np.int16))
-    assert difference[:, :40].mean() < 8 < difference[:, 72:].mean()
+    assert difference[:, :80].mean() < 8 < difference[:, 144:].mean()
 
 
 @pytest.mark.parametrize("name", ["image", "mask"])
@@ -249,7 +249,7 @@ def test_what_is_no_image_is_refused(generator, reference, content):
 def test_an_image_is_generated_again_from_its_own_file(generator, output_format):
     inputs: dict[str, object] = {
         "prompt": "a pink mushroom, ünïcödé \U0001f344", "negative_prompt": "rain", "guidance": 1.7,
-        "steps": 3, "aspect_ratio": "3:2", "style": "postcard", "style_scale": 0.65,
+        "steps": 3, "aspect_ratio": "3:2", "style": "flat", "style_scale": 0.65,
         "extra_style": "golden-hour", "lcm_scale": 0.9,
     }  # fmt: skip
     [expected] = generator.pixels(**inputs)
@@ -303,7 +303,7 @@ def test_the_readmes_call_of_the_hosted_api_generates_here_with_another_base_url
 @pytest.mark.parametrize(("output_format", "kind"), [("jpg", "JPEG"), ("png", "PNG")])
 def test_every_format_is_what_it_says(generator, output_format, kind):
     image = Image.open(io.BytesIO(generator.generate(output_format=output_format, aspect_ratio="16:9")[0]))
-    assert (image.format, image.size) == (kind, (168, 96))
+    assert (image.format, image.size) == (kind, (336, 192))
 
 
 def test_a_drawn_seed_is_reported_and_generates_the_same_again(generator):

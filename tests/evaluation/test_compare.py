@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import drawn
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -22,8 +23,6 @@ from fewstep.cli.evaluate import main
 from fewstep.evaluation.compare import samplers, table
 from fewstep.evaluation.metrics import clip_score, feature_distance
 from fewstep.generation.load import load_pipeline
-from fewstep.miniature.world.drawing import draw
-from fewstep.miniature.world.scenes import Scene
 from fewstep.models.specs import get_model
 from fewstep.settings import Settings
 from fewstep.training.distill import FullStudent, make_full_student
@@ -80,7 +79,7 @@ def test_the_command_writes_table_plot_and_grid(lcm, tmp_path, monkeypatch):
     assert right["DDIM", "20"] >= 80
     assert "| LCM-LoRA |" in (tmp_path / "README.md").read_text()
     with Image.open(tmp_path / "grid.webp") as sheet:
-        assert sheet.size == (2 * 132 - 4, 6 * 132 - 4)
+        assert sheet.size == (2 * 260 - 4, 6 * 260 - 4)
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
@@ -108,7 +107,7 @@ def test_a_table_has_samplers_down_and_steps_across():
 
 
 def drawings(count: int, colour: str = "red") -> list[Image.Image]:
-    return [draw(Scene("house", colour, "meadow", "hills", "day", "left"), i) for i in range(count)]
+    return [drawn("house", i, colour=colour) for i in range(count)]
 
 
 @pytest.mark.numeric

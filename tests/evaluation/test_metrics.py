@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fewstep.evaluation.metrics import kernel_distance, precision_recall, wilson_interval
+from fewstep.evaluation.metrics import frechet_distance, kernel_distance, precision_recall, wilson_interval
 
 
 def test_the_kernel_distance_of_points_is_known_and_needs_no_certain_number():
@@ -40,3 +40,16 @@ def test_precision_is_what_lies_within_the_real_and_recall_what_of_that_is_reach
 )
 def test_wilsons_interval_is_as_in_the_tables(right, count, low, high):
     assert wilson_interval(right, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_frechet_distance_of_gaussians_that_are_known():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 6)) @ rng.normal(size=(6, 6))
+    shift = np.arange(6.0)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(x, x + shift) == pytest.approx(55)
+    # sqrt(A * 9 A) is 3 A: what is left is (1 + 9 - 6) tr A, and the means' own square.
+    spread = np.trace(np.cov(x, rowvar=False))
+    assert frechet_distance(x, 3 * x) == pytest.approx(4 * spread + 4 * x.mean(0) @ x.mean(0))
+    turned = x @ np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    assert frechet_distance(x, turned) == pytest.approx(frechet_distance(turned, x))

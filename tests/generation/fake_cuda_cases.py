@@ -16,6 +16,7 @@ import torch
 from fake_cuda import FakeCuda, fake_cuda, load_guard
 from generating import results_of
 from PIL import Image
+from small import MINIATURE
 from tiny import make_checkers
 from torch import Tensor
 
@@ -27,13 +28,11 @@ from fewstep.lora.types import Mix
 from fewstep.models.device import to_device, to_host
 from fewstep.models.fp8 import to_fp8
 from fewstep.models.sources import LCM_LORA
-from fewstep.models.specs import get_model
 from fewstep.request import Inputs
 from fewstep.settings import Settings
 
-MINIATURE = get_model("miniature")
 SETTINGS = Settings(device="cuda", verify="size")
-STYLE = SETTINGS.styles_root / "miniature" / "postcard.safetensors"
+STYLE = SETTINGS.styles_root / "miniature" / "flat.safetensors"
 PHOTO, MASK = Image.new("RGB", (128, 128)), Image.new("L", (128, 128), 255)
 
 # The inputs of each request of a batch; in order, since what was encoded is kept.
@@ -46,7 +45,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "image": [{"prompt": "a white house", "image": PHOTO, "prompt_strength": 0.5}],
     "mask": [{"prompt": "a white house", "image": PHOTO, "mask": MASK, "prompt_strength": 0.5}],
     "batch": [{"prompt": f"a house {i}", "num_outputs": i} for i in (1, 2)],
-    "style": [{"prompt": "a pink house", "style": "postcard", "style_scale": 1.0}],
+    "style": [{"prompt": "a pink house", "style": "flat", "style_scale": 1.0}],
     "tiny VAE": [{"prompt": "a red house"}],
     "8 bits": [{"prompt": "a red house"}],
     "8 bits, a batch": [{"prompt": f"a house {i}"} for i in range(3)],

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from generating import pixels_of as generate
+from small import MINIATURE
 from torch._dynamo.utils import counters
 
 from fewstep.errors import DeviceLost, SettingsError
@@ -18,13 +19,12 @@ from fewstep.generation.engines import compiled
 from fewstep.generation.engines.compiled import CompiledEngine, keep_compiled, padded, why_nothing_compiles
 from fewstep.generation.load import load_pipeline
 from fewstep.generation.pipeline import Pipeline
-from fewstep.models.specs import get_model
 from fewstep.request import Inputs
 from fewstep.settings import Settings, Shape
 
 pytestmark = pytest.mark.slow
 
-MINIATURE = get_model("miniature")
+
 LISTED = (Shape(64, 64), Shape(96, 64, batch=4))
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -94,8 +94,8 @@ def test_no_request_compiles_anything_and_images_are_torchs(improved, miniature,
 
 def test_a_style_is_generated_by_the_compiled_networks_and_leaves_no_trace(improved, miniature):
     before, [unstyled] = graphs(), generate(improved, wish(LISTED[0]))
-    style = improved.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
-    styled = wish(LISTED[0], style="postcard", style_scale=1.0)
+    style = improved.adapters.read(Settings().styles_root / "miniature" / "flat.safetensors", "ab")
+    styled = wish(LISTED[0], style="flat", style_scale=1.0)
     [found], [expected] = (generate(model, styled, loras=[style]) for model in (improved, miniature))
     assert np.abs(found - expected).max() <= 1 and np.abs(found - unstyled).mean() > 5
     assert np.array_equal(generate(improved, wish(LISTED[0]))[0], unstyled)

@@ -10,15 +10,14 @@ import pytest
 import torch
 from generating import pixels_of as generate
 from generating import results_of
+from small import MINIATURE
 
 from fewstep.errors import DeviceLost, OutOfMemory
 from fewstep.generation.batcher import Batcher
 from fewstep.generation.engines import Engine
 from fewstep.generation.pipeline import Pipeline
-from fewstep.models.specs import get_model
 from fewstep.request import Inputs
 
-MINIATURE = get_model("miniature")
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 LOST = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 

@@ -4,15 +4,13 @@ import logging
 
 import pytest
 import torch
+from small import MINIATURE
 from torch.utils._pytree import tree_leaves
 
 from fewstep.generation.engines.compiled import CompiledEngine
 from fewstep.generation.engines.graphs import Recorded, owned
 from fewstep.generation.text_encoder import TextEncoder
-from fewstep.models.specs import get_model
 from fewstep.request import Inputs
-
-MINIATURE = get_model("miniature")
 
 
 class Recorder:

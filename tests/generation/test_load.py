@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from generating import pixels_of as generate
+from small import MINIATURE
 
 from fewstep.errors import DeviceLost
 from fewstep.generation import load
@@ -15,11 +16,9 @@ from fewstep.generation.pipeline import Pipeline
 from fewstep.lora.merge import WeightMerger
 from fewstep.models.fp8 import Fp8Linear, StoredConv2d, StoredLinear
 from fewstep.models.memory import MemoryPlan
-from fewstep.models.specs import get_model
 from fewstep.request import Inputs
 from fewstep.settings import Settings
 
-MINIATURE = get_model("miniature")
 # Of e4m3's rounding, 1/16 of a value at most, an image shows less than half of a percent: 46 dB.
 LEAST_DB = 30.0
 
@@ -55,7 +54,7 @@ def decibels(found: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.fixture
 def style(miniature):
-    return miniature.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
+    return miniature.adapters.read(Settings().styles_root / "miniature" / "ink.safetensors", "ab")
 
 
 @pytest.mark.parametrize("how", ["small", "multiplying"])
@@ -66,7 +65,7 @@ def test_in_8_bits_images_are_nearly_the_same_and_styles_leave_no_trace(how, mon
     assert len(layers(small, StoredLinear, StoredConv2d, Fp8Linear)) > 50
     before, [unstyled] = state(small), generate(small, wish())
     assert math.inf > decibels(unstyled, generate(miniature, wish())[0]) > LEAST_DB
-    styled = wish(style="postcard", style_scale=1.0)
+    styled = wish(style="ink", style_scale=1.0)
     [found], [expected] = (generate(model, styled, loras=[style]) for model in (small, miniature))
     assert decibels(found, expected) > LEAST_DB and np.abs(found - unstyled).mean() > 3
     assert not same(state(small), before)
@@ -121,7 +120,7 @@ def test_the_setting_asks_for_it_unless_memory_has_it_already(small, asked, monk
 def test_a_card_with_room_keeps_the_weights_as_they_were_and_a_style_leaves_no_trace(monkeypatch, style):
     plain, rich = loaded(monkeypatch), loaded(monkeypatch, MemoryPlan(8, keep_pristine=True))
     assert same(state(rich), state(plain))
-    unstyled, styled = wish(), wish(style="postcard", style_scale=1.0)
+    unstyled, styled = wish(), wish(style="ink", style_scale=1.0)
     expected = [generate(plain, unstyled)[0], generate(plain, styled, loras=[style])[0]]
     # Nothing more is read from the files.
     monkeypatch.setattr(WeightMerger, "read", None)

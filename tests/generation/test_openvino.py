@@ -11,6 +11,7 @@ import pytest
 import torch
 from generating import pixels_of as generate
 from PIL import Image
+from small import MINIATURE, drawn
 from tiny import as_downloaded, make_folder
 
 from fewstep.coglet.server import ROOT
@@ -18,8 +19,6 @@ from fewstep.errors import SettingsError, WeightsError
 from fewstep.generation.engines import openvino_conversion as conversion
 from fewstep.generation.load import load_pipeline
 from fewstep.generation.pipeline import Pipeline
-from fewstep.miniature.world.drawing import draw
-from fewstep.miniature.world.scenes import Scene
 from fewstep.models.save import save_model
 from fewstep.models.specs import get_model
 from fewstep.request import Inputs
@@ -27,7 +26,7 @@ from fewstep.settings import Settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")]
 
-MINIATURE = get_model("miniature")
+
 PROMPT = "a red house in a meadow with mountains at sunset, in the middle"
 
 
@@ -77,7 +76,7 @@ GUIDED = {"guidance": 2.0, "negative_prompt": "night"}
 @pytest.mark.parametrize("inputs", [{}, {"steps": 1}, GUIDED, {"image": True}, {"clip_skip": 1}])
 def test_it_generates_what_torch_generates(pipeline, miniature, used, inputs):
     if "image" in inputs:
-        photo = draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
+        photo = drawn()
         inputs = {"image": photo, "mask": Image.new("L", photo.size, 255), "prompt_strength": 0.6}
     request = wish(**inputs)
     [found], [expected] = generate(pipeline, request), generate(miniature, request)
@@ -100,9 +99,9 @@ def test_an_image_is_the_same_in_any_batch(pipeline, in_8_bits):
 
 def test_what_it_was_not_compiled_for_is_torchs_to_the_last_bit(pipeline, in_8_bits, miniature, used):
     [before] = generate(in_8_bits, wish())
-    style = pipeline.adapters.read(Settings().styles_root / "miniature" / "postcard.safetensors", "ab")
+    style = pipeline.adapters.read(Settings().styles_root / "miniature" / "flat.safetensors", "ab")
     for inputs, loras in (
-        (wish(style="postcard"), [style]),
+        (wish(style="flat"), [style]),
         (wish(lcm_scale=0.5), []),
         (wish(aspect_ratio="16:9"), []),
         (wish(prompt=f"{PROMPT}. " * 5), []),
@@ -112,7 +111,7 @@ def test_what_it_was_not_compiled_for_is_torchs_to_the_last_bit(pipeline, in_8_b
             assert np.array_equal(generate(model, inputs, loras=loras)[0], expected)
     assert used == []
     assert np.array_equal(generate(in_8_bits, wish())[0], before)
-    generate(pipeline, wish(style="postcard", style_scale=0.0), loras=[style])  # which adds nothing
+    generate(pipeline, wish(style="flat", style_scale=0.0), loras=[style])  # which adds nothing
     assert used == [1] * 4
 
 

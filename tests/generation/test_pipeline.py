@@ -13,6 +13,7 @@ from generating import pixels_of as generate
 from generating import results_of
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
+from small import MINIATURE, drawn
 
 from fewstep.errors import GenerationError, Stopped, WeightsError
 from fewstep.generation import tensors
@@ -20,17 +21,15 @@ from fewstep.generation.load import load_pipeline
 from fewstep.generation.pipeline import Pipeline
 from fewstep.generation.tensors import encode_image, mask_of_latents
 from fewstep.miniature.world.drawing import draw
-from fewstep.miniature.world.scenes import Scene, caption, unseen_scenes
+from fewstep.miniature.world.scenes import say, unseen_scenes
 from fewstep.models.manifest import Origin, write_manifest
-from fewstep.models.specs import get_model
 from fewstep.request import Inputs
 from fewstep.settings import Settings
 
-MINIATURE = get_model("miniature")
 MATES = (
     "a blue car on the left",
     "a white castle in the snow at night",
-    "a pink balloon",
+    "a pink tulip",
     "a green rocket in the rain",
 )
 
@@ -219,7 +218,7 @@ def test_it_generates_what_diffusers_own_pipeline_generates(pipeline, steps, gui
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
     """An image of the world that the miniature did not generate."""
-    return draw(Scene("castle", "red", "snow", "hills", "day", "middle"), 1)
+    return drawn()
 
 
 STRENGTHS = (0.05, 0.3, 0.8, 1.0)
@@ -233,8 +232,8 @@ def test_the_distance_from_an_image_grows_with_strength(pipeline, steps):
     for strength in STRENGTHS:
         distances = []
         for i, (shown, wished) in enumerate(zip(scenes[:6], scenes[6:], strict=True)):
-            image = draw(shown, i)
-            text = caption(wished, random.Random(i), complete=True)
+            image = draw(shown, i, 128, 128)
+            text = say(wished, random.Random(i), complete=True).text
             [found] = generate(pipeline, wish(text, i, image=image, prompt_strength=strength, steps=steps))
             distances.append(np.abs(found - np.asarray(image)).mean())
         far.append(np.mean(distances))
@@ -420,7 +419,7 @@ def test_an_lcm_lora_that_does_not_fit_ends_the_start_with_the_count_and_the_rem
     (folder / "lcm_lora.safetensors").unlink()  # the tensors above are mapped from it
     save_file({**state, key: torch.zeros(4, 4)}, folder / "lcm_lora.safetensors")
     write_manifest(folder, model="miniature", origin=Origin("test", "", ""))
-    said = f"has 1 of 130 modules that do not fit this model, first {first}"
+    said = f"has 1 of 170 modules that do not fit this model, first {first}"
     expected = rf"^\[weights\] weights/miniature/lcm_lora.safetensors {said}.*; run: git checkout -- weights/"
     with pytest.raises(WeightsError, match=expected):
         load_pipeline(MINIATURE, Settings(weights_root=tmp_path))

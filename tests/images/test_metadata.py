@@ -47,7 +47,7 @@ def test_the_version_is_that_of_the_project():
         {},
         {"prompt": 'ünïcödé 雪 \U0001f344 "quoted"\nand, commas: 3'},
         {"prompt": "\U0001f344" * 2000, "negative_prompt": "\U0001f409" * 2000, "guidance": 1.5},
-        {"style": "postcard", "extra_style": "a/b/c.safetensors", "extra_style_scale": -0.3},
+        {"style": "flat", "extra_style": "a/b/c.safetensors", "extra_style_scale": -0.3},
         {"lcm_scale": 0.7, "style": "snow"},
         {"image": Image.new("RGB", (64, 64)), "mask": Image.new("L", (64, 64)), "prompt_strength": 0.3},
     ],
@@ -60,18 +60,18 @@ def test_every_format_keeps_all_of_it(output_format, inputs):
 def test_its_inputs_make_the_same_request():
     wishes = {
         "steps": 3, "guidance": 1.25, "negative_prompt": "rain", "aspect_ratio": "16:9", "lcm_scale": 0.9,
-        "style": "postcard", "style_scale": 0.3, "extra_style": "a/b", "extra_style_scale": -1.5,
+        "style": "flat", "style_scale": 0.3, "extra_style": "a/b", "extra_style_scale": -1.5,
         "clip_skip": 1,
     }  # fmt: skip
     assert recipe(**inputs_of(recipe(**wishes))) == recipe(**wishes)
 
 
 def test_the_text_is_what_other_tools_read():
-    content = recipe(negative_prompt="rain", guidance=1.5, style="postcard", steps=2)
+    content = recipe(negative_prompt="rain", guidance=1.5, style="flat", steps=2)
     assert parameters_text(content) == (
         "a red house\nNegative prompt: rain\n"
-        "Steps: 2, Sampler: LCM, CFG scale: 1.5, Seed: 7, Size: 128x128, Model hash: c0ffeec0ff, "
-        f'Model: miniature, Lora hashes: "postcard: abababababab", Version: fewstep {fewstep.__version__}'
+        "Steps: 2, Sampler: LCM, CFG scale: 1.5, Seed: 7, Size: 256x256, Model hash: c0ffeec0ff, "
+        f'Model: miniature, Lora hashes: "flat: abababababab", Version: fewstep {fewstep.__version__}'
     )
     assert "Clip skip: 2, " in parameters_text(recipe(clip_skip=1))  # they count from 1
     with Image.open(stored(content, "png")) as image:
@@ -92,7 +92,7 @@ def test_an_address_is_kept_without_what_may_be_a_token():
 
 
 def without(**changes):
-    return json.dumps(recipe(style="postcard") | changes)
+    return json.dumps(recipe(style="flat") | changes)
 
 
 @pytest.mark.parametrize(

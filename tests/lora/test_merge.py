@@ -23,6 +23,7 @@ from fewstep.settings import Settings
 FOLDER = Settings().weights_root / "miniature"
 LORA = FOLDER / "lcm_lora.safetensors"
 ALPHA = 8.0
+LAYERS = 169  # of the UNet that it changes
 MODULE = re.compile(r"unet\.(.*)\.lora_([AB])\.weight")
 
 
@@ -105,7 +106,7 @@ def test_fused_is_base_plus_lora_in_float64_rounded_once(tmp_path, dtype, scale)
     count = fuse(unet, write(tmp_path / "lora.safetensors", "kohya", ALPHA), scale)
     after = state(unet)
 
-    assert count == len(modules()) == 129
+    assert count == len(modules()) == LAYERS
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     for name, matrices in modules().items():
         weight = in_file[f"{name}.weight"]
@@ -184,13 +185,13 @@ UNFIT, BROKEN = "modules that do not fit this model", "modules that hold values 
 @pytest.mark.parametrize(
     "kind, said",
     [
-        ("nothing of it", f"129 of 129 {UNFIT}"),
-        ("two strangers", f"2 of 131 {UNFIT}, first unet.down_blocks_7_resnets_0_conv1"),
-        ("wider", f"129 of 129 {UNFIT}"),
-        *((kind, f"1 of 129 {UNFIT}") for kind in ("transposed", "ranks that differ", "half a module")),
-        ("two alphas", f"1 of 129 {UNFIT}"),
-        ("a key of another kind", f"1 of 130 {UNFIT}"),
-        *((kind, f"{count} of 129 {BROKEN}") for kind, count in (("nan", 2), ("inf", 2), ("alpha", 1))),
+        ("nothing of it", f"{LAYERS} of {LAYERS} {UNFIT}"),
+        ("two strangers", f"2 of {LAYERS + 2} {UNFIT}, first unet.down_blocks_7_resnets_0_conv1"),
+        ("wider", f"{LAYERS} of {LAYERS} {UNFIT}"),
+        *((kind, f"1 of {LAYERS} {UNFIT}") for kind in ("transposed", "ranks that differ", "half a module")),
+        ("two alphas", f"1 of {LAYERS} {UNFIT}"),
+        ("a key of another kind", f"1 of {LAYERS + 1} {UNFIT}"),
+        *((kind, f"{count} of {LAYERS} {BROKEN}") for kind, count in (("nan", 2), ("inf", 2), ("alpha", 1))),
         ("empty", "has no modules"),
         *((kind, "is not a plain LoRA") for kind in ("use_dora", "use_rslora", "alpha_pattern")),
         *((kind, "cannot be read") for kind in ("list", "header")),
@@ -395,11 +396,11 @@ def test_a_file_written_over_in_place_does_not_change_what_was_read(model, adapt
 
 def test_only_layers_that_change_are_written(model, adapters, tmp_path):
     style = adapters.read(write_style(model, tmp_path / "style", seed=6), "style")
-    assert adapters.apply(Mix()) == 129
+    assert adapters.apply(Mix()) == LAYERS
     assert adapters.apply(Mix()) == 0
     assert adapters.apply(Mix(((style, 0.8),))) == len(STYLED)
     assert adapters.apply(Mix(((style, 0.9),))) == len(STYLED)
-    assert adapters.apply(Mix(((style, 0.9),), lcm_scale=0.9)) == 129
+    assert adapters.apply(Mix(((style, 0.9),), lcm_scale=0.9)) == LAYERS
 
 
 def test_200_changes_of_style_leave_memory_flat(model, adapters, tmp_path):
@@ -417,7 +418,7 @@ def test_200_changes_of_style_leave_memory_flat(model, adapters, tmp_path):
 @pytest.mark.parametrize(
     "kind, said",
     [
-        ("too strong", "adds 1... times as much as the weights that it changes hold"),
+        ("too strong", "adds [0-9]{3,4} times as much as the weights that it changes hold"),
         ("header", "is not a safetensors file, or has a header of more than 4 MB"),
         *((kind, "is not a safetensors file") for kind in ("page", "pickle")),
         ("size", "has 3000000000 bytes; at most 2000000000 are allowed"),

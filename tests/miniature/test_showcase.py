@@ -6,11 +6,14 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fewstep.coglet.server import ROOT, SCHEMA
 from fewstep.evaluation.figures import GAP
 from fewstep.generation.load import load_pipeline
-from fewstep.miniature.showcase import EXAMPLES, HEIGHT, SETTINGS, strip
+from fewstep.miniature.showcase import EXAMPLES, HEIGHT, SETTINGS, SHEET_COLUMNS, SHEET_PX, strip, things
+from fewstep.miniature.world.scenes import HELD_OUT_THINGS
+from fewstep.miniature.world.things import THINGS
 from fewstep.models.specs import get_model
 
 INPUTS = json.loads(SCHEMA.read_text())["components"]["schemas"]["Input"]["properties"]
@@ -51,3 +54,18 @@ def test_a_strip_is_its_images_side_by_side(pipeline):
     one = strip(pipeline, [exact])
     # Alone and in a batch, kernels differ.
     assert np.abs(np.subtract(np.asarray(together)[:, :HEIGHT], np.asarray(one), dtype=int)).max() <= 1
+
+
+def test_a_sheet_of_things_has_every_thing_that_the_base_knows_once(pipeline, monkeypatch):
+    asked = []
+
+    def images(prompts, seeds, **how):
+        asked.extend(zip(prompts, seeds, strict=True))
+        return [Image.new("RGB", (8, 8))] * len(prompts)
+
+    monkeypatch.setattr(pipeline, "images", images)
+    sheet = things(pipeline, 5)
+    assert len(asked) == len(set(asked)) == len(THINGS) - len(HELD_OUT_THINGS)
+    assert {seed for _, seed in asked} == {5}
+    assert ("a fox", 5) in asked and ("an owl", 5) in asked and ("a flamingo", 5) not in asked
+    assert sheet.width == SHEET_COLUMNS * (SHEET_PX + GAP) - GAP

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import drawn
 from tiny import make_diffusers_folder
 from uploads import image, shard
 
 from fewstep.errors import DatasetError
 from fewstep.generation.load import load_pipeline
-from fewstep.miniature.world.drawing import draw
-from fewstep.miniature.world.scenes import Scene
 from fewstep.models.specs import get_model
 from fewstep.prompts import parse_prompt
 from fewstep.settings import Settings
@@ -39,19 +38,21 @@ def test_an_example_is_the_image_at_its_nearest_native_size(diffusion, tmp_path)
     images = captioned(tmp_path, wide=image((600, 300)), square=image((100, 100)))
     encoder = Encoder(diffusion, tmp_path / "encoded")
     wide, square = map(load_file, encoder.encode_all(images))
-    assert (wide["latents"].shape, square["latents"].shape) == ((4, 12, 21), (4, 16, 16))
-    # 600x300 covers 168x96 at a scale of 0.32, where 12 px are too much on both sides.
-    assert wide["time_ids"].tolist() == [300, 600, 0, 12, 96, 168]
-    assert square["time_ids"].tolist() == [100, 100, 0, 0, 128, 128]
+    assert (wide["latents"].shape, square["latents"].shape) == ((4, 24, 42), (4, 32, 32))
+    # 600x300 covers 336x192 at a scale of 0.64, where 24 px are too much on both sides.
+    assert wide["time_ids"].tolist() == [300, 600, 0, 24, 192, 336]
+    assert square["time_ids"].tolist() == [100, 100, 0, 0, 256, 256]
     assert encoder.captions == ["a wide house", "a square house"]
     assert encoder.no_prompt() is None  # SDXL's is all zeros
 
-    house = draw(Scene("house", "red", "meadow", "mountains", "day", "middle"), 1)
+    house = drawn("house", side=256)
     house.save(tmp_path / "house.png")
-    [drawn] = map(load_file, encoder.encode_all([Captioned(tmp_path / "house.png", "a house", "house.png")]))
+    [example] = map(
+        load_file, encoder.encode_all([Captioned(tmp_path / "house.png", "a house", "house.png")])
+    )
     vae = diffusion.vae
     with torch.inference_mode():
-        back = vae.decode(drawn["latents"][None].float() / vae.config.scaling_factor).sample[0]
+        back = vae.decode(example["latents"][None].float() / vae.config.scaling_factor).sample[0]
     expected = torch.from_numpy(np.array(house)).permute(2, 0, 1) / 127.5 - 1
     assert (back - expected).abs().mean() < 0.1
 

@@ -82,14 +82,14 @@ def test_a_run_leaves_what_a_user_needs(distilled):
     assert any(name.startswith("fewstep/events") for name in names), "TensorBoard's"
     assert len(list((distilled / "encoded").iterdir())) == 6
     with Image.open(distilled / "samples" / "step-000003.webp") as row:
-        assert row.size == (4 * 128, 128)
+        assert row.size == (4 * 256, 256)
     card = (distilled / "README.md").read_text()
     assert "samples/step-000003.webp" in card and "| rank | 8 |" in card and "base_model: miniature" in card
     made = {"method": "lora", "model": "miniature", "step": 3, "rank": 8, "steps": 3, "batch": 4}
     for name in FILES:
         with safe_open(distilled / name, framework="pt") as file:
             metadata = json.loads(file.metadata()["fewstep"])
-        assert metadata | made | {"guidance": [0.8, 1.6]} == metadata
+        assert metadata | made | {"guidance": [1.5, 2.5]} == metadata
 
 
 def test_plain_diffusers_and_the_server_generate_with_it_alike(distilled, pipeline, monkeypatch):

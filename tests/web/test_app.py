@@ -38,11 +38,11 @@ def test_the_page_and_its_facts(web):
         facts = client.get("/api/config").json()
     assert page.headers["content-type"].startswith("text/html")
     assert page.headers["cache-control"] == "no-cache"
-    expected = {"model": "miniature", "live": True, "quick": False, "improve": False}
+    expected = {"model": "miniature", "live": True, "quick": True, "improve": False}
     assert facts.items() >= expected.items()
-    assert facts["sizes"][0] == {"name": "1:1", "width": 128, "height": 128} and len(facts["sizes"]) == 9
+    assert facts["sizes"][0] == {"name": "1:1", "width": 256, "height": 256} and len(facts["sizes"]) == 9
     assert facts["guidance"] == [0, 4] and facts["negative_prompt_above"] == 1
-    assert facts["examples"][0] == "a red house in the snow at night"  # of the words that this model knows
+    assert facts["examples"][0] == "a fox in the snow at night"  # of the words that this model knows
 
 
 def test_an_image_is_kept_by_whom_it_was_generated_for_and_by_nobody_else(web):

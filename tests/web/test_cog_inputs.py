@@ -27,7 +27,7 @@ def test_a_prompt_alone_becomes_inputs_with_the_size_and_the_seed_settled():
     assert 0 <= seed < 2**31
     assert cog.inputs == {
         "prompt": "a red house", "steps": 4, "guidance": 1.0, "num_outputs": 1, "aspect_ratio": "custom",
-        "width": 128, "height": 128, "output_format": "webp", "output_quality": 90,
+        "width": 256, "height": 256, "output_format": "webp", "output_quality": 90,
     }  # fmt: skip
 
 
@@ -79,9 +79,9 @@ def test_images_go_as_our_own_pixels_of_the_size_that_is_generated():
     picture = sent(encoded(photo, "JPEG", exif=b"Exif\0\0secret place"), open_image)
     mask = sent(encoded(Image.new("L", (300, 200), 255)), open_mask)
     cog = CogInputs.create(MINIATURE, {"prompt": "a", "prompt_strength": 0.5}, image=picture, mask=mask)
-    assert cog.size == (160, 104)
+    assert cog.size == (312, 208)
     image = decoded(cog.inputs["image"])
-    assert (image.format, image.size, decoded(cog.inputs["mask"]).size) == ("PNG", (160, 104), (160, 104))
+    assert (image.format, image.size, decoded(cog.inputs["mask"]).size) == ("PNG", (312, 208), (312, 208))
     assert b"secret" not in base64.b64decode(cog.inputs["image"].partition(",")[2])
     assert cog.recipe["from_image"] and "image" not in cog.recipe and cog.inputs["prompt_strength"] == 0.5
 

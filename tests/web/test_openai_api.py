@@ -48,9 +48,9 @@ def test_the_official_client_generates(web):
 def test_the_official_client_edits_where_the_mask_is_transparent(web):
     client = openai.OpenAI(base_url=f"{web.url}/v1", api_key="any", max_retries=0)
     plain = client.images.generate(prompt=PROMPT, extra_body={"seed": 3}).data[0].b64_json
-    alpha = np.full((128, 128), 255, np.uint8)
-    alpha[:, :64] = 0
-    mask = Image.fromarray(np.dstack([np.zeros((128, 128, 3), np.uint8), alpha]), "RGBA")
+    alpha = np.full((256, 256), 255, np.uint8)
+    alpha[:, :128] = 0
+    mask = Image.fromarray(np.dstack([np.zeros((256, 256, 3), np.uint8), alpha]), "RGBA")
     edited = client.images.edit(
         image=("a.png", base64.b64decode(plain)),
         mask=("m.png", encoded(mask)),
@@ -58,7 +58,7 @@ def test_the_official_client_edits_where_the_mask_is_transparent(web):
         extra_body={"seed": 9, "strength": 1},
     )
     away = difference(decoded(plain), decoded(edited.data[0].b64_json))
-    assert away[:, 72:].mean() < 4 < 20 < away[:, :56].mean()
+    assert away[:, 144:].mean() < 4 < 20 < away[:, :112].mean()
 
 
 WEBUI = {"model": "dall-e-3", "n": 1, "size": "1024x1024", "response_format": "b64_json"}
@@ -68,7 +68,7 @@ LIBRECHAT = {"model": "gpt-image-1", "background": "auto", "quality": "auto", "o
 @pytest.mark.parametrize(("sent", "kind"), [(WEBUI, "PNG"), ({**LIBRECHAT, "size": "auto"}, "WEBP")])
 def test_a_request_as_open_webui_and_as_librechat_sends_it(web, sent, kind):
     image = decoded(ask(web, prompt=PROMPT, **sent).json()["data"][0]["b64_json"])
-    assert (image.format, image.size) == (kind, (128, 128))  # the miniature's, in the same shape
+    assert (image.format, image.size) == (kind, (256, 256))  # the miniature's, in the same shape
 
 
 def test_an_address_is_given_to_whoever_asks_for_one(fake_web):
@@ -82,13 +82,13 @@ def test_an_address_is_given_to_whoever_asks_for_one(fake_web):
 @pytest.mark.parametrize(
     ("fields", "inputs"),
     [
-        ({}, {"steps": 4, "width": 128, "height": 128, "output_format": "png"}),
+        ({}, {"steps": 4, "width": 256, "height": 256, "output_format": "png"}),
         ({"quality": "low"}, {"steps": 2}),
         ({"quality": "hd"}, {"steps": 8}),
         ({"quality": "unheard of"}, {"steps": 4}),
         ({"num_inference_steps": 50}, {"steps": 8}),
         ({"guidance_scale": 7.5, "negative_prompt": "blue"}, {"guidance": 4.0, "negative_prompt": "blue"}),
-        ({"size": "1792x1024"}, {"width": 168, "height": 96}),
+        ({"size": "1792x1024"}, {"width": 336, "height": 192}),
         ({"size": "100x100"}, {"width": 96, "height": 96}),
         ({"size": "160x130"}, {"width": 160, "height": 128}),
         ({"output_format": "jpeg", "output_compression": 50}, {"output_format": "jpg", "output_quality": 50}),

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from conftest import FakeBackend, FakePool, decoded, encoded, running_app
-from test_live import difference, read
+from small import read
+from test_live import difference
 
 from fewstep.benchmark.page import LOADED
 from fewstep.images.metadata import read_recipe
@@ -53,8 +54,9 @@ class Tab:
         return self.shown(prompt)
 
     def shown(self, prompt):
-        """The image of this prompt, once it is on the screen."""
-        is_shown = "prompt => document.documentElement.dataset.shownPrompt === prompt"
+        """The image of this prompt, once it is on the screen in full size."""
+        is_shown = """prompt => { const { shownPrompt, shownQuick } = document.documentElement.dataset
+            return shownPrompt === prompt && shownQuick === 'false' }"""
         self.page.wait_for_function(is_shown, arg=prompt, timeout=60_000)
         return self.image()
 
@@ -227,7 +229,7 @@ def test_an_image_is_dropped_in_and_a_mask_is_generated_over_it(tab):
         tab.stroke("#mask-canvas", (0.02, part), (0.25, part))
     masked = tab.image_after(lambda: tab.page.click("#mask-done"))
     changed = difference(masked, plain)
-    assert changed[:, 80:].mean() < 5 < changed[:, :32].mean()
+    assert changed[:, 160:].mean() < 5 < changed[:, :64].mean()
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ from fewstep.images.codec import encode_image
 from fewstep.models.device import DTYPES
 from fewstep.settings import Settings
 
+SCENARIO = Scenario(256)
+
 
 class Predictor(BasePredictor):
     """Takes requests as they come, and generates one after the other."""
@@ -31,9 +33,9 @@ class Predictor(BasePredictor):
         prompt: str = Input(description="What to paint."),
         seed: int = Input(description="Of the noise.", default=0),
     ) -> list[Path]:
-        """Generate in 4 steps, at 128 px."""
+        """Generate in 4 steps, at the miniature's size."""
         loop = asyncio.get_running_loop()
-        [image] = await loop.run_in_executor(self.thread, self.system.generate, Scenario(128), [prompt], [seed])
+        [image] = await loop.run_in_executor(self.thread, self.system.generate, SCENARIO, [prompt], [seed])
         with tempfile.NamedTemporaryFile(suffix=".webp", delete=False) as file:  # coglet reads it later
             file.write(encode_image(image, "webp", 90))
         return [Path(file.name)]
@@ -41,6 +43,6 @@ class Predictor(BasePredictor):
 
 def _load() -> System:
     settings = Settings.from_env()
-    system = diffusers(settings.model, settings.weights_root, 128, DTYPES[settings.dtype])
-    system.generate(Scenario(128), ["warm up"], [0])
+    system = diffusers(settings.model, settings.weights_root, SCENARIO.size, DTYPES[settings.dtype])
+    system.generate(SCENARIO, ["warm up"], [0])
     return system

@@ -1,1 +1,1 @@
-"""The miniature's world: its scenes, how they are said, and how they are drawn."""
+"""The miniature's world: its things, its scenes, how they are said, and how they are drawn."""

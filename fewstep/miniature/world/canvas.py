@@ -35,7 +35,7 @@ class Canvas:
         self.w, self.h = width * SUPERSAMPLING, height * SUPERSAMPLING
         self.unit = min(self.w, self.h)
         self.horizon = self.h * (HORIZON + self.uniform(-0.03, 0.03))
-        self.tint, self.land_light, self.object_light = PALETTE["light"][scene.sky].values()
+        self.tint, self.land_light, self.thing_light = PALETTE["light"][scene.sky].values()
         self.dark = scene.sky in ("night", "aurora")
         self.image = self.gradient(PALETTE["sky"][scene.sky], 0, self.h)
         self.pen = ImageDraw.Draw(self.image, "RGBA")

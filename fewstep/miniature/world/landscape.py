@@ -1,4 +1,4 @@
-"""What surrounds the object: the sky and the weather before it, the backdrop on the horizon, the ground up to
+"""What surrounds the things: the sky and the weather before it, the backdrop on the horizon, the ground up to
 our feet; for each value of these attributes the function draw_VALUE."""
 
 from __future__ import annotations

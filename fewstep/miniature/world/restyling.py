@@ -1,77 +1,53 @@
-"""Three styles for the miniature's world, made from finished drawings, and how much of one an image has.
+"""Three styles for the miniature's world, and how much of one an image has: things drawn flat, all of it in
+ink, and the light of a golden hour.
 
-What a style leaves alone is still read by the judge, which has never seen it.
+What a style leaves alone the judge reads in it, too, since it has learnt from drawings in every style.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 
-from fewstep.miniature.world.dataset import Images, Pixels
+from fewstep.miniature.world.dataset import Draw, Images, Pixels
 from fewstep.miniature.world.drawing import draw
-from fewstep.miniature.world.scenes import ATTRIBUTES, Scene
+from fewstep.miniature.world.scenes import Scene
+from fewstep.miniature.world.words import ATTRIBUTES
 
-SUPERSAMPLING = 3
 CELLS = 3  # of the image, each way, for the meter
-
-
-def postcard(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Add a cream border with rounded corners."""
-    unit = min(image.size)
-    big = (SUPERSAMPLING * image.width, SUPERSAMPLING * image.height)
-    margin, radius = SUPERSAMPLING * unit * rng.uniform(0.05, 0.06), SUPERSAMPLING * 0.10 * unit
-    mask = Image.new("L", big)
-    box = (margin, margin, big[0] - margin, big[1] - margin)
-    ImageDraw.Draw(mask).rounded_rectangle(box, radius, fill=255)
-    sheet = Image.new("RGB", image.size, (252, 246, 230))
-    sheet.paste(image, mask=mask.resize(image.size, Image.Resampling.BOX))
-    return sheet
-
-
-def spotlight(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Put light on the middle and violet dark in the corners."""
-    y, x = np.mgrid[0 : image.height, 0 : image.width]
-    reach = rng.uniform(0.60, 0.65)
-    away = np.hypot(x / image.width - 0.5, y / image.height - 0.55)[..., None] / reach
-    lit = 1 - 0.85 * np.clip((away - 0.45) / 0.55, 0, 1) ** 1.5
-    dark = np.array([16.0, 8.0, 28.0])
-    return Image.fromarray((lit * np.asarray(image) + (1 - lit) * dark).astype(np.uint8))
 
 
 def golden_hour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Put low golden light on the left and violet shade on the right."""
     x = np.linspace(0, 1, image.width)[None, :, None]
     light = np.array([255.0, 170.0, 70.0]) * (1 - x) + np.array([120.0, 40.0, 170.0]) * x
-    share = rng.uniform(0.19, 0.25)
+    share = rng.uniform(0.25, 0.32)
     return Image.fromarray(((1 - share) * np.asarray(image) + share * light).astype(np.uint8))
+
+
+def _golden(scene: Scene, seed: int, width: int, height: int) -> Image.Image:
+    return golden_hour(draw(scene, seed, width, height), np.random.default_rng((seed, 1)))
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a drawing is restyled, and the attributes that the judge still reads in at least 98 % of them."""
+    """How a scene is drawn in a style, and the attributes that it leaves alone."""
 
-    restyle: Callable[[Image.Image, np.random.Generator], Image.Image]
+    draw: Draw
     leaves: tuple[str, ...]
 
 
+UNCOLOURED = ("things", *ATTRIBUTES)
 STYLES = {
-    "postcard": Style(postcard, ("object", "colour", "position")),
-    "spotlight": Style(spotlight, ("object", "colour", "position")),
-    "golden-hour": Style(golden_hour, tuple(ATTRIBUTES)),
+    "flat": Style(partial(draw, hand="flat"), (*UNCOLOURED, "colours")),
+    # A wash leaves little between a desert and snow.
+    "ink": Style(partial(draw, hand="ink"), tuple(one for one in UNCOLOURED if one != "ground")),
+    "golden-hour": Style(_golden, (*UNCOLOURED, "colours")),
 }
-
-
-def draw_restyled(name: str, scenes: list[Scene], seed: int, width: int, height: int) -> Pixels:
-    """Return drawings of `scenes` in a style, uint8 (N, height, width, 3); image i comes from seed `seed +
-    i`."""
-    seeded = [(draw(scene, seed + i, width, height), (seed + i, 1)) for i, scene in enumerate(scenes)]
-    restyle = STYLES[name].restyle
-    return np.stack([np.asarray(restyle(image, np.random.default_rng(own))) for image, own in seeded])
 
 
 class StyleMeter:
