@@ -3,11 +3,23 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from small import MINIATURE
 
 from fewstep.errors import FewstepError
 from fewstep.generation.pipeline import GenerationResult, Pipeline
 from fewstep.lora.types import Lora
 from fewstep.request import Inputs
+
+MATES = (
+    "a blue car on the left",
+    "a white castle in the snow at night",
+    "a pink tulip",
+    "a green rocket in the rain",
+)
+
+
+def wish(prompt="a red house in a meadow with mountains at sunset", seed=7, **inputs) -> Inputs:
+    return Inputs.create(MINIATURE, prompt=prompt, seed=seed, **inputs)
 
 
 def results_of(

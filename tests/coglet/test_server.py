@@ -6,93 +6,33 @@ import io
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from serving import PROMPT, Generator, assert_same_image, data_url, read, start
 
 from fewstep.coglet.server import (
     COGLET_ROOT,
     CONCURRENCY,
     ROOT,
     SCHEMA,
-    Server,
-    free_port,
     running_server,
 )
 from fewstep.errors import ServerFailed
 from fewstep.images.metadata import inputs_of, read_recipe
 from fewstep.images.outputs import KEEP_S
 
-PROMPT = "a red house in a meadow with mountains at sunset"
 LONG = f"{PROMPT}, {PROMPT}, " * 3
 FAILED = re.compile(r"Prediction failed: Async prediction failed: (\w+): (\[[a-z_]+\] .+)")
-
-
-class Generator:
-    """A running server, its files and its log."""
-
-    def __init__(self, server: Server, folder: Path) -> None:
-        self.server = server
-        self.outputs = folder / "outputs"
-        self.log = folder / "log"
-        self.ids: list[str] = []
-
-    def ask(self, id: str | None = None, timeout_s: float = 100, **inputs: object) -> tuple[int, Any]:
-        asked = {"prompt": PROMPT, "seed": 7, "steps": 2} | inputs
-        sent = {name: value for name, value in asked.items() if value is not ...}
-        body = {"id": id or self.new_id(), "input": sent}
-        return self.server.post("/predictions", body, timeout_s)
-
-    def generate(self, **inputs: object) -> list[bytes]:
-        status, answer = self.ask(**inputs)
-        while status == 409:  # coglet has room for a caller again only a moment after its answer
-            time.sleep(0.01)
-            status, answer = self.ask(**inputs)
-        assert (status, answer.get("status")) == (200, "succeeded"), answer
-        return [base64.b64decode(url.partition(";base64,")[2], validate=True) for url in answer["output"]]
-
-    def pixels(self, **inputs: object) -> list[np.ndarray]:
-        return [read(content) for content in self.generate(output_format="png", **inputs)]
-
-    def predictions_started(self) -> int:
-        return self.log.read_text(errors="replace").count("Starting prediction")
-
-    def new_id(self) -> str:
-        self.ids.append(f"test-{os.getpid()}-{self.server.port}-{len(self.ids)}")
-        return self.ids[-1]
-
-
-def read(content: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(content)), dtype=np.int16)
-
-
-def assert_same_image(found: np.ndarray, expected: np.ndarray) -> None:
-    """Equal within what other kernels at another batch size change: DESIGN's bound for fp32."""
-    difference = np.abs(found - expected)
-    assert difference.max() <= 1 and (difference > 0).mean() <= 0.0005
-
-
-def environment(folder: Path, **variables: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FEWSTEP_")}
-    # fp32, since a CPU that multiplies bf16 would use it, and other batch sizes then differ by more.
-    own = {"FEWSTEP_OUTPUTS": str(folder / "outputs"), "FEWSTEP_DTYPE": "fp32", "NO_COLOR": "1"}
-    return kept | own | variables
-
-
-def start(folder: Path, **variables: str) -> Any:
-    log = open(folder / "log", "wb")
-    return running_server(port=free_port(), log=log, environ=environment(folder, **variables))
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +124,6 @@ def test_a_style_that_leads_elsewhere_is_refused_and_nothing_is_asked(generator,
     assert kind == "InvalidRequest" and told.startswith("[invalid_request] style")
     assert "passwd" not in told and "127" not in told
     assert generator.generate()[0] == reference
-
-
-def data_url(image: Image.Image, image_format: str = "PNG") -> str:
-    file = io.BytesIO()
-    image.save(file, image_format)
-    return f"data:image/{image_format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 @pytest.fixture(scope="module")
@@ -445,39 +379,6 @@ def test_a_taken_port_is_named(generator):
     port = generator.server.port
     with pytest.raises(ServerFailed, match=f"port {port} .*set PORT"), running_server(port=port, environ={}):
         pass
-
-
-def remove_folder(weights: Path, largest: Path) -> str:
-    shutil.rmtree(weights)
-    return "weights/miniature is missing"
-
-
-def remove_file(weights: Path, largest: Path) -> str:
-    largest.unlink()
-    return f"weights/miniature/{largest.relative_to(weights)} is missing"
-
-
-def flip_byte(weights: Path, largest: Path) -> str:
-    content = bytearray(largest.read_bytes())
-    content[-1] ^= 1
-    largest.write_bytes(content)
-    return f"weights/miniature/{largest.relative_to(weights)} is damaged"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", [remove_folder, remove_file, flip_byte])
-def test_damaged_weights_stop_the_start_with_one_sentence(damage, tmp_path):
-    weights = tmp_path / "weights" / "miniature"
-    shutil.copytree(ROOT / "weights" / "miniature", weights)
-    expected = damage(weights, max(weights.rglob("*.safetensors"), key=lambda path: path.stat().st_size))
-    with start(tmp_path, FEWSTEP_WEIGHTS=str(weights.parent)) as server:
-        with pytest.raises(ServerFailed) as caught:
-            server.wait_ready()
-        status, _ = server.post("/predictions", {"input": {"prompt": PROMPT}}, 10)
-    sentence = str(caught.value)
-    assert sentence.startswith(f"[weights] {expected}") and "\n" not in sentence
-    assert sentence.endswith("run: git checkout -- weights/miniature")
-    assert str(tmp_path) not in sentence and status == 503
 
 
 def test_the_schema_that_coglet_reads_is_the_golden_file(generator):
