@@ -82,6 +82,12 @@ def test_few_steps_are_as_good_as_they_are_meant_to_be(steps, target):
     assert _published(steps) >= target
 
 
+@pytest.mark.xfail(reason="they are less sharp: 11 points fewer look whole")
+def test_images_of_the_tiny_vae_are_as_right():
+    [tiny] = [right for system, right in PUBLISHED.items() if "tiny" in system]
+    assert tiny >= _published(4) - 5
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_few_steps_generate_what_was_asked(evaluator, pipeline, steps):
     found = evaluator.generate_and_score("", few_steps(pipeline, steps)).all_right

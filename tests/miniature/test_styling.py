@@ -98,7 +98,7 @@ def test_a_style_grows_with_its_scale_and_leaves_as_much_right_as_the_card_says(
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_style_leaves_the_rest_right(name):
     right = dict(zip(SCALES, published(name), strict=True))
-    assert right[0.8] >= right[0] - 5
+    assert min(right[0.8], right[1.0]) >= right[0] - 5
 
 
 @pytest.mark.parametrize("name", STYLES)
