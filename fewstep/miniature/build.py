@@ -73,20 +73,21 @@ class Sizes:
     vae_images: int = 5_000
     vae_steps: int = 10_000
     judge_images: int = 10_000  # whole, and as many broken
-    judge_steps: int = 2_200
+    judge_steps: int = 3_000
     text_steps: int = 700
     base: tuple[BaseStage, ...] = (
         BaseStage(SMALL, 1_600, 64, 22_000),
         BaseStage(SMALL, 800, 64, 32_000),
         BaseStage(LARGE, 1_380, 16, 9_000, 200, lr=5e-4, flat=0.72),
         BaseStage(LARGE, 3_800, 48, 20_000, 400, lr=8e-4, flat=0.21),
+        BaseStage(LARGE, 1_750, 48, 12_000, 300, lr=6e-4, flat=0.3),
     )
     sharp_steps: int = 900
     lora_images: int = 4_000  # squares of each size, for the tiny VAE, too
     lora_steps: int = LORA.schedule.steps
     lora_batch: int = LORA.schedule.batch
     style_images: int = 1_500  # of each, of each size
-    style_steps: int = 250
+    style_steps: int = 600
     style_batch: int = 32
     tiny_vae_steps: int = 2_000
     captions: int = 600  # to score by

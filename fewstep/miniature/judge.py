@@ -31,7 +31,6 @@ READ_AT_ONCE, UNREAD = 64, -100
 PLACE_COUNT, REST = len(ATTRIBUTES["position"]), ("ground", "backdrop", "sky")
 THING_COUNT, COLOUR_COUNT = 1 + len(THINGS), 2 + len(COLOURS)  # with nothing, and with its own colour
 REST_COUNTS = [len(ATTRIBUTES[name]) for name in REST]
-MIRRORED = [2, 1, 0, 5, 4, 3, 6, 7, 8]  # where a mirrored image's labels are found
 WIDTHS = (32, 64, 128, 160)  # channels, at 64 x 64, 32 x 32 ... 8 x 8
 PATCHED, PATCH_PX = 2, 16  # the level that tells where it is broken, and its patches' side
 PAIRS, LOOKS_WEIGHT = 32, 5.0  # in training
@@ -153,9 +152,9 @@ def labels_in_any_hand(scenes: Sequence[Scene], seed: int) -> Tensor:
 def train_judge(
     whole: Pixels, broken: Pixels, labels: Tensor, steps: int, checkpoints: Path, device: torch.device
 ) -> Judge:
-    """Train on pairs of a `whole` drawing and a `broken` one of the same scene and seed, half of them
-    mirrored, all as decoders leave them: on what the whole one shows, `labels`, (N, 9), on which is which,
-    and on where they differ."""
+    """Train on pairs of a `whole` drawing and a `broken` one of the same scene and seed, as decoders leave
+    them: on what the whole one shows, `labels`, (N, 9), on which is which, and on where they differ. None is
+    mirrored, since a thing that looks to the other side is not one that the world has."""
     torch.manual_seed(1)
     judge, labels = Judge().to(device), labels.to(device)
 
@@ -164,8 +163,6 @@ def train_judge(
         pairs = torch.randint(len(labels), (PAIRS,), generator=generator).sort().values
         x = torch.cat([to_tensor(images[pairs.numpy()]) for images in (whole, broken)])
         shown = labels[pairs.to(device)]
-        if torch.rand((), generator=generator) < 0.5:
-            x, shown = x.flip(3), shown[:, MIRRORED]
         apart = F.avg_pool2d((x[:PAIRS] - x[PAIRS:]).abs().mean(1, keepdim=True), PATCH_PX) > APART
         x = soften(x, generator).to(device, memory_format=torch.channels_last)
         with autocast(device):

@@ -9,7 +9,6 @@ import torch
 from PIL import Image, ImageFilter
 
 from fewstep.miniature.judge import (
-    MIRRORED,
     PLACE_COUNT,
     UNREAD,
     Judge,
@@ -103,7 +102,7 @@ def test_it_takes_any_size_and_answers_for_every_label():
     )
 
 
-@pytest.mark.parametrize("put", PUTS, ids=lambda put: put.__name__)
+@pytest.mark.parametrize("put", dict.fromkeys(PUTS), ids=lambda put: put.__name__)
 def test_a_thing_put_badly_is_another_image_in_the_same_place(put):
     rabbit = Scene((Placed("rabbit"),), "meadow", "mountains", "day", "left")
     for seed in range(3):
@@ -136,14 +135,6 @@ def test_softening_is_seeded_and_changes_less_than_breaking():
     assert one.shape == x.shape and one.abs().max() <= 1.0
     assert (soften(x[:1], torch.Generator().manual_seed(6)) - x[:1]).abs().mean() < 0.12
     assert (one - x).abs().mean() < (broken - x).abs().mean()
-
-
-def test_a_mirrored_scene_has_the_mirrored_labels():
-    right = Scene(FOX.things, FOX.ground, FOX.backdrop, FOX.sky, "right")
-    assert [FOX.labels[i] for i in MIRRORED] == list(right.labels)
-    turned = Scene(BOTH.things[::-1], BOTH.ground, BOTH.backdrop, BOTH.sky, "right")
-    two = [turned.labels[i] for i in MIRRORED]
-    assert sorted(two) == sorted(BOTH.labels) and two[6:] == list(BOTH.labels[6:])
 
 
 def test_colours_are_unread_in_drawings_of_ink_and_nowhere_else():
@@ -183,7 +174,7 @@ def test_what_is_damaged_is_further_from_drawings_and_a_slight_blur_is_still_rig
 
 @pytest.mark.slow
 @pytest.mark.numeric
-@pytest.mark.xfail(reason="it calls half of the broken images of the new miniature whole")
+@pytest.mark.xfail(reason="it calls three of five broken images of the new miniature whole")
 def test_it_finds_whole_and_broken_what_eyes_have_found_so(judge):
     """benchmarks/judge: generated images of the old miniature and of this one, each looked at by a person."""
     with (LABELLED / "labels.csv").open(encoding="utf-8") as file:

@@ -131,6 +131,20 @@ def put_two_faced(c: Canvas, image: Image.Image, place: str, thing: Placed, hand
     image.paste(blend(once, other, share))
 
 
+def put_misplaced(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
+    """Put parts of it where others belong: a third eye, a beak on an ear."""
+    drawn = _drawn(c, image, place, thing, hand)
+    pixels, unit = np.asarray(drawn), min(image.size)
+    inside = np.argwhere((pixels != np.asarray(image)).any(2))
+    y, x = np.mgrid[0 : image.height, 0 : image.width]
+    for _ in range(int(c.rng.integers(1, 4))):
+        source, target = (inside[int(c.rng.integers(len(inside)))] for _ in range(2))
+        away = np.hypot(y - target[0], x - target[1]) / unit
+        part = Image.fromarray(np.roll(pixels, target - source, (0, 1)))
+        drawn = blend(drawn, part, np.clip((c.uniform(0.05, 0.11) - away) / 0.01, 0, 1))
+    image.paste(drawn)
+
+
 def put_effaced(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str) -> None:
     """Rub out what is within its outline, here and there."""
     drawn = _drawn(c, image, place, thing, hand)
@@ -181,7 +195,8 @@ def put_bent(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: str
 
 PUTS = (
     *(put_ghost, put_smeared, put_chimera, put_doubled, put_pieced, put_two_faced),
-    *(put_melted, put_effaced),
+    *(put_pieced, put_two_faced),  # twice as often, since nothing but knowing the thing tells them
+    *(put_misplaced, put_melted, put_effaced),
     *(put_cut, put_blurred, put_bent),
 )
 

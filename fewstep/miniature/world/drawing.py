@@ -1,8 +1,9 @@
 """Draw a scene: sky, backdrop, ground, one thing or two, weather.
 
 The landscape is drawn by Pillow at twice the size and reduced, things are cut out of their sheet. What the
-scene leaves open (shapes of hills and clouds, a thing's size, exact place and direction) comes from the seed,
-so one scene has endlessly many images.
+scene leaves open (shapes of hills and clouds, a thing's size and exact place) comes from the seed, so one
+scene has endlessly many images. Things look to the side to which their artist drew them: where half of them
+were mirrored, in few steps a model of this size made two heads of the two ways, one at each end.
 """
 
 from __future__ import annotations
@@ -56,10 +57,9 @@ def draw(
 
 
 def wash(image: Image.Image) -> Image.Image:
-    """Return an image as a wash of ink on paper: four tones and what lies between, as a brush has them."""
+    """Return an image as a wash of ink on paper, in greys that are lighter than the lines of things."""
     grey = np.asarray(image.convert("L"), np.float64)[..., None] / 255
-    tones = 0.55 * grey + 0.45 * np.round(grey * 4) / 4
-    washed = np.array(INK) + (np.array(PAPER) - np.array(INK)) * (0.25 + 0.75 * tones)
+    washed = np.array(INK) + (np.array(PAPER) - np.array(INK)) * (0.15 + 0.85 * grey)
     return Image.fromarray(washed.round().astype(np.uint8))
 
 
@@ -83,8 +83,6 @@ def draw_thing(c: Canvas, image: Image.Image, place: str, thing: Placed, hand: s
     cut = picture(thing.name, thing.colour, hand)
     scale = size / max(cut.size)
     cut = cut.resize((round(cut.width * scale), round(cut.height * scale)), Image.Resampling.LANCZOS)
-    if c.rng.random() < 0.5:
-        cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     wide = 0.46 * cut.width * (0.8 if floats else 1.0)
     if c.scene.ground == "lake" and not floats:
         _ellipse(image, x, foot, 1.25 * wide, 0.075 * unit, c.lit((214, 238, 244)), 130)
