@@ -94,8 +94,8 @@ def test_no_request_compiles_anything_and_images_are_torchs(improved, miniature,
 
 def test_a_style_is_generated_by_the_compiled_networks_and_leaves_no_trace(improved, miniature):
     before, [unstyled] = graphs(), generate(improved, wish(LISTED[0]))
-    style = improved.adapters.read(Settings().styles_root / "miniature" / "flat.safetensors", "ab")
-    styled = wish(LISTED[0], style="flat", style_scale=1.0)
+    style = improved.adapters.read(Settings().styles_root / "miniature" / "ink.safetensors", "ab")
+    styled = wish(LISTED[0], style="ink", style_scale=1.0)
     [found], [expected] = (generate(model, styled, loras=[style]) for model in (improved, miniature))
     assert np.abs(found - expected).max() <= 1 and np.abs(found - unstyled).mean() > 5
     assert np.array_equal(generate(improved, wish(LISTED[0]))[0], unstyled)

@@ -17,7 +17,7 @@ from fewstep.images.metadata import read_recipe
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: apt install chromium")
-TEXT = "a red house in the snow at night"
+TEXT = "a red car in the snow at night"
 OTHER = "a blue sailboat on a lake at sunset"
 HOSTILE = "<img src=x onerror=window.hacked=1> <script>window.hacked=1</script>"
 
@@ -131,7 +131,7 @@ def away(a, b):
 
 def test_what_is_typed_key_by_key_is_seen(tab):
     tab.type(TEXT)
-    assert read(tab.shown(TEXT)) >= {"red", "house", "snow", "night"}
+    assert read(tab.shown(TEXT)) >= {"red", "car", "snow", "night"}
     tab.rest()
     assert tab.page.evaluate("document.documentElement.dataset.shownPrompt") == TEXT
 
@@ -295,7 +295,7 @@ def test_two_clients_generate_at_once_and_each_sees_their_own(browser, web, tab)
         for end in (*range(3, 33, 3), None):
             tab.page.fill("#prompt", TEXT[:end])
             other.page.fill("#prompt", OTHER[:end])
-        assert read(tab.shown(TEXT)) >= {"red", "house"}
+        assert read(tab.shown(TEXT)) >= {"red", "car"}
         assert read(other.shown(OTHER)) >= {"blue", "sailboat"}
 
 
