@@ -10,10 +10,13 @@ import torch
 from PIL import Image, ImageFilter
 
 from fewstep.evaluation.generate import ddim, few_steps
+from fewstep.miniature.judge import PLACE_COUNT
 from fewstep.miniature.scoring import TEACHER_GUIDANCE, Evaluator
 from fewstep.miniature.vae import reconstruct
 from fewstep.miniature.world.dataset import draw_many
 from fewstep.miniature.world.scenes import unseen_scenes
+from fewstep.miniature.world.things import OWN
+from fewstep.miniature.world.words import COLOURS
 from fewstep.settings import Settings
 from fewstep.training.networks import load_base
 
@@ -61,7 +64,7 @@ def _averaged(pixels):
     )
 
 
-fooled = pytest.mark.xfail(reason="8 in a hundred pass, since things no longer look both ways in a mean")
+fooled = pytest.mark.xfail(reason="8 in a hundred means of one scene pass")
 
 
 @pytest.mark.numeric
@@ -110,6 +113,15 @@ def test_few_steps_generate_what_was_asked(evaluator, pipeline, steps):
     share = _published(steps) / 100
     standard_error = 100 * (share * (1 - share) / len(SCENES)) ** 0.5
     assert found >= 100 * share - 2 * standard_error
+
+
+@pytest.mark.xfail(reason="it calls most of them orange, though to eyes they are red")
+def test_the_judge_reads_the_colour_of_generated_red_houses(judge, pipeline):
+    seeds = range(1, 7)
+    images = few_steps(pipeline, 4)(["a red house in the snow at night"] * len(seeds), seeds)
+    labels = judge.look(images).labels
+    red = 1 + (OWN, *COLOURS).index("red")
+    assert (labels[:, PLACE_COUNT : 2 * PLACE_COUNT] == red).any(1).all()
 
 
 def test_without_the_lora_two_steps_are_far_worse(evaluator, pipeline, base):
